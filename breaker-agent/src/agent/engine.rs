@@ -1,0 +1,695 @@
+//! Everything that decides: services with their breakers and healths in, plans out to the datapath.
+//!
+//! The engine does no waiting and reads no clock. Every call says what time it is, and ends with the datapath brought
+//! to what is desired, as far as it lets itself be brought: a write that fails is shown, counted and tried again at
+//! [`Engine::next_deadline`], never forgotten.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use breaker_common::{BreakerState, SHARE_ALL};
+use jiff::Timestamp;
+
+use super::status::{Applied, BackendStatus, EventLine, ServiceStatus, TierStatus};
+use crate::{
+    breaker::{Breaker, Instant, Restored, Transition},
+    check::{ProbeResult, Report},
+    datapath::{
+        Adopted, Datapath, DatapathError,
+        plan::{Decision, ServicePlan},
+    },
+    health::Health,
+    model::{Backend, EstablishedPolicy, Override, Service, ServiceName},
+    pool,
+};
+
+/// The two clocks: one that never goes back, for deciding; the world's, for people.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// Since an origin of the caller's choice.
+    pub mono: Instant,
+    /// The world's.
+    pub unix: Timestamp,
+}
+
+impl Now {
+    fn unix_ns(self) -> u64 {
+        u64::try_from(self.unix.as_nanosecond()).unwrap_or(0)
+    }
+}
+
+/// How often a failed write is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+/// How often a ramp's share is written.
+const RAMP_STEP: Duration = Duration::from_millis(100);
+/// How often the flow tables are gone through while something in them matters.
+const SWEEP: Duration = Duration::from_secs(2);
+/// How long an established flow without packets is kept.
+const IDLE: Duration = Duration::from_secs(24 * 3600);
+/// Events kept for readers that come later.
+const HISTORY: usize = 1000;
+
+/// An operator's request that cannot be carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// No such service.
+    #[error("there is no service {name}; there are: {known}")]
+    UnknownService {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// The maps cannot be read.
+    #[error("{0}")]
+    Datapath(String),
+}
+
+/// What a backend's checks said.
+#[derive(Clone, Debug)]
+struct BackendState {
+    backend: Backend,
+    health: Health,
+    since: Option<Timestamp>,
+    last: Option<ProbeResult>,
+}
+
+/// A service as it runs.
+#[derive(Debug)]
+struct Running {
+    service: Service,
+    breaker: Breaker,
+    /// By tier: the primary, then the backups.
+    tiers: Vec<Vec<BackendState>>,
+    epoch: u32,
+    since: Timestamp,
+    message: String,
+    override_until: Option<Timestamp>,
+    /// What the configuration said last.
+    configured_override: Override,
+    /// Flows on backups at the last sweep.
+    flows: usize,
+    /// Whether flows on backups may be alive.
+    draining: bool,
+    /// When draining began to be looked for; nothing settles before two sweeps have passed.
+    closed_at: Option<Instant>,
+    applied: Option<ServicePlan>,
+    error: Option<String>,
+    failed_writes: u64,
+    retry_at: Option<Instant>,
+    /// Not in the configuration any more; stays until its flows have ended.
+    leaving: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Engine<D> {
+    datapath: D,
+    services: BTreeMap<ServiceName, Running>,
+    /// What an earlier agent left and no configuration has claimed yet.
+    left_behind: BTreeMap<ServiceName, Adopted>,
+    events: VecDeque<EventLine>,
+    next_event: u64,
+    next_sweep: Instant,
+    started: Instant,
+    flow_entries: usize,
+}
+
+impl<D: Datapath> Engine<D> {
+    /// Starts on a datapath: what is in it is read before anything is changed.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    pub fn new(mut datapath: D, now: Now) -> Result<Self, DatapathError> {
+        let left_behind = datapath.adopt()?.into_iter().map(|a| (a.name.clone(), a)).collect();
+        Ok(Self {
+            datapath,
+            services: BTreeMap::new(),
+            left_behind,
+            events: VecDeque::new(),
+            next_event: 1,
+            next_sweep: now.mono + SWEEP,
+            started: now.mono,
+            flow_entries: 0,
+        })
+    }
+
+    /// The datapath, to look at.
+    pub const fn datapath(&self) -> &D {
+        &self.datapath
+    }
+
+    /// The datapath, for what is not the engine's: its sign of life.
+    pub const fn datapath_mut(&mut self) -> &mut D {
+        &mut self.datapath
+    }
+
+    /// Entries in the flow table at the last sweep.
+    pub const fn flow_entries(&self) -> usize {
+        self.flow_entries
+    }
+
+    /// Takes in a whole configuration: services that did not change keep everything, changed ones keep state, epoch
+    /// and flows, gone ones leave when their flows have ended.
+    pub fn configure(&mut self, now: Now, services: Vec<Service>) {
+        let mut wanted: BTreeMap<ServiceName, Service> = services.into_iter().map(|s| (s.name.clone(), s)).collect();
+        for (name, running) in &mut self.services {
+            match wanted.remove(name) {
+                Some(service) => {
+                    running.leaving = false;
+                    running.reconfigure(now, service);
+                }
+                None if running.leaving => {}
+                None => {
+                    running.leaving = true;
+                    running.closed_at = Some(now.mono);
+                    running.draining = true;
+                }
+            }
+        }
+        for (name, service) in wanted {
+            let adopted = self.left_behind.remove(&name);
+            let running = Running::new(now, service, adopted.as_ref());
+            self.services.insert(name, running);
+        }
+        // What no configuration wants any more and an earlier agent left goes, unless flows hang on it; those were
+        // told apart by the sweep only, so it waits for one.
+        for (name, adopted) in std::mem::take(&mut self.left_behind) {
+            let mut running = Running::orphan(now, &adopted);
+            running.leaving = true;
+            self.services.insert(name, running);
+        }
+        let staying = self.services.iter().filter(|(_, running)| !running.leaving);
+        let names: Vec<ServiceName> = staying.map(|(name, _)| name.clone()).collect();
+        for name in names {
+            self.settle_override(now, &name);
+            self.react(now, &name, |breaker, running_health| breaker.set_primary(now.mono, running_health));
+        }
+        self.apply_all(now);
+    }
+
+    /// Takes in a probe's result. One about something that is not configured any more is ignored.
+    pub fn report(&mut self, now: Now, report: &Report) {
+        let name = &report.target.service;
+        let Some(running) = self.services.get_mut(name) else { return };
+        let Some(backend) = running
+            .tiers
+            .get_mut(report.target.tier)
+            .and_then(|tier| tier.iter_mut().find(|b| b.backend.address == report.target.backend))
+        else {
+            return;
+        };
+        let flipped = backend.health != report.health;
+        backend.health = report.health;
+        backend.last = Some(report.result.clone());
+        if flipped {
+            backend.since = Some(now.unix);
+            let (code, detail) = (report.result.code.label(), &report.result.detail);
+            let tier = running.service.tiers().nth(report.target.tier).map_or("", |tier| tier.name.as_str());
+            let message = format!("{tier} {} is {:?}: {code} {detail}", report.target.backend, report.health);
+            self.record(now, name, "Health", message);
+        }
+        let name = name.clone();
+        if report.target.tier == 0 {
+            let pass = report.result.code.passes();
+            let reason = report.result.code.reason();
+            let words = format!("{} {}: {}", report.target.backend, report.result.code.label(), report.result.detail);
+            self.react_with(now, &name, &words, |breaker, health| breaker.observe(now.mono, pass, health, reason));
+        }
+        self.apply(now, &name);
+    }
+
+    /// Lets time pass.
+    pub fn tick(&mut self, now: Now) {
+        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        for name in &names {
+            self.settle_override(now, name);
+            self.react(now, name, |breaker, _| breaker.tick(now.mono));
+        }
+        if now.mono >= self.next_sweep {
+            self.sweep(now);
+        }
+        self.apply_all(now);
+        self.read_events(now);
+    }
+
+    /// When [`Engine::tick`] has something to do.
+    pub fn next_deadline(&self, now: Now) -> Instant {
+        let mut next = self.next_sweep;
+        for running in self.services.values() {
+            let ramp = (running.breaker.state() == BreakerState::Closed && running.breaker.share(now.mono) < SHARE_ALL)
+                .then(|| now.mono + RAMP_STEP);
+            let override_ = running.override_until.map(|until| {
+                now.mono + Duration::try_from(until.duration_since(now.unix)).unwrap_or(Duration::ZERO)
+            });
+            for deadline in [running.breaker.next_deadline(), running.retry_at, ramp, override_].into_iter().flatten() {
+                next = next.min(deadline);
+            }
+        }
+        // A deadline that has passed already waits for the check that it needs, not for us: look now and then.
+        next.max(now.mono + Duration::from_millis(20))
+    }
+
+    /// The operator forces a service open, for a while or until further notice.
+    ///
+    /// # Errors
+    /// No such service.
+    pub fn trip(
+        &mut self,
+        now: Now,
+        name: &str,
+        duration: Option<Duration>,
+        why: Option<&str>,
+    ) -> Result<ServiceStatus, CommandError> {
+        let name = self.find(name)?;
+        let until = duration.and_then(|d| now.unix.checked_add(d).ok());
+        if let Some(running) = self.services.get_mut(&name) {
+            running.override_until = until;
+        }
+        let words = why.map_or_else(|| "forced open by the operator".to_owned(), |why| format!("forced open by the operator: {why}"));
+        self.react_with(now, &name, &words, |breaker, _| breaker.set_override(now.mono, Override::ForceOpen, false));
+        if let Some(running) = self.services.get_mut(&name) {
+            running.message = words;
+        }
+        self.apply(now, &name);
+        self.status_of(now, &name)
+    }
+
+    /// The operator gives a service back to the measurement, with a fresh start.
+    ///
+    /// # Errors
+    /// No such service.
+    pub fn reset(&mut self, now: Now, name: &str) -> Result<ServiceStatus, CommandError> {
+        let name = self.find(name)?;
+        if let Some(running) = self.services.get_mut(&name) {
+            running.override_until = None;
+        }
+        self.react_with(now, &name, "reset by the operator", |breaker, _| breaker.reset(now.mono));
+        self.apply(now, &name);
+        self.status_of(now, &name)
+    }
+
+    /// Every service's status, by name.
+    pub fn status(&self, now: Now) -> Vec<ServiceStatus> {
+        self.services.iter().filter(|(_, r)| !r.leaving).map(|(name, r)| self.show(now, name, r)).collect()
+    }
+
+    /// One service's status.
+    ///
+    /// # Errors
+    /// No such service.
+    pub fn get(&self, now: Now, name: &str) -> Result<ServiceStatus, CommandError> {
+        self.status_of(now, &self.find(name)?)
+    }
+
+    /// A service's flows.
+    ///
+    /// # Errors
+    /// No such service; maps that cannot be read.
+    pub fn flows(&self, name: &str, limit: usize) -> Result<Vec<crate::datapath::FlowView>, CommandError> {
+        let name = self.find(name)?;
+        self.datapath.flows(&name, limit).map_err(|error| CommandError::Datapath(error.to_string()))
+    }
+
+    /// Events after `id`, oldest first.
+    pub fn events_after(&self, id: u64) -> impl Iterator<Item = &EventLine> {
+        self.events.iter().filter(move |event| event.id > id)
+    }
+
+    /// Records something that is not about one service.
+    pub fn note(&mut self, now: Now, kind: &str, message: String) {
+        self.record(now, &ServiceName::new("-"), kind, message);
+    }
+
+    fn find(&self, name: &str) -> Result<ServiceName, CommandError> {
+        let wanted = ServiceName::new(name);
+        if self.services.get(&wanted).is_some_and(|r| !r.leaving) {
+            return Ok(wanted);
+        }
+        let known: Vec<&str> = self.services.iter().filter(|(_, r)| !r.leaving).map(|(n, _)| n.as_str()).collect();
+        Err(CommandError::UnknownService { name: name.to_owned(), known: known.join(", ") })
+    }
+
+    fn status_of(&self, now: Now, name: &ServiceName) -> Result<ServiceStatus, CommandError> {
+        let running = self.services.get(name);
+        running.map(|running| self.show(now, name, running)).ok_or_else(|| CommandError::UnknownService {
+            name: name.to_string(),
+            known: String::new(),
+        })
+    }
+
+    /// The configuration's override, or the end of an operator's.
+    fn settle_override(&mut self, now: Now, name: &ServiceName) {
+        let Some(running) = self.services.get_mut(name) else { return };
+        let expired = running.override_until.is_some_and(|until| until <= now.unix);
+        if expired {
+            running.override_until = None;
+        }
+        let configured = running.service.override_;
+        let current = running.breaker.operator();
+        let wanted = match configured {
+            // The file says nothing: an operator's word holds until it ends.
+            Override::Auto if expired || running.configured_override != Override::Auto => Override::Auto,
+            Override::Auto => current,
+            forced => forced,
+        };
+        running.configured_override = configured;
+        if wanted != current {
+            let words = if expired { "the operator's time limit ran out" } else { "override in the configuration" };
+            self.react_with(now, name, words, |breaker, _| breaker.set_override(now.mono, wanted, expired));
+        }
+    }
+
+    fn react(
+        &mut self,
+        now: Now,
+        name: &ServiceName,
+        input: impl FnOnce(&mut Breaker, pool::TierHealth) -> Option<Transition>,
+    ) {
+        self.react_with(now, name, "", input);
+    }
+
+    /// Gives the breaker an input, and takes over what follows from it.
+    fn react_with(
+        &mut self,
+        now: Now,
+        name: &ServiceName,
+        words: &str,
+        input: impl FnOnce(&mut Breaker, pool::TierHealth) -> Option<Transition>,
+    ) {
+        let Some(running) = self.services.get_mut(name) else { return };
+        let health = pool::judge(&running.service.primary, &running.healths(0));
+        let Some(transition) = input(&mut running.breaker, health) else { return };
+        running.epoch = running.epoch.wrapping_add(1);
+        running.since = now.unix;
+        running.message = words.to_owned();
+        running.draining = true;
+        running.closed_at = (transition.to == BreakerState::Closed).then_some(now.mono);
+        let (from, to, reason) = (transition.from.label(), transition.to.label(), transition.reason.label());
+        let mut message = format!("{from} -> {to} ({reason})");
+        if !words.is_empty() {
+            message = format!("{message}: {words}");
+        }
+        tracing::info!(service = %name, from, to, reason, epoch = running.epoch, "{words}");
+        self.push(EventLine {
+            id: 0,
+            at: now.unix,
+            service: name.to_string(),
+            kind: "Transition".into(),
+            message,
+            from: Some(from.into()),
+            to: Some(to.into()),
+            reason: Some(reason.into()),
+        });
+    }
+
+    fn sweep(&mut self, now: Now) {
+        self.next_sweep = now.mono + SWEEP;
+        // An agent that just started does not know which packets it missed.
+        let idle = (now.mono.saturating_sub(self.started) > IDLE).then_some(IDLE);
+        let found = match self.datapath.sweep(idle) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!("the flow tables cannot be read: {error}");
+                return;
+            }
+        };
+        self.flow_entries = found.entries;
+        let mut gone = Vec::new();
+        for (name, running) in &mut self.services {
+            running.flows = found.redirected.get(name).copied().unwrap_or(0);
+            let settled =
+                running.breaker.state() == BreakerState::Closed && running.breaker.share(now.mono) == SHARE_ALL;
+            // A packet that read the old switch may pin one more flow a moment after the new one was thrown.
+            let long_enough = running.closed_at.is_none_or(|at| now.mono.saturating_sub(at) >= SWEEP);
+            if running.flows == 0 && (settled || running.leaving) && long_enough {
+                running.draining = false;
+                if running.leaving && running.is_told_to_be_closed() {
+                    gone.push(name.clone());
+                }
+            }
+        }
+        for name in gone {
+            match self.datapath.remove(&name) {
+                Ok(()) => drop(self.services.remove(&name)),
+                Err(error) => tracing::warn!(service = %name, "cannot be removed yet: {error}"),
+            }
+        }
+    }
+
+    fn read_events(&mut self, now: Now) {
+        for event in self.datapath.events() {
+            let to = event.backend.map_or_else(String::new, |backend| format!(" to {backend}"));
+            let message = match event.kind {
+                breaker_common::EventKind::StateAdopted => format!("the programs act on epoch {}", event.epoch),
+                _ => format!("{} -> {}{to}", event.client, event.frontend),
+            };
+            self.record(now, &event.service, event.kind.label(), message);
+        }
+    }
+
+    fn apply_all(&mut self, now: Now) {
+        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        for name in names {
+            self.apply(now, &name);
+        }
+    }
+
+    /// Brings the datapath to what is desired for one service, if it is not there already.
+    fn apply(&mut self, now: Now, name: &ServiceName) {
+        let Some(running) = self.services.get_mut(name) else { return };
+        let plan = running.plan(now);
+        if running.applied.as_ref() == Some(&plan) {
+            running.error = None;
+            running.retry_at = None;
+            return;
+        }
+        if running.retry_at.is_some_and(|at| now.mono < at) {
+            return;
+        }
+        match self.datapath.apply(&plan) {
+            Ok(()) => {
+                running.applied = Some(plan);
+                running.retry_at = None;
+                if running.error.take().is_some() {
+                    self.record(now, name, "WriteRecovered", "the datapath is what it should be again".into());
+                }
+            }
+            Err(error) => {
+                let first = running.error.is_none();
+                running.error = Some(error.to_string());
+                running.failed_writes += 1;
+                running.retry_at = Some(now.mono + RETRY);
+                if first {
+                    tracing::error!(service = %name, "the datapath could not be changed, trying again: {error}");
+                    self.record(now, name, "WriteFailed", error.to_string());
+                }
+            }
+        }
+    }
+
+    fn record(&mut self, now: Now, service: &ServiceName, kind: &str, message: String) {
+        self.push(EventLine {
+            id: 0,
+            at: now.unix,
+            service: service.to_string(),
+            kind: kind.to_owned(),
+            message,
+            from: None,
+            to: None,
+            reason: None,
+        });
+    }
+
+    fn push(&mut self, event: EventLine) {
+        self.events.push_back(EventLine { id: self.next_event, ..event });
+        self.next_event += 1;
+        if self.events.len() > HISTORY {
+            self.events.pop_front();
+        }
+    }
+
+    fn show(&self, now: Now, name: &ServiceName, running: &Running) -> ServiceStatus {
+        let breaker = &running.breaker;
+        let desired = running.plan(now);
+        let active_backup = running.active_backup().map(|(index, _)| index + 1);
+        let closed = breaker.state() == BreakerState::Closed;
+        let tiers = running
+            .service
+            .tiers()
+            .zip(&running.tiers)
+            .enumerate()
+            .map(|(index, (tier, backends))| TierStatus {
+                name: tier.name.clone(),
+                role: if index == 0 { "primary" } else { "backup" }.into(),
+                active: if index == 0 { closed } else { !closed && active_backup == Some(index) },
+                backends: backends.iter().map(|b| b.show(tier.check.is_some())).collect(),
+            })
+            .collect();
+        ServiceStatus {
+            name: name.to_string(),
+            state: breaker.state().label().into(),
+            since: running.since,
+            reason: breaker.reason().label().into(),
+            message: running.message.clone(),
+            share: breaker.share(now.mono),
+            epoch: running.epoch,
+            trips: breaker.trips(),
+            mode: format!("{:?}", running.service.mode),
+            override_: format!("{:?}", breaker.operator()),
+            override_until: running.override_until,
+            frontends: running.service.frontends.iter().map(ToString::to_string).collect(),
+            tiers,
+            desired: shown(&desired),
+            applied: running.applied.as_ref().map(shown),
+            error: running.error.clone(),
+            failed_writes: running.failed_writes,
+            flows: running.flows,
+            counters: self.datapath.counters(name).unwrap_or_default().into(),
+        }
+    }
+}
+
+fn shown(plan: &ServicePlan) -> Applied {
+    Applied { state: plan.decision.state.label().into(), share: plan.decision.share, epoch: plan.decision.epoch }
+}
+
+impl BackendState {
+    const fn new(backend: Backend) -> Self {
+        Self { backend, health: Health::Unknown, since: None, last: None }
+    }
+
+    fn show(&self, checked: bool) -> BackendStatus {
+        BackendStatus {
+            address: self.backend.address,
+            health: if checked { format!("{:?}", self.health) } else { "Unchecked".into() },
+            since: self.since,
+            last_check: self.last.as_ref().map(|last| last.code.label().into()),
+            detail: self.last.as_ref().map(|last| last.detail.clone()),
+            check_millis: self.last.as_ref().map(|last| (last.duration.as_secs_f64() * 100_000.0).round() / 100.0),
+            weight: self.backend.weight,
+        }
+    }
+}
+
+impl Running {
+    fn new(now: Now, service: Service, adopted: Option<&Adopted>) -> Self {
+        let seed = service.name.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let policy = service.breaker.clone();
+        let (breaker, epoch, since, until) = match adopted {
+            None => (Breaker::new(policy, seed, now.mono), 1, now.unix, None),
+            Some(was) => {
+                let since = timestamp(was.since_unix_ns).unwrap_or(now.unix);
+                let age = Duration::try_from(now.unix.duration_since(since)).unwrap_or_default();
+                let restored = Restored { state: was.state, reason: was.reason, age, trips: was.trips };
+                let mut breaker = Breaker::restore(policy, seed, now.mono, restored);
+                // The state is restored already, so the word of the operator changes nothing now.
+                let _ = breaker.set_override(now.mono, was.override_.0, false);
+                let until = timestamp(was.override_.1).filter(|_| was.override_.1 > 0);
+                (breaker, was.epoch, since, until)
+            }
+        };
+        let tiers = service.tiers().map(|tier| tier.backends.iter().map(|b| BackendState::new(*b)).collect()).collect();
+        Self {
+            configured_override: service.override_,
+            breaker,
+            tiers,
+            epoch,
+            since,
+            message: if adopted.is_some() { "as an earlier agent left it".into() } else { String::new() },
+            override_until: until,
+            flows: 0,
+            draining: adopted.is_some(),
+            closed_at: adopted.map(|_| now.mono),
+            applied: None,
+            error: None,
+            failed_writes: 0,
+            retry_at: None,
+            leaving: false,
+            service,
+        }
+    }
+
+    /// What an earlier agent left of a service that is not configured any more.
+    fn orphan(now: Now, adopted: &Adopted) -> Self {
+        let service = Service { frontends: adopted.frontends.clone(), ..Service::nothing(adopted.name.clone()) };
+        Self::new(now, service, Some(adopted))
+    }
+
+    fn reconfigure(&mut self, now: Now, service: Service) {
+        if self.service == service {
+            return;
+        }
+        self.breaker.set_policy(service.breaker.clone());
+        let old = std::mem::take(&mut self.tiers);
+        let same_check = |index: usize| {
+            let check = |s: &Service| s.tiers().nth(index).and_then(|tier| tier.check.clone());
+            check(&self.service) == check(&service)
+        };
+        // A backend that stays in its tier, checked as before, keeps its health.
+        self.tiers = service
+            .tiers()
+            .enumerate()
+            .map(|(index, tier)| {
+                let known = old.get(index).filter(|_| same_check(index));
+                tier.backends
+                    .iter()
+                    .map(|backend| {
+                        let same = known.and_then(|k| k.iter().find(|b| b.backend.address == backend.address));
+                        same.map_or_else(|| BackendState::new(*backend), |b| BackendState { backend: *backend, ..b.clone() })
+                    })
+                    .collect()
+            })
+            .collect();
+        // Flows that the new rules would not look for any more must still end in peace.
+        self.draining = true;
+        self.closed_at = Some(now.mono);
+        self.service = service;
+    }
+
+    fn healths(&self, tier: usize) -> Vec<Health> {
+        self.tiers.get(tier).map(|tier| tier.iter().map(|b| b.health).collect()).unwrap_or_default()
+    }
+
+    fn active_backup(&self) -> Option<(usize, Vec<Backend>)> {
+        let healths: Vec<Vec<Health>> = (1..self.tiers.len()).map(|tier| self.healths(tier)).collect();
+        pool::active_backup(self.service.backups.iter().zip(healths.iter().map(Vec::as_slice)))
+    }
+
+    fn plan(&self, now: Now) -> ServicePlan {
+        let backup = self.active_backup().map(|(_, backends)| backends).unwrap_or_default();
+        let until = self.override_until.and_then(|until| u64::try_from(until.as_nanosecond()).ok()).unwrap_or(0);
+        let decision = Decision {
+            state: if self.leaving { BreakerState::Closed } else { self.breaker.state() },
+            share: if self.leaving { SHARE_ALL } else { self.breaker.share(now.mono) },
+            epoch: self.epoch,
+            reason: self.breaker.reason(),
+            since_unix_ns: Now { unix: self.since, ..now }.unix_ns(),
+            trips: self.breaker.trips(),
+            override_: (self.breaker.operator(), until),
+            draining: self.draining,
+        };
+        if self.leaving {
+            let service = Service { on_close: EstablishedPolicy::Keep, ..self.service.clone() };
+            return ServicePlan::new(&service, decision, &[]);
+        }
+        ServicePlan::new(&self.service, decision, &backup)
+    }
+
+    /// Whether the programs know already that it is closed: what leaves is told first, and removed at a later sweep.
+    fn is_told_to_be_closed(&self) -> bool {
+        self.applied.as_ref().is_some_and(|plan| plan.decision.state == BreakerState::Closed)
+    }
+}
+
+fn timestamp(unix_ns: u64) -> Option<Timestamp> {
+    Timestamp::from_nanosecond(i128::from(unix_ns)).ok()
+}
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;

@@ -1,0 +1,233 @@
+//! The whole loop but for its sockets: a fake datapath, time as an argument, scripted probes.
+
+use super::*;
+use crate::{
+    check::{CheckCode, Target},
+    config,
+    datapath::fake::FakeDatapath,
+};
+use breaker_common::StateReason;
+use std::path::Path;
+
+const ORIGIN: i64 = 1_800_000_000;
+
+fn at(ms: u64) -> Now {
+    let mono = Duration::from_millis(ms);
+    Now { mono, unix: Timestamp::from_second(ORIGIN).unwrap() + mono }
+}
+
+fn services(extra: &str) -> Vec<Service> {
+    let text = format!(
+        "services: [{{name: dummy, frontends: [{{address: 10.43.0.1, port: 80}}], {extra} \
+         primary: {{backends: [{{address: 10.42.0.2, port: 80}}], check: {{tcpSocket: {{}}}}}}, \
+         backups: [{{backends: [{{address: 10.42.0.3, port: 80}}], check: {{tcpSocket: {{}}}}}}]}}]"
+    );
+    config::parse(Path::new("t"), &text).unwrap().services
+}
+
+fn engine(extra: &str, datapath: FakeDatapath) -> Engine<FakeDatapath> {
+    let mut engine = Engine::new(datapath, at(0)).unwrap();
+    engine.configure(at(0), services(extra));
+    engine
+}
+
+/// One probe of the primary (tier 0) or the backup (tier 1); rise and fall are the lab's 1 and 1.
+fn probe(engine: &mut Engine<FakeDatapath>, ms: u64, tier: usize, code: CheckCode) {
+    let backend = if tier == 0 { "10.42.0.2:80" } else { "10.42.0.3:80" };
+    let target = Target { service: ServiceName::new("dummy"), tier, backend: backend.parse().unwrap() };
+    let health = if code.passes() { Health::Up } else { Health::Down };
+    let result = ProbeResult { code, detail: "scripted".into(), duration: Duration::from_millis(1) };
+    engine.report(at(ms), &Report { target, result, health, flipped: true });
+}
+
+fn applied(engine: &Engine<FakeDatapath>) -> &ServicePlan {
+    &engine.datapath().applied[&ServiceName::new("dummy")]
+}
+
+fn state(engine: &Engine<FakeDatapath>) -> (BreakerState, u32) {
+    (applied(engine).decision.state, applied(engine).decision.epoch)
+}
+
+use BreakerState::{Closed, Open};
+
+#[test]
+fn the_lab_fails_over_and_comes_back() {
+    let mut e = engine("", FakeDatapath::default());
+    assert_eq!(state(&e), (Closed, 1));
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Ok);
+    probe(&mut e, 3000, 0, CheckCode::L7Sts);
+    assert_eq!(state(&e), (Open, 2));
+    assert_eq!(applied(&e).backends(), vec!["10.42.0.3:80".parse().unwrap()]);
+    assert_eq!(applied(&e).decision.reason, StateReason::HttpStatus);
+    probe(&mut e, 9000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e), (Closed, 3));
+    let transitions: Vec<_> = e.events_after(0).filter(|event| event.kind == "Transition").collect();
+    assert_eq!(transitions.len(), 2);
+    assert_eq!(transitions[0].reason.as_deref(), Some("HttpStatus"));
+    assert_eq!(transitions[1].to.as_deref(), Some("Closed"));
+}
+
+#[test]
+fn a_backup_that_fails_is_not_redirected_to_and_one_that_comes_back_is() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Open);
+    assert!(applied(&e).backends().is_empty(), "the backup is not known to be well");
+    probe(&mut e, 20, 1, CheckCode::L7Ok);
+    assert_eq!(applied(&e).backends().len(), 1);
+    probe(&mut e, 30, 1, CheckCode::L7Tout);
+    assert!(applied(&e).backends().is_empty());
+    assert_eq!(state(&e), (Open, 2), "no change of state, no new epoch");
+}
+
+#[test]
+fn a_failed_write_is_counted_shown_and_tried_again() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    e.datapath_mut().failures = 2;
+    probe(&mut e, 3000, 0, CheckCode::L7Sts);
+    let status = e.get(at(3000), "dummy").unwrap();
+    assert_eq!((status.desired.state.as_str(), status.applied.unwrap().state.as_str()), ("Open", "Closed"));
+    assert_eq!(status.failed_writes, 1);
+    assert!(status.error.unwrap().contains("told to fail"));
+    assert!(e.next_deadline(at(3000)) <= at(3200).mono);
+    e.tick(at(3100));
+    assert_eq!(state(&e).0, Closed, "not before its time");
+    e.tick(at(3200));
+    e.tick(at(3400));
+    assert_eq!(state(&e).0, Open);
+    let status = e.get(at(3400), "dummy").unwrap();
+    assert_eq!((status.error, status.failed_writes), (None, 2));
+    let kinds: Vec<_> = e.events_after(0).map(|event| event.kind.as_str()).collect();
+    assert_eq!(kinds.iter().filter(|k| **k == "WriteFailed").count(), 1, "reported once: {kinds:?}");
+    assert!(kinds.contains(&"WriteRecovered"));
+}
+
+#[test]
+fn what_is_settled_is_written_once() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Ok);
+    let writes = e.datapath().log.len();
+    for i in 0..50 {
+        e.tick(at(100 + i * 20));
+        probe(&mut e, 110 + i * 20, 0, CheckCode::L7Ok);
+    }
+    assert_eq!(e.datapath().log.len(), writes);
+}
+
+#[test]
+fn flows_are_looked_for_until_the_last_one_has_ended() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Sts);
+    e.datapath_mut().alive.insert(ServiceName::new("dummy"), 1);
+    probe(&mut e, 30, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Closed);
+    for ms in [2000, 4000, 6000] {
+        e.tick(at(ms));
+        assert!(applied(&e).decision.draining);
+    }
+    e.datapath_mut().alive.clear();
+    e.tick(at(8100));
+    assert!(!applied(&e).decision.draining);
+    assert_eq!(applied(&e).flags, 0, "closed and settled: one look-up a packet again");
+}
+
+#[test]
+fn a_reload_keeps_what_did_not_change() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Sts);
+    let before = e.get(at(30), "dummy").unwrap();
+    e.configure(at(1000), services(""));
+    let after = e.get(at(1000), "dummy").unwrap();
+    assert_eq!((after.epoch, after.since, after.state), (before.epoch, before.since, before.state));
+    assert_eq!(after.tiers[1].backends[0].health, "Up");
+    e.configure(at(2000), services("whenAllUnhealthy: Reject,"));
+    assert_eq!(state(&e), (Open, 2), "a changed policy is no change of state");
+}
+
+#[test]
+fn a_service_that_goes_waits_for_its_flows() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Sts);
+    e.datapath_mut().alive.insert(ServiceName::new("dummy"), 3);
+    e.configure(at(1000), Vec::new());
+    assert_eq!(state(&e).0, Closed);
+    assert!(applied(&e).decision.draining && !applied(&e).frontends.is_empty());
+    assert!(e.status(at(1000)).is_empty());
+    e.tick(at(4000));
+    assert!(!e.datapath().applied.is_empty());
+    e.datapath_mut().alive.clear();
+    for ms in [7000, 10_000, 13_000] {
+        e.tick(at(ms));
+    }
+    assert!(e.datapath().applied.is_empty());
+}
+
+#[test]
+fn an_earlier_agents_work_is_adopted_before_anything_changes() {
+    let left = Adopted {
+        name: ServiceName::new("dummy"),
+        frontends: services("")[0].frontends.clone(),
+        state: Open,
+        epoch: 41,
+        share: 0,
+        reason: StateReason::ConnectTimeout,
+        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
+        trips: 3,
+        override_: (Override::Auto, 0),
+    };
+    let other = Adopted { name: ServiceName::new("forgotten"), ..left.clone() };
+    let mut e = engine("", FakeDatapath { left_behind: vec![left, other], ..FakeDatapath::default() });
+    let status = e.get(at(0), "dummy").unwrap();
+    assert_eq!((status.state.as_str(), status.epoch, status.reason.as_str()), ("Open", 41, "ConnectTimeout"));
+    assert_eq!(status.since.as_second(), ORIGIN - 100);
+    assert_eq!(status.trips, 3);
+    assert_eq!(state(&e), (Open, 41));
+    assert_eq!(e.status(at(0)).len(), 1, "what is not configured any more is not shown, and leaves");
+    for ms in [3000, 6000, 9000] {
+        e.tick(at(ms));
+    }
+    assert!(!e.datapath().applied.contains_key(&ServiceName::new("forgotten")));
+    probe(&mut e, 9500, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e), (Closed, 42));
+}
+
+#[test]
+fn the_operator_trips_for_a_while_and_resets() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Ok);
+    let status = e.trip(at(1000), "dummy", Some(Duration::from_secs(60)), Some("migration")).unwrap();
+    assert_eq!((status.state.as_str(), status.override_.as_str()), ("Open", "ForceOpen"));
+    assert!(status.message.contains("migration"));
+    probe(&mut e, 2000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Open);
+    e.tick(at(61_000));
+    assert_eq!(state(&e).0, Closed);
+    e.trip(at(62_000), "dummy", None, None).unwrap();
+    let status = e.reset(at(63_000), "dummy").unwrap();
+    assert_eq!((status.state.as_str(), status.override_.as_str()), ("Closed", "Auto"));
+    let error = e.trip(at(64_000), "dumy", None, None).unwrap_err();
+    assert_eq!(error.to_string(), "there is no service dumy; there are: dummy");
+}
+
+#[test]
+fn a_ramp_is_written_step_by_step() {
+    let mut e = engine("breaker: {rampMillis: 1000, rampStartPermille: 100},", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Sts);
+    probe(&mut e, 1000, 0, CheckCode::L7Ok);
+    assert_eq!(applied(&e).decision.share, 100);
+    let mut shares = Vec::new();
+    for ms in (1100..=2100).step_by(100) {
+        e.tick(at(ms));
+        shares.push(applied(&e).decision.share);
+    }
+    assert!(shares.is_sorted() && shares[0] == 190 && *shares.last().unwrap() == 1000, "{shares:?}");
+    assert_eq!(state(&e), (Closed, 3), "a ramp is no change of state");
+}

@@ -1,0 +1,350 @@
+//! The command line: one binary for the agent and for looking at it.
+
+mod offline;
+mod show;
+
+use std::{
+    io::{self, IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use serde::Serialize;
+
+use crate::{
+    agent::{run::{self, Options}, status::EventLine},
+    config::{self, DEFAULT_PIN_PATH, DEFAULT_SOCKET},
+    control::{TripBody, client::Client},
+    datapath::kernel::PinDir,
+    preflight::{self, Verdict},
+};
+use show::Paint;
+
+/// Keeps a Service answering when its primary fails: circuit breaking in the kernel, no proxy in the path.
+#[derive(Debug, Parser)]
+#[command(name = "breaker", version, about, after_help = EXAMPLES)]
+struct Cli {
+    /// Control socket of the agent.
+    #[arg(long, global = true, env = "BREAKER_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
+    socket: PathBuf,
+    /// Where maps and links are pinned, for when no agent runs.
+    #[arg(long, global = true, env = "BREAKER_PIN_PATH", default_value = DEFAULT_PIN_PATH, value_name = "PATH")]
+    pin_path: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  breaker agent --config lab.yaml            run the agent of this node (root)
+  breaker status                             what people look at all day
+  breaker get dummy -o yaml                  everything about one service
+  breaker trip dummy --for 10m --reason \"database migration\"
+  breaker reset dummy                        back to what is measured
+  breaker events --follow                    what happens, as it happens
+  breaker cleanup                            take everything of ours out of the kernel";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent of this node.
+    #[command(after_help = "\
+The file is read again on SIGHUP and when it changes; a bad one changes nothing and is logged.
+SIGTERM leaves the datapath in place for the next agent; established connections notice nothing.")]
+    Agent {
+        /// Which service is protected by which: see docs/CONFIGURATION.md.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// At the end, take programs and maps away.
+        #[arg(long)]
+        detach: bool,
+        /// Only check the file.
+        #[arg(long)]
+        check: bool,
+        /// Let the programs log too, at this level; without, the log is taken out of them.
+        #[arg(long, value_name = "LEVEL")]
+        program_log: Option<log::Level>,
+    },
+    /// Every service: its state, since when, why, who answers. Works without an agent too.
+    Status {
+        /// As a table for people, or whole.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// One service, whole.
+    Get {
+        /// The service's name.
+        name: String,
+        /// The format.
+        #[arg(short, long, default_value = "yaml")]
+        output: Output,
+    },
+    /// Force a service open: its new connections go to the backup until `reset`.
+    #[command(after_help = "Example: breaker trip dummy --for 10m --reason \"database migration\"")]
+    Trip {
+        /// The service's name.
+        name: String,
+        /// For how long (30s, 10m, 2h); without, until `reset`.
+        #[arg(long = "for", value_name = "TIME", value_parser = parse_time)]
+        duration: Option<Duration>,
+        /// Why: shown to everybody who looks.
+        #[arg(long)]
+        reason: Option<String>,
+    },
+    /// Give a service back to the measurement: no override, no backoff, closed unless the primary is Down.
+    Reset {
+        /// The service's name.
+        name: String,
+    },
+    /// What happened, and with --follow what happens.
+    Events {
+        /// Go on until interrupted.
+        #[arg(short, long)]
+        follow: bool,
+        /// As lines for people, or one JSON object a line.
+        #[arg(short, long, default_value = "text")]
+        output: EventOutput,
+    },
+    /// A service's connections that were decided by us, youngest first.
+    Flows {
+        /// The service's name.
+        name: String,
+        /// How many at the most.
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+        /// As a table for people, or whole.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// Can this machine run the datapath? Every finding says what to do.
+    Preflight {
+        /// As a table for people, or whole.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// Take programs, links and maps of every version away. Refuses while an agent runs.
+    Cleanup,
+    /// Print a shell's completions.
+    #[command(after_help = "Example: breaker completions bash > /etc/bash_completion.d/breaker")]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TableOutput {
+    Table,
+    Json,
+    Yaml,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Json,
+    Yaml,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum EventOutput {
+    Text,
+    Json,
+}
+
+/// Exit code for input that is wrong (clap's own is the same).
+const BAD_INPUT: u8 = 2;
+
+/// Runs the command line.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::Agent { config, detach, check, program_log } = cli.command {
+        return agent(Options { config, detach, program_log }, check);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let outcome = runtime.context("start").and_then(|runtime| runtime.block_on(execute(cli)));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("breaker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `breaker events | head` is no error.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn agent(options: Options, check_only: bool) -> ExitCode {
+    let config = match config::load(&options.config) {
+        Ok(config) => config,
+        Err(errors) => {
+            for error in errors {
+                eprintln!("{error}");
+            }
+            return ExitCode::from(BAD_INPUT);
+        }
+    };
+    if check_only {
+        println!("{}: good, {} services", options.config.display(), config.services.len());
+        return ExitCode::SUCCESS;
+    }
+    start_log();
+    if let Err(error) = preflight::require(&config.agent.pin_path) {
+        eprintln!("breaker: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    match runtime.context("start").and_then(|runtime| runtime.block_on(run::run(options, config))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("breaker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// To standard error, level by `BREAKER_LOG` (info by default).
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("BREAKER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).with_target(false).init();
+    // What the programs log comes through the log crate.
+    let _ = tracing_log::LogTracer::init();
+}
+
+async fn execute(cli: Cli) -> Result<()> {
+    let paint = Paint::for_stdout();
+    let client = || -> Result<Client> {
+        Client::connect(&cli.socket)?.ok_or_else(|| {
+            anyhow!(
+                "no agent listens on {}; start one: breaker agent --config FILE (`breaker status` works without)",
+                cli.socket.display()
+            )
+        })
+    };
+    match &cli.command {
+        Command::Status { output } => {
+            let status = match Client::connect(&cli.socket)? {
+                Some(client) => client.status().await?,
+                None => offline::status(&cli.pin_path, &cli.socket)?,
+            };
+            match output {
+                TableOutput::Table => out(&show::status(&status, paint)),
+                TableOutput::Json => print(Output::Json, &status),
+                TableOutput::Yaml => print(Output::Yaml, &status),
+            }
+        }
+        Command::Get { name, output } => print(*output, &client()?.get(name).await?),
+        Command::Trip { name, duration, reason } => {
+            let body = TripBody { seconds: duration.map(|d| d.as_secs()), reason: reason.clone() };
+            let service = client()?.trip(name, &body).await?;
+            out(&show::services(std::slice::from_ref(&service), paint))
+        }
+        Command::Reset { name } => {
+            let service = client()?.reset(name).await?;
+            out(&show::services(std::slice::from_ref(&service), paint))?;
+            if service.state == "Open" {
+                out("the primary is Down, so it stays open until its checks pass\n")?;
+            }
+            Ok(())
+        }
+        Command::Events { follow, output } => {
+            let output = *output;
+            client()?.events(*follow, |event| event_line(output, &event, paint)).await
+        }
+        Command::Flows { name, limit, output } => {
+            let flows = client()?.flows(name, *limit).await?;
+            match output {
+                TableOutput::Table => out(&show::flows(&flows)),
+                TableOutput::Json => print(Output::Json, &flows),
+                TableOutput::Yaml => print(Output::Yaml, &flows),
+            }
+        }
+        Command::Preflight { output } => {
+            let findings = preflight::look(&cli.pin_path);
+            match output {
+                TableOutput::Table => out(&show::preflight(&findings, paint))?,
+                TableOutput::Json => print(Output::Json, &findings)?,
+                TableOutput::Yaml => print(Output::Yaml, &findings)?,
+            }
+            if findings.iter().any(|finding| finding.verdict == Verdict::Bad) {
+                bail!("this machine cannot run the datapath as it is");
+            }
+            Ok(())
+        }
+        Command::Cleanup => {
+            let cleaned = PinDir::cleanup(&cli.pin_path)?;
+            out(&format!("took away {} links and {} maps below {}\n", cleaned.links, cleaned.maps, cli.pin_path.display()))
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "breaker", &mut script);
+            Ok(io::stdout().write_all(&script)?)
+        }
+        // Taken care of in `main`.
+        Command::Agent { .. } => Ok(()),
+    }
+}
+
+fn event_line(output: EventOutput, event: &EventLine, paint: Paint) -> Result<()> {
+    let text = match output {
+        EventOutput::Json => format!("{}\n", serde_json::to_string(event)?),
+        EventOutput::Text => show::event(event, paint),
+    };
+    out(&text)?;
+    Ok(io::stdout().flush()?)
+}
+
+fn out(text: &str) -> Result<()> {
+    Ok(io::stdout().write_all(text.as_bytes())?)
+}
+
+fn print(output: Output, value: &impl Serialize) -> Result<()> {
+    match output {
+        Output::Json => out(&format!("{}\n", serde_json::to_string_pretty(value)?)),
+        Output::Yaml => out(&serde_saphyr::to_string(value).context("write YAML")?),
+    }
+}
+
+/// `90`, `90s`, `10m`, `2h`, `1d`.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let allowed = || format!("{text:?} is not allowed; allowed: a number of seconds, or like 30s, 10m, 2h, 1d");
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(allowed()),
+    };
+    let number: u64 = number.parse().map_err(|_| allowed())?;
+    let seconds = number.checked_mul(factor).filter(|s| (1..=31_536_000).contains(s)).ok_or_else(allowed)?;
+    Ok(Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_are_read_as_people_write_them() {
+        assert_eq!(parse_time("10m"), Ok(Duration::from_secs(600)));
+        assert_eq!(parse_time("90"), Ok(Duration::from_secs(90)));
+        for bad in ["", "m", "0s", "1w", "-1s", "99999999999999999999s"] {
+            assert!(parse_time(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The shape of the file: names as in Kubernetes where Kubernetes has one. Every field that can be wrong in itself is
+//! [`Spanned`], so that the message names the line. Defaults are in one place, [`super::validate`].
+
+use serde::Deserialize;
+use serde_saphyr::Spanned;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct File {
+    #[serde(default)]
+    pub agent: Agent,
+    pub services: Spanned<Vec<Service>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Agent {
+    pub pin_path: Option<Spanned<String>>,
+    pub socket: Option<Spanned<String>>,
+    pub veths: Option<bool>,
+    #[serde(default)]
+    pub interfaces: Vec<Spanned<String>>,
+    pub attach: Option<Spanned<String>>,
+    pub lease_seconds: Option<Spanned<u64>>,
+    pub max_flows: Option<Spanned<u64>>,
+    pub masquerade_mark: Option<Spanned<u64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Service {
+    pub name: Spanned<String>,
+    pub frontends: Spanned<Vec<Frontend>>,
+    pub primary: Primary,
+    pub backups: Spanned<Vec<Backup>>,
+    #[serde(default)]
+    pub breaker: Breaker,
+    pub mode: Option<Spanned<String>>,
+    #[serde(rename = "override")]
+    pub override_: Option<Spanned<String>>,
+    pub on_open: Option<Spanned<String>>,
+    pub on_close: Option<Spanned<String>>,
+    pub when_all_unhealthy: Option<Spanned<String>>,
+    pub on_agent_loss: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Frontend {
+    pub address: Spanned<String>,
+    pub port: Spanned<u64>,
+    pub protocol: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Primary {
+    pub name: Option<String>,
+    #[serde(default)]
+    pub backends: Vec<Backend>,
+    pub check: Option<Check>,
+    pub min_healthy: Option<Spanned<u64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Backup {
+    pub name: Option<String>,
+    pub backends: Spanned<Vec<Backend>>,
+    pub check: Option<Check>,
+    pub min_healthy: Option<Spanned<u64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Backend {
+    pub address: Spanned<String>,
+    pub port: Spanned<u64>,
+    pub weight: Option<Spanned<u64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Check {
+    pub http_get: Option<Spanned<HttpGet>>,
+    pub tcp_socket: Option<Spanned<TcpSocket>>,
+    pub grpc: Option<Spanned<Grpc>>,
+    pub period_seconds: Option<Spanned<u64>>,
+    pub period_millis: Option<Spanned<u64>>,
+    pub fast_period_millis: Option<Spanned<u64>>,
+    pub timeout_seconds: Option<Spanned<u64>>,
+    pub timeout_millis: Option<Spanned<u64>>,
+    pub failure_threshold: Option<Spanned<u64>>,
+    pub success_threshold: Option<Spanned<u64>>,
+    pub jitter_percent: Option<Spanned<u64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct HttpGet {
+    pub path: Option<Spanned<String>>,
+    pub port: Option<Spanned<u64>>,
+    pub scheme: Option<Spanned<String>>,
+    pub host: Option<Spanned<String>>,
+    #[serde(default)]
+    pub http_headers: Vec<Header>,
+    pub expected_statuses: Option<Spanned<String>>,
+    pub body_contains: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Header {
+    pub name: Spanned<String>,
+    pub value: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct TcpSocket {
+    pub port: Option<Spanned<u64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Grpc {
+    pub port: Option<Spanned<u64>>,
+    pub service: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Breaker {
+    pub open_millis: Option<Spanned<u64>>,
+    pub max_open_millis: Option<Spanned<u64>>,
+    pub jitter_percent: Option<Spanned<u64>>,
+    pub decay_millis: Option<Spanned<u64>>,
+    pub half_open_connections: Option<Spanned<u64>>,
+    pub half_open_timeout_millis: Option<Spanned<u64>>,
+    pub half_open_passes: Option<Spanned<u64>>,
+    pub ramp_millis: Option<Spanned<u64>>,
+    pub ramp_start_permille: Option<Spanned<u64>>,
+    pub window: Option<Window>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Window {
+    pub length_millis: Option<Spanned<u64>>,
+    pub minimum_volume: Option<Spanned<u64>>,
+    pub failure_rate_percent: Option<Spanned<u64>>,
+}

@@ -1,0 +1,122 @@
+//! The configuration file: what a person writes ([`format`]), and what it means ([`validate`]).
+//!
+//! Parsing is strict and happens once: behind [`Config`] nothing is checked again.
+
+mod format;
+mod validate;
+
+use std::{fmt, path::{Path, PathBuf}, time::Duration};
+
+use globset::GlobSet;
+
+use crate::model::Service;
+
+pub use validate::{DEFAULT_PIN_PATH, DEFAULT_SOCKET};
+
+/// A configuration that holds together.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// About the agent itself.
+    pub agent: AgentConfig,
+    /// What is protected.
+    pub services: Vec<Service>,
+}
+
+/// About the agent itself. All of it is read at start; a reload that changes it says that it needs a restart.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    /// Where maps and links are pinned; the ABI version is added below.
+    pub pin_path: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// Whether host-side veths get the programs.
+    pub veths: bool,
+    /// Further interfaces, by glob.
+    pub interfaces: GlobSet,
+    /// The globs as written, to compare.
+    pub interface_globs: Vec<String>,
+    /// How the programs are attached.
+    pub attach: AttachMode,
+    /// How long the programs act on the agent's last word; zero = for ever.
+    pub lease: Duration,
+    /// Entries in each flow table.
+    pub max_flows: u32,
+    /// kube-proxy's masquerade mark.
+    pub masquerade_mark: u32,
+}
+
+impl PartialEq for AgentConfig {
+    fn eq(&self, other: &Self) -> bool {
+        let key = |c: &Self| {
+            (c.pin_path.clone(), c.socket.clone(), c.veths, c.interface_globs.clone(), c.attach, c.lease, c.max_flows, c.masquerade_mark)
+        };
+        key(self) == key(other)
+    }
+}
+
+/// How programs are attached to tc hooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum AttachMode {
+    /// tcx where the kernel has it, clsact elsewhere.
+    Auto,
+    /// tcx links (kernel 6.6).
+    Tcx,
+    /// cls_bpf filters on a clsact qdisc.
+    Clsact,
+}
+
+/// What is wrong with a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// Line, from 1; 0 where the error has no place.
+    pub line: u64,
+    /// Where in the structure, e.g. `services[0].primary.check.periodSeconds`; empty for a syntax error.
+    pub field: String,
+    /// What is wrong: the value and what is allowed.
+    pub problem: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if self.line > 0 {
+            write!(f, ":{}", self.line)?;
+        }
+        if !self.field.is_empty() {
+            write!(f, ": {}", self.field)?;
+        }
+        write!(f, ": {}", self.problem)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// Reads a configuration file.
+///
+/// # Errors
+/// Everything that is wrong with it: an unreadable file and a syntax error alone, problems with values all at once.
+pub fn load(file: &Path) -> Result<Config, Vec<ConfigError>> {
+    let text = std::fs::read_to_string(file).map_err(|error| {
+        vec![ConfigError { file: file.to_owned(), line: 0, field: String::new(), problem: format!("cannot be read: {error}") }]
+    })?;
+    parse(file, &text)
+}
+
+/// Parses a configuration; `file` is for the messages only.
+///
+/// # Errors
+/// As for [`load`].
+pub fn parse(file: &Path, text: &str) -> Result<Config, Vec<ConfigError>> {
+    let raw: format::File = serde_saphyr::from_str(text).map_err(|error| {
+        let line = error.location().map_or(0, |location| location.line());
+        // The first line says it; the rest is a picture of the place, which the line number replaces.
+        let problem = error.without_snippet().to_string();
+        vec![ConfigError { file: file.to_owned(), line, field: String::new(), problem }]
+    })?;
+    validate::validate(file, raw)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,262 @@
+//! Attaching to interfaces, and leaving them as they were.
+//!
+//! tcx (kernel 6.6): a link per direction, pinned; a restarted agent swaps the program behind the link at once. Ours
+//! comes first, and returns "next", so that everybody behind it runs.
+//!
+//! clsact: a filter per direction with a priority and handle of its own on the shared qdisc; a restarted agent
+//! replaces it in place. The qdisc is removed only if we made it and nobody else's filter is left on it.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+    },
+    util::KernelVersion,
+};
+use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
+use serde::Serialize;
+
+use super::{load::PROGRAMS, pins::PinDir};
+use crate::config::AttachMode;
+
+/// Priority of our clsact filters: early, but not the very first numbers that others are fond of.
+const PRIORITY: u16 = 0x00b4;
+/// Handle of our clsact filters: how we find them again.
+const HANDLE: TcHandle = TcHandle::new(0, 0xb4ea);
+
+const DIRECTIONS: [(TcAttachType, &str); 2] = [(TcAttachType::Ingress, "in"), (TcAttachType::Egress, "out")];
+
+/// An interface with our programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Attached {
+    /// Its name when we attached.
+    pub name: String,
+    /// How.
+    pub mode: AttachMode,
+}
+
+/// Attaches programs to interfaces.
+#[derive(Debug)]
+pub struct Attacher {
+    programs: Ebpf,
+    links: PathBuf,
+    clsact: PathBuf,
+    mode: AttachMode,
+    attached: BTreeMap<u32, Attached>,
+}
+
+impl Attacher {
+    /// With loaded programs; `mode` as configured.
+    #[must_use]
+    pub fn new(programs: Ebpf, pins: &PinDir, mode: AttachMode) -> Self {
+        let mode = match mode {
+            AttachMode::Auto if has_tcx() => AttachMode::Tcx,
+            AttachMode::Auto => AttachMode::Clsact,
+            chosen => chosen,
+        };
+        Self { programs, links: pins.links(), clsact: pins.clsact(), mode, attached: BTreeMap::new() }
+    }
+
+    /// How programs are attached: never `Auto`.
+    #[must_use]
+    pub const fn mode(&self) -> AttachMode {
+        self.mode
+    }
+
+    /// Interfaces with our programs, by index.
+    #[must_use]
+    pub const fn attached(&self) -> &BTreeMap<u32, Attached> {
+        &self.attached
+    }
+
+    /// Puts the programs on both directions of an interface; on one that has them already, the new ones replace the
+    /// old without a gap.
+    ///
+    /// # Errors
+    /// What the kernel said; the interface may have gone meanwhile.
+    pub fn attach(&mut self, index: u32, name: &str) -> Result<()> {
+        for ((direction, suffix), program_name) in DIRECTIONS.into_iter().zip(PROGRAMS) {
+            let program: &mut SchedClassifier = self
+                .programs
+                .program_mut(program_name)
+                .with_context(|| format!("the object has no program {program_name}"))?
+                .try_into()
+                .with_context(|| format!("{program_name} is no tc program"))?;
+            match self.mode {
+                AttachMode::Clsact => attach_clsact(program, name, index, direction, &self.clsact),
+                AttachMode::Tcx | AttachMode::Auto => {
+                    attach_tcx(program, name, direction, &self.links.join(format!("{index}_{suffix}")))
+                }
+            }
+            .with_context(|| format!("attach {program_name} to {name}"))?;
+        }
+        self.attached.insert(index, Attached { name: name.to_owned(), mode: self.mode });
+        Ok(())
+    }
+
+    /// Forgets an interface that is gone.
+    pub fn forget(&mut self, index: u32) -> Option<Attached> {
+        for (_, suffix) in DIRECTIONS {
+            let _ = fs::remove_file(self.links.join(format!("{index}_{suffix}")));
+        }
+        let _ = fs::remove_dir(self.clsact.join(index.to_string()));
+        self.attached.remove(&index)
+    }
+
+    /// Forgets pins of interfaces that went while no agent ran.
+    pub fn forget_all_but(&mut self, present: &[u32]) {
+        for index in pinned_indices(&self.links).into_iter().chain(pinned_indices(&self.clsact)) {
+            if !present.contains(&index) {
+                self.forget(index);
+            }
+        }
+    }
+}
+
+/// tcx came with 6.6 (kernel commit e420bed02507).
+#[must_use]
+pub fn has_tcx() -> bool {
+    kernel_at_least(6, 6)
+}
+
+/// Whether the running kernel is of this version or later.
+#[must_use]
+pub fn kernel_at_least(major: u8, minor: u8) -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(major, minor, 0))
+}
+
+fn attach_tcx(program: &mut SchedClassifier, name: &str, direction: TcAttachType, pin: &Path) -> Result<()> {
+    if pin.exists() {
+        match replace_tcx(program, pin) {
+            Ok(()) => return Ok(()),
+            // The interface that it was for is gone, and another one has its index now: the link hangs in the air.
+            Err(error) => {
+                tracing::debug!(pin = %pin.display(), "the pinned link is of no use any more: {error:#}");
+                fs::remove_file(pin).with_context(|| format!("remove {}", pin.display()))?;
+            }
+        }
+    }
+    let id = program.attach_with_options(name, direction, TcAttachOptions::TcxOrder(LinkOrder::first()))?;
+    let link: FdLink = program.take_link(id)?.try_into()?;
+    link.pin(pin).with_context(|| format!("pin {}", pin.display()))?;
+    Ok(())
+}
+
+fn replace_tcx(program: &mut SchedClassifier, pin: &Path) -> Result<()> {
+    let link: SchedClassifierLink = FdLink::from(PinnedLink::from_pin(pin)?).try_into()?;
+    let id = program.attach_to_link(link)?;
+    // The pin keeps it; ours is only a descriptor.
+    drop(FdLink::try_from(program.take_link(id)?)?);
+    Ok(())
+}
+
+fn attach_clsact(
+    program: &mut SchedClassifier,
+    name: &str,
+    index: u32,
+    direction: TcAttachType,
+    markers: &Path,
+) -> Result<()> {
+    // A directory is the only thing that bpffs lets us leave as a note.
+    let marker = markers.join(index.to_string());
+    match tc::qdisc_add_clsact(name) {
+        Ok(()) => fs::create_dir_all(&marker).with_context(|| format!("make {}", marker.display()))?,
+        // Somebody's, or ours from before.
+        Err(error) if format!("{error:?}").contains("EEXIST") || already_there(&error) => {}
+        Err(error) => return Err(anyhow!(error).context("add a clsact qdisc")),
+    }
+    let existing = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
+    let id = match program.attach_to_link(existing) {
+        Ok(id) => id,
+        Err(_) => program.attach_with_options(
+            name,
+            direction,
+            TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None }),
+        )?,
+    };
+    // The filter stays when we end; a link that is dropped would take it away.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+fn already_there(error: &tc::TcError) -> bool {
+    let mut source: Option<&dyn std::error::Error> = Some(error);
+    while let Some(cause) = source {
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return io.kind() == std::io::ErrorKind::AlreadyExists;
+        }
+        source = cause.source();
+    }
+    error.to_string().contains("exists")
+}
+
+/// Takes all links and filters of a pin directory away; returns how many.
+pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
+    let mut count = 0;
+    if let Ok(entries) = fs::read_dir(links) {
+        for entry in entries.flatten() {
+            let path = entry.path();
+            // Without its pin a link has no reference left, and the kernel detaches it.
+            fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+            count += 1;
+        }
+    }
+    for (index, name) in interfaces()? {
+        for ((direction, _), program) in DIRECTIONS.into_iter().zip(PROGRAMS) {
+            if tc::qdisc_detach_program(&name, direction, program).is_ok() {
+                count += 1;
+            }
+        }
+        let marker = markers.join(index.to_string());
+        if marker.exists() && no_filters(&name) {
+            let status = Command::new("tc").args(["qdisc", "del", "dev", &name, "clsact"]).status();
+            if !status.is_ok_and(|s| s.success()) {
+                bail!("the clsact qdisc on {name} is ours and could not be removed; by hand: tc qdisc del dev {name} clsact");
+            }
+        }
+    }
+    if let Ok(entries) = fs::read_dir(markers) {
+        for entry in entries.flatten() {
+            fs::remove_dir(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(count)
+}
+
+/// Whether nobody's filter is on either direction of an interface.
+fn no_filters(name: &str) -> bool {
+    ["ingress", "egress"].iter().all(|direction| {
+        let output = Command::new("tc").args(["filter", "show", "dev", name, direction]).output();
+        output.is_ok_and(|o| o.status.success() && o.stdout.trim_ascii().is_empty())
+    })
+}
+
+/// The interfaces of this network namespace.
+fn interfaces() -> Result<Vec<(u32, String)>> {
+    let text = fs::read_to_string("/proc/thread-self/net/dev").context("read /proc/thread-self/net/dev")?;
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None).context("open a socket")?;
+    let names = text.lines().skip(2).filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
+    Ok(names.filter_map(|name| Some((name_to_index(&socket, &name).ok()?, name))).collect())
+}
+
+fn pinned_indices(dir: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let name = name.to_str()?;
+            name.split('_').next()?.parse().ok()
+        })
+        .collect()
+}

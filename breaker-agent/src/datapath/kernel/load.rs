@@ -1,0 +1,71 @@
+//! Loading the programs, with the maps that are pinned or that will be.
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::{Map, MapData},
+    programs::SchedClassifier,
+};
+use aya_log::EbpfLogger;
+
+use super::{maps::{Maps, PINNED}, pins::PinDir};
+
+/// The object that `build.rs` built.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
+
+/// Names of the programs at the two directions of a hook.
+pub(super) const PROGRAMS: [&str; 2] = ["breaker_in", "breaker_out"];
+
+/// Programs in the kernel, and their maps.
+#[expect(missing_debug_implementations, reason = "the logger has none")]
+pub struct Loaded {
+    /// The programs, loaded but not attached.
+    pub programs: Ebpf,
+    /// Their maps.
+    pub maps: Maps,
+    /// Carries the programs' log to ours, if they log.
+    pub logger: Option<EbpfLogger<&'static dyn log::Log>>,
+}
+
+/// Loads the programs on the maps of a pin directory.
+///
+/// `log_level` is the programs' own: `None` takes the log out of them, so that it costs nothing.
+///
+/// # Errors
+/// What the kernel said, the verifier's log included.
+pub fn load(pins: &PinDir, max_flows: u32, masquerade_mark: u32, log_level: Option<log::Level>) -> Result<Loaded> {
+    let level: u8 = log_level.map_or(0, |level| u8::try_from(level as usize).unwrap_or(0));
+    let mut loader = EbpfLoader::new();
+    loader
+        .verifier_log_level(VerifierLogLevel::DISABLE)
+        .override_global("AYA_LOG_LEVEL", &level, true)
+        .override_global("MASQUERADE_MARK", &masquerade_mark, true)
+        .map_max_entries("FLOWS4", max_flows)
+        .map_max_entries("REVERSE4", max_flows);
+    for (name, ..) in PINNED {
+        loader.map_pin_path(*name, pins.map(name));
+    }
+    let mut programs = loader.load(OBJECT).context("load the maps into the kernel")?;
+    for name in PROGRAMS {
+        let program: &mut SchedClassifier = programs
+            .program_mut(name)
+            .with_context(|| format!("the object has no program {name}"))?
+            .try_into()
+            .with_context(|| format!("{name} is no tc program"))?;
+        program.load().with_context(|| format!("load the program {name} into the kernel"))?;
+    }
+    let logger = match log_level {
+        Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
+        None => None,
+    };
+    let maps = Maps::open(|name| programs.take_map(name).with_context(|| format!("the object has no map {name}")))?;
+    Ok(Loaded { programs, maps, logger })
+}
+
+/// Opens the maps of a pin directory without programs.
+pub(super) fn open_pinned(path_of: impl Fn(&str) -> std::path::PathBuf) -> Result<Maps> {
+    Maps::open(|name| {
+        let data = MapData::from_pin(path_of(name)).with_context(|| format!("open the pinned map {name}"))?;
+        Map::from_map_data(data).with_context(|| format!("the pinned map {name}"))
+    })
+}

@@ -1,0 +1,47 @@
+//! What can be seen without an agent: the pinned maps.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use breaker_common::{Heartbeat, MAX_SERVICES, PassReason, ServiceCounters};
+
+use super::{adopt_record, load, maps::monotonic_ns, pins};
+use crate::datapath::Adopted;
+
+/// What an agent left, or what it is doing.
+#[derive(Clone, Debug)]
+pub struct Leftover {
+    /// Its last sign of life.
+    pub heartbeat: Heartbeat,
+    /// How long ago that was, nanoseconds.
+    pub silent_ns: u64,
+    /// The services as the programs act on them, with their counters.
+    pub services: Vec<(Adopted, ServiceCounters)>,
+    /// What failed open.
+    pub reasons: Vec<(PassReason, u64)>,
+}
+
+/// Reads the maps below a pin path; `None` where nothing is pinned.
+///
+/// # Errors
+/// Maps that are there and cannot be read.
+pub fn read(root: &Path) -> Result<Option<Leftover>> {
+    if !pins::map_path(root, "HEARTBEAT").exists() {
+        return Ok(None);
+    }
+    let maps = load::open_pinned(|name| pins::map_path(root, name))?;
+    let heartbeat = maps.heartbeat();
+    let mut services = Vec::new();
+    for index in 0..MAX_SERVICES {
+        let record = maps.services.get(&index, 0).context("read the records")?;
+        if let Some(service) = adopt_record(&record, maps.switch(index)) {
+            services.push((service, maps.counters(index)?));
+        }
+    }
+    Ok(Some(Leftover {
+        heartbeat,
+        silent_ns: monotonic_ns().saturating_sub(heartbeat.beat_ns),
+        services,
+        reasons: maps.reasons()?,
+    }))
+}

@@ -1,0 +1,161 @@
+//! The datapath: carries out plans, and tells what the programs did. Only this module knows maps and programs.
+//!
+//! [`plan`] says what should be, from domain types, without knowing the kernel; [`kernel`] makes it so; [`fake`]
+//! pretends to, for tests of everything above.
+
+pub mod fake;
+pub mod kernel;
+pub mod plan;
+
+use std::{net::SocketAddr, time::Duration};
+
+use breaker_common::{BreakerState, EventKind, FlowKind, PassReason, ServiceCounters, StateReason};
+use serde::Serialize;
+
+use crate::model::{Frontend, Override, ServiceName};
+use plan::ServicePlan;
+
+/// What the datapath could not do. The text names the map or program and the kernel's answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct DatapathError(pub String);
+
+impl From<anyhow::Error> for DatapathError {
+    fn from(error: anyhow::Error) -> Self {
+        Self(format!("{error:#}"))
+    }
+}
+
+/// A service as an earlier agent left it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// Its name.
+    pub name: ServiceName,
+    /// Where its clients connect to.
+    pub frontends: Vec<Frontend>,
+    /// The state that the programs act on.
+    pub state: BreakerState,
+    /// Its epoch.
+    pub epoch: u32,
+    /// The primary's share, permille.
+    pub share: u16,
+    /// Why it is in its state.
+    pub reason: StateReason,
+    /// Since when, nanoseconds since 1970.
+    pub since_unix_ns: u64,
+    /// Trips in a row.
+    pub trips: u32,
+    /// An operator's word and when it ends (nanoseconds since 1970, 0 = never).
+    pub override_: (Override, u64),
+}
+
+/// A flow for people.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowView {
+    /// Client.
+    pub client: SocketAddr,
+    /// What it connected to.
+    pub frontend: SocketAddr,
+    /// Where it goes.
+    pub backend: SocketAddr,
+    /// The client's port toward the backend.
+    pub source_port: u16,
+    /// What was decided.
+    #[serde(serialize_with = "kind_label")]
+    pub kind: FlowKind,
+    /// In which epoch.
+    pub epoch: u32,
+    /// How long ago, seconds.
+    pub age_seconds: u64,
+    /// Whether the backend answered, and whether it is over.
+    pub phase: &'static str,
+}
+
+fn kind_label<S: serde::Serializer>(kind: &FlowKind, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str(kind.label())
+}
+
+/// What the programs tell as it happens.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PacketEvent {
+    /// The service.
+    pub service: ServiceName,
+    /// What happened.
+    #[serde(serialize_with = "event_label")]
+    pub kind: EventKind,
+    /// In which epoch.
+    pub epoch: u32,
+    /// Whose connection.
+    pub client: SocketAddr,
+    /// To what.
+    pub frontend: SocketAddr,
+    /// Where it went, if anywhere.
+    pub backend: Option<SocketAddr>,
+}
+
+fn event_label<S: serde::Serializer>(kind: &EventKind, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str(kind.label())
+}
+
+/// What a look through the flow tables found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sweep {
+    /// Flows on a backup that live, by service.
+    pub redirected: std::collections::BTreeMap<ServiceName, usize>,
+    /// Entries in the forward table, finished ones removed.
+    pub entries: usize,
+}
+
+/// What the engine needs of the datapath.
+pub trait Datapath {
+    /// What an earlier agent left; asked once, before anything is changed.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    fn adopt(&mut self) -> Result<Vec<Adopted>, DatapathError>;
+
+    /// Makes a plan true. The switch is thrown last and at once; a failure before it leaves the old decision whole.
+    ///
+    /// # Errors
+    /// The map write that failed; applying the same plan again is safe.
+    fn apply(&mut self, plan: &ServicePlan) -> Result<(), DatapathError>;
+
+    /// Takes a service away; flows of it that live would be cut, so it is asked for when none is left.
+    ///
+    /// # Errors
+    /// As for [`Datapath::apply`].
+    fn remove(&mut self, name: &ServiceName) -> Result<(), DatapathError>;
+
+    /// Renews the lease.
+    fn beat(&mut self, lease: Duration, unix_ns: u64);
+
+    /// A service's counters, summed over the CPUs.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    fn counters(&self, name: &ServiceName) -> Result<ServiceCounters, DatapathError>;
+
+    /// Packets that failed open, by reason; only reasons that happened.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    fn reasons(&self) -> Result<Vec<(PassReason, u64)>, DatapathError>;
+
+    /// Looks through the flow tables: removes what is over, and counts what lives. `idle` is how long a flow without
+    /// packets is kept; `None` keeps it (the agent just started and does not know what it missed).
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    fn sweep(&mut self, idle: Option<Duration>) -> Result<Sweep, DatapathError>;
+
+    /// The service's flows, up to `limit`.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowView>, DatapathError>;
+
+    /// Events since the last call, up to some hundred.
+    fn events(&mut self) -> Vec<PacketEvent>;
+}

@@ -1,0 +1,282 @@
+//! The domain: what is protected, by what, and how. Core and std only; every source (a file, later Kubernetes) ends
+//! here, and nothing behind it knows where it came from.
+
+use std::{fmt, net::SocketAddr, ops::RangeInclusive, sync::Arc, time::Duration};
+
+use serde::Serialize;
+
+/// A service's name, unique on a node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct ServiceName(Arc<str>);
+
+impl ServiceName {
+    /// A name as it is; sources check its form.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// As text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Transport protocols that are protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Protocol {
+    /// RFC 9293.
+    #[serde(rename = "TCP")]
+    Tcp,
+}
+
+/// Where clients connect to: a Service's VIP, port and protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Frontend {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/TCP", self.address)
+    }
+}
+
+/// One destination of a tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct Backend {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// Its part of the tier's new connections, relative to the others'; at least 1.
+    pub weight: u16,
+}
+
+/// A priority group: the primary, or one of the backups.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Tier {
+    /// For people.
+    pub name: String,
+    /// Destinations; may be empty for the primary only.
+    pub backends: Vec<Backend>,
+    /// How its backends are checked; without, they count as Up.
+    pub check: Option<Check>,
+    /// How many backends must be Up for the tier to be Up.
+    pub min_healthy: usize,
+}
+
+/// An active check, in the vocabulary of Kubernetes' probes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Check {
+    /// What is done.
+    pub action: CheckAction,
+    /// From one probe to the next.
+    pub period: Duration,
+    /// From one probe to the next while the health is about to change, or not known yet.
+    pub fast_period: Duration,
+    /// How long one probe may take.
+    pub timeout: Duration,
+    /// Failures in a row that make Up Down.
+    pub failure_threshold: u32,
+    /// Passes in a row that make Down Up.
+    pub success_threshold: u32,
+    /// A period varies by up to this part of itself.
+    pub jitter_percent: u8,
+}
+
+/// What a probe does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum CheckAction {
+    /// A GET; passes by status and, if wanted, body.
+    HttpGet {
+        /// With a leading slash.
+        path: String,
+        /// Another port than the backend's.
+        port: Option<u16>,
+        /// Over TLS; the certificate is not verified, as kubelet does not.
+        https: bool,
+        /// Host header and SNI, if not the address.
+        host: Option<String>,
+        /// More headers.
+        headers: Vec<(String, String)>,
+        /// Statuses that pass.
+        expected_statuses: Vec<RangeInclusive<u16>>,
+        /// Text that the first 64 KiB of the body must contain.
+        body_contains: Option<String>,
+    },
+    /// A connection.
+    TcpSocket {
+        /// Another port than the backend's.
+        port: Option<u16>,
+    },
+    /// The gRPC health checking protocol v1.
+    Grpc {
+        /// Another port than the backend's.
+        port: Option<u16>,
+        /// Name of the service asked about; empty = the server as a whole.
+        service: String,
+    },
+}
+
+/// What happens to established flows on the side that a change of state turns away from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum EstablishedPolicy {
+    /// They go on until they end.
+    Keep,
+    /// They are reset at both ends, on their next packet.
+    Reset,
+}
+
+/// What new connections get when no backup can take them either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum WhenAllUnhealthy {
+    /// The primary, such as it is.
+    PassThrough,
+    /// A TCP reset at once.
+    Reject,
+}
+
+/// What the programs do when the agent gives no sign of life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum OnAgentLoss {
+    /// New connections go to the primary.
+    PassThrough,
+    /// The last decision holds.
+    Hold,
+}
+
+/// Whether decisions are carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Mode {
+    /// They are.
+    Enforce,
+    /// They are counted only.
+    DryRun,
+}
+
+/// What an operator wants, apart from what is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Override {
+    /// Go by what is measured.
+    Auto,
+    /// Open, whatever is measured.
+    ForceOpen,
+    /// Closed, whatever is measured.
+    ForceClosed,
+}
+
+/// How the breaker decides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BreakerPolicy {
+    /// How long the breaker stays open at least, after the first trip in a row.
+    pub open: Duration,
+    /// The longest that it grows to with more trips in a row.
+    pub max_open: Duration,
+    /// An open time varies by up to this part of itself.
+    pub jitter_percent: u8,
+    /// Trips in a row are forgotten one by one, each after this long without a new one.
+    pub decay: Duration,
+    /// Real connections that try the primary while half-open; 0 = from open straight to closed.
+    pub half_open_connections: u32,
+    /// How long half-open lasts at the most; it ends earlier after enough passes of the check.
+    pub half_open_timeout: Duration,
+    /// Passes of the primary's check that close a half-open breaker.
+    pub half_open_passes: u32,
+    /// How long the primary's share grows after closing; 0 = all at once.
+    pub ramp: Duration,
+    /// Where the ramp starts, permille.
+    pub ramp_start: u16,
+    /// Trips on the rate of failed observations too.
+    pub window: Option<FailureWindow>,
+}
+
+/// A sliding window over the primary's observations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FailureWindow {
+    /// How far it looks back.
+    pub length: Duration,
+    /// Observations that it must hold before it decides anything.
+    pub minimum_volume: u32,
+    /// Failures, in percent of the observations, that trip.
+    pub failure_rate_percent: u8,
+}
+
+/// A protected service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    /// Its name.
+    pub name: ServiceName,
+    /// Where its clients connect to.
+    pub frontends: Vec<Frontend>,
+    /// What it runs on.
+    pub primary: Tier,
+    /// What takes over, in order of preference.
+    pub backups: Vec<Tier>,
+    /// How it is decided.
+    pub breaker: BreakerPolicy,
+    /// Whether it is carried out.
+    pub mode: Mode,
+    /// What the configuration wants, apart from what is measured.
+    pub override_: Override,
+    /// Established flows on the primary when it opens.
+    pub on_open: EstablishedPolicy,
+    /// Established flows on a backup when it closes.
+    pub on_close: EstablishedPolicy,
+    /// When no backup is usable.
+    pub when_all_unhealthy: WhenAllUnhealthy,
+    /// When the agent is gone.
+    pub on_agent_loss: OnAgentLoss,
+}
+
+impl Service {
+    /// A service that nothing is known of but its name: what is left when its configuration is gone.
+    #[must_use]
+    pub fn nothing(name: ServiceName) -> Self {
+        let nobody = |name: &str| Tier { name: name.into(), backends: Vec::new(), check: None, min_healthy: 1 };
+        Self {
+            name,
+            frontends: Vec::new(),
+            primary: nobody("primary"),
+            backups: vec![nobody("backup")],
+            breaker: BreakerPolicy {
+                open: Duration::ZERO,
+                max_open: Duration::ZERO,
+                jitter_percent: 0,
+                decay: Duration::ZERO,
+                half_open_connections: 0,
+                half_open_timeout: Duration::ZERO,
+                half_open_passes: 1,
+                ramp: Duration::ZERO,
+                ramp_start: 0,
+                window: None,
+            },
+            mode: Mode::Enforce,
+            override_: Override::Auto,
+            on_open: EstablishedPolicy::Keep,
+            on_close: EstablishedPolicy::Keep,
+            when_all_unhealthy: WhenAllUnhealthy::PassThrough,
+            on_agent_loss: OnAgentLoss::PassThrough,
+        }
+    }
+
+    /// Every tier, the primary first.
+    pub fn tiers(&self) -> impl Iterator<Item = &Tier> {
+        std::iter::once(&self.primary).chain(&self.backups)
+    }
+}

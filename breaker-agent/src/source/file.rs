@@ -1,0 +1,70 @@
+//! A file as the source: read at start, on SIGHUP, and when it changes.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
+use tokio::sync::mpsc;
+
+use crate::config::{self, Config, ConfigError};
+
+/// Editors write in several steps, and a ConfigMap swaps links: wait until it is quiet.
+const QUIET: Duration = Duration::from_millis(100);
+
+/// Watches a configuration file.
+#[derive(Debug)]
+pub struct FileSource {
+    path: PathBuf,
+    changes: mpsc::Receiver<()>,
+    last: Option<String>,
+    _watcher: RecommendedWatcher,
+}
+
+impl FileSource {
+    /// Starts to watch a file's directory (the file itself may be replaced by another one of that name).
+    ///
+    /// # Errors
+    /// A directory that cannot be watched.
+    pub fn watch(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path).context("the path of the configuration")?;
+        let (sender, changes) = mpsc::channel(1);
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| !event.kind.is_access()) {
+                // One note is enough, however much happened.
+                let _ = sender.try_send(());
+            }
+        })
+        .context("open inotify")?;
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        watcher.watch(dir, RecursiveMode::NonRecursive).with_context(|| format!("watch {}", dir.display()))?;
+        let last = std::fs::read_to_string(&path).ok();
+        Ok(Self { path, changes, last, _watcher: watcher })
+    }
+
+    /// Waits until the file's content has changed. Safe to cancel.
+    pub async fn changed(&mut self) {
+        loop {
+            if self.changes.recv().await.is_none() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(QUIET).await;
+            while self.changes.try_recv().is_ok() {}
+            let text = std::fs::read_to_string(&self.path).ok();
+            if text != self.last {
+                self.last = text;
+                return;
+            }
+        }
+    }
+
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn load(&self) -> Result<Config, Vec<ConfigError>> {
+        config::load(&self.path)
+    }
+}

@@ -1,0 +1,3 @@
+//! Where services come from. Every source ends in [`crate::model`].
+
+pub mod file;

@@ -1,0 +1,3 @@
+//! The hooks, each as a packet travels through it.
+
+pub mod tc;

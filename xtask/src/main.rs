@@ -1,0 +1,136 @@
+//! `cargo xtask`: everything a developer or CI does here, each by one word.
+
+#![forbid(unsafe_code)]
+
+mod run;
+mod setup;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+
+use run::{cargo, run};
+
+/// breaker's own commands.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what a build, the demo and the tests need: Debian packages by apt-get, bpf-linker by cargo.
+    Setup,
+    /// Build the programs for the kernel (a build of the agent does this by itself).
+    BuildEbpf {
+        /// As the agent embeds them.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Formatting and clippy, warnings as errors, the programs included.
+    Lint,
+    /// All tests: those without root first, then the ones in the real kernel.
+    Test {
+        /// Only this tier.
+        tier: Option<Tier>,
+        /// Only tests whose name contains this.
+        #[arg(long)]
+        filter: Option<String>,
+    },
+    /// Play the lab: a service fails over in the kernel and comes back.
+    Demo {
+        /// Print one JSON object instead of the story.
+        #[arg(long)]
+        json: bool,
+        /// Leave the lab up afterwards, and say how to look around in it.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Measure; ratios between things that ran side by side.
+    Bench {
+        /// Only the rows whose name contains this.
+        name: Option<String>,
+        /// Print the rows as a JSON list.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// A tier of tests.
+#[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
+enum Tier {
+    /// Everything that needs no root.
+    Unit,
+    /// The programs in the kernel, packet by packet (root).
+    Program,
+    /// Real sockets in network namespaces (root).
+    Lab,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Task::Setup => setup::setup(true),
+        Task::BuildEbpf { release } => {
+            setup::setup(false)?;
+            let objects = ebpf_builder::build(release)?;
+            println!("{}", objects.breaker.display());
+            Ok(())
+        }
+        Task::Lint => lint(),
+        Task::Test { tier, filter } => {
+            setup::setup(false)?;
+            test(tier, filter.as_deref())
+        }
+        Task::Demo { json, keep } => {
+            setup::setup(false)?;
+            let flags = [(json, "--json"), (keep, "--keep")];
+            lab("demo", flags.iter().filter(|(on, _)| *on).map(|(_, flag)| *flag))
+        }
+        Task::Bench { name, json } => {
+            setup::setup(false)?;
+            lab("bench", name.as_deref().into_iter().chain(json.then_some("--json")))
+        }
+    }
+}
+
+fn lint() -> Result<()> {
+    setup::setup(false)?;
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["fmt", "--check", "--manifest-path", "breaker-ebpf/Cargo.toml"]))?;
+    // The programs' own warnings are errors in their build; clippy knows the target only with core's source.
+    ebpf_builder::lint()?;
+    run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+}
+
+fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
+    let wanted = |t| tier.is_none_or(|only| only == t);
+    let filter: Vec<&str> = filter.into_iter().collect();
+    if wanted(Tier::Unit) {
+        run(cargo().args(["test", "--quiet", "--workspace", "--exclude", "breaker-tests"]).args(&filter))?;
+        run(cargo().args(["test", "--quiet", "-p", "breaker-tests", "--lib", "--test", "unit"]).args(&filter))?;
+    }
+    // One lab at a time on two cores: these tests measure outcomes under load.
+    let root = |name: &str| {
+        let mut command = cargo();
+        command.args(["test", "--quiet", "-p", "breaker-tests", "--test", name, "--"]).args(&filter);
+        command.args(["--test-threads", "1"]);
+        command
+    };
+    if wanted(Tier::Program) {
+        run(&mut root("program"))?;
+    }
+    if wanted(Tier::Lab) {
+        run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
+        run(&mut root("lab"))?;
+    }
+    Ok(())
+}
+
+/// Runs a command of the lab binary, built for release: the stories and numbers are about what users run.
+fn lab<'a>(command: &str, args: impl Iterator<Item = &'a str>) -> Result<()> {
+    run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
+    run(std::process::Command::new(ebpf_builder::workspace().join("target/release/breaker-lab"))
+        .arg(command)
+        .args(args))
+}
