@@ -191,21 +191,37 @@ pub fn pin_passed(key: &FlowKey4, service: u32, epoch: u32, now_ns: u64) -> Resu
 /// Pins a flow to a backend in both tables, under a reverse key that is its own: where the client's port is taken
 /// toward this backend by another flow that lives, it gets another one, as conntrack does.
 ///
-/// Returns the flow as pinned.
+/// `flow` says where to; its source port is what the pinning came to.
 ///
 /// # Errors
 /// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]: nothing is left behind.
 #[inline(always)]
-pub fn pin(
+pub fn pin(key: &FlowKey4, flow: &mut Flow4) -> Result<(), PassReason> {
+    if !claim(key, flow) {
+        flow.source_port = claim_other_port(key, flow);
+        if flow.source_port == [0; 2] {
+            return Err(PassReason::NoSourcePort);
+        }
+    }
+    if FLOWS4.insert(key, *flow, BPF_ANY as u64).is_err() {
+        let _ = REVERSE4.remove(reverse_key_of(key, flow));
+        return Err(PassReason::FlowTableFull);
+    }
+    Ok(())
+}
+
+/// A flow to a backend, as decided now.
+#[inline(always)]
+pub fn to(
+    backend: &Backend4,
     key: &FlowKey4,
     kind: FlowKind,
     service: u32,
     backend_id: u32,
-    backend: &Backend4,
     epoch: u32,
     now_ns: u64,
-) -> Result<Flow4, PassReason> {
-    let mut flow = Flow4 {
+) -> Flow4 {
+    Flow4 {
         backend: backend.addr,
         backend_port: backend.port,
         source_port: key.client_port,
@@ -217,15 +233,7 @@ pub fn pin(
         pad: 0,
         created_ns: now_ns,
         last_seen_ns: agent::beat_ns(),
-    };
-    if !claim(key, &flow) {
-        flow.source_port = claim_other_port(key, &flow)?;
     }
-    if FLOWS4.insert(key, flow, BPF_ANY as u64).is_err() {
-        let _ = REVERSE4.remove(reverse_key_of(key, &flow));
-        return Err(PassReason::FlowTableFull);
-    }
-    Ok(flow)
 }
 
 /// Takes the flow's reverse key, if it is free, its own, or left behind by a flow that is gone.
@@ -266,9 +274,9 @@ fn ended(flow: &Flow4, reverse: &Reverse4) -> bool {
         || flow.tcp_seen & reverse.tcp_seen & tcp_seen::FIN != 0
 }
 
-/// Looks for a free source port, a few steps around the range from a place that depends on the flow.
+/// Looks for a free source port, a few steps around the range from a place that depends on the flow; 0 = none.
 #[inline(always)]
-fn claim_other_port(key: &FlowKey4, flow: &Flow4) -> Result<[u8; 2], PassReason> {
+fn claim_other_port(key: &FlowKey4, flow: &Flow4) -> [u8; 2] {
     let own = u16::from_be_bytes(key.client_port);
     let reverse = reverse_of(key, flow);
     for step in 1..=PORT_TRIES {
@@ -278,8 +286,8 @@ fn claim_other_port(key: &FlowKey4, flow: &Flow4) -> Result<[u8; 2], PassReason>
         let mut reverse_key = reverse_key_of(key, flow);
         reverse_key.client_port = port;
         if REVERSE4.insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok() {
-            return Ok(port);
+            return port;
         }
     }
-    Err(PassReason::NoSourcePort)
+    [0; 2]
 }

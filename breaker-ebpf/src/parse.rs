@@ -30,6 +30,12 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// A place to parse into.
+    #[inline(always)]
+    pub fn empty() -> Self {
+        Self { source: [0; 4], destination: [0; 4], source_port: [0; 2], destination_port: [0; 2], l4: 0, flags: 0 }
+    }
+
     /// A connection request: SYN without ACK. (With RST or FIN beside it, it is none: hosts drop those.)
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
@@ -47,34 +53,37 @@ pub const L3: usize = EthHdr::LEN;
 /// Longest headers that we look at: Ethernet, IPv4 and TCP, each IP and TCP with all options.
 const LONGEST: u32 = (EthHdr::LEN + 60 + 60) as u32;
 
-/// Parses a packet. `Ok(None)`: not IPv4 or not TCP, nothing to count.
+/// Parses a packet into `segment`. `Ok(false)`: not IPv4 or not TCP, nothing to count.
+///
+/// The caller brings the place because a value that some paths leave undefined ends up as a register that the verifier
+/// refuses to see spilled.
 ///
 /// # Errors
 /// [`PassReason::Truncated`] and [`PassReason::Fragment`].
 #[inline(always)]
-pub fn ipv4_tcp(packet: &Packet<'_>) -> Result<Option<Segment>, PassReason> {
-    match linear(packet) {
+pub fn ipv4_tcp(packet: &Packet<'_>, segment: &mut Segment) -> Result<bool, PassReason> {
+    match linear(packet, segment) {
         // The headers may lie outside of the linear part: fetch them, once.
         Err(PassReason::Truncated) => {
             let want = if packet.len() < LONGEST { packet.len() } else { LONGEST };
             packet.pull(want).ok_or(PassReason::Truncated)?;
-            linear(packet)
+            linear(packet, segment)
         }
         outcome => outcome,
     }
 }
 
 #[inline(always)]
-fn linear(packet: &Packet<'_>) -> Result<Option<Segment>, PassReason> {
+fn linear(packet: &Packet<'_>, segment: &mut Segment) -> Result<bool, PassReason> {
     let Some(eth) = packet.read::<EthHdr>(0) else { return Err(PassReason::Truncated) };
     if eth.ether_type != EtherType::Ipv4 as u16 {
-        return Ok(None);
+        return Ok(false);
     }
     let Some(ip) = packet.at::<Ipv4Hdr>(L3) else { return Err(PassReason::Truncated) };
     // SAFETY: `at` checked the bounds; the header is bytes only, so any alignment and any value will do.
     let ip = unsafe { &*ip };
     if ip.proto != PROTO_TCP {
-        return Ok(None);
+        return Ok(false);
     }
     // More fragments, or an offset: RFC 791 section 3.1.
     if u16::from_be_bytes(ip.frags) & 0x3fff != 0 {
@@ -93,12 +102,13 @@ fn linear(packet: &Packet<'_>) -> Result<Option<Segment>, PassReason> {
     let Some(tcp) = packet.at::<[u8; TcpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
     // SAFETY: as above.
     let tcp = unsafe { &*tcp };
-    Ok(Some(Segment {
+    *segment = Segment {
         source: ip.src_addr,
         destination: ip.dst_addr,
         source_port: [tcp[0], tcp[1]],
         destination_port: [tcp[2], tcp[3]],
         l4,
         flags: tcp[13],
-    }))
+    };
+    Ok(true)
 }

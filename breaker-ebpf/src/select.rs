@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
-    Backend4, BreakerState, FlowKey4, MAX_BACKENDS, MAX_SERVICES, PassReason, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
+    Backend4, BreakerState, FlowKey4, MAX_BACKENDS, MAX_SERVICES, SLOT_PASSTHROUGH, SLOTS,
     Switch, TABLES_PER_SERVICE, backend_use, slot_table_start,
 };
 
@@ -19,45 +19,30 @@ static SLOT_TABLES: Array<u32, SLOTS_LEN> = Array::new();
 #[btf_map]
 static BACKENDS4: Array<Backend4, { MAX_BACKENDS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// What a new connection gets.
-pub enum Choice {
-    /// kube-proxy's.
-    Pass,
-    /// One of the half-open breaker's trial connections: kube-proxy's as well.
-    Trial,
-    /// Refused.
-    Reject,
-    /// Ours: backend id and destination.
-    Backend(u32, Backend4),
+/// What a new connection gets: a slot's content ([`SLOT_PASSTHROUGH`], [`breaker_common::SLOT_REJECT`] or a backend id), and whether it
+/// is one of the half-open breaker's trial connections.
+#[derive(Clone, Copy)]
+pub struct Choice {
+    pub slot: u32,
+    pub trial: bool,
 }
 
-/// Chooses for a flow.
-///
-/// # Errors
-/// A slot that points nowhere: a bug of userspace, and the packet's way to the primary.
+/// Chooses for a flow. A service without a record (which cannot be) is left to kube-proxy.
 #[inline(always)]
-pub fn choose(service: u32, switch: &Switch<u8>, key: &FlowKey4) -> Result<Choice, PassReason> {
-    let record = service::record(service).ok_or(PassReason::UnknownService)?;
+pub fn choose(service: u32, switch: &Switch<u8>, key: &FlowKey4) -> Choice {
+    let Some(record) = service::record(service) else { return Choice { slot: SLOT_PASSTHROUGH, trial: false } };
     let hash = hash::flow4(key, record.seed);
     let trial = switch.state == BreakerState::HalfOpen as u8
         && service::take_half_open(service, switch.epoch, record.half_open_limit);
     let tier = if trial || hash::permille(hash) < switch.share { 0 } else { 1 };
     let index = slot_table_start(service, switch.buffer(), tier) + hash::slot(hash);
-    match SLOT_TABLES.get(index).copied() {
-        None | Some(SLOT_PASSTHROUGH) if trial => Ok(Choice::Trial),
-        None | Some(SLOT_PASSTHROUGH) => Ok(Choice::Pass),
-        Some(SLOT_REJECT) => Ok(Choice::Reject),
-        Some(id) => match backend(id) {
-            Some(backend) => Ok(Choice::Backend(id, backend)),
-            None => Err(PassReason::UnknownBackend),
-        },
-    }
+    Choice { slot: SLOT_TABLES.get(index).map_or(SLOT_PASSTHROUGH, |slot| *slot), trial }
 }
 
 /// A backend by id.
 #[inline(always)]
-pub fn backend(id: u32) -> Option<Backend4> {
-    BACKENDS4.get(id).copied().filter(|backend| backend.proto != 0)
+pub fn backend(id: u32) -> Option<&'static Backend4> {
+    BACKENDS4.get(id).filter(|backend| backend.proto != 0)
 }
 
 /// Whether packets of a backend need a look into the flow tables: bits of [`backend_use`].

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use tokio::{
-    io::{Interest, unix::AsyncFd},
+    io::unix::AsyncFd,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     time::Instant,
@@ -60,7 +60,7 @@ pub async fn run(options: Options, config: Config) -> Result<()> {
     if let Some(logger) = loaded.logger {
         carry_log(logger);
     }
-    let events = AsyncFd::register_with_interest(loaded.maps.events_fd()?, Interest::READABLE).context("watch the ring")?;
+    let events = loaded.maps.events_ready()?;
     let attacher = Attacher::new(loaded.programs, &pins, config.agent.attach);
     let clock = Clock::new();
     let engine = Engine::new(KernelDatapath::new(loaded.maps), clock.now())?;

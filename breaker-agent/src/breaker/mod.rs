@@ -121,7 +121,7 @@ impl Breaker {
         breaker.backoff.restore(was.trips, now);
         breaker.deadline = match was.state {
             BreakerState::Closed => now,
-            BreakerState::Open => breaker.since + breaker.backoff.open_time(&breaker.policy).saturating_sub(was.age),
+            BreakerState::Open => now + breaker.backoff.open_time(&breaker.policy).saturating_sub(was.age),
             BreakerState::HalfOpen => now + breaker.policy.half_open_timeout.saturating_sub(was.age),
         };
         breaker

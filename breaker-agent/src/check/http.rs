@@ -111,13 +111,7 @@ fn contains(body: &[u8], wanted: &[u8]) -> bool {
 }
 
 fn classify(error: &reqwest::Error) -> Outcome {
-    let tls = chain(error).any(|cause| {
-        cause.downcast_ref::<rustls::Error>().is_some()
-            || cause
-                .downcast_ref::<std::io::Error>()
-                .and_then(std::io::Error::get_ref)
-                .is_some_and(|inner| inner.is::<rustls::Error>())
-    });
+    let tls = chain(error).any(is_tls);
     let code = match (error.is_timeout(), error.is_connect()) {
         _ if tls => CheckCode::L6Rsp,
         (true, true) => CheckCode::L4Tout,
@@ -128,6 +122,12 @@ fn classify(error: &reqwest::Error) -> Outcome {
         (false, false) => CheckCode::L7Rsp,
     };
     (code, describe(error))
+}
+
+/// An I/O error hides what it wraps from the chain of sources, so look into it.
+fn is_tls(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let inner = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    cause.is::<rustls::Error>() || inner.is_some_and(|inner| is_tls(inner))
 }
 
 fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {

@@ -210,10 +210,13 @@ fn agent(options: Options, check_only: bool) -> ExitCode {
     }
 }
 
+/// The netlink crate warns of every attribute that a newer kernel has made longer.
+const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
+
 /// To standard error, level by `BREAKER_LOG` (info by default).
 fn start_log() {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("BREAKER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("BREAKER_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
     let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).with_target(false).init();
     // What the programs log comes through the log crate.

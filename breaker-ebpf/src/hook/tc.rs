@@ -11,7 +11,8 @@
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use breaker_common::{
-    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow4, FlowKey4, FlowKind, NONE, PassReason, Switch, backend_use,
+    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow4, FlowKey4, FlowKind, NONE, PassReason, SLOT_PASSTHROUGH, SLOT_REJECT,
+    Switch, backend_use,
     switch_flags, tcp_seen,
 };
 
@@ -20,7 +21,7 @@ use crate::{
     packet::Packet,
     parse::{self, Segment},
     reset,
-    select::{self, Choice},
+    select,
     service,
     verdict::Verdict,
 };
@@ -33,7 +34,10 @@ static MASQUERADE_MARK: aya_ebpf::Global<u32> = aya_ebpf::Global::new(DEFAULT_MA
 #[inline(always)]
 pub fn try_from_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
     let packet = Packet::new(ctx);
-    let Some(segment) = parse::ipv4_tcp(&packet)? else { return Ok(Verdict::Next) };
+    let mut segment = Segment::empty();
+    if !parse::ipv4_tcp(&packet, &mut segment)? {
+        return Ok(Verdict::Next);
+    }
     let Some(role) = endpoint::find(segment.destination, segment.destination_port) else { return Ok(Verdict::Next) };
     if let Some(service) = endpoint::index(role.service) {
         return to_frontend(ctx, &packet, &segment, service);
@@ -48,7 +52,10 @@ pub fn try_from_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
 #[inline(always)]
 pub fn try_to_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
     let packet = Packet::new(ctx);
-    let Some(segment) = parse::ipv4_tcp(&packet)? else { return Ok(Verdict::Next) };
+    let mut segment = Segment::empty();
+    if !parse::ipv4_tcp(&packet, &mut segment)? {
+        return Ok(Verdict::Next);
+    }
     let Some(role) = endpoint::find(segment.source, segment.source_port) else { return Ok(Verdict::Next) };
     let Some(backend) = endpoint::index(role.backend) else { return Ok(Verdict::Next) };
     if select::backend_in_use(backend) == 0 {
@@ -115,65 +122,71 @@ fn new_connection(
         });
         return pass_and_pin(service, switch, &key, now_ns);
     }
-    let choice = match select::choose(service, switch, &key) {
-        Ok(choice) => choice,
-        Err(reason) => {
-            count::service(service, |c| c.failed_open += 1);
-            return Err(reason);
-        }
-    };
+    let choice = select::choose(service, switch, &key);
     if dry_run {
-        let would_move = matches!(choice, Choice::Backend(..) | Choice::Reject);
+        let would_move = choice.slot != SLOT_PASSTHROUGH;
         count::service(service, |c| {
             c.new_primary += 1;
             c.dry_run += would_move as u64;
         });
         return Ok(Verdict::Next);
     }
-    match choice {
-        Choice::Pass => {
-            count::service(service, |c| c.new_primary += 1);
-            pass_and_pin(service, switch, &key, now_ns)
-        }
-        Choice::Trial => {
+    match choice.slot {
+        SLOT_PASSTHROUGH => {
             count::service(service, |c| {
                 c.new_primary += 1;
-                c.half_open += 1;
+                c.half_open += choice.trial as u64;
             });
             pass_and_pin(service, switch, &key, now_ns)
         }
-        Choice::Reject => {
+        SLOT_REJECT => {
             count::service(service, |c| c.rejected += 1);
             event::send(EventKind::Rejected, now_ns, service, switch, &key, None);
             Ok(Verdict::Redirect(reset::refuse(packet, segment)?))
         }
-        Choice::Backend(id, backend) => {
-            let pinned =
-                match flow::pin(&key, FlowKind::Redirected, service, id, &backend, switch.epoch, now_ns) {
-                    Ok(flow) => flow,
-                    Err(reason) => {
-                        count::service(service, |c| c.failed_open += 1);
-                        return Err(reason);
-                    }
-                };
-            select::mark_in_use(id, backend_use::REDIRECTED);
-            let hairpin = key.client == pinned.backend;
-            if hairpin {
-                // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
-                packet.add_mark(MASQUERADE_MARK.load());
-            }
-            debug!(ctx, "moved {:i}:{} to {:i}", key.client, u16::from_be_bytes(key.client_port), pinned.backend);
-            event::send(EventKind::FlowMoved, now_ns, service, switch, &key, Some(&pinned));
-            count::service(service, |c| {
-                c.new_backup += 1;
-                c.translated += 1;
-                c.hairpin += hairpin as u64;
-                c.port_changed += (pinned.source_port != key.client_port) as u64;
-            });
-            nat::to_backend(packet, segment, pinned.backend, pinned.backend_port, pinned.source_port)?;
-            Ok(Verdict::Next)
-        }
+        id => redirect(ctx, packet, segment, service, switch, &key, id, now_ns),
     }
+}
+
+/// Sends a new connection to a backend.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the packet's whole story so far")]
+fn redirect(
+    ctx: &TcContext,
+    packet: &Packet<'_>,
+    segment: &Segment,
+    service: u32,
+    switch: &Switch<u8>,
+    key: &FlowKey4,
+    id: u32,
+    now_ns: u64,
+) -> Result<Verdict, PassReason> {
+    let Some(backend) = select::backend(id) else {
+        count::service(service, |c| c.failed_open += 1);
+        return Err(PassReason::UnknownBackend);
+    };
+    let mut flow = flow::to(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
+    if let Err(reason) = flow::pin(key, &mut flow) {
+        count::service(service, |c| c.failed_open += 1);
+        return Err(reason);
+    }
+    select::mark_in_use(id, backend_use::REDIRECTED);
+    let hairpin = key.client == flow.backend;
+    if hairpin {
+        // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
+        packet.add_mark(MASQUERADE_MARK.load());
+    }
+    debug!(ctx, "moved {:i}:{} to {:i}", key.client, u16::from_be_bytes(key.client_port), flow.backend);
+    event::send(EventKind::FlowMoved, now_ns, service, switch, key, Some(&flow));
+    let port_changed = flow.source_port != key.client_port;
+    count::service(service, |c| {
+        c.new_backup += 1;
+        c.translated += 1;
+        c.hairpin += hairpin as u64;
+        c.port_changed += port_changed as u64;
+    });
+    nat::to_backend(packet, segment, flow.backend, flow.backend_port, flow.source_port)?;
+    Ok(Verdict::Next)
 }
 
 /// Leaves a new connection to kube-proxy. While the breaker is not closed that is a decision like another, and pinned:
@@ -263,7 +276,8 @@ fn to_backend_directly(packet: &Packet<'_>, segment: &Segment, id: u32) -> Resul
     let source_port = if segment.is_syn() {
         flow::forget(&key);
         let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
-        let flow = flow::pin(&key, FlowKind::Direct, NONE, id, &backend, 0, agent::now_ns())?;
+        let mut flow = flow::to(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
+        flow::pin(&key, &mut flow)?;
         if flow.source_port == key.client_port {
             return Ok(Verdict::Next);
         }

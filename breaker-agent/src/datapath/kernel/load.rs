@@ -37,7 +37,7 @@ pub fn load(pins: &PinDir, max_flows: u32, masquerade_mark: u32, log_level: Opti
     let level: u8 = log_level.map_or(0, |level| u8::try_from(level as usize).unwrap_or(0));
     let mut loader = EbpfLoader::new();
     loader
-        .verifier_log_level(VerifierLogLevel::DISABLE)
+        .verifier_log_level(VerifierLogLevel::default())
         .override_global("AYA_LOG_LEVEL", &level, true)
         .override_global("MASQUERADE_MARK", &masquerade_mark, true)
         .map_max_entries("FLOWS4", max_flows)

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap as StdHashMap,
     net::{SocketAddr, SocketAddrV4},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     sync::atomic::Ordering,
     time::Duration,
 };
@@ -15,6 +15,7 @@ use breaker_common::{
     PassReason, Reverse4, ReverseKey4, ServiceCounters, ServiceRecord, Switch,
 };
 use rustix::time::{ClockId, clock_gettime};
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::mmap::SharedArray;
 use crate::{datapath::PacketEvent, model::ServiceName};
@@ -163,16 +164,17 @@ impl Maps {
         Ok(reasons)
     }
 
-    /// The ring buffer's file descriptor becomes readable when there is urgent news.
+    /// Becomes readable when there is urgent news in the ring buffer.
     ///
     /// # Errors
-    /// No file descriptor left.
-    pub fn events_fd(&self) -> Result<std::os::fd::OwnedFd> {
-        use std::os::fd::{AsRawFd as _, BorrowedFd};
-        #[expect(unsafe_code, reason = "aya lends the descriptor as a number")]
+    /// No file descriptor left, or no runtime to watch it.
+    #[expect(unsafe_code, reason = "aya lends the descriptor as a number, and tokio wants a promise about it")]
+    pub fn events_ready(&self) -> Result<AsyncFd<OwnedFd>> {
         // SAFETY: the ring lives in `self`, so the descriptor is open for this call.
         let fd = unsafe { BorrowedFd::borrow_raw(self.events.as_raw_fd()) };
-        fd.try_clone_to_owned().context("duplicate the ring's descriptor")
+        let fd = fd.try_clone_to_owned().context("duplicate the ring's descriptor")?;
+        // SAFETY: an owned descriptor stays the same and open until it is dropped.
+        unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.context("watch the ring")
     }
 
     pub(super) fn events(&mut self, names: &StdHashMap<u32, ServiceName>) -> Vec<PacketEvent> {

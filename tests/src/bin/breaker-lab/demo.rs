@@ -1,0 +1,210 @@
+//! The story, told as it happens.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use breaker_tests::lab::{
+    client::{Load, Plan, Record},
+    service::Fault,
+    stage::{Checks, Lab, Moment, Play},
+};
+use serde_json::json;
+
+/// Plays every fault, with the lab's checks and with fast ones.
+pub fn demo(json: bool, keep: bool) -> Result<()> {
+    let mut teller = Teller::new(!json);
+    teller.say("Setting up the lab: a node as k3s lays it out, in network namespaces of its own.");
+    let mut lab = Lab::new(Checks::Default)?;
+    lab.agent.start()?;
+    teller.introduce(&lab);
+    let mut plays = Vec::new();
+    for checks in [Checks::Default, Checks::Fast] {
+        if checks == Checks::Fast {
+            teller.say("\nNow with checks every 100 ms, three failures are down (the agent reads its file again):");
+            lab.configure(checks, "")?;
+            lab.agent.wait_reload(Duration::from_secs(10))?;
+        }
+        for fault in Fault::ALL {
+            teller.begin(fault, checks);
+            let plan = Plan { per_second: 50, ..Plan::usual(lab.vip) };
+            let play = lab.play(fault, checks, plan, |moment| teller.watch(&moment))?;
+            teller.end(&play);
+            plays.push(play);
+        }
+    }
+    if json {
+        println!("{}", serde_json::to_string_pretty(&json!({ "faults": plays }))?);
+    } else {
+        teller.table(&plays);
+    }
+    if keep {
+        let ns = lab.world.node(0).ns().name().to_owned();
+        let (socket, pins) = (lab.agent.socket(), lab.agent.pin_path().to_owned());
+        let look = format!(
+            "The lab stays up, the agent with it (as long as it lives). Look around:\n\
+             \x20 breaker status --socket {}\n\
+             \x20 ip netns exec {} curl -s http://{}/\n\
+             \x20 ip -n {ns} -d link ; nsenter --net=/run/netns/{ns} iptables-save -t nat\n\
+             \x20 bpftool map dump pinned {}/v1/maps/SWITCHES | head\n\
+             \x20 ip netns exec {} curl -s -X POST http://127.0.0.1/fakeerrormodeon\n\
+             Take it away:\n  {}",
+            socket.display(),
+            lab.client.ns.name(),
+            lab.vip,
+            pins.display(),
+            lab.primary.pod.ns.name(),
+            lab.world.keep(),
+        );
+        if json { eprintln!("{look}") } else { println!("\n{look}") }
+        // Its processes must outlive us.
+        std::mem::forget(lab);
+    }
+    Ok(())
+}
+
+/// Tells a person what happens.
+struct Teller {
+    talk: bool,
+    colour: bool,
+    injected: Instant,
+    shown: usize,
+    column: usize,
+}
+
+impl Teller {
+    fn new(talk: bool) -> Self {
+        let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Self { talk, colour, injected: Instant::now(), shown: 0, column: 0 }
+    }
+
+    fn say(&self, text: &str) {
+        if self.talk {
+            println!("{text}");
+        }
+    }
+
+    fn introduce(&self, lab: &Lab) {
+        self.say(&format!(
+            "  client pod {}  asks the Service VIP {} 50 times a second on new connections, and 4 clients keep theirs\n\
+             \x20 dummy-deployment  {}   the primary      (strip: P)\n\
+             \x20 backup-deployment {}   the backup       (strip: B; x = a failed request)\n\
+             \x20 breaker watches /ready and sits on the pods' veths; closed, packets pass untouched to kube-proxy's rules.",
+            lab.client.address,
+            lab.vip,
+            lab.primary.address(),
+            lab.backup.address(),
+        ));
+    }
+
+    fn begin(&mut self, fault: Fault, checks: Checks) {
+        let what = match fault {
+            Fault::FakeError => "the primary says 503 to checks and hangs on requests",
+            Fault::Kill => "the primary's process is killed",
+            Fault::BlackHole => "packets to the primary vanish",
+        };
+        self.say(&format!("\n{}: {what} (checks: {})", self.bold(fault.name()), checks.name()));
+        self.shown = 0;
+        self.column = 0;
+    }
+
+    fn bold(&self, text: &str) -> String {
+        if self.colour { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    fn watch(&mut self, moment: &Moment<'_>) {
+        match moment {
+            Moment::Well(load) => self.strip(load),
+            Moment::Injected(load) => {
+                self.strip(load);
+                self.injected = Instant::now();
+                self.line("the fault is there");
+            }
+            Moment::Open(load) => {
+                self.strip(load);
+                self.line("Closed -> Open: new connections go to the backup");
+            }
+            Moment::OnBackup(load) => {
+                self.strip(load);
+                self.line("everybody is on the backup; the primary is made well again");
+            }
+            Moment::Closed(load) => {
+                self.strip(load);
+                self.line("Open -> Closed: kube-proxy has its packets back");
+            }
+            Moment::Back(load) => {
+                self.strip(load);
+                self.newline();
+            }
+        }
+    }
+
+    fn line(&mut self, text: &str) {
+        self.newline();
+        if self.talk {
+            println!("  {:>6} ms  {text}", self.injected.elapsed().as_millis());
+        }
+    }
+
+    fn newline(&mut self) {
+        if self.talk && self.column > 0 {
+            println!();
+        }
+        self.column = 0;
+    }
+
+    /// One character for every few requests since the last strip.
+    fn strip(&mut self, load: &Load) {
+        let records = load.records();
+        let new: Vec<&Record> = records[self.shown..].iter().collect();
+        self.shown = records.len();
+        if !self.talk {
+            return;
+        }
+        let group = new.len().div_ceil(90).max(4);
+        for chunk in new.chunks(group) {
+            let failed = chunk.iter().any(|r| !r.outcome.is_success());
+            let backup = chunk.iter().filter(|r| r.outcome.pod().is_some_and(|pod| pod.contains(".1.3:"))).count();
+            let (mark, colour) = if failed {
+                ('x', "31")
+            } else if backup * 2 > chunk.len() {
+                ('B', "33")
+            } else {
+                ('P', "32")
+            };
+            if self.column == 0 {
+                print!("             ");
+            }
+            if self.colour { print!("\x1b[{colour}m{mark}\x1b[0m") } else { print!("{mark}") }
+            self.column += 1;
+        }
+        let _ = std::io::stdout().flush();
+    }
+
+    fn end(&self, play: &Play) {
+        self.say(&format!(
+            "  recovered after {} ms; {} of {} requests failed; back on the primary {} ms after it was well",
+            play.recovered_ms, play.failed_requests, play.requests, play.back_on_primary_ms
+        ));
+    }
+
+    fn table(&self, plays: &[Play]) {
+        self.say(&format!("\n{}", self.bold("FAULT      CHECKS      RECOVERED  FAILED        WRONG  BACK     WHY IT OPENED")));
+        for play in plays {
+            let reason = play.transitions.first().map_or("", |step| step.reason.as_str());
+            self.say(&format!(
+                "{:<10} {:<11} {:>6} ms  {:>4} of {:<5} {:>5}  {:>4} ms  {reason}",
+                play.fault.name(),
+                play.checks,
+                play.recovered_ms,
+                play.failed_requests,
+                play.requests,
+                play.wrong_answers,
+                play.back_on_primary_ms,
+            ));
+        }
+        self.say("\nRequests that the dying primary had accepted already, and those before a check noticed, fail: no proxy repeats them.");
+    }
+}

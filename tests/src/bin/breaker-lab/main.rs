@@ -1,0 +1,34 @@
+//! The demo and the bench: what `cargo xtask demo` and `cargo xtask bench` run, as root.
+
+mod demo;
+
+use anyhow::{Result, ensure};
+use clap::{Parser, Subcommand};
+
+/// The lab, for people.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Play the story.
+    Demo {
+        /// Print one JSON object instead of the story.
+        #[arg(long)]
+        json: bool,
+        /// Leave the lab up afterwards.
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    ensure!(rustix::process::geteuid().is_root(), "the lab needs root: it makes network namespaces and loads programs");
+    match cli.command {
+        Command::Demo { json, keep } => demo::demo(json, keep),
+    }
+}

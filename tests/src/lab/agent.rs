@@ -1,0 +1,241 @@
+//! The agent under test: the real binary, in a node's network namespace.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use breaker_agent::{
+    agent::status::{AgentStatus, EventLine, ServiceStatus},
+    control::client::Client,
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{binary, netns::NetNs, wait_for};
+
+/// An agent, running or not, and its files.
+#[derive(Debug)]
+pub struct Agent {
+    ns: NetNs,
+    dir: PathBuf,
+    pin_path: PathBuf,
+    process: Option<Child>,
+}
+
+impl Agent {
+    /// An agent that is not started yet. `dir` takes its configuration, socket and log.
+    #[must_use]
+    pub fn new(ns: &NetNs, dir: &Path, pin_path: &Path) -> Self {
+        Self { ns: ns.clone(), dir: dir.to_owned(), pin_path: pin_path.to_owned(), process: None }
+    }
+
+    /// Its control socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("breaker.sock")
+    }
+
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("lab.yaml")
+    }
+
+    /// Where it pins.
+    #[must_use]
+    pub fn pin_path(&self) -> &Path {
+        &self.pin_path
+    }
+
+    /// Its log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
+    }
+
+    /// Writes its configuration: what it says of services, and the agent's own section before it. The file is replaced
+    /// at once, as a careful editor does.
+    ///
+    /// # Errors
+    /// No place to write to.
+    pub fn write_config(&self, agent: &str, services: &str) -> Result<()> {
+        let text = format!(
+            "agent:\n  pinPath: {}\n  socket: {}\n{agent}{services}",
+            self.pin_path.display(),
+            self.socket().display()
+        );
+        let temporary = self.dir.join(".lab.yaml.new");
+        fs::write(&temporary, text).context("write the configuration")?;
+        fs::rename(&temporary, self.config()).context("replace the configuration")
+    }
+
+    /// Starts it, and waits until it answers.
+    ///
+    /// # Errors
+    /// An agent that ends or does not answer; its log is in the message.
+    pub fn start(&mut self) -> Result<()> {
+        self.start_with(&[])
+    }
+
+    /// As [`Agent::start`], with more arguments.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_with(&mut self, args: &[&str]) -> Result<()> {
+        let log = File::options().create(true).append(true).open(self.dir.join("agent.log")).context("open the log")?;
+        let child = self
+            .ns
+            .command(binary("breaker")?)
+            .args(["agent", "--config"])
+            .arg(self.config())
+            .args(args)
+            .env("BREAKER_LOG", "info,breaker_agent=debug,netlink_packet_route=error")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("start the agent")?;
+        let child = self.process.insert(child);
+        let mut ended = None;
+        let client = Agent::new(&self.ns, &self.dir, &self.pin_path);
+        let outcome = wait_for("the agent to be ready", Duration::from_secs(30), || {
+            ended = child.try_wait().ok().flatten();
+            ended.is_some() || client.status().is_ok()
+        });
+        outcome.with_context(|| format!("the agent's log:\n{}", self.log()))?;
+        match ended {
+            Some(status) => bail!("the agent ended with {status}; its log:\n{}", self.log()),
+            None => Ok(()),
+        }
+    }
+
+    /// Its process id.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.process.as_ref().context("the agent is not running")?.id())
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid()?).ok().and_then(Pid::from_raw).context("a process id")?;
+        kill_process(pid, signal).context("signal the agent")
+    }
+
+    /// Kills it without a warning (SIGKILL).
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the agent is not running")?;
+        process.kill().context("kill the agent")?;
+        process.wait().context("wait for the agent")?;
+        Ok(())
+    }
+
+    /// Ends it by SIGTERM, and waits.
+    ///
+    /// # Errors
+    /// It is not running, or does not end well.
+    pub fn stop(&mut self) -> Result<()> {
+        self.signal(Signal::TERM)?;
+        let status = self.process.take().context("the agent is not running")?.wait().context("wait for the agent")?;
+        if !status.success() {
+            bail!("the agent ended with {status}; its log:\n{}", self.log());
+        }
+        Ok(())
+    }
+
+    /// Runs the command line against it: standard output, error and exit code.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn cli(&self, args: &[&str]) -> Result<Output> {
+        let mut command: Command = self.ns.command(binary("breaker")?);
+        command.args(args).arg("--socket").arg(self.socket()).arg("--pin-path").arg(&self.pin_path);
+        command.output().context("run breaker")
+    }
+
+    /// Its status.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn status(&self) -> Result<AgentStatus> {
+        self.with_client(async |client| client.status().await)
+    }
+
+    /// One service's status.
+    ///
+    /// # Errors
+    /// It does not answer, or there is no such service.
+    pub fn service(&self, name: &str) -> Result<ServiceStatus> {
+        self.with_client(async |client| client.get(name).await)
+    }
+
+    /// All events that it remembers.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn events(&self) -> Result<Vec<EventLine>> {
+        self.with_client(async |client| {
+            let mut events = Vec::new();
+            let keep = |event| {
+                events.push(event);
+                Ok(())
+            };
+            client.events(false, keep).await?;
+            Ok(events)
+        })
+    }
+
+    /// Waits until the agent has read its file again and every check has a result.
+    ///
+    /// # Errors
+    /// After `limit`.
+    pub fn wait_reload(&self, limit: Duration) -> Result<()> {
+        wait_for("the agent to read its file again", limit, || {
+            let read = self.events().is_ok_and(|events| events.iter().any(|e| e.kind == "Config"));
+            read && self.status().is_ok_and(|status| {
+                let mut backends = status.services.iter().flat_map(|s| &s.tiers).flat_map(|t| &t.backends);
+                backends.all(|backend| backend.health == "Up")
+            })
+        })
+    }
+
+    /// Waits until a service is in a state, and the programs know it.
+    ///
+    /// # Errors
+    /// After `limit`, with the last status.
+    pub fn wait_state(&self, name: &str, state: &str, limit: Duration) -> Result<()> {
+        let mut last = None;
+        wait_for(&format!("{name} to be {state}"), limit, || {
+            last = self.service(name).ok();
+            last.as_ref().is_some_and(|s| s.state == state && s.applied.as_ref() == Some(&s.desired))
+        })
+        .with_context(|| format!("last status: {last:#?}\nlog:\n{}", self.log()))
+    }
+
+    fn with_client<T>(&self, work: impl AsyncFnOnce(&Client) -> Result<T>) -> Result<T> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+        runtime.block_on(async {
+            let client = Client::connect(&self.socket())?.context("no agent listens")?;
+            work(&client).await
+        })
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(process) = &mut self.process {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}

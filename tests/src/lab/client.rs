@@ -1,0 +1,333 @@
+//! Clients that keep asking a Service, and what they were told: every request's outcome, time, and which pod answered.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    io,
+    net::SocketAddrV4,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use bytes::{Buf as _, BytesMut};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::{interval, sleep, timeout},
+};
+
+use super::netns::NetNs;
+
+/// What a client was told.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
+    /// An answer: status, and what stands behind `FROM` in the body (the pod).
+    Answer(u16, String),
+    /// The connection was refused.
+    Refused,
+    /// The connection was reset.
+    Reset,
+    /// The connection ended before the answer did.
+    Closed,
+    /// No connection in time.
+    NotConnected,
+    /// No answer in time.
+    NoAnswer,
+    /// Anything else.
+    Other(String),
+}
+
+impl Outcome {
+    /// What an error of the socket is to a client.
+    #[must_use]
+    pub fn of(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => Self::Refused,
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Self::Reset,
+            io::ErrorKind::TimedOut => Self::NotConnected,
+            io::ErrorKind::UnexpectedEof => Self::Closed,
+            _ => Self::Other(error.to_string()),
+        }
+    }
+
+    /// A 200 from somebody.
+    #[must_use]
+    pub const fn is_success(&self) -> bool {
+        matches!(self, Self::Answer(200, _))
+    }
+
+    /// Who answered.
+    #[must_use]
+    pub fn pod(&self) -> Option<&str> {
+        match self {
+            Self::Answer(_, pod) => Some(pod),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Answer(status, pod) => write!(f, "{status} from {pod}"),
+            Self::Refused => f.write_str("refused"),
+            Self::Reset => f.write_str("reset"),
+            Self::Closed => f.write_str("closed"),
+            Self::NotConnected => f.write_str("not connected"),
+            Self::NoAnswer => f.write_str("no answer"),
+            Self::Other(error) => f.write_str(error),
+        }
+    }
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// When it began.
+    pub at: Instant,
+    /// How long it took.
+    pub took: Duration,
+    /// Whether it was on a connection that is used again.
+    pub keep_alive: bool,
+    /// What came of it.
+    pub outcome: Outcome,
+}
+
+/// How to ask.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Whom.
+    pub target: SocketAddrV4,
+    /// New connections per second, a request on each.
+    pub per_second: u32,
+    /// Clients that keep their connection, with a request every 20 ms each.
+    pub keep_alive: u32,
+    /// How long a request may take.
+    pub limit: Duration,
+}
+
+impl Plan {
+    /// 200 new connections per second, a few that keep theirs, a second per request.
+    #[must_use]
+    pub const fn usual(target: SocketAddrV4) -> Self {
+        Self { target, per_second: 200, keep_alive: 4, limit: Duration::from_secs(1) }
+    }
+}
+
+/// Clients at work.
+#[derive(Debug)]
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    records: Arc<Mutex<Vec<Record>>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Load {
+    /// Starts clients in a network namespace.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn start(ns: &NetNs, plan: Plan) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let records: Arc<Mutex<Vec<Record>>> = Arc::default();
+        let (s, r) = (stop.clone(), records.clone());
+        let thread = ns.thread(move || {
+            // In this namespace: a runtime of one thread, so that no socket is opened elsewhere.
+            if let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                runtime.block_on(drive(plan, s, r));
+            }
+        })?;
+        Ok(Self { stop, records, thread: Some(thread) })
+    }
+
+    /// What was recorded so far, in the order in which requests ended.
+    #[must_use]
+    pub fn records(&self) -> Vec<Record> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until `condition` holds for what was recorded.
+    ///
+    /// # Errors
+    /// After `limit`, with a summary of the last second.
+    pub fn wait(&self, what: &str, limit: Duration, mut condition: impl FnMut(&[Record]) -> bool) -> Result<()> {
+        super::wait_for(what, limit, || condition(&self.records.lock().unwrap_or_else(PoisonError::into_inner)))
+            .with_context(|| format!("the last requests: {:?}", summary(self.records().iter().rev().take(200))))
+    }
+
+    /// Ends the clients; requests under way are waited for. Returns everything, in the order in which requests began.
+    ///
+    /// # Errors
+    /// A thread that panicked.
+    pub fn stop(mut self) -> Result<Vec<Record>> {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take()
+            && let Ok(outcome) = thread.join()
+        {
+            outcome?;
+        }
+        let mut records = self.records();
+        records.sort_by_key(|record| record.at);
+        Ok(records)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// How often each outcome was.
+#[must_use]
+pub fn summary<'a>(records: impl IntoIterator<Item = &'a Record>) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for record in records {
+        *counts.entry(record.outcome.to_string()).or_default() += 1;
+    }
+    counts
+}
+
+type Records = Arc<Mutex<Vec<Record>>>;
+
+async fn drive(plan: Plan, stop: Arc<AtomicBool>, records: Records) {
+    let mut tasks = Vec::new();
+    for _ in 0..plan.keep_alive {
+        tasks.push(tokio::spawn(keep_asking(plan, stop.clone(), records.clone())));
+    }
+    if plan.per_second > 0 {
+        let mut tick = interval(Duration::from_secs(1) / plan.per_second);
+        while !stop.load(Ordering::SeqCst) {
+            tick.tick().await;
+            tasks.push(tokio::spawn(ask_once(plan, records.clone())));
+            if tasks.len() > 10_000 {
+                tasks.retain(|task| !task.is_finished());
+            }
+        }
+    }
+    for task in tasks {
+        let _ = task.await;
+    }
+}
+
+fn record(records: &Records, at: Instant, keep_alive: bool, outcome: Outcome) {
+    let record = Record { at, took: at.elapsed(), keep_alive, outcome };
+    records.lock().unwrap_or_else(PoisonError::into_inner).push(record);
+}
+
+/// One request on a connection of its own.
+async fn ask_once(plan: Plan, records: Records) {
+    let at = Instant::now();
+    let outcome = match connect(plan, plan.limit).await {
+        Ok(mut connection) => {
+            let left = plan.limit.saturating_sub(at.elapsed());
+            connection.ask(false, left).await
+        }
+        Err(outcome) => outcome,
+    };
+    record(&records, at, false, outcome);
+}
+
+/// Requests one after the other on a connection that lasts as long as it does.
+async fn keep_asking(plan: Plan, stop: Arc<AtomicBool>, records: Records) {
+    const PAUSE: Duration = Duration::from_millis(20);
+    let mut connection = None;
+    while !stop.load(Ordering::SeqCst) {
+        let at = Instant::now();
+        let mut current = match connection.take() {
+            Some(current) => current,
+            None => match connect(plan, plan.limit).await {
+                Ok(new) => new,
+                Err(outcome) => {
+                    record(&records, at, true, outcome);
+                    sleep(PAUSE).await;
+                    continue;
+                }
+            },
+        };
+        let outcome = current.ask(true, plan.limit).await;
+        if outcome.is_success() {
+            connection = Some(current);
+        }
+        record(&records, at, true, outcome);
+        sleep(PAUSE).await;
+    }
+}
+
+async fn connect(plan: Plan, limit: Duration) -> Result<Connection, Outcome> {
+    match timeout(limit, TcpStream::connect(plan.target)).await {
+        Ok(Ok(stream)) => {
+            let _ = stream.set_nodelay(true);
+            Ok(Connection { stream, buffer: BytesMut::with_capacity(1024), target: plan.target })
+        }
+        Ok(Err(error)) => Err(Outcome::of(&error)),
+        Err(_) => Err(Outcome::NotConnected),
+    }
+}
+
+/// An HTTP/1.1 connection that asks for `/`.
+#[derive(Debug)]
+pub struct Connection {
+    stream: TcpStream,
+    buffer: BytesMut,
+    target: SocketAddrV4,
+}
+
+impl Connection {
+    /// Connects without a time limit.
+    ///
+    /// # Errors
+    /// What the socket said.
+    pub async fn open(target: SocketAddrV4) -> io::Result<Self> {
+        let stream = TcpStream::connect(target).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, buffer: BytesMut::with_capacity(1024), target })
+    }
+
+    /// Asks once.
+    pub async fn ask(&mut self, keep_alive: bool, limit: Duration) -> Outcome {
+        match timeout(limit, self.exchange(keep_alive)).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(error)) => Outcome::of(&error),
+            Err(_) => Outcome::NoAnswer,
+        }
+    }
+
+    async fn exchange(&mut self, keep_alive: bool) -> io::Result<Outcome> {
+        let connection = if keep_alive { "keep-alive" } else { "close" };
+        let request = format!("GET / HTTP/1.1\r\nhost: {}\r\nconnection: {connection}\r\n\r\n", self.target);
+        self.stream.write_all(request.as_bytes()).await?;
+        loop {
+            if let Some((outcome, length)) = parse(&self.buffer) {
+                self.buffer.advance(length);
+                return Ok(outcome);
+            }
+            if self.stream.read_buf(&mut self.buffer).await? == 0 {
+                return Ok(Outcome::Closed);
+            }
+        }
+    }
+}
+
+/// A whole answer at the start of a buffer, and its length.
+fn parse(buffer: &[u8]) -> Option<(Outcome, usize)> {
+    let end = buffer.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
+    let head = std::str::from_utf8(&buffer[..end]).ok()?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
+    })?;
+    let body = buffer.get(end..end + length)?;
+    let body = String::from_utf8_lossy(body);
+    let pod = body.rsplit("FROM ").next().unwrap_or_default().to_owned();
+    Some((Outcome::Answer(status, pod), end + length))
+}

@@ -1,0 +1,67 @@
+//! Pure parts of the programs, compiled for this machine.
+
+#[allow(dead_code, missing_docs, reason = "the programs use the rest")]
+#[path = "../../../breaker-ebpf/src/csum.rs"]
+mod csum;
+#[allow(dead_code, missing_docs, reason = "the programs use the rest")]
+#[path = "../../../breaker-ebpf/src/hash.rs"]
+mod hash;
+
+use breaker_common::{FlowKey4, SLOTS};
+use proptest::prelude::*;
+
+/// RFC 1071 from scratch, over bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
+
+proptest! {
+    /// Changing four bytes and the checksum by them gives what computing it anew gives (RFC 1624).
+    #[test]
+    fn incremental_checksums_are_the_whole_ones(mut header in any::<[u8; 20]>(), new in any::<[u8; 4]>()) {
+        prop_assume!(header.iter().any(|b| *b != 0));
+        let before = checksum(&header);
+        let old: [u8; 4] = header[12..16].try_into().unwrap();
+        header[12..16].copy_from_slice(&new);
+        prop_assume!(header.iter().any(|b| *b != 0));
+        let after = csum::replaced(before, csum::words4(old), csum::words4(new));
+        // 0x0000 and 0xffff are the same number in one's complement.
+        prop_assert!(after == checksum(&header) || (after ^ checksum(&header)) == 0xffff && (after == 0 || after == 0xffff));
+    }
+
+    #[test]
+    fn shares_and_slots_are_in_range(client in any::<[u8; 4]>(), port in any::<[u8; 2]>(), seed in any::<u32>()) {
+        let key = FlowKey4 { client, vip: [10, 43, 0, 1], client_port: port, vip_port: [0, 80], proto: 6, pad: [0; 3] };
+        let hash = hash::flow4(&key, seed);
+        prop_assert!(hash::permille(hash) < 1000 && hash::slot(hash) < SLOTS);
+    }
+}
+
+/// One client's ports spread evenly over slots and shares, and two services do not move the same ones.
+#[test]
+fn one_clients_connections_spread() {
+    let key = |port: u16| FlowKey4 {
+        client: [10, 42, 0, 4],
+        vip: [10, 43, 0, 10],
+        client_port: port.to_be_bytes(),
+        vip_port: [0x1f, 0x90],
+        proto: 6,
+        pad: [0; 3],
+    };
+    let mut slots = vec![0u32; SLOTS as usize];
+    let mut half = 0;
+    let mut both = 0;
+    for port in 32768..60999u16 {
+        let (a, b) = (hash::flow4(&key(port), 1), hash::flow4(&key(port), 2));
+        slots[hash::slot(a) as usize] += 1;
+        half += u32::from(hash::permille(a) < 500);
+        both += u32::from(hash::permille(a) < 500 && hash::permille(b) < 500);
+    }
+    assert!(slots.iter().all(|n| (60..170).contains(n)), "{slots:?}");
+    assert!((13_500..14_700).contains(&half), "{half}");
+    assert!((6_600..7_500).contains(&both), "{both}");
+}
