@@ -187,8 +187,10 @@ impl Breaker {
     pub fn next_deadline(&self) -> Option<Instant> {
         match self.state {
             BreakerState::Closed => self.ramp_from.map(|from| from + self.policy.ramp),
-            BreakerState::Open if self.override_ == Override::Auto => Some(self.deadline),
-            BreakerState::Open => None,
+            // Without a primary that is Up, time alone changes nothing.
+            BreakerState::Open => {
+                (self.override_ == Override::Auto && self.primary == TierHealth::Up).then_some(self.deadline)
+            }
             BreakerState::HalfOpen => Some(self.deadline),
         }
     }

@@ -56,8 +56,9 @@ fn open_time_grows_with_trips_in_a_row_to_its_cap_and_decays() {
     let mut now = at(0);
     for expected in [10, 20, 25, 25] {
         down(&mut b, now);
-        assert_eq!(b.next_deadline(), Some(now + at(expected)));
+        assert_eq!(b.next_deadline(), None, "the primary is Down: time alone changes nothing");
         assert_eq!(up(&mut b, now + at(expected - 1)), None, "not before the open time is over");
+        assert_eq!(b.next_deadline(), Some(now + at(expected)));
         now += at(expected);
         assert_eq!(b.tick(now).map(|t| t.to), Some(Closed));
     }

@@ -7,7 +7,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
 
 use crate::config::{self, Config, ConfigError};
 
@@ -20,6 +23,8 @@ pub struct FileSource {
     path: PathBuf,
     changes: mpsc::Receiver<()>,
     last: Option<String>,
+    /// When it will have been quiet long enough since the last note of a change.
+    quiet_at: Option<Instant>,
     _watcher: RecommendedWatcher,
 }
 
@@ -41,16 +46,24 @@ impl FileSource {
         let dir = path.parent().unwrap_or(Path::new("/"));
         watcher.watch(dir, RecursiveMode::NonRecursive).with_context(|| format!("watch {}", dir.display()))?;
         let last = std::fs::read_to_string(&path).ok();
-        Ok(Self { path, changes, last, _watcher: watcher })
+        Ok(Self { path, changes, last, quiet_at: None, _watcher: watcher })
     }
 
     /// Waits until the file's content has changed. Safe to cancel.
     pub async fn changed(&mut self) {
         loop {
-            if self.changes.recv().await.is_none() {
-                std::future::pending::<()>().await;
-            }
-            tokio::time::sleep(QUIET).await;
+            // What is known is kept in `self`, so that a caller that drops this future loses nothing.
+            let quiet_at = match self.quiet_at {
+                Some(at) => at,
+                None => {
+                    if self.changes.recv().await.is_none() {
+                        std::future::pending::<()>().await;
+                    }
+                    *self.quiet_at.insert(Instant::now() + QUIET)
+                }
+            };
+            sleep_until(quiet_at).await;
+            self.quiet_at = None;
             while self.changes.try_recv().is_ok() {}
             let text = std::fs::read_to_string(&self.path).ok();
             if text != self.last {

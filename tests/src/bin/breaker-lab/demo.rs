@@ -58,11 +58,19 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
             lab.primary.pod.ns.name(),
             lab.world.keep(),
         );
-        if json { eprintln!("{look}") } else { println!("\n{look}") }
+        if json {
+            eprintln!("{look}");
+        } else {
+            println!("\n{look}");
+        }
         // Its processes must outlive us.
         std::mem::forget(lab);
     }
     Ok(())
+}
+
+fn slice_of(record: &Record, first: Instant, slice: Duration) -> u128 {
+    record.at.saturating_duration_since(first).as_millis() / slice.as_millis()
 }
 
 /// Tells a person what happens.
@@ -89,8 +97,9 @@ impl Teller {
     fn introduce(&self, lab: &Lab) {
         self.say(&format!(
             "  client pod {}  asks the Service VIP {} 50 times a second on new connections, and 4 clients keep theirs\n\
-             \x20 dummy-deployment  {}   the primary      (strip: P)\n\
-             \x20 backup-deployment {}   the backup       (strip: B; x = a failed request)\n\
+             \x20 dummy-deployment  {}   the primary      (P in the strip below)\n\
+             \x20 backup-deployment {}   the backup       (B; x = a request failed)\n\
+             \x20 a strip shows what new connections were told, 100 ms a character\n\
              \x20 breaker watches /ready and sits on the pods' veths; closed, packets pass untouched to kube-proxy's rules.",
             lab.client.address,
             lab.vip,
@@ -155,21 +164,23 @@ impl Teller {
         self.column = 0;
     }
 
-    /// One character for every few requests since the last strip.
+    /// One character for every 100 ms: what the new connections of that time were told.
     fn strip(&mut self, load: &Load) {
+        const SLICE: Duration = Duration::from_millis(100);
         let records = load.records();
-        let new: Vec<&Record> = records[self.shown..].iter().collect();
+        let mut new: Vec<&Record> = records[self.shown..].iter().filter(|r| !r.keep_alive).collect();
         self.shown = records.len();
         if !self.talk {
             return;
         }
-        let group = new.len().div_ceil(90).max(4);
-        for chunk in new.chunks(group) {
-            let failed = chunk.iter().any(|r| !r.outcome.is_success());
-            let backup = chunk.iter().filter(|r| r.outcome.pod().is_some_and(|pod| pod.contains(".1.3:"))).count();
+        new.sort_by_key(|record| record.at);
+        let Some(first) = new.first().map(|record| record.at) else { return };
+        for slice in new.chunk_by(|a, b| slice_of(a, first, SLICE) == slice_of(b, first, SLICE)) {
+            let failed = slice.iter().any(|r| !r.outcome.is_success());
+            let backup = slice.iter().filter(|r| r.outcome.pod().is_some_and(|pod| pod.contains(".1.3:"))).count();
             let (mark, colour) = if failed {
                 ('x', "31")
-            } else if backup * 2 > chunk.len() {
+            } else if backup * 2 > slice.len() {
                 ('B', "33")
             } else {
                 ('P', "32")
@@ -177,7 +188,11 @@ impl Teller {
             if self.column == 0 {
                 print!("             ");
             }
-            if self.colour { print!("\x1b[{colour}m{mark}\x1b[0m") } else { print!("{mark}") }
+            if self.colour {
+                print!("\x1b[{colour}m{mark}\x1b[0m");
+            } else {
+                print!("{mark}");
+            }
             self.column += 1;
         }
         let _ = std::io::stdout().flush();
