@@ -7,6 +7,5 @@ fn main() -> anyhow::Result<()> {
     }
     let objects = ebpf_builder::build(true)?;
     println!("cargo::rustc-env=BREAKER_OBJECT={}", objects.breaker.display());
-    println!("cargo::rustc-env=FOREIGN_OBJECT={}", objects.foreign.display());
     Ok(())
 }

@@ -1,1 +1,35 @@
-fn main(){}
+//! Real sockets, veths, bridge and netfilter, the real agent: one lab a test, gone when it ends.
+
+mod attach;
+mod failover;
+mod lifecycle;
+mod policy;
+
+use std::time::Duration;
+
+use anyhow::Result;
+use breaker_tests::lab::stage::{Checks, Lab, SERVICE};
+
+/// Longer than anything takes on a busy machine.
+const LONG: Duration = Duration::from_secs(20);
+
+/// A lab with fast checks and a running agent that has seen both sides well.
+fn started(service: &str) -> Result<Lab> {
+    let mut lab = Lab::with(Checks::Fast, service)?;
+    lab.agent.start()?;
+    wait_well(&lab)?;
+    Ok(lab)
+}
+
+/// Waits until every backend is Up.
+fn wait_well(lab: &Lab) -> Result<()> {
+    breaker_tests::lab::wait_for("every backend to be Up", LONG, || {
+        lab.agent.service(SERVICE).is_ok_and(|service| {
+            service.tiers.iter().flat_map(|tier| &tier.backends).all(|backend| backend.health == "Up")
+        })
+    })
+}
+
+fn text(output: &[u8]) -> String {
+    String::from_utf8_lossy(output).into_owned()
+}

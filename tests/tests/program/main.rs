@@ -91,8 +91,8 @@ fn what_is_not_ours_goes_on_untouched() -> Result<()> {
 fn truncated_packets_of_every_length_fail_open() -> Result<()> {
     let mut rig = rig(Open, "")?;
     let whole = syn(1).bytes();
-    // The kernel itself refuses to run a program on an Ethernet header alone.
-    for length in 15..14 + 20 + 20 {
+    // The kernel itself refuses to run a program on an IPv4 frame without an IP header.
+    for length in 34..14 + 20 + 20 {
         let packet = &whole[..length];
         untouched(&rig.run("breaker_in", packet)?, packet, &format!("{length} bytes"));
     }

@@ -1,0 +1,154 @@
+//! Interfaces come and go, other programs run beside ours, and nothing of ours is left behind.
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    maps::Array,
+    programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions},
+};
+use breaker_tests::lab::{
+    client::Plan,
+    service::Fault,
+    stage::{Checks, Lab, SERVICE},
+    wait_for,
+};
+
+use crate::{LONG, started, text, wait_well};
+
+static FOREIGN: &[u8] = aya::include_bytes_aligned!(env!("FOREIGN_OBJECT"));
+
+#[test]
+fn a_foreign_program_before_and_after_ours_goes_on_running() -> Result<()> {
+    for order in [LinkOrder::first, LinkOrder::last] {
+        let mut lab = started("")?;
+        let veth = lab.client.veth.clone();
+        let mut foreign = lab.world.node(0).ns().enter(move || -> Result<Ebpf> {
+            let mut foreign = Ebpf::load(FOREIGN)?;
+            for (name, direction) in [("foreign_in", TcAttachType::Ingress), ("foreign_out", TcAttachType::Egress)] {
+                let program: &mut SchedClassifier = foreign.program_mut(name).context(name)?.try_into()?;
+                program.load()?;
+                program.attach_with_options(&veth, direction, TcAttachOptions::TcxOrder(order()))?;
+            }
+            Ok(foreign)
+        })??;
+        lab.primary.inject(Fault::Kill)?;
+        lab.agent.wait_state(SERVICE, "Open", LONG)?;
+        assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
+        let seen: Array<_, u64> = Array::try_from(foreign.map_mut("SEEN").context("SEEN")?)?;
+        assert!(seen.get(&0, 0)? > 3 && seen.get(&1, 0)? > 3, "both directions of a connection");
+    }
+    Ok(())
+}
+
+#[test]
+fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {
+    let mut lab = started("")?;
+    lab.primary.inject(Fault::Kill)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    let interfaces = || lab.agent.status().map(|s| s.datapath.interfaces).unwrap_or_default();
+    assert_eq!(interfaces().len(), 3);
+    let late = lab.world.node_mut(0).add_pod("late")?;
+    wait_for("the late pod's veth to have programs", LONG, || {
+        lab.agent.status().is_ok_and(|s| s.datapath.interfaces.contains(&late.veth))
+    })?;
+    let first = std::mem::replace(&mut lab.client, late.clone());
+    assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
+    lab.client = first;
+    lab.world.node_mut(0).remove_pod(&late)?;
+    wait_for("it to be forgotten", LONG, || {
+        lab.agent.status().is_ok_and(|s| s.datapath.interfaces.len() == 3 && s.datapath.failed_interfaces.is_empty())
+    })?;
+    let links = std::fs::read_dir(lab.agent.pin_path().join("v1/links"))?.count();
+    assert_eq!(links, 6, "two links for each of three pods");
+    Ok(())
+}
+
+/// Kernels before 6.6 have no tcx: filters on a clsact qdisc do the same, also over a restart.
+#[test]
+fn clsact_works_as_tcx_does() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    lab.agent.write_config("  attach: Clsact\n", &lab.services(Checks::Fast, ""))?;
+    lab.agent.start()?;
+    wait_well(&lab)?;
+    lab.primary.inject(Fault::Kill)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    let load = lab.load(Plan::usual(lab.vip))?;
+    load.wait("requests", LONG, |records| records.len() > 200)?;
+    lab.agent.kill()?;
+    lab.agent.start()?;
+    load.wait("more requests", LONG, |records| records.len() > 600)?;
+    let records = load.stop()?;
+    let backup = lab.backup.address().to_string();
+    assert!(records.iter().all(|r| r.outcome.pod() == Some(&backup)), "{:?}", breaker_tests::lab::client::summary(&records));
+    let filters = || lab.world.node(0).ns().output("tc", &["filter", "show", "dev", &lab.client.veth, "ingress"]);
+    assert_eq!(filters()?.matches("breaker_in").count(), 1, "replaced, not added: {}", filters()?);
+    lab.agent.stop()?;
+    assert!(lab.agent.cli(&["cleanup"])?.status.success());
+    let qdiscs = lab.world.node(0).ns().output("tc", &["qdisc", "show"])?;
+    assert!(!qdiscs.contains("clsact"), "{qdiscs}");
+    Ok(())
+}
+
+/// A clsact qdisc that was there before, and one with somebody else's filter, stay.
+#[test]
+fn somebody_elses_qdisc_stays() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    lab.agent.write_config("  attach: Clsact\n", &lab.services(Checks::Fast, ""))?;
+    lab.world.node(0).ns().output("tc", &["qdisc", "add", "dev", &lab.client.veth, "clsact"])?;
+    lab.agent.start()?;
+    lab.agent.stop()?;
+    assert!(lab.agent.cli(&["cleanup"])?.status.success());
+    let qdiscs = lab.world.node(0).ns().output("tc", &["qdisc", "show"])?;
+    assert_eq!(qdiscs.matches("clsact").count(), 1, "{qdiscs}");
+    Ok(())
+}
+
+#[test]
+fn clean_removal_leaves_nothing() -> Result<()> {
+    let mut lab = started("")?;
+    let refused = lab.agent.cli(&["cleanup"])?;
+    assert!(text(&refused.stderr).contains("another agent is running"), "{}", text(&refused.stderr));
+    lab.agent.stop()?;
+    let ours = || -> Result<String> {
+        let ns = lab.world.node(0).ns();
+        Ok(format!("{}{}", ns.output("bpftool", &["net", "show"])?, ns.output("tc", &["qdisc", "show"])?))
+    };
+    assert!(ours()?.contains("breaker_in"));
+    let cleaned = lab.agent.cli(&["cleanup"])?;
+    assert!(text(&cleaned.stdout).starts_with("took away 6 links and 12 maps"), "{}", text(&cleaned.stdout));
+    wait_for("the kernel to have let go", LONG, || ours().is_ok_and(|text| !text.contains("breaker") && !text.contains("clsact")))?;
+    assert!(!lab.agent.pin_path().exists());
+    assert!(lab.ask()?.is_success());
+    Ok(())
+}
+
+/// The maps are an interface: names, enums and wire order for whoever reads them with bpftool.
+#[test]
+fn bpftool_shows_names() -> Result<()> {
+    let mut lab = started("")?;
+    lab.primary.inject(Fault::FakeError)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    lab.ask()?;
+    let dump = |map: &str| {
+        let path = lab.agent.pin_path().join("v1/maps").join(map);
+        lab.world.node(0).ns().output("bpftool", &["map", "dump", "pinned", &path.display().to_string()])
+    };
+    let switches = dump("SWITCHES")?;
+    assert!(switches.contains("\"state\": \"Open\""), "{}", &switches[..400]);
+    assert!(dump("SERVICES")?.contains("\"reason\": \"HttpStatus\""));
+    let flows = dump("FLOWS4")?;
+    let client = lab.client.address.octets().map(|b| b.to_string()).join(",");
+    assert!(flows.contains("\"kind\": \"Redirected\"") && flows.replace([' ', '\n'], "").contains(&client), "{flows}");
+    Ok(())
+}
+
+#[test]
+fn two_labs_at_once_do_not_see_each_other() -> Result<()> {
+    let mut first = started("")?;
+    let second = started("")?;
+    first.primary.inject(Fault::Kill)?;
+    first.agent.wait_state(SERVICE, "Open", LONG)?;
+    assert_eq!(second.agent.service(SERVICE)?.state, "Closed");
+    assert_eq!(second.ask()?.pod(), Some(second.primary.address().to_string().as_str()));
+    Ok(())
+}

@@ -1,0 +1,161 @@
+//! Policies, as clients feel them.
+
+use std::{
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use breaker_tests::lab::{
+    client::{Connection, Outcome, Plan},
+    service::Fault,
+    stage::{Lab, SERVICE},
+    wait_for,
+};
+
+use crate::{LONG, started};
+
+/// Keeps one connection, asks on it when told to.
+fn conversation(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static) -> Result<[Outcome; 2]> {
+    let target = lab.vip;
+    lab.client.ns.enter(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut connection = Connection::open(target).await?;
+            let first = connection.ask(true, Duration::from_secs(5)).await;
+            between()?;
+            let second = connection.ask(true, Duration::from_secs(5)).await;
+            Ok([first, second])
+        })
+    })?
+}
+
+/// Trips by the operator's word, so that the primary stays able to answer.
+fn trip(lab: &Lab) -> impl FnOnce() -> Result<()> + Send + 'static + use<> {
+    let (socket, ns) = (lab.agent.socket(), lab.world.node(0).ns().clone());
+    move || {
+        let binary = breaker_tests::lab::binary("breaker")?;
+        breaker_tests::lab::netns::run(ns.command(binary).args(["trip", SERVICE, "--socket"]).arg(socket))
+    }
+}
+
+fn reset(lab: &Lab) -> impl FnOnce() -> Result<()> + Send + 'static + use<> {
+    let (socket, ns) = (lab.agent.socket(), lab.world.node(0).ns().clone());
+    move || {
+        let binary = breaker_tests::lab::binary("breaker")?;
+        breaker_tests::lab::netns::run(ns.command(binary).args(["reset", SERVICE, "--socket"]).arg(socket))
+    }
+}
+
+#[test]
+fn on_open_reset_is_believed_by_the_clients_stack_and_by_the_peers() -> Result<()> {
+    let lab = started("")?;
+    let started = Instant::now();
+    let [first, second] = conversation(&lab, trip(&lab))?;
+    assert!(first.is_success());
+    assert_eq!(second, Outcome::Reset);
+    assert!(started.elapsed() < Duration::from_secs(5), "a reset, not a time limit");
+    // The primary's side is gone as well: nothing of the connection is left there.
+    let sockets = || lab.primary.pod.ns.output("ss", &["-Htn", "state", "established"]).unwrap_or_default();
+    let client = lab.client.address.to_string();
+    wait_for("the primary to have forgotten the client", LONG, || !sockets().contains(&client))
+}
+
+#[test]
+fn on_open_keep_leaves_established_connections_alone() -> Result<()> {
+    let lab = started("    onOpen: Keep\n")?;
+    let [first, second] = conversation(&lab, trip(&lab))?;
+    assert!(first.is_success());
+    assert_eq!(first, second);
+    assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()), "new ones move");
+    Ok(())
+}
+
+#[test]
+fn on_close_keep_and_reset() -> Result<()> {
+    for (policy, kept) in [("    onClose: Keep\n", true), ("    onClose: Reset\n", false)] {
+        let lab = started(policy)?;
+        trip(&lab)()?;
+        let [first, second] = conversation(&lab, reset(&lab))?;
+        assert_eq!(first.pod(), Some(lab.backup.address().to_string().as_str()));
+        assert_eq!(second, if kept { first } else { Outcome::Reset });
+        assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
+    }
+    Ok(())
+}
+
+#[test]
+fn reject_is_felt_at_once() -> Result<()> {
+    let mut lab = started("    whenAllUnhealthy: Reject\n")?;
+    lab.primary.inject(Fault::BlackHole)?;
+    lab.backup.inject(Fault::BlackHole)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    wait_for("the backup to be Down", LONG, || {
+        lab.agent.service(SERVICE).is_ok_and(|s| s.tiers[1].backends[0].health == "Down" && s.applied == Some(s.desired))
+    })?;
+    let target = lab.vip;
+    let outcome = lab.client.ns.enter(move || TcpStream::connect_timeout(&target.into(), Duration::from_secs(10)))?;
+    assert_eq!(outcome.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    assert!(lab.agent.service(SERVICE)?.counters.rejected >= 1);
+    Ok(())
+}
+
+/// Without a usable backup the primary has its packets, and nobody is reset.
+#[test]
+fn no_usable_backup() -> Result<()> {
+    let mut lab = started("")?;
+    lab.backup.inject(Fault::Kill)?;
+    wait_for("the backup to be Down", LONG, || {
+        lab.agent.service(SERVICE).is_ok_and(|s| s.tiers[1].backends[0].health == "Down")
+    })?;
+    let [first, second] = conversation(&lab, trip(&lab))?;
+    assert!(first.is_success());
+    assert_eq!(first, second);
+    assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
+    // The backup comes back: now there is somewhere to go.
+    lab.backup.heal(Fault::Kill)?;
+    let backup = lab.backup.address().to_string();
+    wait_for("the backup to answer", LONG, || lab.ask().is_ok_and(|o| o.pod() == Some(&backup)))
+}
+
+#[test]
+fn half_open_tries_exactly_its_number_and_ends() -> Result<()> {
+    let mut lab = started(
+        "    breaker: {halfOpenConnections: 5, halfOpenPasses: 1000, halfOpenTimeoutMillis: 1500}\n    onOpen: Keep\n",
+    )?;
+    let load = lab.load(Plan { keep_alive: 0, ..Plan::usual(lab.vip) })?;
+    lab.primary.inject(Fault::FakeError)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    lab.primary.heal(Fault::FakeError)?;
+    lab.agent.wait_state(SERVICE, "HalfOpen", LONG)?;
+    lab.agent.wait_state(SERVICE, "Closed", LONG)?;
+    drop(load);
+    assert_eq!(lab.agent.service(SERVICE)?.counters.half_open, 5);
+    Ok(())
+}
+
+#[test]
+fn a_dry_run_moves_nobody() -> Result<()> {
+    let lab = started("    mode: DryRun\n")?;
+    trip(&lab)()?;
+    for _ in 0..5 {
+        assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
+    }
+    assert_eq!(lab.agent.service(SERVICE)?.counters.dry_run, 5);
+    Ok(())
+}
+
+/// A client stuck in connect() to a black hole is rescued at its SYN's retransmission.
+#[test]
+fn a_client_stuck_in_connect_is_rescued() -> Result<()> {
+    let mut lab = started("")?;
+    lab.primary.inject(Fault::BlackHole)?;
+    let target = lab.vip;
+    let stuck = lab.client.ns.thread(move || TcpStream::connect_timeout(&target.into(), Duration::from_secs(15)))?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    match stuck.join() {
+        Ok(outcome) => drop(outcome??),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+    Ok(())
+}
