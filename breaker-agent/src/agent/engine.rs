@@ -201,14 +201,16 @@ impl<D: Datapath> Engine<D> {
         else {
             return;
         };
-        let flipped = backend.health != report.health;
-        backend.health = report.health;
+        // A check that starts anew does not know yet what an earlier one knew.
+        let health = if report.health == Health::Unknown { backend.health } else { report.health };
+        let flipped = backend.health != health;
+        backend.health = health;
         backend.last = Some(report.result.clone());
         if flipped {
             backend.since = Some(now.unix);
             let (code, detail) = (report.result.code.label(), &report.result.detail);
             let tier = running.service.tiers().nth(report.target.tier).map_or("", |tier| tier.name.as_str());
-            let message = format!("{tier} {} is {:?}: {code} {detail}", report.target.backend, report.health);
+            let message = format!("{tier} {} is {health:?}: {code} {detail}", report.target.backend);
             self.record(now, name, "Health", message);
         }
         let name = name.clone();
@@ -235,7 +237,7 @@ impl<D: Datapath> Engine<D> {
         self.read_events(now);
     }
 
-    /// When [`Engine::tick`] has something to do.
+    /// When [`Engine::tick`] has something to do; may be in the past.
     pub fn next_deadline(&self, now: Now) -> Instant {
         let mut next = self.next_sweep;
         for running in self.services.values() {
@@ -248,8 +250,7 @@ impl<D: Datapath> Engine<D> {
                 next = next.min(deadline);
             }
         }
-        // A deadline that has passed already waits for the check that it needs, not for us: look now and then.
-        next.max(now.mono + Duration::from_millis(20))
+        next
     }
 
     /// The operator forces a service open, for a while or until further notice.
@@ -593,7 +594,14 @@ impl Running {
                 (breaker, was.epoch, since, until)
             }
         };
-        let tiers = service.tiers().map(|tier| tier.backends.iter().map(|b| BackendState::new(*b)).collect()).collect();
+        // The backends that took the traffic are taken to be well until a probe says otherwise: to send new connections
+        // back to a failed primary meanwhile would be worse.
+        let trusted = |tier: usize, backend: &Backend| tier > 0 && adopted.is_some_and(|a| a.backup.contains(&backend.address));
+        let state = |tier: usize, backend: &Backend| BackendState {
+            health: if trusted(tier, backend) { Health::Up } else { Health::Unknown },
+            ..BackendState::new(*backend)
+        };
+        let tiers = service.tiers().enumerate().map(|(n, tier)| tier.backends.iter().map(|b| state(n, b)).collect()).collect();
         Self {
             configured_override: service.override_,
             breaker,
@@ -626,16 +634,12 @@ impl Running {
         }
         self.breaker.set_policy(service.breaker.clone());
         let old = std::mem::take(&mut self.tiers);
-        let same_check = |index: usize| {
-            let check = |s: &Service| s.tiers().nth(index).and_then(|tier| tier.check.clone());
-            check(&self.service) == check(&service)
-        };
-        // A backend that stays in its tier, checked as before, keeps its health.
+        // A backend that stays in its tier keeps its health, until a changed check says otherwise.
         self.tiers = service
             .tiers()
             .enumerate()
             .map(|(index, tier)| {
-                let known = old.get(index).filter(|_| same_check(index));
+                let known = old.get(index);
                 tier.backends
                     .iter()
                     .map(|backend| {

@@ -180,6 +180,7 @@ fn an_earlier_agents_work_is_adopted_before_anything_changes() {
         since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
         trips: 3,
         override_: (Override::Auto, 0),
+        backup: ["10.42.0.3:80".parse().unwrap()].into(),
     };
     let other = Adopted { name: ServiceName::new("forgotten"), ..left.clone() };
     let mut e = engine("", FakeDatapath { left_behind: vec![left, other], ..FakeDatapath::default() });
@@ -188,6 +189,7 @@ fn an_earlier_agents_work_is_adopted_before_anything_changes() {
     assert_eq!(status.since.as_second(), ORIGIN - 100);
     assert_eq!(status.trips, 3);
     assert_eq!(state(&e), (Open, 41));
+    assert_eq!(applied(&e).backends().len(), 1, "the backup goes on taking the traffic before its first probe");
     assert_eq!(e.status(at(0)).len(), 1, "what is not configured any more is not shown, and leaves");
     for ms in [3000, 6000, 9000] {
         e.tick(at(ms));

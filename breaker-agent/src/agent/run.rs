@@ -36,6 +36,8 @@ use crate::{
 const BEAT: Duration = Duration::from_secs(1);
 /// How often the ring buffer is looked into without being woken.
 const LOOK: Duration = Duration::from_millis(500);
+/// The least between two looks at what time alone changes.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// How an agent is started.
 #[derive(Clone, Debug)]
@@ -147,9 +149,11 @@ impl Agent {
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
         let mut beat = tokio::time::interval(BEAT);
+        let mut last_tick = self.clock.now().mono;
         loop {
-            let now = self.clock.now();
-            let wait = self.engine.next_deadline(now).saturating_sub(now.mono).min(LOOK);
+            // Counted from the last tick, not from now: whatever else keeps the loop busy does not put it off.
+            let due = self.engine.next_deadline(self.clock.now()).clamp(last_tick + PAUSE, last_tick + LOOK);
+            let due = self.clock.origin + due;
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
@@ -165,7 +169,10 @@ impl Agent {
                     }
                     self.engine.tick(self.clock.now());
                 }
-                () = tokio::time::sleep(wait) => self.engine.tick(self.clock.now()),
+                () = tokio::time::sleep_until(due) => {
+                    last_tick = self.clock.now().mono;
+                    self.engine.tick(self.clock.now());
+                }
             }
             let latest = self.engine.events_after(0).last().map_or(0, |event| event.id);
             self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);

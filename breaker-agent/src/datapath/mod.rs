@@ -7,7 +7,11 @@ pub mod fake;
 pub mod kernel;
 pub mod plan;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use breaker_common::{BreakerState, EventKind, FlowKind, PassReason, ServiceCounters, StateReason};
 use serde::Serialize;
@@ -33,6 +37,8 @@ pub struct Adopted {
     pub name: ServiceName,
     /// Where its clients connect to.
     pub frontends: Vec<Frontend>,
+    /// Backends that its backup table names.
+    pub backup: BTreeSet<SocketAddr>,
     /// The state that the programs act on.
     pub state: BreakerState,
     /// Its epoch.
@@ -103,7 +109,7 @@ fn event_label<S: serde::Serializer>(kind: &EventKind, s: S) -> Result<S::Ok, S:
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sweep {
     /// Flows on a backup that live, by service.
-    pub redirected: std::collections::BTreeMap<ServiceName, usize>,
+    pub redirected: BTreeMap<ServiceName, usize>,
     /// Entries in the forward table, finished ones removed.
     pub entries: usize,
 }

@@ -109,14 +109,17 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     let refused = lab.agent.cli(&["cleanup"])?;
     assert!(text(&refused.stderr).contains("another agent is running"), "{}", text(&refused.stderr));
     lab.agent.stop()?;
-    let ours = || -> Result<String> {
-        let ns = lab.world.node(0).ns();
-        Ok(format!("{}{}", ns.output("bpftool", &["net", "show"])?, ns.output("tc", &["qdisc", "show"])?))
+    let veth = lab.client.veth.clone();
+    let programs = || {
+        let veth = veth.clone();
+        let query = move || SchedClassifier::query_tcx(&veth, TcAttachType::Ingress).map(|(_, programs)| programs.len());
+        lab.world.node(0).ns().enter(query)
     };
-    assert!(ours()?.contains("breaker_in"));
+    assert_eq!(programs()??, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
     assert!(text(&cleaned.stdout).starts_with("took away 6 links and 12 maps"), "{}", text(&cleaned.stdout));
-    wait_for("the kernel to have let go", LONG, || ours().is_ok_and(|text| !text.contains("breaker") && !text.contains("clsact")))?;
+    wait_for("the kernel to have let go", LONG, || programs().is_ok_and(|count| count.is_ok_and(|count| count == 0)))?;
+    assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());
     assert!(lab.ask()?.is_success());
     Ok(())

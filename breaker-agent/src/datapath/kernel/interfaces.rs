@@ -102,6 +102,17 @@ fn wanted(message: &LinkMessage, veths: bool, globs: &GlobSet) -> Option<Interfa
         }
     }
     let name = name?;
-    (veths && veth && peer_elsewhere || globs.is_match(&name))
+    // A node in a container has a veth as its uplink; that is no pod's.
+    let pods = veths && veth && peer_elsewhere && !has_default_route(&name);
+    (pods || globs.is_match(&name))
         .then(|| InterfaceChange::Present { index: message.header.index, name })
+}
+
+/// Whether the node's default route leaves by an interface (proc_net(5), `route`: interface, destination, …, mask).
+fn has_default_route(name: &str) -> bool {
+    let routes = std::fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
+    routes.lines().skip(1).any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.next() == Some(name) && fields.next() == Some("00000000") && fields.nth(5) == Some("00000000")
+    })
 }

@@ -15,7 +15,7 @@ mod sweep;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::SocketAddrV4,
+    net::{SocketAddr, SocketAddrV4},
     time::Duration,
 };
 
@@ -214,12 +214,25 @@ impl KernelDatapath {
             let Some(mut service) = adopt_record(&record, self.maps.switch(index)) else { continue };
             let frontends = frontends.remove(&index).unwrap_or_default();
             service.frontends.clone_from(&frontends);
+            service.backup = self.named_by(index, 1)?;
             self.services.insert(service.name.clone(), Installed { index, frontends, slots: None });
             // What its tables name is not known before the first plan; until then every backend counts as named.
             self.named.insert(service.name.clone(), self.backends.keys().copied().collect());
             adopted.push(service);
         }
         Ok(adopted)
+    }
+
+    /// Backends that a table in force names.
+    fn named_by(&self, index: u32, tier: u32) -> Result<BTreeSet<SocketAddr>> {
+        let by_id: HashMap<u32, SocketAddrV4> = self.backends.iter().map(|(address, id)| (*id, *address)).collect();
+        let start = slot_table_start(index, self.maps.switch(index).buffer(), tier);
+        let mut named = BTreeSet::new();
+        for slot in start..start + SLOTS {
+            let id = self.maps.slots.get(&slot, 0).context("read the slots")?;
+            named.extend(by_id.get(&id).map(|address| SocketAddr::V4(*address)));
+        }
+        Ok(named)
     }
 
     fn index(&self, name: &ServiceName) -> Result<u32, DatapathError> {
@@ -303,8 +316,8 @@ fn leave(role: &mut EndpointRole, index: u32) {
 
 fn v4(frontend: &Frontend) -> Result<SocketAddrV4> {
     match frontend.address {
-        std::net::SocketAddr::V4(address) => Ok(address),
-        std::net::SocketAddr::V6(address) => Err(anyhow!("{address} is IPv6, which the programs do not know yet")),
+        SocketAddr::V4(address) => Ok(address),
+        SocketAddr::V6(address) => Err(anyhow!("{address} is IPv6, which the programs do not know yet")),
     }
 }
 
@@ -356,6 +369,7 @@ fn adopt_record(record: &ServiceRecord<u8>, switch: Switch<u8>) -> Option<Adopte
     Some(Adopted {
         name: ServiceName::new(std::str::from_utf8(name).ok()?),
         frontends: Vec::new(),
+        backup: BTreeSet::new(),
         state: switch.state.try_into().ok()?,
         epoch: switch.epoch,
         share: switch.share,
