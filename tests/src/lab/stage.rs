@@ -169,6 +169,7 @@ impl Lab {
         let opened = Instant::now();
         load.wait("the backup to answer everybody", limit, |records| from(records, &backup, opened))?;
         watch(Moment::OnBackup(&load));
+        let healing = Instant::now();
         self.primary.heal(fault)?;
         let healed = Instant::now();
         self.agent.wait_state(SERVICE, "Closed", limit)?;
@@ -181,7 +182,7 @@ impl Lab {
         watch(Moment::Back(&load));
         let records = load.stop()?;
         let transitions = self.agent.events()?.into_iter().filter(|e| e.id > events_before && e.kind == "Transition");
-        let times = Times { injected, opened, healed, closed };
+        let times = Times { injected, opened, healing, healed, closed };
         Ok(Play::judge(fault, checks, &records, &times, &primary, &backup, transitions.map(Into::into).collect()))
     }
 }
@@ -247,8 +248,25 @@ pub enum Moment<'a> {
 struct Times {
     injected: Instant,
     opened: Instant,
+    /// Healing begins; it may have worked before it ends.
+    healing: Instant,
     healed: Instant,
     closed: Instant,
+}
+
+impl Times {
+    fn describe(&self, record: &Record) -> String {
+        let ms = |at: Instant| i128::try_from(at.saturating_duration_since(self.injected).as_millis()).unwrap_or(0);
+        let kind = if record.keep_alive { "kept" } else { "new" };
+        let (began, ended) = (ms(record.at), ms(record.at + record.took));
+        format!(
+            "{} on a {kind} connection, {began} to {ended} ms (open {}, healed {}, closed {})",
+            record.outcome,
+            ms(self.opened),
+            ms(self.healed),
+            ms(self.closed)
+        )
+    }
 }
 
 /// What came of a fault.
@@ -267,6 +285,9 @@ pub struct Play {
     pub failures: std::collections::BTreeMap<String, usize>,
     /// Answers that were neither the right pod's nor an error that the fault explains; must be 0.
     pub wrong_answers: usize,
+    /// Those, each in words: what, when it began and ended after the injection.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub wrong: Vec<String>,
     /// From the end of healing to the first new connection on the primary.
     pub back_on_primary_ms: u128,
     /// All requests.
@@ -319,13 +340,16 @@ impl Play {
             .filter(after(times.healed))
             .find(|r| !r.keep_alive && r.outcome.pod() == Some(primary))
             .map_or(Duration::MAX, |r| r.at.saturating_duration_since(times.healed));
+        let wrong = records.iter().filter(|r| is_wrong(r, fault, times, primary, backup));
+        let wrong: Vec<String> = wrong.map(|r| times.describe(r)).collect();
         Self {
             fault,
             checks: checks.name(),
             recovered_ms: recovered.as_millis(),
             failed_requests: failed.len(),
             failures: super::client::summary(failed.iter().copied()),
-            wrong_answers: records.iter().filter(|r| is_wrong(r, fault, times, primary, backup)).count(),
+            wrong_answers: wrong.len(),
+            wrong,
             back_on_primary_ms: back.as_millis(),
             requests: records.len(),
             transitions,
@@ -342,8 +366,8 @@ fn is_wrong(record: &Record, fault: Fault, times: &Times, primary: &str, backup:
     match &record.outcome {
         Outcome::Answer(200, pod) if pod == primary => {
             // While it fails it cannot say 200; while open nobody new is sent there.
-            ended > times.injected + MARGIN && ended < times.healed
-                || !record.keep_alive && began > times.opened + MARGIN && ended < times.healed
+            ended > times.injected + MARGIN && ended < times.healing
+                || !record.keep_alive && began > times.opened + MARGIN && ended < times.healing
         }
         Outcome::Answer(200, pod) if pod == backup => {
             // Before there was a reason, or as a new connection long after it was closed again.

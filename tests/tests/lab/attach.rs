@@ -81,7 +81,7 @@ fn clsact_works_as_tcx_does() -> Result<()> {
     let backup = lab.backup.address().to_string();
     assert!(records.iter().all(|r| r.outcome.pod() == Some(&backup)), "{:?}", breaker_tests::lab::client::summary(&records));
     let filters = || lab.world.node(0).ns().output("tc", &["filter", "show", "dev", &lab.client.veth, "ingress"]);
-    assert_eq!(filters()?.matches("breaker_in").count(), 1, "replaced, not added: {}", filters()?);
+    assert_eq!(filters()?.matches("handle 0xb4ea").count(), 1, "replaced, not added: {}", filters()?);
     lab.agent.stop()?;
     assert!(lab.agent.cli(&["cleanup"])?.status.success());
     let qdiscs = lab.world.node(0).ns().output("tc", &["qdisc", "show"])?;
