@@ -5,7 +5,7 @@
 #![cfg_attr(feature = "strict", deny(warnings))]
 
 use aya_ebpf::{
-    btf_maps::Array,
+    btf_maps::{Array, ProgramArray},
     macros::{btf_map, classifier},
     programs::TcContext,
 };
@@ -32,6 +32,50 @@ pub fn foreign_in(_ctx: TcContext) -> i32 {
 #[classifier]
 pub fn foreign_out(_ctx: TcContext) -> i32 {
     count(1);
+    aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
+/// What [`wrap`] makes a packet look like, again and again: the kernel does not restore it between the repeats of a
+/// test run, and a program that rewrites would see its own output.
+#[repr(C)]
+struct Template {
+    /// Source and destination address, source and destination port, as they follow each other on the wire.
+    ends: [u8; 12],
+    /// TCP flags.
+    flags: u8,
+    pad: [u8; 3],
+    /// How many flows to take turns with; a power of two, at most 2^17.
+    flows: u32,
+    /// The turn.
+    next: u32,
+}
+
+#[btf_map]
+static TEMPLATE: Array<Template, 1> = Array::new();
+
+/// The program that is measured, at 0.
+#[btf_map]
+static MEASURED: ProgramArray<1> = ProgramArray::new();
+
+/// Restores the packet to the next flow's, and goes on to the program that is measured.
+#[classifier]
+pub fn wrap(ctx: TcContext) -> i32 {
+    if let Some(template) = TEMPLATE.get_ptr_mut(0) {
+        // SAFETY: the kernel returned a pointer to the only value of this map; one CPU runs a test.
+        let template = unsafe { &mut *template };
+        template.next = template.next.wrapping_add(1);
+        // An odd factor visits all of a power of two, far apart.
+        let flow = template.next.wrapping_mul(40_503) & template.flows.wrapping_sub(1);
+        let mut ends = template.ends;
+        ends[3] = ends[3].wrapping_add((flow >> 15) as u8);
+        let port = (1024 + (flow & 0x7fff) as u16).to_be_bytes();
+        (ends[8], ends[9]) = (port[0], port[1]);
+        let _ = ctx.store(26, &ends, 0);
+        let _ = ctx.store(47, &template.flags, 0);
+        // It returns only if there is nothing to call.
+        // SAFETY: context and map are the kernel's.
+        unsafe { MEASURED.tail_call(&ctx, 0) };
+    }
     aya_ebpf::bindings::TC_ACT_UNSPEC
 }
 

@@ -172,9 +172,17 @@ impl Rig {
     /// # Errors
     /// No root, or what the kernel said.
     pub fn new() -> Result<Self> {
+        Self::with_flows(breaker_common::DEFAULT_MAX_FLOWS)
+    }
+
+    /// Loads the programs, with flow tables of a size.
+    ///
+    /// # Errors
+    /// As for [`Rig::new`].
+    pub fn with_flows(max_flows: u32) -> Result<Self> {
         let world = World::new(0)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;
-        let loaded = load(&pins, 65_536, breaker_common::DEFAULT_MASQUERADE_MARK, None)?;
+        let loaded = load(&pins, max_flows, breaker_common::DEFAULT_MASQUERADE_MARK, None)?;
         let mut datapath = KernelDatapath::new(loaded.maps);
         datapath.beat(std::time::Duration::ZERO, 0);
         Ok(Self { datapath, programs: loaded.programs, _pins: pins, _world: world })
@@ -208,7 +216,7 @@ impl Rig {
         Ok((Ran { action: result.return_value, bytes: out, mark }, result.duration.as_nanos()))
     }
 
-    /// The program itself, for measuring.
+    /// The program itself.
     ///
     /// # Errors
     /// No such program.

@@ -71,6 +71,12 @@ impl ServicePod {
         SocketAddrV4::new(self.pod.address, PORT)
     }
 
+    /// Process id of the service, while it lives.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+
     fn run(&mut self) -> Result<()> {
         let child = self
             .pod

@@ -1,5 +1,6 @@
 //! The demo and the bench: what `cargo xtask demo` and `cargo xtask bench` run, as root.
 
+mod bench;
 mod demo;
 
 use anyhow::{Result, ensure};
@@ -23,6 +24,14 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Measure.
+    Bench {
+        /// Only the groups whose name contains this: packets, http, failover, probes, maps.
+        name: Option<String>,
+        /// Print the rows as a JSON list.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn main() -> Result<()> {
@@ -30,5 +39,6 @@ fn main() -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "the lab needs root: it makes network namespaces and loads programs");
     match cli.command {
         Command::Demo { json, keep } => demo::demo(json, keep),
+        Command::Bench { name, json } => bench::bench(name.as_deref(), json),
     }
 }

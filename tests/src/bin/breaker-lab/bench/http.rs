@@ -1,0 +1,219 @@
+//! HTTP through the lab: breaker closed and open, beside kube-proxy's rules alone and beside HAProxy as the ambassador.
+//!
+//! Client, servers and proxy share one CPU, so that requests per second are the inverse of what the whole way costs.
+
+use std::{
+    net::SocketAddrV4,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use breaker_tests::lab::{
+    client::Connection,
+    kubeproxy, netns,
+    service::ServicePod,
+    stage::{Checks, Lab, entry},
+    wait_for,
+};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::{Row, median, spread};
+
+const PAIRS: usize = 15;
+const SLICE: Duration = Duration::from_millis(200);
+const CPU: usize = 1;
+
+/// How clients ask.
+#[derive(Clone, Copy)]
+enum Style {
+    /// Eight clients, each on its own connection.
+    KeepAlive,
+    /// Eight clients, a connection for each request.
+    New,
+    /// One client on one connection.
+    One,
+}
+
+impl Style {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::KeepAlive => "keep-alive",
+            Self::New => "new connections",
+            Self::One => "one connection",
+        }
+    }
+}
+
+/// HAProxy as the ambassador, in a pod of its own.
+pub(super) struct Ambassador {
+    child: Child,
+    /// Its address.
+    pub address: SocketAddrV4,
+}
+
+impl Drop for Ambassador {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ambassador {
+    /// Starts HAProxy in TCP mode before a primary and a backup; `check` are the words of its `default-server` line.
+    pub(super) fn start(lab: &mut Lab, check: &str) -> Result<Self> {
+        let pod = lab.world.node_mut(0).add_pod("haproxy")?;
+        let config = lab.world.dir().join("haproxy.cfg");
+        let text = format!(
+            "global\n  maxconn 20000\n  nbthread 1\n\
+             defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n\
+             listen dummy\n  bind :8080\n  option httpchk GET /ready\n  default-server {check}\n\
+             \x20 server primary {} check on-marked-down shutdown-sessions\n  server backup {} check backup\n",
+            lab.primary.address(),
+            lab.backup.address()
+        );
+        std::fs::write(&config, text).context("write haproxy.cfg")?;
+        let child = pod
+            .ns
+            .command("haproxy")
+            .arg("-f")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("start haproxy")?;
+        let address = SocketAddrV4::new(pod.address, 8080);
+        let ambassador = Self { child, address };
+        wait_for("haproxy to answer", Duration::from_secs(10), || lab.ask_at(address).is_ok_and(|o| o.is_success()))?;
+        Ok(ambassador)
+    }
+
+    fn pin(&self) -> Result<()> {
+        pin_process(self.child.id())
+    }
+}
+
+pub(super) fn rows() -> Result<Vec<Row>> {
+    // Without breaker: kube-proxy's rules alone, and an ambassador.
+    let mut plain = Lab::new(Checks::Default)?;
+    let proxy = Ambassador::start(&mut plain, "inter 3s fall 1 rise 1")?;
+    let proxy_vip = kubeproxy::vip(5);
+    let service = kubeproxy::Service { name: "ambassador".into(), vip: proxy_vip, endpoints: vec![proxy.address] };
+    kubeproxy::add_service(plain.world.node(0).ns(), &service)?;
+    proxy.pin()?;
+    // With breaker: one service closed, and one whose primary has no backend, so it is open.
+    let mut lab = Lab::new(Checks::Default)?;
+    let open_vip = kubeproxy::vip(3);
+    let nobody = SocketAddrV4::new(std::net::Ipv4Addr::new(10, 42, 1, 250), 80);
+    let open = entry("open", open_vip, nobody, lab.backup.address(), Checks::Default, "");
+    lab.agent.write_config("", &format!("{}{open}", lab.services(Checks::Default, "")))?;
+    lab.agent.start()?;
+    lab.agent.wait_state("open", "Open", Duration::from_secs(20))?;
+    for lab in [&plain, &lab] {
+        for pod in [&lab.primary, &lab.backup] {
+            pin_service(pod)?;
+            pod.pod.ns.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
+        }
+        lab.client.ns.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
+    }
+    let mut rows = Vec::new();
+    for style in [Style::KeepAlive, Style::New, Style::One] {
+        let kube = || slice(&plain, plain.vip, style);
+        let closed = || slice(&lab, lab.vip, style);
+        let open = || slice(&lab, open_vip, style);
+        let haproxy = || slice(&plain, proxy_vip, style);
+        let closed_aim = match style {
+            Style::KeepAlive => "≥ 0.97",
+            Style::New => "≥ 0.95",
+            Style::One => "",
+        };
+        rows.push(compare("closed", style, "kube-proxy alone", closed_aim, closed, kube)?);
+        rows.push(compare("open", style, "kube-proxy alone", "≥ 0.92", open, kube)?);
+        let aim = if matches!(style, Style::KeepAlive) { "≥ 1.4" } else { "" };
+        rows.push(compare("open", style, "HAProxy, mode tcp", aim, open, haproxy)?);
+    }
+    Ok(rows)
+}
+
+fn pin_process(pid: u32) -> Result<()> {
+    netns::run(std::process::Command::new("taskset").args(["-a", "-c", "-p", &CPU.to_string(), &pid.to_string()]))
+}
+
+fn pin_service(service: &ServicePod) -> Result<()> {
+    pin_process(service.pid().context("the service is dead")?)
+}
+
+fn compare(
+    what: &str,
+    style: Style,
+    base: &str,
+    aim: &'static str,
+    ours: impl Fn() -> Result<f64>,
+    theirs: impl Fn() -> Result<f64>,
+) -> Result<Row> {
+    // Once each without counting, then in turn.
+    ours()?;
+    theirs()?;
+    let (mut values, mut ratios) = (Vec::new(), Vec::new());
+    for pair in 0..PAIRS {
+        let (a, b) = if pair % 2 == 0 {
+            let a = ours()?;
+            (a, theirs()?)
+        } else {
+            let b = theirs()?;
+            (ours()?, b)
+        };
+        values.push(a);
+        ratios.push(a / b);
+    }
+    Ok(Row {
+        name: format!("http: {what}, {}", style.name()),
+        value: median(&values),
+        unit: "req/s",
+        base: base.into(),
+        ratio: Some(median(&ratios)),
+        spread: Some(spread(&ratios)),
+        aim,
+    })
+}
+
+/// Requests per second over one slice, from the client's pod.
+fn slice(lab: &Lab, target: SocketAddrV4, style: Style) -> Result<f64> {
+    lab.client.ns.enter(move || -> Result<f64> {
+        let mut cpus = CpuSet::new();
+        cpus.set(CPU);
+        sched_setaffinity(None, &cpus).context("pin the client")?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+        runtime.block_on(async move {
+            let clients = if matches!(style, Style::One) { 1 } else { 8 };
+            let new = matches!(style, Style::New);
+            let started = Instant::now();
+            let tasks: Vec<_> = (0..clients).map(|_| tokio::spawn(ask_until(target, new, started + SLICE))).collect();
+            let mut count = 0.0;
+            for task in tasks {
+                count += task.await.context("a client")??;
+            }
+            Ok(count / started.elapsed().as_secs_f64())
+        })
+    })?
+}
+
+async fn ask_until(target: SocketAddrV4, new: bool, end: Instant) -> Result<f64> {
+    const LIMIT: Duration = Duration::from_secs(5);
+    let mut count = 0.0;
+    let mut connection = None;
+    while Instant::now() < end {
+        let mut current = match connection.take() {
+            Some(current) => current,
+            None => Connection::open(target).await.with_context(|| format!("connect to {target}"))?,
+        };
+        let outcome = current.ask(!new, LIMIT).await;
+        anyhow::ensure!(outcome.is_success(), "{target}: {outcome}");
+        count += 1.0;
+        if !new {
+            connection = Some(current);
+        }
+    }
+    Ok(count)
+}

@@ -1,0 +1,85 @@
+//! Measuring: things side by side in one run, in turn, medians of pairs; ratios rather than numbers.
+
+mod failover;
+mod http;
+mod maps;
+mod packets;
+mod probes;
+
+use anyhow::{Result, ensure};
+use serde::Serialize;
+
+/// One line of the result.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    /// Group and thing.
+    name: String,
+    /// Its number.
+    value: f64,
+    /// The number's unit.
+    unit: &'static str,
+    /// What it was measured beside.
+    base: String,
+    /// The number's relation to the base's, in the sense that the name says.
+    ratio: Option<f64>,
+    /// How far the pairs' ratios lie apart: half of them are within.
+    spread: Option<f64>,
+    /// What we aim for.
+    aim: &'static str,
+}
+
+type Group = fn() -> Result<Vec<Row>>;
+
+const GROUPS: &[(&str, Group)] = &[
+    ("packets", packets::rows),
+    ("http", http::rows),
+    ("failover", failover::rows),
+    ("probes", probes::rows),
+    ("maps", maps::rows),
+];
+
+/// Runs the groups whose name contains `name`.
+pub fn bench(name: Option<&str>, json: bool) -> Result<()> {
+    let wanted: Vec<_> = GROUPS.iter().filter(|(group, _)| name.is_none_or(|name| group.contains(name))).collect();
+    let known: Vec<&str> = GROUPS.iter().map(|(group, _)| *group).collect();
+    ensure!(!wanted.is_empty(), "no group is called {name:?}; there are: {}", known.join(", "));
+    let mut rows = Vec::new();
+    for (group, run) in wanted {
+        eprintln!("measuring {group} …");
+        rows.extend(run()?);
+    }
+    if json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+        return Ok(());
+    }
+    println!("{:<44} {:>10} {:<8} {:<34} {:>6} {:>7}  AIM", "NAME", "VALUE", "UNIT", "BASE", "RATIO", "SPREAD");
+    for row in rows {
+        let ratio = row.ratio.map_or(String::new(), |r| format!("{r:.2}"));
+        let spread = row.spread.map_or(String::new(), |s| format!("±{s:.3}"));
+        println!(
+            "{:<44} {:>10.1} {:<8} {:<34} {ratio:>6} {spread:>7}  {}",
+            row.name, row.value, row.unit, row.base, row.aim
+        );
+    }
+    Ok(())
+}
+
+fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// Half the distance between the quartiles.
+fn spread(values: &[f64]) -> f64 {
+    (quantile(values, 0.75) - quantile(values, 0.25)) / 2.0
+}
+
+fn quantile(values: &[f64], q: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    if sorted.is_empty() {
+        return f64::NAN;
+    }
+    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
+    let index = ((sorted.len() - 1) as f64 * q).round() as usize;
+    sorted[index]
+}
