@@ -109,3 +109,141 @@ fn a_file_that_is_not_there_is_named() {
     let errors = load(Path::new("/nowhere/lab.yaml")).unwrap_err();
     assert!(errors[0].to_string().starts_with("/nowhere/lab.yaml: cannot be read: "), "{errors:?}");
 }
+
+/// docs/CONFIGURATION.md, checked against the code: every field is there, its default is the default, its limits are the
+/// limits, its words are the words.
+mod documented {
+    use super::*;
+
+    const DOC: &str = include_str!("../../../docs/CONFIGURATION.md");
+    const FORMAT: &str = include_str!("format.rs");
+
+    struct Field {
+        section: &'static str,
+        name: String,
+        default: String,
+        allowed: String,
+    }
+
+    fn fields() -> Vec<Field> {
+        let mut section = "";
+        let mut fields = Vec::new();
+        for line in DOC.lines() {
+            if let Some(title) = line.strip_prefix("## ") {
+                section = title.trim_matches('`');
+            }
+            let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+            if line.starts_with("| `") && cells.len() >= 3 {
+                let clean = |cell: &str| cell.trim_matches(['|', ' ']).to_owned();
+                fields.push(Field {
+                    section,
+                    name: cells[0].trim_matches('`').to_owned(),
+                    default: clean(cells[1]),
+                    allowed: clean(cells[2]),
+                });
+            }
+        }
+        fields
+    }
+
+    /// A good file with one more field.
+    fn with(field: &Field, value: &str) -> String {
+        let leaf = |path: &str| {
+            let (outer, inner) = path.split_once('.').unwrap_or(("", path));
+            if outer.is_empty() { format!("{inner}: {value}") } else { format!("{outer}: {{{inner}: {value}}}") }
+        };
+        match field.section {
+            "agent" => format!("agent: {{{}}}\n{GOOD}", leaf(field.name.trim_start_matches("agent."))),
+            "check" if field.name.starts_with("httpGet.") => {
+                let name = field.name.trim_start_matches("httpGet.");
+                GOOD.replace("{path: /ready}", &format!("{{path: /ready, {name}: {value}}}").replace("path: /ready, path", "path"))
+            }
+            "check" if field.name.contains('.') => GOOD.replace("httpGet: {path: /ready}", &leaf(&field.name)),
+            "check" => GOOD.replace("      check:\n", &format!("      check:\n        {}\n", leaf(&field.name))),
+            "breaker" => format!("{GOOD}    breaker: {{{}}}\n", leaf(&field.name)),
+            _ => match field.name.as_str() {
+                "backends[].weight" => GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: 80, weight: {value}")),
+                "backends[].port" => GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: {value}")),
+                "frontends[].port" => GOOD.replace("8080", value),
+                "frontends[].protocol" => GOOD.replace("port: 8080", &format!("port: 8080, protocol: {value}")),
+                "primary.minHealthy" => GOOD.replace("    primary:\n", &format!("    primary:\n      minHealthy: {value}\n")),
+                "backups[].minHealthy" => GOOD.replace("      - backends:", &format!("      - minHealthy: {value}\n        backends:")),
+                name => format!("{GOOD}    {name}: {value}\n"),
+            },
+        }
+    }
+
+    fn accepts(text: &str) -> bool {
+        parse(Path::new("t"), text).is_ok()
+    }
+
+    #[test]
+    fn every_field_of_the_format_is_documented() {
+        let documented: Vec<String> = fields().into_iter().map(|field| field.name).collect();
+        let structural = ["services", "name", "value", "window", "breaker", "primary", "check", "httpGet", "tcpSocket", "grpc", "agent"];
+        for line in FORMAT.lines().filter_map(|line| line.trim().strip_prefix("pub ")) {
+            let Some((name, _)) = line.split_once(':') else { continue };
+            let mut words = name.trim_end_matches('_').split('_');
+            let mut camel = words.next().unwrap().to_owned();
+            for word in words {
+                camel.push_str(&word[..1].to_uppercase());
+                camel.push_str(&word[1..]);
+            }
+            let found = documented.iter().any(|d| d.rsplit('.').next() == Some(camel.as_str()));
+            assert!(found || structural.contains(&camel.as_str()), "{camel} is not in docs/CONFIGURATION.md");
+        }
+    }
+
+    #[test]
+    fn limits_are_the_documented_ones() {
+        let mut checked = 0;
+        for field in fields() {
+            let Some((least, most)) = field.allowed.split_once(" to ") else { continue };
+            let (Ok(least), Ok(most)) = (least.parse::<u64>(), most.parse::<u64>()) else { continue };
+            for (value, good) in [(least, true), (most, true), (most + 1, false)] {
+                assert_eq!(accepts(&with(&field, &value.to_string())), good, "{} = {value}", field.name);
+            }
+            if least > 0 {
+                assert!(!accepts(&with(&field, &(least - 1).to_string())), "{} = {}", field.name, least - 1);
+            }
+            checked += 1;
+        }
+        assert!(checked >= 25, "{checked} fields with limits");
+    }
+
+    #[test]
+    fn words_are_the_documented_ones() {
+        let mut checked = 0;
+        for field in fields() {
+            let words: Vec<&str> = field.allowed.split(", ").filter_map(|w| w.strip_prefix('`')?.strip_suffix('`')).collect();
+            if words.is_empty() || words.len() != field.allowed.split(", ").count() || words.contains(&"/") {
+                continue;
+            }
+            for word in words {
+                assert!(accepts(&with(&field, word)), "{}: {word}", field.name);
+            }
+            assert!(!accepts(&with(&field, "Nonsense")), "{}", field.name);
+            checked += 1;
+        }
+        assert!(checked >= 9, "{checked} fields with words");
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() {
+        let mut checked = 0;
+        for field in fields() {
+            let Some(default) = field.default.strip_prefix('`').and_then(|d| d.strip_suffix('`')) else { continue };
+            if field.name.contains("name") || field.name.ends_with("path") {
+                continue;
+            }
+            // `window` is off by default; its fields' defaults are those of an empty one.
+            let without = if field.name.starts_with("window.") { format!("{GOOD}    breaker: {{window: {{}}}}\n") } else { GOOD.into() };
+            let (with, without) = (with(&field, default), without);
+            let load = |text: &str| parse(Path::new("t"), text).unwrap_or_else(|e| panic!("{}: {e:?}", field.name));
+            let (a, b) = (load(&with), load(&without));
+            assert!(a.services == b.services && a.agent == b.agent, "{} is not {default} by default", field.name);
+            checked += 1;
+        }
+        assert!(checked >= 30, "{checked} fields with defaults");
+    }
+}

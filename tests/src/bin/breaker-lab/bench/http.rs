@@ -65,7 +65,7 @@ impl Ambassador {
         let pod = lab.world.node_mut(0).add_pod("haproxy")?;
         let config = lab.world.dir().join("haproxy.cfg");
         let text = format!(
-            "global\n  maxconn 20000\n  nbthread 1\n\
+            "global\n  maxconn 2000\n  nbthread 1\n\
              defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n\
              listen dummy\n  bind :8080\n  option httpchk GET /ready\n  default-server {check}\n\
              \x20 server primary {} check on-marked-down shutdown-sessions\n  server backup {} check backup\n",
