@@ -77,11 +77,7 @@ fn kernel() -> Finding {
 }
 
 fn attach() -> Finding {
-    if has_tcx() {
-        good("attach", "tcx links")
-    } else {
-        good("attach", "clsact filters (tcx needs kernel 6.6)")
-    }
+    if has_tcx() { good("attach", "tcx links") } else { good("attach", "clsact filters (tcx needs kernel 6.6)") }
 }
 
 fn tc_programs() -> Finding {
@@ -120,7 +116,12 @@ fn caps() -> Finding {
         return good(NAME, "BPF, PERFMON, NET_ADMIN");
     }
     let missing = missing.join(", ");
-    finding(NAME, Verdict::Bad, format!("missing: {missing}"), format!("run as root, or add the capabilities {missing}"))
+    finding(
+        NAME,
+        Verdict::Bad,
+        format!("missing: {missing}"),
+        format!("run as root, or add the capabilities {missing}"),
+    )
 }
 
 fn bpffs(pin_path: &Path) -> Finding {

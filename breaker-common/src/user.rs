@@ -17,6 +17,16 @@ macro_rules! pod {
 }
 
 pod!(
-    Backend4, EndpointKey4, EndpointRole, Flow4<u8>, FlowKey4, Heartbeat, Reverse4, ReverseKey4, ServiceCounters,
-    ServiceRecord<u8>, ServiceRuntime, Switch<u8>,
+    Backend4,
+    EndpointKey4,
+    EndpointRole,
+    Flow4<u8>,
+    FlowKey4,
+    Heartbeat,
+    Reverse4,
+    ReverseKey4,
+    ServiceCounters,
+    ServiceRecord<u8>,
+    ServiceRuntime,
+    Switch<u8>,
 );

@@ -270,8 +270,7 @@ fn claim(key: &FlowKey4, flow: &Flow4) -> bool {
 /// Whether a connection is over: reset, or closed from both sides.
 #[inline(always)]
 fn ended(flow: &Flow4, reverse: &Reverse4) -> bool {
-    (flow.tcp_seen | reverse.tcp_seen) & tcp_seen::RST != 0
-        || flow.tcp_seen & reverse.tcp_seen & tcp_seen::FIN != 0
+    (flow.tcp_seen | reverse.tcp_seen) & tcp_seen::RST != 0 || flow.tcp_seen & reverse.tcp_seen & tcp_seen::FIN != 0
 }
 
 /// Looks for a free source port, a few steps around the range from a place that depends on the flow; 0 = none.

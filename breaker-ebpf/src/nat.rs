@@ -35,8 +35,7 @@ pub fn to_backend(
     backend_port: [u8; 2],
     source_port: [u8; 2],
 ) -> Result<(), PassReason> {
-    replace(packet, segment, End::Destination, backend, backend_port, source_port)
-        .ok_or(PassReason::RewriteFailed)
+    replace(packet, segment, End::Destination, backend, backend_port, source_port).ok_or(PassReason::RewriteFailed)
 }
 
 /// Makes a reply come from the address that the client connected to, to the port that it connected from.
@@ -65,11 +64,15 @@ fn replace(
     other_port: [u8; 2],
 ) -> Option<()> {
     let (addr_at, port_at, old_addr, old_port, other_at, old_other) = match end {
-        End::Source => (
-            IP_SOURCE, TCP_SOURCE, segment.source, segment.source_port, TCP_DESTINATION, segment.destination_port,
-        ),
+        End::Source => {
+            (IP_SOURCE, TCP_SOURCE, segment.source, segment.source_port, TCP_DESTINATION, segment.destination_port)
+        }
         End::Destination => (
-            IP_DESTINATION, TCP_DESTINATION, segment.destination, segment.destination_port, TCP_SOURCE,
+            IP_DESTINATION,
+            TCP_DESTINATION,
+            segment.destination,
+            segment.destination_port,
+            TCP_SOURCE,
             segment.source_port,
         ),
     };

@@ -88,9 +88,8 @@ impl<'a> Packet<'a> {
     pub fn pseudo_changed(&self, offset: usize, from: [u8; 4], to: [u8; 4]) -> Option<()> {
         let (from, to) = (u32::from_ne_bytes(from) as u64, u32::from_ne_bytes(to) as u64);
         // SAFETY: as for `pull`.
-        let ret = unsafe {
-            bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, from, to, BPF_F_PSEUDO_HDR as u64 | 4)
-        };
+        let ret =
+            unsafe { bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, from, to, BPF_F_PSEUDO_HDR as u64 | 4) };
         (ret == 0).then_some(())
     }
 

@@ -8,11 +8,7 @@
 //! (RFC 5961, section 3.2, accepts nothing else at once). To the peer: the client's own next sequence number.
 
 use breaker_common::{PROTO_TCP, PassReason};
-use network_types::{
-    eth::EthHdr,
-    ip::Ipv4Hdr,
-    tcp::TcpHdr,
-};
+use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr};
 
 use crate::{
     csum,
@@ -110,11 +106,8 @@ fn shorten(packet: &Packet<'_>, segment: &Segment) -> Option<Numbers> {
     let ip = packet.read::<Ipv4Hdr>(L3)?;
     let tcp = packet.read::<[u8; TcpHdr::LEN]>(segment.l4)?;
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-    let acknowledgment = if segment.flags & flags::ACK != 0 {
-        u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]])
-    } else {
-        0
-    };
+    let acknowledgment =
+        if segment.flags & flags::ACK != 0 { u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]]) } else { 0 };
     // What the segment takes up in sequence space: its payload, its SYN, its FIN (RFC 9293, section 3.4).
     let headers = (segment.l4 - L3) as u32 + ((tcp[12] >> 4) as u32) * 4;
     let payload = (u16::from_be_bytes(ip.tot_len) as u32).saturating_sub(headers);
@@ -152,9 +145,27 @@ fn write(packet: &Packet<'_>, l4: usize, reset: &Reset) -> Option<()> {
     let a = reset.acknowledgment.to_be_bytes();
     let (sp, dp) = (reset.source_port, reset.destination_port);
     let header = [
-        sp[0], sp[1], dp[0], dp[1], s[0], s[1], s[2], s[3], a[0], a[1], a[2], a[3],
+        sp[0],
+        sp[1],
+        dp[0],
+        dp[1],
+        s[0],
+        s[1],
+        s[2],
+        s[3],
+        a[0],
+        a[1],
+        a[2],
+        a[3],
         // Five words of header; RST and ACK; no window, no urgent pointer; the checksum comes below.
-        5 << 4, flags::RST | flags::ACK, 0, 0, 0, 0, 0, 0,
+        5 << 4,
+        flags::RST | flags::ACK,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
     ];
     packet.write(l4, header)?;
     write_checksum(packet, l4, reset)
@@ -175,8 +186,7 @@ fn write_checksum(packet: &Packet<'_>, l4: usize, reset: &Reset) -> Option<()> {
         csum::fold(pseudo)
     } else {
         let ports = u16::from_be_bytes(reset.source_port) as u64 + u16::from_be_bytes(reset.destination_port) as u64;
-        let numbers =
-            csum::words4(reset.sequence.to_be_bytes()) + csum::words4(reset.acknowledgment.to_be_bytes());
+        let numbers = csum::words4(reset.sequence.to_be_bytes()) + csum::words4(reset.acknowledgment.to_be_bytes());
         !csum::fold(pseudo + ports + numbers + (5 << 12) + (flags::RST | flags::ACK) as u64)
     };
     packet.write(at, check.to_be_bytes())

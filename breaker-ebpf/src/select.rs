@@ -3,8 +3,8 @@
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
-    Backend4, BreakerState, FlowKey4, MAX_BACKENDS, MAX_SERVICES, SLOT_PASSTHROUGH, SLOTS,
-    Switch, TABLES_PER_SERVICE, backend_use, slot_table_start,
+    Backend4, BreakerState, FlowKey4, MAX_BACKENDS, MAX_SERVICES, SLOT_PASSTHROUGH, SLOTS, Switch, TABLES_PER_SERVICE,
+    backend_use, slot_table_start,
 };
 
 use crate::{atomic, hash, service};

@@ -64,8 +64,7 @@ fn rustup_nightly() -> Option<PathBuf> {
 fn has_core_source(rustc: &Path) -> bool {
     let Ok(output) = Command::new(rustc).args(["--print", "sysroot"]).output() else { return false };
     let sysroot = String::from_utf8_lossy(&output.stdout);
-    output.status.success()
-        && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file()
+    output.status.success() && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file()
 }
 
 /// Where bpf-linker is: on the path, or where cargo installs to.
@@ -119,7 +118,8 @@ pub fn build(release: bool) -> Result<Objects> {
 /// # Errors
 /// As for [`build`].
 pub fn lint() -> Result<()> {
-    let clippy = matches!(Compiler::find(), Some(Compiler::Nightly(rustc)) if rustc.with_file_name("cargo-clippy").is_file());
+    let clippy =
+        matches!(Compiler::find(), Some(Compiler::Nightly(rustc)) if rustc.with_file_name("cargo-clippy").is_file());
     let mut cargo = if clippy { cargo("clippy")? } else { cargo("check")? };
     run(cargo.args(["--quiet", "--release", "--features", "strict"]))
 }

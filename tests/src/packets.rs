@@ -18,7 +18,7 @@ use breaker_agent::{
     model::{Backend, Override, Service},
 };
 use breaker_common::{BreakerState, StateReason};
-use etherparse::{Ethernet2Header, EtherType, IpNumber, Ipv4Header, Ipv4Options, TcpHeader, TcpOptions};
+use etherparse::{EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv4Options, TcpHeader, TcpOptions};
 
 use crate::lab::world::World;
 

@@ -91,7 +91,9 @@ fn install_packages(packages: &[&str]) -> Result<()> {
         bail!("these Debian packages are missing, and only root can install them: {list}\n{by_hand}");
     }
     if Command::new("apt-get").arg("--version").stdout(Stdio::null()).status().is_err() {
-        bail!("these Debian packages are missing, and this machine has no apt-get: {list}\ninstall what brings the same");
+        bail!(
+            "these Debian packages are missing, and this machine has no apt-get: {list}\ninstall what brings the same"
+        );
     }
     println!("setup: apt-get install {list}");
     let apt = |args: &[&str]| {

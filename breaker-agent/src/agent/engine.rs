@@ -243,9 +243,9 @@ impl<D: Datapath> Engine<D> {
         for running in self.services.values() {
             let ramp = (running.breaker.state() == BreakerState::Closed && running.breaker.share(now.mono) < SHARE_ALL)
                 .then(|| now.mono + RAMP_STEP);
-            let override_ = running.override_until.map(|until| {
-                now.mono + Duration::try_from(until.duration_since(now.unix)).unwrap_or(Duration::ZERO)
-            });
+            let override_ = running
+                .override_until
+                .map(|until| now.mono + Duration::try_from(until.duration_since(now.unix)).unwrap_or(Duration::ZERO));
             for deadline in [running.breaker.next_deadline(), running.retry_at, ramp, override_].into_iter().flatten() {
                 next = next.min(deadline);
             }
@@ -269,7 +269,10 @@ impl<D: Datapath> Engine<D> {
         if let Some(running) = self.services.get_mut(&name) {
             running.override_until = until;
         }
-        let words = why.map_or_else(|| "forced open by the operator".to_owned(), |why| format!("forced open by the operator: {why}"));
+        let words = why.map_or_else(
+            || "forced open by the operator".to_owned(),
+            |why| format!("forced open by the operator: {why}"),
+        );
         self.react_with(now, &name, &words, |breaker, _| breaker.set_override(now.mono, Override::ForceOpen, false));
         if let Some(running) = self.services.get_mut(&name) {
             running.message = words;
@@ -335,10 +338,9 @@ impl<D: Datapath> Engine<D> {
 
     fn status_of(&self, now: Now, name: &ServiceName) -> Result<ServiceStatus, CommandError> {
         let running = self.services.get(name);
-        running.map(|running| self.show(now, name, running)).ok_or_else(|| CommandError::UnknownService {
-            name: name.to_string(),
-            known: String::new(),
-        })
+        running
+            .map(|running| self.show(now, name, running))
+            .ok_or_else(|| CommandError::UnknownService { name: name.to_string(), known: String::new() })
     }
 
     /// The configuration's override, or the end of an operator's.
@@ -596,12 +598,14 @@ impl Running {
         };
         // The backends that took the traffic are taken to be well until a probe says otherwise: to send new connections
         // back to a failed primary meanwhile would be worse.
-        let trusted = |tier: usize, backend: &Backend| tier > 0 && adopted.is_some_and(|a| a.backup.contains(&backend.address));
+        let trusted =
+            |tier: usize, backend: &Backend| tier > 0 && adopted.is_some_and(|a| a.backup.contains(&backend.address));
         let state = |tier: usize, backend: &Backend| BackendState {
             health: if trusted(tier, backend) { Health::Up } else { Health::Unknown },
             ..BackendState::new(*backend)
         };
-        let tiers = service.tiers().enumerate().map(|(n, tier)| tier.backends.iter().map(|b| state(n, b)).collect()).collect();
+        let tiers =
+            service.tiers().enumerate().map(|(n, tier)| tier.backends.iter().map(|b| state(n, b)).collect()).collect();
         Self {
             configured_override: service.override_,
             breaker,
@@ -644,7 +648,10 @@ impl Running {
                     .iter()
                     .map(|backend| {
                         let same = known.and_then(|k| k.iter().find(|b| b.backend.address == backend.address));
-                        same.map_or_else(|| BackendState::new(*backend), |b| BackendState { backend: *backend, ..b.clone() })
+                        same.map_or_else(
+                            || BackendState::new(*backend),
+                            |b| BackendState { backend: *backend, ..b.clone() },
+                        )
                     })
                     .collect()
             })

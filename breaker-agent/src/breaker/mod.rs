@@ -243,7 +243,9 @@ impl Breaker {
         self.override_ = wanted;
         let reason = if expired { StateReason::OverrideExpired } else { StateReason::Operator };
         match wanted {
-            Override::ForceOpen if self.state != BreakerState::Open => Some(self.enter(now, BreakerState::Open, reason)),
+            Override::ForceOpen if self.state != BreakerState::Open => {
+                Some(self.enter(now, BreakerState::Open, reason))
+            }
             Override::ForceClosed if self.state != BreakerState::Closed => {
                 Some(self.enter(now, BreakerState::Closed, reason))
             }

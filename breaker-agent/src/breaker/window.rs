@@ -29,7 +29,8 @@ impl Window {
     pub(super) fn observe(&mut self, now: Instant, pass: bool) -> bool {
         self.seen.push_back((now, pass));
         self.failures += usize::from(!pass);
-        while self.seen.len() > MOST || self.seen.front().is_some_and(|(at, _)| now.saturating_sub(*at) > self.rule.length)
+        while self.seen.len() > MOST
+            || self.seen.front().is_some_and(|(at, _)| now.saturating_sub(*at) > self.rule.length)
         {
             if let Some((_, passed)) = self.seen.pop_front() {
                 self.failures -= usize::from(!passed);

@@ -78,11 +78,7 @@ pub(super) async fn probe(clients: &Clients, action: &CheckAction, at: SocketAdd
     }
 }
 
-async fn judge(
-    response: Response,
-    expected: &[std::ops::RangeInclusive<u16>],
-    body_contains: Option<&str>,
-) -> Outcome {
+async fn judge(response: Response, expected: &[std::ops::RangeInclusive<u16>], body_contains: Option<&str>) -> Outcome {
     let status = response.status();
     let words = || format!("status {status}");
     if !expected.iter().any(|range| range.contains(&status.as_u16())) {
@@ -130,7 +126,9 @@ fn is_tls(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.is::<rustls::Error>() || inner.is_some_and(|inner| is_tls(inner))
 }
 
-fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+fn chain<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
     std::iter::successors(Some(error), |cause| cause.source())
 }
 

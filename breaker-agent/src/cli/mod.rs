@@ -16,7 +16,10 @@ use clap_complete::Shell;
 use serde::Serialize;
 
 use crate::{
-    agent::{run::{self, Options}, status::EventLine},
+    agent::{
+        run::{self, Options},
+        status::EventLine,
+    },
     config::{self, DEFAULT_PIN_PATH, DEFAULT_SOCKET},
     control::{TripBody, client::Client},
     datapath::kernel::PinDir,
@@ -285,7 +288,12 @@ async fn execute(cli: Cli) -> Result<()> {
         }
         Command::Cleanup => {
             let cleaned = PinDir::cleanup(&cli.pin_path)?;
-            out(&format!("took away {} links and {} maps below {}\n", cleaned.links, cleaned.maps, cli.pin_path.display()))
+            out(&format!(
+                "took away {} links and {} maps below {}\n",
+                cleaned.links,
+                cleaned.maps,
+                cli.pin_path.display()
+            ))
         }
         Command::Completions { shell } => {
             let mut script = Vec::new();

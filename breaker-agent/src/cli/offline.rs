@@ -53,7 +53,8 @@ fn show(service: &Adopted, counters: ServiceCounters) -> ServiceStatus {
         trips: service.trips,
         mode: String::new(),
         override_: format!("{:?}", service.override_.0),
-        override_until: (service.override_.0 != Override::Auto && service.override_.1 > 0).then(|| unix(service.override_.1)),
+        override_until: (service.override_.0 != Override::Auto && service.override_.1 > 0)
+            .then(|| unix(service.override_.1)),
         frontends: service.frontends.iter().map(ToString::to_string).collect(),
         tiers: Vec::new(),
         desired: applied.clone(),

@@ -50,7 +50,8 @@ impl Table {
 
     fn print(&self, paint: Paint) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        let width = |i: usize| self.rows.iter().filter_map(|r| r.get(i)).map(|c| c.0.chars().count()).max().unwrap_or(0);
+        let width =
+            |i: usize| self.rows.iter().filter_map(|r| r.get(i)).map(|c| c.0.chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let mut text = String::new();
         for row in &self.rows {
@@ -250,7 +251,15 @@ pub(super) fn flows(flows: &[serde_json::Value]) -> String {
             other => plain(other.to_string()),
         };
         let age = plain(format!("{} s", flow["ageSeconds"]));
-        table.row(vec![cell("client"), cell("frontend"), cell("backend"), cell("kind"), cell("phase"), cell("epoch"), age]);
+        table.row(vec![
+            cell("client"),
+            cell("frontend"),
+            cell("backend"),
+            cell("kind"),
+            cell("phase"),
+            cell("epoch"),
+            age,
+        ]);
     }
     table.print(Paint(false))
 }

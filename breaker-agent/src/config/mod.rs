@@ -5,7 +5,11 @@
 mod format;
 mod validate;
 
-use std::{fmt, path::{Path, PathBuf}, time::Duration};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use globset::GlobSet;
 
@@ -48,7 +52,16 @@ pub struct AgentConfig {
 impl PartialEq for AgentConfig {
     fn eq(&self, other: &Self) -> bool {
         let key = |c: &Self| {
-            (c.pin_path.clone(), c.socket.clone(), c.veths, c.interface_globs.clone(), c.attach, c.lease, c.max_flows, c.masquerade_mark)
+            (
+                c.pin_path.clone(),
+                c.socket.clone(),
+                c.veths,
+                c.interface_globs.clone(),
+                c.attach,
+                c.lease,
+                c.max_flows,
+                c.masquerade_mark,
+            )
         };
         key(self) == key(other)
     }
@@ -99,7 +112,12 @@ impl std::error::Error for ConfigError {}
 /// Everything that is wrong with it: an unreadable file and a syntax error alone, problems with values all at once.
 pub fn load(file: &Path) -> Result<Config, Vec<ConfigError>> {
     let text = std::fs::read_to_string(file).map_err(|error| {
-        vec![ConfigError { file: file.to_owned(), line: 0, field: String::new(), problem: format!("cannot be read: {error}") }]
+        vec![ConfigError {
+            file: file.to_owned(),
+            line: 0,
+            field: String::new(),
+            problem: format!("cannot be read: {error}"),
+        }]
     })?;
     parse(file, &text)
 }

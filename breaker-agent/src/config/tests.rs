@@ -69,7 +69,11 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
             "{path: /ready, expectedStatuses: '200-'}",
             "services[0].primary.check.httpGet.expectedStatuses: \"200-\" is not allowed; allowed: statuses",
         ),
-        ("services:\n", "agent: {pinPath: pins}\nservices:\n", "agent.pinPath: \"pins\" is not allowed; allowed: an abs"),
+        (
+            "services:\n",
+            "agent: {pinPath: pins}\nservices:\n",
+            "agent.pinPath: \"pins\" is not allowed; allowed: an abs",
+        ),
     ];
     for (from, to, expected) in rows {
         let text = GOOD.replacen(from, to, 1);
@@ -91,7 +95,10 @@ fn an_unknown_field_names_itself_its_line_and_the_known_ones() {
 fn duplicates_name_both_places() {
     let twice = format!("{GOOD}{}", GOOD.trim_start_matches("services:\n"));
     let errors = errors(&twice);
-    assert!(errors[0].contains("lab.yaml:13: services[1].name: \"dummy\" is taken by the service in line 2"), "{errors:?}");
+    assert!(
+        errors[0].contains("lab.yaml:13: services[1].name: \"dummy\" is taken by the service in line 2"),
+        "{errors:?}"
+    );
     assert!(
         errors[1].contains("services[1].frontends[0]: 10.43.0.10:8080/TCP is a frontend of dummy already (line 4)"),
         "{errors:?}"
@@ -156,18 +163,27 @@ mod documented {
             "agent" => format!("agent: {{{}}}\n{GOOD}", leaf(field.name.trim_start_matches("agent."))),
             "check" if field.name.starts_with("httpGet.") => {
                 let name = field.name.trim_start_matches("httpGet.");
-                GOOD.replace("{path: /ready}", &format!("{{path: /ready, {name}: {value}}}").replace("path: /ready, path", "path"))
+                GOOD.replace(
+                    "{path: /ready}",
+                    &format!("{{path: /ready, {name}: {value}}}").replace("path: /ready, path", "path"),
+                )
             }
             "check" if field.name.contains('.') => GOOD.replace("httpGet: {path: /ready}", &leaf(&field.name)),
             "check" => GOOD.replace("      check:\n", &format!("      check:\n        {}\n", leaf(&field.name))),
             "breaker" => format!("{GOOD}    breaker: {{{}}}\n", leaf(&field.name)),
             _ => match field.name.as_str() {
-                "backends[].weight" => GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: 80, weight: {value}")),
+                "backends[].weight" => {
+                    GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: 80, weight: {value}"))
+                }
                 "backends[].port" => GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: {value}")),
                 "frontends[].port" => GOOD.replace("8080", value),
                 "frontends[].protocol" => GOOD.replace("port: 8080", &format!("port: 8080, protocol: {value}")),
-                "primary.minHealthy" => GOOD.replace("    primary:\n", &format!("    primary:\n      minHealthy: {value}\n")),
-                "backups[].minHealthy" => GOOD.replace("      - backends:", &format!("      - minHealthy: {value}\n        backends:")),
+                "primary.minHealthy" => {
+                    GOOD.replace("    primary:\n", &format!("    primary:\n      minHealthy: {value}\n"))
+                }
+                "backups[].minHealthy" => {
+                    GOOD.replace("      - backends:", &format!("      - minHealthy: {value}\n        backends:"))
+                }
                 name => format!("{GOOD}    {name}: {value}\n"),
             },
         }
@@ -180,7 +196,19 @@ mod documented {
     #[test]
     fn every_field_of_the_format_is_documented() {
         let documented: Vec<String> = fields().into_iter().map(|field| field.name).collect();
-        let structural = ["services", "name", "value", "window", "breaker", "primary", "check", "httpGet", "tcpSocket", "grpc", "agent"];
+        let structural = [
+            "services",
+            "name",
+            "value",
+            "window",
+            "breaker",
+            "primary",
+            "check",
+            "httpGet",
+            "tcpSocket",
+            "grpc",
+            "agent",
+        ];
         for line in FORMAT.lines().filter_map(|line| line.trim().strip_prefix("pub ")) {
             let Some((name, _)) = line.split_once(':') else { continue };
             let mut words = name.trim_end_matches('_').split('_');
@@ -215,7 +243,8 @@ mod documented {
     fn words_are_the_documented_ones() {
         let mut checked = 0;
         for field in fields() {
-            let words: Vec<&str> = field.allowed.split(", ").filter_map(|w| w.strip_prefix('`')?.strip_suffix('`')).collect();
+            let words: Vec<&str> =
+                field.allowed.split(", ").filter_map(|w| w.strip_prefix('`')?.strip_suffix('`')).collect();
             if words.is_empty() || words.len() != field.allowed.split(", ").count() || words.contains(&"/") {
                 continue;
             }
@@ -237,7 +266,11 @@ mod documented {
                 continue;
             }
             // `window` is off by default; its fields' defaults are those of an empty one.
-            let without = if field.name.starts_with("window.") { format!("{GOOD}    breaker: {{window: {{}}}}\n") } else { GOOD.into() };
+            let without = if field.name.starts_with("window.") {
+                format!("{GOOD}    breaker: {{window: {{}}}}\n")
+            } else {
+                GOOD.into()
+            };
             let (with, without) = (with(&field, default), without);
             let load = |text: &str| parse(Path::new("t"), text).unwrap_or_else(|e| panic!("{}: {e:?}", field.name));
             let (a, b) = (load(&with), load(&without));

@@ -103,7 +103,11 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
     let agent = agent(&mut problems, raw.agent);
     if raw.services.value.len() > MAX_SERVICES as usize {
         let count = raw.services.value.len();
-        problems.add(raw.services.referenced, "services", format!("{count} are too many; allowed: up to {MAX_SERVICES}"));
+        problems.add(
+            raw.services.referenced,
+            "services",
+            format!("{count} are too many; allowed: up to {MAX_SERVICES}"),
+        );
     }
     let mut names = BTreeMap::new();
     let mut frontends = BTreeMap::new();
@@ -112,7 +116,8 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
         let path = format!("services[{index}]");
         let name = raw.name.clone();
         if let Some(first) = names.insert(name.value.clone(), name.referenced.line()) {
-            let problem = format!("{:?} is taken by the service in line {first}; allowed: a name of its own", name.value);
+            let problem =
+                format!("{:?} is taken by the service in line {first}; allowed: a name of its own", name.value);
             problems.add(name.referenced, &format!("{path}.name"), problem);
         }
         let places: Vec<Location> = raw.frontends.value.iter().map(|f| f.address.referenced).collect();
@@ -135,7 +140,11 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
     let path = |problems: &mut Problems<'_>, value: Option<Spanned<String>>, field: &str, default: &str| {
         let Some(value) = value else { return default.into() };
         if !value.value.starts_with('/') {
-            problems.add(value.referenced, field, format!("{:?} is not allowed; allowed: an absolute path", value.value));
+            problems.add(
+                value.referenced,
+                field,
+                format!("{:?} is not allowed; allowed: an absolute path", value.value),
+            );
         }
         value.value.into()
     };
@@ -202,7 +211,11 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Ser
     for (index, raw) in raw.backups.value.into_iter().enumerate() {
         let field = format!("{path}.backups[{index}]");
         if raw.backends.value.is_empty() {
-            problems.add(raw.backends.referenced, &format!("{field}.backends"), "is empty; allowed: at least one".into());
+            problems.add(
+                raw.backends.referenced,
+                &format!("{field}.backends"),
+                "is empty; allowed: at least one".into(),
+            );
         }
         for (i, backend) in raw.backends.value.iter().enumerate() {
             let at = backend.address.referenced;
@@ -216,11 +229,14 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Ser
             } else {
                 continue;
             };
-            let problem = format!("{address} is {taken}; allowed: a destination that does not fail together with the primary");
+            let problem =
+                format!("{address} is {taken}; allowed: a destination that does not fail together with the primary");
             problems.add(at, &format!("{field}.backends[{i}]"), problem);
         }
         backups.push(Tier {
-            name: raw.name.unwrap_or_else(|| if index == 0 { "backup".into() } else { format!("backup-{}", index + 1) }),
+            name: raw
+                .name
+                .unwrap_or_else(|| if index == 0 { "backup".into() } else { format!("backup-{}", index + 1) }),
             backends: backends(problems, &field, &raw.backends.value),
             check: raw.check.map(|raw| check(problems, &format!("{field}.check"), raw)),
             min_healthy: min_healthy(problems, &field, raw.min_healthy.as_ref()),
@@ -315,7 +331,8 @@ fn check(problems: &mut Problems<'_>, path: &str, raw: format::Check) -> Check {
         CheckAction::TcpSocket { port: problems.optional_port(port.as_ref(), &field("tcpSocket.port")) }
     };
     let period = either(problems, path, "period", (raw.period_seconds, 86_400), (raw.period_millis, DAY), 10, 3000);
-    let timeout = either(problems, path, "timeout", (raw.timeout_seconds, 3600), (raw.timeout_millis, 3_600_000), 10, 1000);
+    let timeout =
+        either(problems, path, "timeout", (raw.timeout_seconds, 3600), (raw.timeout_millis, 3_600_000), 10, 1000);
     let fast = raw.fast_period_millis.as_ref();
     let fast_default = u64::try_from(period.as_millis()).unwrap_or(DAY);
     let fast_period = problems.millis(fast, &field("fastPeriodMillis"), fast_default, 10);
@@ -346,7 +363,12 @@ fn either(
     }
     if let Some(millis) = millis {
         let field = format!("{path}.{name}Millis");
-        return Duration::from_millis(problems.number(Some(&millis), &field, default_millis, least_millis..=most_millis));
+        return Duration::from_millis(problems.number(
+            Some(&millis),
+            &field,
+            default_millis,
+            least_millis..=most_millis,
+        ));
     }
     if let Some(seconds) = seconds {
         let field = format!("{path}.{name}Seconds");
@@ -407,7 +429,10 @@ fn statuses(problems: &mut Problems<'_>, field: &str, given: &Spanned<String>) -
         })
         .collect();
     ranges.unwrap_or_else(|| {
-        let problem = format!("{:?} is not allowed; allowed: statuses and ranges from 100 to 599, like 200-399 or 200,204", given.value);
+        let problem = format!(
+            "{:?} is not allowed; allowed: statuses and ranges from 100 to 599, like 200-399 or 200,204",
+            given.value
+        );
         problems.add(given.referenced, field, problem);
         vec![200..=399]
     })

@@ -140,13 +140,20 @@ async fn service_get(
     json(ask(&shared, |reply| Request::Get(rest, reply)).await?)
 }
 
-async fn service_post(State(shared): State<Shared>, Path(rest): Path<String>, body: Bytes) -> Result<Response, Failure> {
+async fn service_post(
+    State(shared): State<Shared>,
+    Path(rest): Path<String>,
+    body: Bytes,
+) -> Result<Response, Failure> {
     if let Some(name) = rest.strip_suffix("/trip") {
         let body: TripBody = if body.is_empty() {
             TripBody::default()
         } else {
             serde_json::from_slice(&body).map_err(|error| {
-                Failure(StatusCode::BAD_REQUEST, format!("body: {error}; allowed: {{\"seconds\": N, \"reason\": \"…\"}}"))
+                Failure(
+                    StatusCode::BAD_REQUEST,
+                    format!("body: {error}; allowed: {{\"seconds\": N, \"reason\": \"…\"}}"),
+                )
             })?
         };
         if body.seconds == Some(0) {

@@ -6,7 +6,9 @@ use breaker_common::{BreakerState, SLOTS, StateReason, switch_flags};
 
 use crate::{
     maglev::{self, Candidate},
-    model::{Backend, EstablishedPolicy, Frontend, Mode, OnAgentLoss, Override, Service, ServiceName, WhenAllUnhealthy},
+    model::{
+        Backend, EstablishedPolicy, Frontend, Mode, OnAgentLoss, Override, Service, ServiceName, WhenAllUnhealthy,
+    },
 };
 
 /// What one slot of a selection table holds.

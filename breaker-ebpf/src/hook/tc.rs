@@ -11,18 +11,15 @@
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use breaker_common::{
-    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow4, FlowKey4, FlowKind, NONE, PassReason, SLOT_PASSTHROUGH, SLOT_REJECT,
-    Switch, backend_use,
-    switch_flags, tcp_seen,
+    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow4, FlowKey4, FlowKind, NONE, PassReason, SLOT_PASSTHROUGH,
+    SLOT_REJECT, Switch, backend_use, switch_flags, tcp_seen,
 };
 
 use crate::{
     agent, count, endpoint, event, flow, nat,
     packet::Packet,
     parse::{self, Segment},
-    reset,
-    select,
-    service,
+    reset, select, service,
     verdict::Verdict,
 };
 
@@ -63,7 +60,8 @@ pub fn try_to_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
     }
     let Some(reverse) = flow::find_reverse(&flow::reverse_key(&segment)) else { return Ok(Verdict::Next) };
     flow::touch_reverse(reverse, &segment);
-    if reverse.vip == segment.source && reverse.vip_port == segment.source_port
+    if reverse.vip == segment.source
+        && reverse.vip_port == segment.source_port
         && reverse.client_port == segment.destination_port
     {
         return Ok(Verdict::Next);

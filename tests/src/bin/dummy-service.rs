@@ -19,10 +19,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use axum::{
     Router,
-    extract::{
-        ConnectInfo, State,
-        connect_info::Connected,
-    },
+    extract::{ConnectInfo, State, connect_info::Connected},
     http::StatusCode,
     routing::{get, post},
     serve::IncomingStream,

@@ -2,8 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    io,
+    fmt, io,
     net::SocketAddrV4,
     sync::{
         Arc, Mutex, PoisonError,

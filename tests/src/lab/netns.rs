@@ -103,7 +103,10 @@ impl NetNs {
     ///
     /// # Errors
     /// No thread.
-    pub fn thread<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<Result<T>>> {
+    pub fn thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<JoinHandle<Result<T>>> {
         let ns = File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
         thread::Builder::new()
             .name(self.name.clone())

@@ -96,7 +96,8 @@ impl ServicePod {
     /// # Errors
     /// No connection, or no answer.
     pub fn ask(&self, method: &str, path: &str) -> Result<(u16, String)> {
-        let request = format!("{method} {path} HTTP/1.1\r\nhost: lab\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nhost: lab\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
         self.pod.ns.enter(move || -> Result<(u16, String)> {
             let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))?;
             stream.set_read_timeout(Some(Duration::from_secs(5)))?;

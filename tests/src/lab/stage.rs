@@ -108,7 +108,10 @@ impl Lab {
     /// The services' part of the configuration.
     #[must_use]
     pub fn services(&self, checks: Checks, service: &str) -> String {
-        format!("services:\n{}", entry(SERVICE, self.vip, self.primary.address(), self.backup.address(), checks, service))
+        format!(
+            "services:\n{}",
+            entry(SERVICE, self.vip, self.primary.address(), self.backup.address(), checks, service)
+        )
     }
 
     /// Starts clients in the client's pod.
@@ -149,7 +152,13 @@ impl Lab {
     ///
     /// # Errors
     /// Something that did not happen in time.
-    pub fn play(&mut self, fault: Fault, checks: Checks, plan: Plan, mut watch: impl FnMut(Moment<'_>)) -> Result<Play> {
+    pub fn play(
+        &mut self,
+        fault: Fault,
+        checks: Checks,
+        plan: Plan,
+        mut watch: impl FnMut(Moment<'_>),
+    ) -> Result<Play> {
         let (primary, backup) = (self.primary.address().to_string(), self.backup.address().to_string());
         let events_before = self.agent.events()?.last().map_or(0, |event| event.id);
         let load = self.load(plan)?;
@@ -159,7 +168,9 @@ impl Lab {
             let recent: Vec<_> = records.iter().rev().take_while(|r| r.at >= at).collect();
             recent.len() >= 20 && recent.iter().rev().take(20).all(|r| r.outcome.pod() == Some(pod))
         };
-        load.wait("the primary to answer", limit, |records| records.len() > 40 && records.iter().rev().take(20).all(|r| r.outcome.pod() == Some(&primary)))?;
+        load.wait("the primary to answer", limit, |records| {
+            records.len() > 40 && records.iter().rev().take(20).all(|r| r.outcome.pod() == Some(&primary))
+        })?;
         watch(Moment::Well(&load));
         self.primary.inject(fault)?;
         let injected = Instant::now();

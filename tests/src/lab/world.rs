@@ -208,7 +208,20 @@ impl Node {
         let ns = NetNs::create(&format!("{}-{name}", self.world))?;
         let veth = format!("veth{:08x}", fastrand::u32(..));
         self.ns.ip(&[
-            "link", "add", &veth, "mtu", "1450", "type", "veth", "peer", "name", "eth0", "mtu", "1450", "netns", ns.name(),
+            "link",
+            "add",
+            &veth,
+            "mtu",
+            "1450",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "mtu",
+            "1450",
+            "netns",
+            ns.name(),
         ])?;
         self.ns.ip(&["link", "set", &veth, "master", "cni0", "up"])?;
         self.ns.ip(&["link", "set", &veth, "type", "bridge_slave", "hairpin", "on"])?;

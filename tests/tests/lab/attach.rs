@@ -79,7 +79,11 @@ fn clsact_works_as_tcx_does() -> Result<()> {
     load.wait("more requests", LONG, |records| records.len() > 600)?;
     let records = load.stop()?;
     let backup = lab.backup.address().to_string();
-    assert!(records.iter().all(|r| r.outcome.pod() == Some(&backup)), "{:?}", breaker_tests::lab::client::summary(&records));
+    assert!(
+        records.iter().all(|r| r.outcome.pod() == Some(&backup)),
+        "{:?}",
+        breaker_tests::lab::client::summary(&records)
+    );
     let filters = || lab.world.node(0).ns().output("tc", &["filter", "show", "dev", &lab.client.veth, "ingress"]);
     assert_eq!(filters()?.matches("handle 0xb4ea").count(), 1, "replaced, not added: {}", filters()?);
     lab.agent.stop()?;
@@ -112,7 +116,8 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     let veth = lab.client.veth.clone();
     let programs = || {
         let veth = veth.clone();
-        let query = move || SchedClassifier::query_tcx(&veth, TcAttachType::Ingress).map(|(_, programs)| programs.len());
+        let query =
+            move || SchedClassifier::query_tcx(&veth, TcAttachType::Ingress).map(|(_, programs)| programs.len());
         lab.world.node(0).ns().enter(query)
     };
     assert_eq!(programs()??, 1);

@@ -53,7 +53,7 @@ fn the_labs_defaults() -> Result<()> {
 #[test]
 fn the_dummy_service_is_the_labs() -> Result<()> {
     let mut lab = Lab::new(Checks::Default)?;
-    let at = |service: &ServicePod| service.ask("GET", "/").map(|(status, body)| (status, body));
+    let at = |service: &ServicePod| service.ask("GET", "/");
     assert_eq!(at(&lab.primary)?, (200, "SOMERESPONSE FROM 127.0.0.1:80".into()));
     assert_eq!(lab.primary.ask("GET", "/ready")?, (200, "OK FROM 127.0.0.1:80".into()));
     lab.primary.inject(Fault::FakeError)?;
@@ -146,6 +146,10 @@ fn a_backup_on_another_node() -> Result<()> {
     load.wait("answers", LONG, |records| records.len() > 200)?;
     let records = load.stop()?;
     let backup = backup.address().to_string();
-    assert!(records.iter().skip(20).all(|r| r.outcome.pod() == Some(&backup)), "{:?}", breaker_tests::lab::client::summary(&records));
+    assert!(
+        records.iter().skip(20).all(|r| r.outcome.pod() == Some(&backup)),
+        "{:?}",
+        breaker_tests::lab::client::summary(&records)
+    );
     Ok(())
 }

@@ -98,7 +98,9 @@ fn a_reload_under_load() -> Result<()> {
     // A bad file changes nothing and says so.
     lab.agent.write_config("", "services: [{name: dummy}]\n")?;
     wait_for("the bad file to be refused", LONG, || {
-        lab.agent.events().is_ok_and(|events| events.iter().any(|e| e.kind == "ConfigRefused" && e.message.contains("lab.yaml:")))
+        lab.agent
+            .events()
+            .is_ok_and(|events| events.iter().any(|e| e.kind == "ConfigRefused" && e.message.contains("lab.yaml:")))
     })?;
     some_more(&load)?;
     // A good one with another policy is applied; by signal this time.

@@ -1,4 +1,5 @@
 //! Real sockets, veths, bridge and netfilter, the real agent: one lab a test, gone when it ends.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod attach;
 mod failover;

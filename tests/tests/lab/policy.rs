@@ -91,7 +91,9 @@ fn reject_is_felt_at_once() -> Result<()> {
     lab.backup.inject(Fault::BlackHole)?;
     lab.agent.wait_state(SERVICE, "Open", LONG)?;
     wait_for("the backup to be Down", LONG, || {
-        lab.agent.service(SERVICE).is_ok_and(|s| s.tiers[1].backends[0].health == "Down" && s.applied == Some(s.desired))
+        lab.agent
+            .service(SERVICE)
+            .is_ok_and(|s| s.tiers[1].backends[0].health == "Down" && s.applied == Some(s.desired))
     })?;
     let target = lab.vip;
     let outcome = lab.client.ns.enter(move || TcpStream::connect_timeout(&target.into(), Duration::from_secs(10)))?;

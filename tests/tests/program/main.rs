@@ -1,8 +1,12 @@
 //! The programs in the kernel, packet by packet: packet in, verdict, packet out, map effect.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use anyhow::{Context as _, Result};
 use breaker_agent::datapath::Datapath as _;
-use breaker_common::{BreakerState::{Closed, HalfOpen, Open}, PassReason};
+use breaker_common::{
+    BreakerState::{Closed, HalfOpen, Open},
+    PassReason,
+};
 use breaker_tests::packets::{
     NEXT, REDIRECT, Ran, Rig, Segment,
     flags::{ACK, FIN, PSH, RST, SYN},
@@ -64,7 +68,10 @@ fn what_is_not_ours_goes_on_untouched() -> Result<()> {
     };
     let rows: Vec<(&str, Vec<u8>)> = vec![
         ("another address", moved(&syn(1), pod(CLIENT, 1), pod(9, 8080)).bytes()),
-        ("another port of the VIP", moved(&syn(1), pod(CLIENT, 1), std::net::SocketAddrV4::new(*vip(10).ip(), 81)).bytes()),
+        (
+            "another port of the VIP",
+            moved(&syn(1), pod(CLIENT, 1), std::net::SocketAddrV4::new(*vip(10).ip(), 81)).bytes(),
+        ),
         ("UDP", with(23, &[17])),
         ("ICMP", with(23, &[1])),
         ("SCTP", with(23, &[132])),
@@ -280,7 +287,11 @@ fn reject_answers_a_syn_with_the_reset_that_connect_believes() -> Result<()> {
         assert_eq!((reset.source, reset.destination), (vip(10), pod(CLIENT, 1)));
         assert_eq!(reset.flags, RST | ACK);
         let length = u32::try_from(payload.len())?;
-        assert_eq!((reset.sequence, reset.acknowledgment), (0, length), "SYN and payload, around the end of the numbers");
+        assert_eq!(
+            (reset.sequence, reset.acknowledgment),
+            (0, length),
+            "SYN and payload, around the end of the numbers"
+        );
         assert_eq!(reset.macs, (segment.macs.1, segment.macs.0));
         assert!(reset.payload.is_empty() && reset.tcp_options.is_empty());
     }

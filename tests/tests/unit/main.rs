@@ -1,4 +1,5 @@
 //! Pure parts of the programs, compiled for this machine.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[allow(dead_code, missing_docs, reason = "the programs use the rest")]
 #[path = "../../../breaker-ebpf/src/csum.rs"]

@@ -221,7 +221,9 @@ pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         if marker.exists() && no_filters(&name) {
             let status = Command::new("tc").args(["qdisc", "del", "dev", &name, "clsact"]).status();
             if !status.is_ok_and(|s| s.success()) {
-                bail!("the clsact qdisc on {name} is ours and could not be removed; by hand: tc qdisc del dev {name} clsact");
+                bail!(
+                    "the clsact qdisc on {name} is ours and could not be removed; by hand: tc qdisc del dev {name} clsact"
+                );
             }
         }
     }

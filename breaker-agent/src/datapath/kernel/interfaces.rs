@@ -35,10 +35,7 @@ pub enum InterfaceChange {
 ///
 /// # Errors
 /// No netlink socket, or a dump that fails.
-pub async fn watch(
-    veths: bool,
-    globs: GlobSet,
-) -> Result<(Vec<InterfaceChange>, mpsc::Receiver<InterfaceChange>)> {
+pub async fn watch(veths: bool, globs: GlobSet) -> Result<(Vec<InterfaceChange>, mpsc::Receiver<InterfaceChange>)> {
     // Subscribed before the dump: what comes in between is told twice rather than never.
     let (connection, handle, mut messages) =
         new_multicast_connection(&[MulticastGroup::Link]).context("open a netlink socket")?;
@@ -104,8 +101,7 @@ fn wanted(message: &LinkMessage, veths: bool, globs: &GlobSet) -> Option<Interfa
     let name = name?;
     // A node in a container has a veth as its uplink; that is no pod's.
     let pods = veths && veth && peer_elsewhere && !has_default_route(&name);
-    (pods || globs.is_match(&name))
-        .then(|| InterfaceChange::Present { index: message.header.index, name })
+    (pods || globs.is_match(&name)).then_some(InterfaceChange::Present { index: message.header.index, name })
 }
 
 /// Whether the node's default route leaves by an interface (proc_net(5), `route`: interface, destination, …, mask).

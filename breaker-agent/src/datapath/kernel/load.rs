@@ -8,7 +8,10 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 
-use super::{maps::{Maps, PINNED}, pins::PinDir};
+use super::{
+    maps::{Maps, PINNED},
+    pins::PinDir,
+};
 
 /// The object that `build.rs` built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
@@ -43,7 +46,7 @@ pub fn load(pins: &PinDir, max_flows: u32, masquerade_mark: u32, log_level: Opti
         .map_max_entries("FLOWS4", max_flows)
         .map_max_entries("REVERSE4", max_flows);
     for (name, ..) in PINNED {
-        loader.map_pin_path(*name, pins.map(name));
+        loader.map_pin_path(name, pins.map(name));
     }
     let mut programs = loader.load(OBJECT).context("load the maps into the kernel")?;
     for name in PROGRAMS {

@@ -200,9 +200,8 @@ fn decode(bytes: &[u8]) -> Option<(u32, PacketEvent)> {
     }
     let four = |at: usize| <[u8; 4]>::try_from(&bytes[at..at + 4]).unwrap_or_default();
     let two = |at: usize| <[u8; 2]>::try_from(&bytes[at..at + 2]).unwrap_or_default();
-    let socket = |addr: usize, port: usize| {
-        SocketAddr::V4(SocketAddrV4::new(four(addr).into(), u16::from_be_bytes(two(port))))
-    };
+    let socket =
+        |addr: usize, port: usize| SocketAddr::V4(SocketAddrV4::new(four(addr).into(), u16::from_be_bytes(two(port))));
     let backend = socket(offset_of!(Raw, backend), offset_of!(Raw, backend_port));
     let event = PacketEvent {
         service: ServiceName::new(""),

@@ -28,10 +28,9 @@ impl SharedArray {
         let stride = value_size.next_multiple_of(8);
         let length = (stride * entries as usize).next_multiple_of(rustix::param::page_size());
         // SAFETY: a new mapping at an address of the kernel's choice; the length is the map's.
-        let start = unsafe {
-            mmap(std::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, map, 0)
-        }
-        .context("map an array into memory (mmap)")?;
+        let start =
+            unsafe { mmap(std::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, map, 0) }
+                .context("map an array into memory (mmap)")?;
         let start = NonNull::new(start.cast()).context("mmap returned null")?;
         Ok(Self { start, length, stride })
     }

@@ -129,7 +129,10 @@ impl KernelDatapath {
                     Slot::Reject => SLOT_REJECT,
                     Slot::Backend(address) => self.backend_id(*address)?,
                 };
-                self.maps.slots.set(start + offset, value, 0).with_context(|| format!("write slot {}", start + offset))?;
+                self.maps
+                    .slots
+                    .set(start + offset, value, 0)
+                    .with_context(|| format!("write slot {}", start + offset))?;
             }
         }
         Ok(())
@@ -158,10 +161,8 @@ impl KernelDatapath {
         let switch = Switch { epoch: decision.epoch, share: decision.share, state: decision.state as u8, flags };
         self.maps.set_switch(index, switch);
 
-        let installed = self
-            .services
-            .entry(plan.name.clone())
-            .or_insert(Installed { index, frontends: Vec::new(), slots: None });
+        let installed =
+            self.services.entry(plan.name.clone()).or_insert(Installed { index, frontends: Vec::new(), slots: None });
         installed.slots = Some(plan.slots.clone());
         let old = installed.frontends.clone();
         for frontend in plan.frontends.iter().filter(|f| !old.contains(f)) {
@@ -184,7 +185,10 @@ impl KernelDatapath {
             self.change_role(v4(&frontend)?, |role| leave(role, index))?;
         }
         self.maps.set_switch(index, Switch::from_word(0));
-        self.maps.services.set(index, ServiceRecord { name: [0; NAME_LEN], ..record_of_nobody() }, 0).context("clear the record")?;
+        self.maps
+            .services
+            .set(index, ServiceRecord { name: [0; NAME_LEN], ..record_of_nobody() }, 0)
+            .context("clear the record")?;
         self.maps.clear_counters(index)?;
         self.services.remove(name);
         self.named.remove(name);

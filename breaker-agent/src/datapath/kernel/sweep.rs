@@ -34,8 +34,7 @@ pub(super) struct Found {
 /// Goes through both tables. See [`crate::datapath::Datapath::sweep`].
 pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Option<Duration>) -> Result<Found> {
     let now = monotonic_ns();
-    let mut found =
-        Found { sweep: Sweep::default(), redirected_to: BTreeSet::new(), all_to: BTreeSet::new() };
+    let mut found = Found { sweep: Sweep::default(), redirected_to: BTreeSet::new(), all_to: BTreeSet::new() };
     let mut over = Vec::new();
     let mut claimed = BTreeSet::new();
     for entry in maps.flows.iter() {
@@ -49,7 +48,8 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
         let redirected = flow.kind == FlowKind::Redirected as u8;
         let passed = flow.kind == FlowKind::Passed as u8;
         let reverse = if passed { None } else { maps.reverse.get(&reverse_key, 0).ok() };
-        if is_over(&flow, reverse.as_ref(), now, idle) || !(names.contains_key(&flow.service) || !redirected && !passed) {
+        if is_over(&flow, reverse.as_ref(), now, idle) || !(names.contains_key(&flow.service) || !redirected && !passed)
+        {
             over.push((key, (!passed).then_some(reverse_key)));
             continue;
         }
@@ -148,8 +148,7 @@ fn is_over(flow: &Flow4<u8>, reverse: Option<&Reverse4>, now: u64, idle: Option<
 /// Reset, or closed from both sides. Of a passed flow only one side is seen.
 fn ended(forward: u8, back: u8, kind: u8) -> bool {
     let fin = forward & tcp_seen::FIN != 0;
-    (forward | back) & tcp_seen::RST != 0
-        || fin && (back & tcp_seen::FIN != 0 || kind == FlowKind::Passed as u8)
+    (forward | back) & tcp_seen::RST != 0 || fin && (back & tcp_seen::FIN != 0 || kind == FlowKind::Passed as u8)
 }
 
 /// The flows of a service, youngest first.

@@ -206,7 +206,10 @@ impl Teller {
     }
 
     fn table(&self, plays: &[Play]) {
-        self.say(&format!("\n{}", self.bold("FAULT      CHECKS      RECOVERED  FAILED        WRONG  BACK     WHY IT OPENED")));
+        self.say(&format!(
+            "\n{}",
+            self.bold("FAULT      CHECKS      RECOVERED  FAILED        WRONG  BACK     WHY IT OPENED")
+        ));
         for play in plays {
             let reason = play.transitions.first().map_or("", |step| step.reason.as_str());
             self.say(&format!(

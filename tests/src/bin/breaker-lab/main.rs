@@ -3,6 +3,8 @@
 mod bench;
 mod demo;
 
+use std::process::ExitCode;
+
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 
@@ -34,8 +36,17 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
-    let cli = Cli::parse();
+fn main() -> ExitCode {
+    match execute(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("breaker-lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "the lab needs root: it makes network namespaces and loads programs");
     match cli.command {
         Command::Demo { json, keep } => demo::demo(json, keep),

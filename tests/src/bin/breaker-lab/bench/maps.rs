@@ -1,6 +1,9 @@
 //! What changing the maps costs: a flip, and a whole new set of slots, with few and with many services.
 
-use std::{net::{Ipv4Addr, SocketAddrV4}, time::Instant};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    time::Instant,
+};
 
 use anyhow::Result;
 use breaker_agent::{datapath::plan::ServicePlan, model::Service};
@@ -10,6 +13,9 @@ use breaker_tests::packets::{Rig, plan, plan_with, pod, service};
 use super::{Row, median, spread};
 
 const TIMES: u32 = 200;
+
+/// The plan of a service for a turn.
+type Flip = fn(&Service, u32) -> ServicePlan;
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut few = Rig::new()?;
@@ -29,7 +35,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         many.apply(&plan)?;
     }
     let mut rows = Vec::new();
-    let flips: [(&str, fn(&Service, u32) -> ServicePlan); 2] = [
+    let flips: [(&str, Flip); 2] = [
         ("a flip", |s, n| plan(s, if n.is_multiple_of(2) { Open } else { Closed }, n)),
         ("a flip with other slots", |s, n| {
             let backends = &s.backups[0].backends;

@@ -54,7 +54,10 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     rows.push(bench.row("no service", &client(pod(9, 9), ACK), 1, "≤ 40")?);
     rows.push(bench.row("closed", &client(vip(10), ACK), 1, "≤ 60")?);
     bench.rig.apply(&plan(&plain, Open, 2))?;
-    for (flows, established, new) in [(1, "open established, 1 flow", "open new, 1 flow"), (MANY, "open established, 64k flows", "open new, 64k flows")] {
+    for (flows, established, new) in [
+        (1, "open established, 1 flow", "open new, 1 flow"),
+        (MANY, "open established, 64k flows", "open new, 64k flows"),
+    ] {
         bench.pin(&client(vip(10), SYN), flows)?;
         rows.push(bench.row(established, &client(vip(10), ACK), flows, if flows == 1 { "≤ 100" } else { "" })?);
         rows.push(bench.row(new, &client(vip(10), SYN), flows, "")?);

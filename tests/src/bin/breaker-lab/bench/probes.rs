@@ -1,6 +1,9 @@
 //! What a thousand checks a second cost.
 
-use std::{fmt::Write as _, time::{Duration, Instant}};
+use std::{
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use breaker_tests::lab::{
