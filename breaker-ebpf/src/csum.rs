@@ -29,3 +29,30 @@ pub fn words4(bytes: [u8; 4]) -> u64 {
 pub fn pseudo4(source: [u8; 4], destination: [u8; 4], proto: u8, length: u16) -> u64 {
     words4(source) + words4(destination) + proto as u64 + length as u64
 }
+
+/// The kernel's `csum_add`: a 32-bit sum, the carry added back in.
+#[inline(always)]
+fn add32(a: u32, b: u32) -> u32 {
+    let sum = a.wrapping_add(b);
+    sum.wrapping_add((sum < b) as u32)
+}
+
+/// The kernel's `~csum_fold`.
+#[inline(always)]
+fn fold32(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}
+
+/// What `inet_proto_csum_replace4` (net/core/utils.c) makes of a complete checksum when an address of the pseudo header
+/// changes; bit by bit, in native byte order of wire words.
+#[inline(always)]
+pub fn complete_after(check: u16, from: u32, to: u32) -> u16 {
+    !fold32(add32(add32(!(check as u32), !from), to))
+}
+
+/// The same for a partial one (CHECKSUM_PARTIAL), which holds the plain sum of the pseudo header.
+#[inline(always)]
+pub fn partial_after(check: u16, from: u32, to: u32) -> u16 {
+    fold32(add32(add32(check as u32, !from), to))
+}

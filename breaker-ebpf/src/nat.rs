@@ -88,12 +88,42 @@ fn replace(
         packet.write(segment.l4 + other_at, other_port)?;
     }
     let check_at = segment.l4 + TCP_CHECK;
+    let before = packet.read::<u16>(check_at)?;
     packet.pseudo_changed(check_at, old_addr, addr)?;
-    if old_port != port {
-        packet.payload_changed(check_at, old_port, port)?;
+    if old_port == port && !other_changed {
+        return Some(());
     }
-    if other_changed {
-        packet.payload_changed(check_at, old_other, other_port)?;
+    ports_changed(packet, check_at, before, (old_addr, addr), [(old_port, port), (old_other, other_port)])
+}
+
+/// A port and its replacement.
+type Change = ([u8; 2], [u8; 2]);
+
+/// Tells the TCP checksum that ports changed. A partial checksum does not have them in it, a complete one does; a program
+/// cannot ask which it is, but what the helper has just made of the changed address tells, and another call of it costs as
+/// much as all the rest of the translation. Only where both would have come out the same is the helper asked again.
+#[inline(always)]
+fn ports_changed(
+    packet: &Packet<'_>,
+    check_at: usize,
+    before: u16,
+    (from, to): ([u8; 4], [u8; 4]),
+    ports: [Change; 2],
+) -> Option<()> {
+    let after = packet.read::<u16>(check_at)?;
+    let (from, to) = (u32::from_ne_bytes(from), u32::from_ne_bytes(to));
+    let complete = csum::complete_after(before, from, to);
+    let partial = csum::partial_after(before, from, to);
+    if complete == partial {
+        for (old, new) in ports {
+            packet.payload_changed(check_at, old, new)?;
+        }
+        return Some(());
     }
-    Some(())
+    if after == partial {
+        return Some(());
+    }
+    let sum = |ports: [[u8; 2]; 2]| u16::from_be_bytes(ports[0]) as u64 + u16::from_be_bytes(ports[1]) as u64;
+    let (old, new) = (sum([ports[0].0, ports[1].0]), sum([ports[0].1, ports[1].1]));
+    packet.write(check_at, csum::replaced(u16::from_be(after), old, new).to_be_bytes())
 }
