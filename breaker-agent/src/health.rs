@@ -27,7 +27,13 @@ impl RiseFall {
     /// unknown one pass is enough (as Envoy does at start), failures need `fall`.
     #[must_use]
     pub fn new(rise: u32, fall: u32) -> Self {
-        Self { rise: rise.max(1), fall: fall.max(1), health: Health::Unknown, streak: 0 }
+        Self::starting(rise, fall, Health::Unknown)
+    }
+
+    /// As [`RiseFall::new`], where the health is known from before.
+    #[must_use]
+    pub fn starting(rise: u32, fall: u32, health: Health) -> Self {
+        Self { rise: rise.max(1), fall: fall.max(1), health, streak: 0 }
     }
 
     /// The health by now.

@@ -148,8 +148,10 @@ fn seen(bits: u8) -> u8 {
 /// Makes a flow's reverse entry again if it is gone.
 #[inline(always)]
 pub fn keep_reverse(key: &FlowKey4, flow: &Flow4) {
-    // An entry that is there stays as it is: what was seen of the backend's packets is in it.
-    let _ = REVERSE4.insert(reverse_key_of(key, flow), reverse_of(key, flow), BPF_NOEXIST as u64);
+    // An entry that is there stays as it is: what was seen of the backend's packets is in it. Of one that was lost we know
+    // that the backend had answered, or the client would not go on.
+    let reverse = Reverse4 { tcp_seen: tcp_seen::SYN_ACK, ..reverse_of(key, flow) };
+    let _ = REVERSE4.insert(reverse_key_of(key, flow), reverse, BPF_NOEXIST as u64);
 }
 
 /// Forgets what was decided for an earlier connection with the same addresses and ports: a SYN decides anew.
@@ -270,7 +272,9 @@ fn claim(key: &FlowKey4, flow: &Flow4) -> bool {
 /// Whether a connection is over: reset, or closed from both sides.
 #[inline(always)]
 fn ended(flow: &Flow4, reverse: &Reverse4) -> bool {
-    (flow.tcp_seen | reverse.tcp_seen) & tcp_seen::RST != 0 || flow.tcp_seen & reverse.tcp_seen & tcp_seen::FIN != 0
+    let direct = flow.kind as u8 == FlowKind::Direct as u8;
+    (flow.tcp_seen | reverse.tcp_seen) & tcp_seen::RST != 0
+        || flow.tcp_seen & tcp_seen::FIN != 0 && (direct || reverse.tcp_seen & tcp_seen::FIN != 0)
 }
 
 /// Looks for a free source port, a few steps around the range from a place that depends on the flow; 0 = none.

@@ -42,6 +42,12 @@ impl Segment {
         self.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
     }
 
+    /// The sender's last word, or nearly: FIN or RST.
+    #[inline(always)]
+    pub fn ends(&self) -> bool {
+        self.flags & (flags::FIN | flags::RST) != 0
+    }
+
     #[inline(always)]
     pub fn is_rst(&self) -> bool {
         self.flags & flags::RST != 0

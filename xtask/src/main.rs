@@ -51,7 +51,7 @@ enum Task {
     },
     /// Measure; ratios between things that ran side by side.
     Bench {
-        /// Only the rows whose name contains this.
+        /// Only the groups whose name contains this: packets, http, failover, probes, maps.
         name: Option<String>,
         /// Print the rows as a JSON list.
         #[arg(long)]
@@ -142,7 +142,7 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
 /// Runs a command of the lab binary, built for release: the stories and numbers are about what users run.
 fn lab<'a>(command: &str, args: impl Iterator<Item = &'a str>) -> Result<()> {
     run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
-    run(std::process::Command::new(ebpf_builder::workspace().join("target/release/breaker-lab"))
-        .arg(command)
+    run(cargo()
+        .args(["run", "--quiet", "--release", "-p", "breaker-tests", "--bin", "breaker-lab", "--", command])
         .args(args))
 }

@@ -19,6 +19,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("iptables", "iptables"),
     ("iptables-restore", "iptables"),
     ("bpftool", "bpftool"),
+    ("modprobe", "kmod"),
     ("haproxy", "haproxy"),
 ];
 
@@ -48,13 +49,13 @@ pub fn setup(talk: bool) -> Result<()> {
         install_packages(&packages)?;
     }
     if linker_missing {
-        println!("setup: cargo install bpf-linker {BPF_LINKER_VERSION} (about a minute)");
+        eprintln!("setup: cargo install bpf-linker {BPF_LINKER_VERSION} (about a minute)");
         run(cargo().args(["install", "--quiet", "bpf-linker", "--version", BPF_LINKER_VERSION, "--locked"]))?;
     }
     if Compiler::find().is_none() {
         bail!("still no compiler for the programs: install {} by hand", DEBIAN_COMPILER.join(" and "));
     }
-    println!("setup: done");
+    eprintln!("setup: done");
     Ok(())
 }
 
@@ -95,7 +96,7 @@ fn install_packages(packages: &[&str]) -> Result<()> {
             "these Debian packages are missing, and this machine has no apt-get: {list}\ninstall what brings the same"
         );
     }
-    println!("setup: apt-get install {list}");
+    eprintln!("setup: apt-get install {list}");
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-q", "-y"]).args(args);

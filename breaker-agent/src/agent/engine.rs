@@ -15,13 +15,13 @@ use jiff::Timestamp;
 use super::status::{Applied, BackendStatus, EventLine, ServiceStatus, TierStatus};
 use crate::{
     breaker::{Breaker, Instant, Restored, Transition},
-    check::{ProbeResult, Report},
+    check::{ProbeResult, Report, Target},
     datapath::{
         Adopted, Datapath, DatapathError,
         plan::{Decision, ServicePlan},
     },
     health::Health,
-    model::{Backend, EstablishedPolicy, Override, Service, ServiceName},
+    model::{Backend, EstablishedPolicy, Frontend, Override, Service, ServiceName},
     pool,
 };
 
@@ -62,6 +62,14 @@ pub enum CommandError {
         /// What there is.
         known: String,
     },
+    /// The configuration has its own override.
+    #[error("the configuration says override: {wanted:?} for {name}; change it there")]
+    Configured {
+        /// The service.
+        name: String,
+        /// What the configuration wants.
+        wanted: Override,
+    },
     /// The maps cannot be read.
     #[error("{0}")]
     Datapath(String),
@@ -101,6 +109,10 @@ struct Running {
     retry_at: Option<Instant>,
     /// Not in the configuration any more; stays until its flows have ended.
     leaving: bool,
+    /// Frontends that are not configured any more, and that flows may still come to.
+    lingering: Vec<Frontend>,
+    /// The last write failed, so what is in the maps is not quite what was applied before it.
+    dirty: bool,
 }
 
 /// See the module.
@@ -111,6 +123,8 @@ pub struct Engine<D> {
     /// What an earlier agent left and no configuration has claimed yet.
     left_behind: BTreeMap<ServiceName, Adopted>,
     events: VecDeque<EventLine>,
+    /// Apart, so that a busy service does not crowd out what happened to its breaker.
+    packet_events: VecDeque<EventLine>,
     next_event: u64,
     next_sweep: Instant,
     started: Instant,
@@ -129,6 +143,7 @@ impl<D: Datapath> Engine<D> {
             services: BTreeMap::new(),
             left_behind,
             events: VecDeque::new(),
+            packet_events: VecDeque::new(),
             next_event: 1,
             next_sweep: now.mono + SWEEP,
             started: now.mono,
@@ -168,6 +183,17 @@ impl<D: Datapath> Engine<D> {
                     running.draining = true;
                 }
             }
+        }
+        let claimed: Vec<Frontend> = self
+            .services
+            .values()
+            .filter(|running| !running.leaving)
+            .flat_map(|running| &running.service.frontends)
+            .chain(wanted.values().flat_map(|service| &service.frontends))
+            .copied()
+            .collect();
+        for running in self.services.values_mut() {
+            running.lingering.retain(|frontend| !claimed.contains(frontend));
         }
         for (name, service) in wanted {
             let adopted = self.left_behind.remove(&name);
@@ -264,7 +290,7 @@ impl<D: Datapath> Engine<D> {
         duration: Option<Duration>,
         why: Option<&str>,
     ) -> Result<ServiceStatus, CommandError> {
-        let name = self.find(name)?;
+        let name = self.find_free(name)?;
         let until = duration.and_then(|d| now.unix.checked_add(d).ok());
         if let Some(running) = self.services.get_mut(&name) {
             running.override_until = until;
@@ -286,7 +312,7 @@ impl<D: Datapath> Engine<D> {
     /// # Errors
     /// No such service.
     pub fn reset(&mut self, now: Now, name: &str) -> Result<ServiceStatus, CommandError> {
-        let name = self.find(name)?;
+        let name = self.find_free(name)?;
         if let Some(running) = self.services.get_mut(&name) {
             running.override_until = None;
         }
@@ -308,6 +334,16 @@ impl<D: Datapath> Engine<D> {
         self.status_of(now, &self.find(name)?)
     }
 
+    /// What is known of a backend's health, for a check that starts anew. A primary that an earlier agent left open was
+    /// Down, and must rise.
+    pub fn known_health(&self, target: &Target) -> Health {
+        let Some(running) = self.services.get(&target.service) else { return Health::Unknown };
+        let mut tier = running.tiers.get(target.tier).into_iter().flatten();
+        let health = tier.find(|b| b.backend.address == target.backend).map_or(Health::Unknown, |b| b.health);
+        let open = running.breaker.state() == BreakerState::Open && running.breaker.operator() == Override::Auto;
+        if health == Health::Unknown && target.tier == 0 && open { Health::Down } else { health }
+    }
+
     /// A service's flows.
     ///
     /// # Errors
@@ -318,8 +354,16 @@ impl<D: Datapath> Engine<D> {
     }
 
     /// Events after `id`, oldest first.
-    pub fn events_after(&self, id: u64) -> impl Iterator<Item = &EventLine> {
-        self.events.iter().filter(move |event| event.id > id)
+    pub fn events_after(&self, id: u64) -> Vec<&EventLine> {
+        let all = self.events.iter().chain(&self.packet_events);
+        let mut events: Vec<&EventLine> = all.filter(|event| event.id > id).collect();
+        events.sort_by_key(|event| event.id);
+        events
+    }
+
+    /// Id of the last event; 0 = none.
+    pub const fn last_event(&self) -> u64 {
+        self.next_event - 1
     }
 
     /// Records something that is not about one service.
@@ -334,6 +378,15 @@ impl<D: Datapath> Engine<D> {
         }
         let known: Vec<&str> = self.services.iter().filter(|(_, r)| !r.leaving).map(|(n, _)| n.as_str()).collect();
         Err(CommandError::UnknownService { name: name.to_owned(), known: known.join(", ") })
+    }
+
+    /// A service that an operator may force.
+    fn find_free(&self, name: &str) -> Result<ServiceName, CommandError> {
+        let name = self.find(name)?;
+        match self.services.get(&name).map(|running| running.service.override_) {
+            None | Some(Override::Auto) => Ok(name),
+            Some(wanted) => Err(CommandError::Configured { name: name.to_string(), wanted }),
+        }
     }
 
     fn status_of(&self, now: Now, name: &ServiceName) -> Result<ServiceStatus, CommandError> {
@@ -396,16 +449,9 @@ impl<D: Datapath> Engine<D> {
             message = format!("{message}: {words}");
         }
         tracing::info!(service = %name, from, to, reason, epoch = running.epoch, "{words}");
-        self.push(EventLine {
-            id: 0,
-            at: now.unix,
-            service: name.to_string(),
-            kind: "Transition".into(),
-            message,
-            from: Some(from.into()),
-            to: Some(to.into()),
-            reason: Some(reason.into()),
-        });
+        let line = self.line(now, name, "Transition", message);
+        let owned = |text: &str| Some(text.to_owned());
+        keep(&mut self.events, EventLine { from: owned(from), to: owned(to), reason: owned(reason), ..line });
     }
 
     fn sweep(&mut self, now: Now) {
@@ -423,11 +469,20 @@ impl<D: Datapath> Engine<D> {
         let mut gone = Vec::new();
         for (name, running) in &mut self.services {
             running.flows = found.redirected.get(name).copied().unwrap_or(0);
+        }
+        // A frontend that changed hands while flows of its old service live: its new one must look for them, too.
+        let leaving = self.services.values().filter(|running| running.leaving && running.flows > 0);
+        let busy: Vec<Frontend> = leaving.flat_map(|running| running.service.frontends.clone()).collect();
+        for (name, running) in &mut self.services {
+            let inherits = !running.leaving && running.service.frontends.iter().any(|f| busy.contains(f));
             let settled =
                 running.breaker.state() == BreakerState::Closed && running.breaker.share(now.mono) == SHARE_ALL;
             // A packet that read the old switch may pin one more flow a moment after the new one was thrown.
             let long_enough = running.closed_at.is_none_or(|at| now.mono.saturating_sub(at) >= SWEEP);
-            if running.flows == 0 && (settled || running.leaving) && long_enough {
+            if running.flows == 0 && !inherits && long_enough {
+                running.lingering.clear();
+            }
+            if running.flows == 0 && !inherits && (settled || running.leaving) && long_enough {
                 running.draining = false;
                 if running.leaving && running.is_told_to_be_closed() {
                     gone.push(name.clone());
@@ -449,7 +504,8 @@ impl<D: Datapath> Engine<D> {
                 breaker_common::EventKind::StateAdopted => format!("the programs act on epoch {}", event.epoch),
                 _ => format!("{} -> {}{to}", event.client, event.frontend),
             };
-            self.record(now, &event.service, event.kind.label(), message);
+            let line = self.line(now, &event.service, event.kind.label(), message);
+            keep(&mut self.packet_events, line);
         }
     }
 
@@ -464,7 +520,7 @@ impl<D: Datapath> Engine<D> {
     fn apply(&mut self, now: Now, name: &ServiceName) {
         let Some(running) = self.services.get_mut(name) else { return };
         let plan = running.plan(now);
-        if running.applied.as_ref() == Some(&plan) {
+        if running.applied.as_ref() == Some(&plan) && !running.dirty {
             running.error = None;
             running.retry_at = None;
             return;
@@ -475,6 +531,7 @@ impl<D: Datapath> Engine<D> {
         match self.datapath.apply(&plan) {
             Ok(()) => {
                 running.applied = Some(plan);
+                running.dirty = false;
                 running.retry_at = None;
                 if running.error.take().is_some() {
                     self.record(now, name, "WriteRecovered", "the datapath is what it should be again".into());
@@ -484,6 +541,7 @@ impl<D: Datapath> Engine<D> {
                 let first = running.error.is_none();
                 running.error = Some(error.to_string());
                 running.failed_writes += 1;
+                running.dirty = true;
                 running.retry_at = Some(now.mono + RETRY);
                 if first {
                     tracing::error!(service = %name, "the datapath could not be changed, trying again: {error}");
@@ -494,8 +552,16 @@ impl<D: Datapath> Engine<D> {
     }
 
     fn record(&mut self, now: Now, service: &ServiceName, kind: &str, message: String) {
-        self.push(EventLine {
-            id: 0,
+        let line = self.line(now, service, kind, message);
+        keep(&mut self.events, line);
+    }
+
+    /// A line with the next id.
+    fn line(&mut self, now: Now, service: &ServiceName, kind: &str, message: String) -> EventLine {
+        let id = self.next_event;
+        self.next_event += 1;
+        EventLine {
+            id,
             at: now.unix,
             service: service.to_string(),
             kind: kind.to_owned(),
@@ -503,14 +569,6 @@ impl<D: Datapath> Engine<D> {
             from: None,
             to: None,
             reason: None,
-        });
-    }
-
-    fn push(&mut self, event: EventLine) {
-        self.events.push_back(EventLine { id: self.next_event, ..event });
-        self.next_event += 1;
-        if self.events.len() > HISTORY {
-            self.events.pop_front();
         }
     }
 
@@ -552,6 +610,13 @@ impl<D: Datapath> Engine<D> {
             flows: running.flows,
             counters: self.datapath.counters(name).unwrap_or_default().into(),
         }
+    }
+}
+
+fn keep(events: &mut VecDeque<EventLine>, line: EventLine) {
+    events.push_back(line);
+    if events.len() > HISTORY {
+        events.pop_front();
     }
 }
 
@@ -615,13 +680,16 @@ impl Running {
             message: if adopted.is_some() { "as an earlier agent left it".into() } else { String::new() },
             override_until: until,
             flows: 0,
-            draining: adopted.is_some(),
-            closed_at: adopted.map(|_| now.mono),
+            // Flows of an earlier agent's, or of a service that had these frontends before, may be alive: look once.
+            draining: true,
+            closed_at: Some(now.mono),
             applied: None,
             error: None,
             failed_writes: 0,
             retry_at: None,
             leaving: false,
+            lingering: Vec::new(),
+            dirty: false,
             service,
         }
     }
@@ -659,7 +727,9 @@ impl Running {
         // Flows that the new rules would not look for any more must still end in peace.
         self.draining = true;
         self.closed_at = Some(now.mono);
-        self.service = service;
+        let before = std::mem::replace(&mut self.service, service).frontends;
+        self.lingering.extend(before);
+        self.lingering.retain(|frontend| !self.service.frontends.contains(frontend));
     }
 
     fn healths(&self, tier: usize) -> Vec<Health> {
@@ -681,14 +751,20 @@ impl Running {
             reason: self.breaker.reason(),
             since_unix_ns: Now { unix: self.since, ..now }.unix_ns(),
             trips: self.breaker.trips(),
-            override_: (self.breaker.operator(), until),
+            // What the file says is read from the file again; only an operator's word must be found in the maps.
+            override_: match self.service.override_ {
+                Override::Auto => (self.breaker.operator(), until),
+                _ => (Override::Auto, 0),
+            },
             draining: self.draining,
         };
         if self.leaving {
             let service = Service { on_close: EstablishedPolicy::Keep, ..self.service.clone() };
             return ServicePlan::new(&service, decision, &[]);
         }
-        ServicePlan::new(&self.service, decision, &backup)
+        let mut plan = ServicePlan::new(&self.service, decision, &backup);
+        plan.frontends.extend(&self.lingering);
+        plan
     }
 
     /// Whether the programs know already that it is closed: what leaves is told first, and removed at a later sweep.

@@ -1,11 +1,7 @@
 //! The whole loop but for its sockets: a fake datapath, time as an argument, scripted probes.
 
 use super::*;
-use crate::{
-    check::{CheckCode, Target},
-    config,
-    datapath::fake::FakeDatapath,
-};
+use crate::{check::CheckCode, config, datapath::fake::FakeDatapath};
 use breaker_common::StateReason;
 use std::path::Path;
 
@@ -62,7 +58,7 @@ fn the_lab_fails_over_and_comes_back() {
     assert_eq!(applied(&e).decision.reason, StateReason::HttpStatus);
     probe(&mut e, 9000, 0, CheckCode::L7Ok);
     assert_eq!(state(&e), (Closed, 3));
-    let transitions: Vec<_> = e.events_after(0).filter(|event| event.kind == "Transition").collect();
+    let transitions: Vec<_> = e.events_after(0).into_iter().filter(|event| event.kind == "Transition").collect();
     assert_eq!(transitions.len(), 2);
     assert_eq!(transitions[0].reason.as_deref(), Some("HttpStatus"));
     assert_eq!(transitions[1].to.as_deref(), Some("Closed"));
@@ -99,7 +95,7 @@ fn a_failed_write_is_counted_shown_and_tried_again() {
     assert_eq!(state(&e).0, Open);
     let status = e.get(at(3400), "dummy").unwrap();
     assert_eq!((status.error, status.failed_writes), (None, 2));
-    let kinds: Vec<_> = e.events_after(0).map(|event| event.kind.as_str()).collect();
+    let kinds: Vec<_> = e.events_after(0).into_iter().map(|event| event.kind.as_str()).collect();
     assert_eq!(kinds.iter().filter(|k| **k == "WriteFailed").count(), 1, "reported once: {kinds:?}");
     assert!(kinds.contains(&"WriteRecovered"));
 }
@@ -232,4 +228,54 @@ fn a_ramp_is_written_step_by_step() {
     }
     assert!(shares.is_sorted() && shares[0] == 190 && *shares.last().unwrap() == 1000, "{shares:?}");
     assert_eq!(state(&e), (Closed, 3), "a ramp is no change of state");
+}
+
+#[test]
+fn a_configured_override_is_the_configurations() {
+    let mut e = engine("override: ForceClosed,", FakeDatapath::default());
+    let error = e.trip(at(10), "dummy", None, None).unwrap_err();
+    assert_eq!(error.to_string(), "the configuration says override: ForceClosed for dummy; change it there");
+    probe(&mut e, 20, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Closed);
+    assert_eq!(applied(&e).decision.override_.0, Override::Auto, "a restart reads the file, not the maps");
+    e.configure(at(30), services(""));
+    assert_eq!(state(&e).0, Open, "back to what is measured");
+}
+
+#[test]
+fn an_override_that_ended_while_nobody_looked_waits_for_the_checks() {
+    let left = Adopted {
+        name: ServiceName::new("dummy"),
+        frontends: services("")[0].frontends.clone(),
+        backup: ["10.42.0.3:80".parse().unwrap()].into(),
+        state: Open,
+        epoch: 7,
+        share: 0,
+        reason: StateReason::Operator,
+        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
+        trips: 0,
+        override_: (Override::ForceOpen, u64::try_from(ORIGIN - 1).unwrap() * 1_000_000_000),
+    };
+    let mut e = engine("", FakeDatapath { left_behind: vec![left], ..FakeDatapath::default() });
+    assert_eq!(state(&e), (Open, 7), "nothing is known of the primary yet");
+    probe(&mut e, 10, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e), (Closed, 8));
+}
+
+#[test]
+fn a_rate_that_tripped_stays_tripped_for_a_while() {
+    let mut e = engine("breaker: {window: {minimumVolume: 4}},", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    // Rise and fall keep the primary Up; the rate does not.
+    let target = Target { service: ServiceName::new("dummy"), tier: 0, backend: "10.42.0.2:80".parse().unwrap() };
+    for ms in 1..=4 {
+        let code = if ms % 2 == 0 { CheckCode::L7Sts } else { CheckCode::L7Ok };
+        let result = ProbeResult { code, detail: String::new(), duration: Duration::ZERO };
+        e.report(at(100 * ms), &Report { target: target.clone(), result, health: Health::Up, flipped: false });
+    }
+    assert_eq!(applied(&e).decision.reason, StateReason::FailureRate);
+    e.tick(at(9000));
+    assert_eq!(state(&e).0, Open, "for the length of the window");
+    e.tick(at(10_500));
+    assert_eq!(state(&e).0, Closed);
 }

@@ -22,11 +22,11 @@ use super::{
 };
 use crate::{
     check::{Checker, Prober, Report, Target},
-    config::{Config, ConfigError},
+    config::{AttachMode, Config, ConfigError},
     control::{self, Request},
     datapath::{
         Datapath as _,
-        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, load, watch_interfaces},
+        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, has_tcx, load, watch_interfaces},
     },
     model::Service,
     source::file::FileSource,
@@ -44,6 +44,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 pub struct Options {
     /// The configuration file.
     pub config: PathBuf,
+    /// What was in it when it was read; a difference later is a change.
+    pub config_text: String,
     /// Take everything away at the end, instead of leaving it to the next agent.
     pub detach: bool,
     /// The programs' own log level; `None` takes the log out of them.
@@ -56,6 +58,10 @@ pub struct Options {
 /// What kept it from starting; nothing of an earlier agent's was changed then.
 pub async fn run(options: Options, config: Config) -> Result<()> {
     crate::install_crypto();
+    anyhow::ensure!(
+        config.agent.attach != AttachMode::Tcx || has_tcx(),
+        "agent.attach: Tcx needs kernel 6.6; allowed here: Auto, Clsact"
+    );
     let pins = PinDir::open(&config.agent.pin_path)?;
     let adopted = pins.adopted();
     let loaded = load(&pins, config.agent.max_flows, config.agent.masquerade_mark, options.program_log)?;
@@ -70,7 +76,7 @@ pub async fn run(options: Options, config: Config) -> Result<()> {
     let (requests_in, requests) = mpsc::channel(64);
     let (latest_event, latest_event_out) = watch::channel(0);
     let _socket = control::serve(&config.agent.socket, requests_in, latest_event_out)?;
-    let source = FileSource::watch(&options.config)?;
+    let source = FileSource::watch(&options.config, options.config_text)?;
 
     let mut agent = Agent {
         clock,
@@ -174,7 +180,7 @@ impl Agent {
                     self.engine.tick(self.clock.now());
                 }
             }
-            let latest = self.engine.events_after(0).last().map_or(0, |event| event.id);
+            let latest = self.engine.last_event();
             self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);
         }
     }
@@ -186,8 +192,8 @@ impl Agent {
     }
 
     fn configure(&mut self, services: Vec<Service>) {
+        self.engine.configure(self.clock.now(), services.clone());
         self.check(&services);
-        self.engine.configure(self.clock.now(), services);
     }
 
     /// Starts checks that are new or different, ends those that are not wanted any more.
@@ -206,7 +212,9 @@ impl Agent {
         self.checkers.retain(|target, checker| wanted.get(target) == Some(checker.check()));
         for (target, check) in wanted {
             let (prober, reports) = (self.prober.clone(), self.reports.clone());
-            self.checkers.entry(target.clone()).or_insert_with(|| Checker::start(target, check, prober, reports));
+            let known = self.engine.known_health(&target);
+            let start = || Checker::start(target.clone(), check, known, prober, reports);
+            self.checkers.entry(target.clone()).or_insert_with(start);
         }
     }
 
@@ -288,7 +296,7 @@ impl Agent {
             Request::Reset(name, reply) => drop(reply.send(self.engine.reset(now, &name))),
             Request::Flows { name, limit, reply } => drop(reply.send(self.engine.flows(&name, limit))),
             Request::Events { after, reply } => {
-                drop(reply.send(self.engine.events_after(after).cloned().collect()));
+                drop(reply.send(self.engine.events_after(after).into_iter().cloned().collect()));
             }
         }
     }

@@ -252,9 +252,10 @@ impl Breaker {
             Override::Auto if before == Override::ForceOpen => {
                 // What an operator opened is not owed an open time.
                 self.deadline = now;
+                // Without knowing that the primary is well, wait for its checks to say so.
                 match self.primary {
-                    TierHealth::Down | TierHealth::Empty => None,
-                    _ => self.leave_open(now, reason),
+                    TierHealth::Up => self.leave_open(now, reason),
+                    TierHealth::Unknown | TierHealth::Down | TierHealth::Empty => None,
                 }
             }
             Override::Auto if before == Override::ForceClosed => self.step(now),
@@ -268,6 +269,9 @@ impl Breaker {
         self.backoff.forget();
         if let Some(window) = &mut self.window {
             window.clear();
+        }
+        if self.state == BreakerState::Open {
+            self.deadline = now;
         }
         match (self.state, self.primary) {
             (BreakerState::Closed, _) | (_, TierHealth::Down | TierHealth::Empty) => self.step(now),

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -56,7 +56,9 @@ pub(super) async fn probe(clients: &Clients, action: &CheckAction, at: SocketAdd
     };
     let scheme = if *https { "https" } else { "http" };
     // For TLS a host name goes into the handshake (SNI), so it must be in the URL; the address is pinned beside it.
+    // (An address is never sent as SNI, RFC 6066 section 3.)
     let named = host.as_deref().filter(|_| *https).map(|host| host.split(':').next().unwrap_or(host));
+    let named = named.filter(|name| name.parse::<IpAddr>().is_err() && !name.starts_with('['));
     let (client, authority) = match named {
         Some(name) => (builder(limit).resolve(name, at).build(), format!("{name}:{}", at.port())),
         None => (clients.get(limit), at.to_string()),

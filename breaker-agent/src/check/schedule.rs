@@ -48,10 +48,10 @@ pub struct Checker {
 
 impl Checker {
     /// Starts to check. The first probe comes at once, but for a little spread so that a thousand checks do not start
-    /// in one moment.
+    /// in one moment. `known` is what is known of its health already.
     #[must_use]
-    pub fn start(target: Target, check: Check, prober: Prober, reports: mpsc::Sender<Report>) -> Self {
-        let task = tokio::spawn(run(target, check.clone(), prober, reports));
+    pub fn start(target: Target, check: Check, known: Health, prober: Prober, reports: mpsc::Sender<Report>) -> Self {
+        let task = tokio::spawn(run(target, check.clone(), known, prober, reports));
         Self { check, task }
     }
 
@@ -71,8 +71,8 @@ impl Drop for Checker {
 /// The most that a first probe is put off.
 const START_SPREAD: Duration = Duration::from_millis(100);
 
-async fn run(target: Target, check: Check, prober: Prober, reports: mpsc::Sender<Report>) {
-    let mut health = RiseFall::new(check.success_threshold, check.failure_threshold);
+async fn run(target: Target, check: Check, known: Health, prober: Prober, reports: mpsc::Sender<Report>) {
+    let mut health = RiseFall::starting(check.success_threshold, check.failure_threshold, known);
     let mut due = Instant::now() + START_SPREAD.min(check.fast_period).mul_f64(fastrand::f64());
     loop {
         sleep_until(due).await;

@@ -165,7 +165,7 @@ const BAD_INPUT: u8 = 2;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::Agent { config, detach, check, program_log } = cli.command {
-        return agent(Options { config, detach, program_log }, check);
+        return agent(config, detach, program_log, check);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = runtime.context("start").and_then(|runtime| runtime.block_on(execute(cli)));
@@ -184,9 +184,10 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn agent(options: Options, check_only: bool) -> ExitCode {
-    let config = match config::load(&options.config) {
-        Ok(config) => config,
+fn agent(config: PathBuf, detach: bool, program_log: Option<log::Level>, check_only: bool) -> ExitCode {
+    let read = config::read(&config).and_then(|text| Ok((config::parse(&config, &text)?, text)));
+    let (options, config) = match read {
+        Ok((parsed, config_text)) => (Options { config, config_text, detach, program_log }, parsed),
         Err(errors) => {
             for error in errors {
                 eprintln!("{error}");

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use breaker_common::PassReason;
 use jiff::Timestamp;
 
 use crate::{
@@ -126,8 +127,9 @@ pub(super) fn status(status: &AgentStatus, paint: Paint) -> String {
     for (name, error) in &status.datapath.failed_interfaces {
         let _ = writeln!(text, "{}", paint.with(RED, &format!("not on {name}: {error}")));
     }
-    if !status.datapath.reasons.is_empty() {
-        let reasons: Vec<String> = status.datapath.reasons.iter().map(|(r, n)| format!("{r} {n}")).collect();
+    let reasons = status.datapath.reasons.iter().filter(|(reason, _)| *reason != PassReason::EventLost.label());
+    let reasons: Vec<String> = reasons.map(|(r, n)| format!("{r} {n}")).collect();
+    if !reasons.is_empty() {
         let _ = writeln!(text, "{}", paint.with(YELLOW, &format!("packets that failed open: {}", reasons.join(", "))));
     }
     text.push('\n');

@@ -111,15 +111,22 @@ impl std::error::Error for ConfigError {}
 /// # Errors
 /// Everything that is wrong with it: an unreadable file and a syntax error alone, problems with values all at once.
 pub fn load(file: &Path) -> Result<Config, Vec<ConfigError>> {
-    let text = std::fs::read_to_string(file).map_err(|error| {
+    parse(file, &read(file)?)
+}
+
+/// Reads a configuration file's text.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn read(file: &Path) -> Result<String, Vec<ConfigError>> {
+    std::fs::read_to_string(file).map_err(|error| {
         vec![ConfigError {
             file: file.to_owned(),
             line: 0,
             field: String::new(),
             problem: format!("cannot be read: {error}"),
         }]
-    })?;
-    parse(file, &text)
+    })
 }
 
 /// Parses a configuration; `file` is for the messages only.

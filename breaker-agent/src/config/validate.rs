@@ -440,7 +440,14 @@ fn statuses(problems: &mut Problems<'_>, field: &str, given: &Spanned<String>) -
 
 fn breaker(problems: &mut Problems<'_>, path: &str, raw: format::Breaker) -> BreakerPolicy {
     let field = |name: &str| format!("{path}.{name}");
-    let open = problems.millis(raw.open_millis.as_ref(), &field("openMillis"), 0, 0);
+    // A rate that tripped says nothing of the next moment, so with a window there must be a time to recover in.
+    let window_length = raw.window.as_ref().map(|w| w.length_millis.as_ref().map_or(10_000, |length| length.value));
+    let open = problems.millis(
+        raw.open_millis.as_ref(),
+        &field("openMillis"),
+        window_length.unwrap_or(0).min(DAY),
+        u64::from(window_length.is_some()),
+    );
     let max_open = problems.millis(raw.max_open_millis.as_ref(), &field("maxOpenMillis"), 300_000, 0);
     if let Some(given) = &raw.max_open_millis
         && max_open < open

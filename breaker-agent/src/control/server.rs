@@ -104,6 +104,7 @@ impl From<CommandError> for Failure {
     fn from(error: CommandError) -> Self {
         let status = match error {
             CommandError::UnknownService { .. } => StatusCode::NOT_FOUND,
+            CommandError::Configured { .. } => StatusCode::CONFLICT,
             CommandError::Datapath(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, error.to_string())

@@ -162,6 +162,6 @@ pub trait Datapath {
     /// Maps that cannot be read.
     fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowView>, DatapathError>;
 
-    /// Events since the last call, up to some hundred.
+    /// Events since the last call, up to some thousand.
     fn events(&mut self) -> Vec<PacketEvent>;
 }

@@ -31,9 +31,11 @@ pub struct FileSource {
 impl FileSource {
     /// Starts to watch a file's directory (the file itself may be replaced by another one of that name).
     ///
+    /// `last` is what was read of it already: a change since then is told at once.
+    ///
     /// # Errors
     /// A directory that cannot be watched.
-    pub fn watch(path: &Path) -> Result<Self> {
+    pub fn watch(path: &Path, last: String) -> Result<Self> {
         let path = std::path::absolute(path).context("the path of the configuration")?;
         let (sender, changes) = mpsc::channel(1);
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -43,10 +45,13 @@ impl FileSource {
             }
         })
         .context("open inotify")?;
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        watcher.watch(dir, RecursiveMode::NonRecursive).with_context(|| format!("watch {}", dir.display()))?;
-        let last = std::fs::read_to_string(&path).ok();
-        Ok(Self { path, changes, last, quiet_at: None, _watcher: watcher })
+        // The file's directory, and where a link leads.
+        let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+        for dir in [path.parent(), real.parent()].into_iter().flatten() {
+            watcher.watch(dir, RecursiveMode::NonRecursive).with_context(|| format!("watch {}", dir.display()))?;
+        }
+        let quiet_at = Some(Instant::now() + QUIET);
+        Ok(Self { path, changes, last: Some(last), quiet_at, _watcher: watcher })
     }
 
     /// Waits until the file's content has changed. Safe to cancel.

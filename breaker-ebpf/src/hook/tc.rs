@@ -160,13 +160,11 @@ fn redirect(
     now_ns: u64,
 ) -> Result<Verdict, PassReason> {
     let Some(backend) = select::backend(id) else {
-        count::service(service, |c| c.failed_open += 1);
-        return Err(PassReason::UnknownBackend);
+        return fail_open(service, switch, key, now_ns, PassReason::UnknownBackend);
     };
     let mut flow = flow::to(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
     if let Err(reason) = flow::pin(key, &mut flow) {
-        count::service(service, |c| c.failed_open += 1);
-        return Err(reason);
+        return fail_open(service, switch, key, now_ns, reason);
     }
     select::mark_in_use(id, backend_use::REDIRECTED);
     let hairpin = key.client == flow.backend;
@@ -185,6 +183,21 @@ fn redirect(
     });
     nat::to_backend(packet, segment, flow.backend, flow.backend_port, flow.source_port)?;
     Ok(Verdict::Next)
+}
+
+/// Leaves a new connection that should have moved to kube-proxy. That is pinned too, if there is room: its next segment
+/// must not be taken for one from before.
+#[inline(always)]
+fn fail_open(
+    service: u32,
+    switch: &Switch<u8>,
+    key: &FlowKey4,
+    now_ns: u64,
+    reason: PassReason,
+) -> Result<Verdict, PassReason> {
+    count::service(service, |c| c.failed_open += 1);
+    let _ = flow::pin_passed(key, service, switch.epoch, now_ns);
+    Err(reason)
 }
 
 /// Leaves a new connection to kube-proxy. While the breaker is not closed that is a decision like another, and pinned:
@@ -213,7 +226,11 @@ fn established(
         packet.add_mark(MASQUERADE_MARK.load());
     }
     let policy = if redirected { switch_flags::RESET_BACKUP } else { switch_flags::RESET_PRIMARY };
-    if switch.has(policy) && flow.epoch != switch.epoch && !segment.is_rst() {
+    if switch.has(policy)
+        && flow.epoch != switch.epoch
+        && !segment.is_rst()
+        && agent::decision_holds(switch, agent::now_ns())
+    {
         flow.tcp_seen |= tcp_seen::RST;
         let peer = reset::Peer { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port };
         return reset_both(packet, segment, service, switch, key, &peer);
@@ -242,6 +259,9 @@ fn unseen(
     if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() {
         return Ok(Verdict::Next);
     }
+    if !agent::decision_holds(switch, agent::now_ns()) {
+        return Err(PassReason::AgentLost);
+    }
     let peer =
         reset::Peer { addr: segment.destination, port: segment.destination_port, source_port: segment.source_port };
     reset_both(packet, segment, service, switch, key, &peer)
@@ -256,12 +276,8 @@ fn reset_both(
     key: &FlowKey4,
     peer: &reset::Peer,
 ) -> Result<Verdict, PassReason> {
-    let now_ns = agent::now_ns();
-    if !agent::decision_holds(switch, now_ns) {
-        return Err(PassReason::AgentLost);
-    }
     count::service(service, |c| c.resets += 1);
-    event::send(EventKind::FlowReset, now_ns, service, switch, key, None);
+    event::send(EventKind::FlowReset, agent::now_ns(), service, switch, key, None);
     reset::both_ends(packet, segment, peer)?;
     Ok(Verdict::Next)
 }
@@ -282,7 +298,8 @@ fn to_backend_directly(packet: &Packet<'_>, segment: &Segment, id: u32) -> Resul
         select::mark_in_use(id, backend_use::DIRECT);
         flow.source_port
     } else {
-        if select::backend_in_use(id) & backend_use::DIRECT == 0 {
+        // Without a changed port only its end matters: then its reverse key is free again.
+        if select::backend_in_use(id) & backend_use::DIRECT == 0 && !segment.ends() {
             return Ok(Verdict::Next);
         }
         let Some(flow) = flow::find(&key) else { return Ok(Verdict::Next) };

@@ -24,7 +24,6 @@ pub struct World {
     nodes: Vec<Node>,
     /// Cleans up when its standard input ends.
     janitor: Option<Child>,
-    keep: bool,
 }
 
 /// A node: its network, and its pods.
@@ -55,6 +54,7 @@ impl World {
     /// # Errors
     /// No root, or a missing program (`cargo xtask setup`).
     pub fn new(nodes: u8) -> Result<Self> {
+        load_br_netfilter()?;
         let id = format!("brk{}x{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/breaker-lab").join(&id);
         let janitor = start_janitor(&id, &dir).context("start the janitor")?;
@@ -64,7 +64,7 @@ impl World {
         lan.ip(&["link", "add", "br0", "type", "bridge"])?;
         lan.ip(&["addr", "add", "172.31.0.1/24", "dev", "br0"])?;
         lan.ip(&["link", "set", "br0", "up"])?;
-        let mut world = Self { id, dir, lan, nodes: Vec::new(), janitor: Some(janitor), keep: false };
+        let mut world = Self { id, dir, lan, nodes: Vec::new(), janitor: Some(janitor) };
         for number in 1..=nodes {
             let node = Node::new(&world.id, number, nodes, &world.lan)?;
             world.nodes.push(node);
@@ -103,7 +103,11 @@ impl World {
 
     /// Leaves it up when it is dropped; returns the command that takes it away.
     pub fn keep(&mut self) -> String {
-        self.keep = true;
+        // Its work is the user's now.
+        if let Some(mut janitor) = self.janitor.take() {
+            let _ = janitor.kill();
+            let _ = janitor.wait();
+        }
         cleanup_script(&self.id, &self.dir)
     }
 }
@@ -111,16 +115,19 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         let Some(mut janitor) = self.janitor.take() else { return };
-        if self.keep {
-            // Its work is the user's now.
-            let _ = janitor.kill();
-            let _ = janitor.wait();
-            return;
-        }
         // End of its standard input is its sign.
         drop(janitor.stdin.take());
         let _ = janitor.wait();
     }
+}
+
+/// Bridged packets pass netfilter only with this module; on a k3s node it is loaded.
+fn load_br_netfilter() -> Result<()> {
+    if Path::new("/proc/sys/net/bridge").exists() {
+        return Ok(());
+    }
+    run(Command::new("modprobe").arg("br_netfilter"))
+        .context("the lab needs the kernel module br_netfilter: modprobe br_netfilter")
 }
 
 fn cleanup_script(id: &str, dir: &Path) -> String {

@@ -214,3 +214,24 @@ fn the_lease_runs_out() -> Result<()> {
     assert!(shown.contains("its lease of 2 s is over"), "{shown}");
     Ok(())
 }
+
+/// A service is renamed while connections are on its backup: they go on, and the new one looks for them.
+#[test]
+fn a_rename_cuts_nobody() -> Result<()> {
+    let mut lab = started("")?;
+    lab.primary.inject(Fault::FakeError)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    let load = lab.load(Plan { per_second: 0, ..Plan::usual(lab.vip) })?;
+    some_more(&load)?;
+    lab.primary.heal(Fault::FakeError)?;
+    lab.agent.wait_state(SERVICE, "Closed", LONG)?;
+    let renamed = lab.services(Checks::Fast, "").replace("name: dummy\n", "name: renamed\n");
+    lab.agent.write_config("", &renamed)?;
+    wait_for("the new name", LONG, || lab.agent.service("renamed").is_ok_and(|s| s.applied.is_some()))?;
+    // Longer than it takes to go through the flow tables twice.
+    for _ in 0..6 {
+        some_more(&load)?;
+    }
+    none_failed(load, &lab.backup.address().to_string());
+    Ok(())
+}

@@ -458,3 +458,36 @@ fn the_verifier_has_little_to_do() -> Result<()> {
     }
     Ok(())
 }
+
+/// A finished flow whose reverse key was given to another must not take the other's entry along when it is swept.
+#[test]
+fn the_sweep_takes_nobody_elses_reverse_entry() -> Result<()> {
+    let mut rig = rig(Open, "")?;
+    rig.apply(&plan(&service("other", vip(11), &[pod(BACKUP, 80)], "")?, Open, 1))?;
+    let client = pod(CLIENT, 5000);
+    rig.from_pod(&syn(5000))?;
+    rig.from_pod(&Segment::new(client, vip(10), RST))?;
+    rig.from_pod(&Segment { destination: vip(11), ..syn(5000) })?;
+    assert_eq!(flow_count(&mut rig), 1, "the first has ended, the second lives");
+    let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
+    is(&rig.to_pod(&reply)?, &moved(&reply, vip(11), client));
+    Ok(())
+}
+
+/// What failed open was decided, too: its next segment is not taken for one of a connection from before.
+#[test]
+fn a_connection_that_failed_open_is_not_reset() -> Result<()> {
+    let mut rig = Rig::with_flows(1024)?;
+    rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], "")?, Open, 5))?;
+    // Every port that is tried is taken by flows of other VIPs.
+    for n in 0..40u8 {
+        let name = format!("s{n}");
+        rig.apply(&plan(&service(&name, vip(100 + n), &[pod(BACKUP, 80)], "")?, Open, 1))?;
+        rig.from_pod(&Segment { destination: vip(100 + n), ..syn(7) })?;
+    }
+    let ran = rig.from_pod(&syn(7))?;
+    untouched(&ran, &syn(7).bytes(), "no source port is left");
+    assert!(reason(&rig, PassReason::NoSourcePort) > 0);
+    untouched(&rig.from_pod(&data(7))?, &data(7).bytes(), "it stays where it went");
+    Ok(())
+}

@@ -34,7 +34,8 @@ const PRIORITY: u16 = 0x00b4;
 /// Handle of our clsact filters: how we find them again.
 const HANDLE: TcHandle = TcHandle::new(0, 0xb4ea);
 
-const DIRECTIONS: [(TcAttachType, &str); 2] = [(TcAttachType::Ingress, "in"), (TcAttachType::Egress, "out")];
+/// In the order of attaching: nothing may be translated on its way there before its way back is.
+const DIRECTIONS: [(TcAttachType, &str); 2] = [(TcAttachType::Egress, "out"), (TcAttachType::Ingress, "in")];
 
 /// An interface with our programs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -203,16 +204,21 @@ fn already_there(error: &tc::TcError) -> bool {
 /// Takes all links and filters of a pin directory away; returns how many.
 pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
     let mut count = 0;
+    let mut paths = Vec::new();
     if let Ok(entries) = fs::read_dir(links) {
         for entry in entries.flatten() {
-            let path = entry.path();
+            paths.push(entry.path());
+        }
+        // The way there first ("in" before "out"), for the reason above.
+        paths.sort_by_key(|path| !path.to_string_lossy().ends_with("_in"));
+        for path in paths {
             // Without its pin a link has no reference left, and the kernel detaches it.
             fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
             count += 1;
         }
     }
     for (index, name) in interfaces()? {
-        for ((direction, _), program) in DIRECTIONS.into_iter().zip(PROGRAMS) {
+        for ((direction, _), program) in DIRECTIONS.into_iter().zip(PROGRAMS).rev() {
             if tc::qdisc_detach_program(&name, direction, program).is_ok() {
                 count += 1;
             }

@@ -7,7 +7,7 @@ use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
     packet_core::NetlinkPayload,
     packet_route::{
-        RouteNetlinkMessage,
+        AddressFamily, RouteNetlinkMessage,
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     },
 };
@@ -49,7 +49,9 @@ pub async fn watch(veths: bool, globs: GlobSet) -> Result<(Vec<InterfaceChange>,
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
                     wanted(&message).into_iter().collect()
                 }
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message)) => {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message))
+                    if message.header.interface_family != AddressFamily::Bridge =>
+                {
                     vec![InterfaceChange::Gone { index: message.header.index }]
                 }
                 // The socket's buffer ran over: some messages are lost, so ask for the whole again.
@@ -85,6 +87,10 @@ async fn list(
 
 /// A host-side veth (its peer is in another network namespace), or one that was asked for by name.
 fn wanted(message: &LinkMessage, veths: bool, globs: &GlobSet) -> Option<InterfaceChange> {
+    // A bridge tells of its ports, too: a veth that leaves its bridge is not gone.
+    if message.header.interface_family == AddressFamily::Bridge {
+        return None;
+    }
     let mut name = None;
     let mut veth = false;
     let mut peer_elsewhere = false;

@@ -16,8 +16,8 @@ use super::{
 /// The object that `build.rs` built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
 
-/// Names of the programs at the two directions of a hook.
-pub(super) const PROGRAMS: [&str; 2] = ["breaker_in", "breaker_out"];
+/// Names of the programs, egress first: as they are attached.
+pub(super) const PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
 
 /// Programs in the kernel, and their maps.
 #[expect(missing_debug_implementations, reason = "the logger has none")]

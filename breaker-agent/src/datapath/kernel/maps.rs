@@ -179,7 +179,7 @@ impl Maps {
 
     pub(super) fn events(&mut self, names: &StdHashMap<u32, ServiceName>) -> Vec<PacketEvent> {
         /// Per call, so that a flood of events does not hold up the loop.
-        const MOST: usize = 512;
+        const MOST: usize = 8192;
         let mut events = Vec::new();
         while events.len() < MOST {
             let Some(item) = self.events.next() else { break };

@@ -26,7 +26,8 @@ pub struct Leftover {
 /// # Errors
 /// Maps that are there and cannot be read.
 pub fn read(root: &Path) -> Result<Option<Leftover>> {
-    if !pins::map_path(root, "HEARTBEAT").exists() {
+    let path = pins::map_path(root, "HEARTBEAT");
+    if !path.try_exists().with_context(|| format!("look at {}", path.display()))? {
         return Ok(None);
     }
     let maps = load::open_pinned(|name| pins::map_path(root, name))?;

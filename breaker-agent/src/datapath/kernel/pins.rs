@@ -139,7 +139,7 @@ impl PinDir {
     /// # Errors
     /// A running agent, or what could not be removed.
     pub fn cleanup(root: &Path) -> Result<Cleaned, PinError> {
-        if !root.exists() {
+        if !root.try_exists().with_context(|| format!("look at {} (root?)", root.display()))? {
             return Ok(Cleaned::default());
         }
         require_bpffs(root)?;
@@ -187,7 +187,11 @@ fn lock(root: &Path) -> Result<OwnedFd, PinError> {
 
 fn versions(root: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
-    entries.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned())).collect()
+    let names = entries.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()));
+    // Only what can be ours: others may pin beside us.
+    names
+        .filter(|name| name.strip_prefix('v').is_some_and(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit())))
+        .collect()
 }
 
 /// Whether all maps are there (true), or none (false).
@@ -198,6 +202,16 @@ fn check_whole(root: &Path) -> Result<bool, PinError> {
     if missing.len() == PINNED.len() {
         let links = fs::read_dir(version_dir(root).join("links")).is_ok_and(|mut links| links.next().is_some());
         return if links { Err(broken("there are links, but no maps".into())) } else { Ok(false) };
+    }
+    let in_use =
+        |sub: &str| fs::read_dir(version_dir(root).join(sub)).is_ok_and(|mut entries| entries.next().is_some());
+    if !missing.is_empty() && !in_use("links") && !in_use("clsact") {
+        // A first start that did not get to its end: no program can be running on these.
+        tracing::warn!("{} holds some of the maps and no links: starting anew", version_dir(root).display());
+        for (name, ..) in PINNED {
+            let _ = fs::remove_file(map_path(root, name));
+        }
+        return Ok(false);
     }
     if !missing.is_empty() {
         return Err(broken(format!("these maps are missing: {}", missing.join(", "))));
@@ -232,7 +246,8 @@ fn remove_all(root: &Path) -> Result<Cleaned> {
         }
         remove_dir(&dir)?;
     }
-    remove_dir(root)?;
+    // Others may be in it, or it is the file system's root.
+    let _ = fs::remove_dir(root);
     Ok(cleaned)
 }
 

@@ -22,6 +22,9 @@ const LINGER: Duration = Duration::from_secs(10);
 /// How long a SYN that nobody answered is remembered: Linux gives up after 127 s (tcp_syn_retries = 6).
 const UNANSWERED: Duration = Duration::from_secs(130);
 
+/// How long a direct connection to a backend is remembered: its packets are not looked at.
+const DIRECT: Duration = Duration::from_secs(300);
+
 /// What was found.
 pub(super) struct Found {
     pub sweep: Sweep,
@@ -47,10 +50,15 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
         let reverse_key = reverse_key(&key, &flow);
         let redirected = flow.kind == FlowKind::Redirected as u8;
         let passed = flow.kind == FlowKind::Passed as u8;
-        let reverse = if passed { None } else { maps.reverse.get(&reverse_key, 0).ok() };
-        if is_over(&flow, reverse.as_ref(), now, idle) || !(names.contains_key(&flow.service) || !redirected && !passed)
+        let theirs = if passed { None } else { maps.reverse.get(&reverse_key, 0).ok() };
+        let reverse = theirs.filter(|reverse| belongs_to(reverse, &key));
+        // Its reverse key was given to another flow: whoever holds it now came later, so this one has ended.
+        let superseded = theirs.is_some() && reverse.is_none();
+        if superseded
+            || is_over(&flow, key.client_port, reverse.as_ref(), now, idle)
+            || !(names.contains_key(&flow.service) || !redirected && !passed)
         {
-            over.push((key, (!passed).then_some(reverse_key)));
+            over.push((key, flow, (!passed).then_some(reverse_key)));
             continue;
         }
         found.sweep.entries += 1;
@@ -67,9 +75,15 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
             *found.sweep.redirected.entry(name.clone()).or_default() += 1;
         }
     }
-    for (key, reverse_key) in over {
+    for (key, flow, reverse_key) in over {
+        // The walk took its time, and ports get used again: what is there now may be another connection.
+        if maps.flows.get(&key, 0).ok().is_none_or(|now| now != flow) {
+            continue;
+        }
         ignore_missing(maps.flows.remove(&key)).context("remove a flow")?;
-        if let Some(reverse_key) = reverse_key {
+        if let Some(reverse_key) = reverse_key
+            && maps.reverse.get(&reverse_key, 0).is_ok_and(|reverse| belongs_to(&reverse, &key))
+        {
             ignore_missing(maps.reverse.remove(&reverse_key)).context("remove a reverse entry")?;
         }
     }
@@ -126,12 +140,23 @@ fn reverse_bytes(key: &ReverseKey4) -> [u8; 16] {
     bytes
 }
 
+/// Whether a reverse entry is this flow's.
+fn belongs_to(reverse: &Reverse4, key: &FlowKey4) -> bool {
+    reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
+}
+
 fn age(now: u64, then: u64) -> Duration {
     Duration::from_nanos(now.saturating_sub(then))
 }
 
 /// Whether a flow's entries may go.
-fn is_over(flow: &Flow4<u8>, reverse: Option<&Reverse4>, now: u64, idle: Option<Duration>) -> bool {
+fn is_over(
+    flow: &Flow4<u8>,
+    client_port: [u8; 2],
+    reverse: Option<&Reverse4>,
+    now: u64,
+    idle: Option<Duration>,
+) -> bool {
     let last = flow.last_seen_ns.max(flow.created_ns).max(reverse.map_or(0, |r| r.last_seen_ns));
     let age = age(now, last);
     let back = reverse.map_or(0, |r| r.tcp_seen);
@@ -142,13 +167,17 @@ fn is_over(flow: &Flow4<u8>, reverse: Option<&Reverse4>, now: u64, idle: Option<
     if unanswered {
         return age > UNANSWERED;
     }
+    // A direct connection whose port was left alone is noted only so that nobody takes its reverse key.
+    if flow.kind == FlowKind::Direct as u8 && flow.source_port == client_port {
+        return age > DIRECT;
+    }
     idle.is_some_and(|idle| age > idle)
 }
 
 /// Reset, or closed from both sides. Of a passed flow only one side is seen.
 fn ended(forward: u8, back: u8, kind: u8) -> bool {
     let fin = forward & tcp_seen::FIN != 0;
-    (forward | back) & tcp_seen::RST != 0 || fin && (back & tcp_seen::FIN != 0 || kind == FlowKind::Passed as u8)
+    (forward | back) & tcp_seen::RST != 0 || fin && (back & tcp_seen::FIN != 0 || kind != FlowKind::Redirected as u8)
 }
 
 /// The flows of a service, youngest first.
@@ -160,7 +189,7 @@ pub(super) fn list(maps: &Maps, service: u32, limit: usize) -> Result<Vec<FlowVi
         if flow.service != service {
             continue;
         }
-        let reverse = maps.reverse.get(&reverse_key(&key, &flow), 0).ok();
+        let reverse = maps.reverse.get(&reverse_key(&key, &flow), 0).ok().filter(|r| belongs_to(r, &key));
         let back = reverse.map_or(0, |r| r.tcp_seen);
         let passed = flow.kind == FlowKind::Passed as u8;
         let socket = |addr: [u8; 4], port: [u8; 2]| SocketAddr::from((addr, u16::from_be_bytes(port)));
