@@ -29,7 +29,7 @@ use super::{
     Adopted, Datapath, DatapathError, FlowView, PacketEvent, Sweep,
     plan::{ServicePlan, Slot, SlotTable},
 };
-use crate::model::{Frontend, Override, ServiceName};
+use crate::model::{Frontend, Override, Protocol, ServiceName};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
 pub use interfaces::{InterfaceChange, watch as watch_interfaces};
@@ -203,15 +203,7 @@ impl KernelDatapath {
                 self.backends.insert(address, id);
             }
         }
-        let mut frontends: HashMap<u32, Vec<Frontend>> = HashMap::new();
-        for entry in self.maps.endpoints.iter() {
-            let (key, role) = entry.context("read the endpoints")?;
-            if role.service != NONE {
-                let address = SocketAddrV4::new(key.addr.into(), u16::from_be_bytes(key.port)).into();
-                let frontend = Frontend { address, protocol: crate::model::Protocol::Tcp };
-                frontends.entry(role.service).or_default().push(frontend);
-            }
-        }
+        let mut frontends = frontends(&self.maps)?;
         let mut adopted = Vec::new();
         for index in 0..MAX_SERVICES {
             let record = self.maps.services.get(&index, 0).context("read the records")?;
@@ -365,6 +357,19 @@ fn record(plan: &ServicePlan, index: u32) -> ServiceRecord<u8> {
         },
         pad: 0,
     }
+}
+
+/// Every service's frontends, by its index.
+fn frontends(maps: &Maps) -> Result<HashMap<u32, Vec<Frontend>>> {
+    let mut frontends: HashMap<u32, Vec<Frontend>> = HashMap::new();
+    for entry in maps.endpoints.iter() {
+        let (key, role) = entry.context("read the endpoints")?;
+        if role.service != NONE {
+            let address = SocketAddrV4::new(key.addr.into(), u16::from_be_bytes(key.port)).into();
+            frontends.entry(role.service).or_default().push(Frontend { address, protocol: Protocol::Tcp });
+        }
+    }
+    Ok(frontends)
 }
 
 /// A record as an earlier agent left it; `None` for a free place, or one with numbers that we do not know.

@@ -32,10 +32,12 @@ pub fn read(root: &Path) -> Result<Option<Leftover>> {
     }
     let maps = load::open_pinned(|name| pins::map_path(root, name))?;
     let heartbeat = maps.heartbeat();
+    let mut frontends = super::frontends(&maps)?;
     let mut services = Vec::new();
     for index in 0..MAX_SERVICES {
         let record = maps.services.get(&index, 0).context("read the records")?;
-        if let Some(service) = adopt_record(&record, maps.switch(index)) {
+        if let Some(mut service) = adopt_record(&record, maps.switch(index)) {
+            service.frontends = frontends.remove(&index).unwrap_or_default();
             services.push((service, maps.counters(index)?));
         }
     }

@@ -45,12 +45,13 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
         let (socket, pins) = (lab.agent.socket(), lab.agent.pin_path().to_owned());
         let look = format!(
             "The lab stays up, the agent with it (as long as it lives). Look around:\n\
-             \x20 breaker status --socket {}\n\
+             \x20 {} status --socket {}\n\
              \x20 ip netns exec {} curl -s http://{}/\n\
              \x20 ip -n {ns} -d link ; nsenter --net=/run/netns/{ns} iptables-save -t nat\n\
              \x20 bpftool map dump pinned {}/v1/maps/SWITCHES | head\n\
              \x20 ip netns exec {} curl -s -X POST http://127.0.0.1/fakeerrormodeon\n\
              Take it away:\n  {}",
+            breaker_tests::lab::binary("breaker")?.display(),
             socket.display(),
             lab.client.ns.name(),
             lab.vip,
@@ -69,23 +70,19 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
     Ok(())
 }
 
-fn slice_of(record: &Record, first: Instant, slice: Duration) -> u128 {
-    record.at.saturating_duration_since(first).as_millis() / slice.as_millis()
-}
-
 /// Tells a person what happens.
 struct Teller {
     talk: bool,
     colour: bool,
     injected: Instant,
-    shown: usize,
+    from: Instant,
     column: usize,
 }
 
 impl Teller {
     fn new(talk: bool) -> Self {
         let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Self { talk, colour, injected: Instant::now(), shown: 0, column: 0 }
+        Self { talk, colour, injected: Instant::now(), from: Instant::now(), column: 0 }
     }
 
     fn say(&self, text: &str) {
@@ -98,7 +95,7 @@ impl Teller {
         self.say(&format!(
             "  client pod {}  asks the Service VIP {} 50 times a second on new connections, and 4 clients keep theirs\n\
              \x20 dummy-deployment  {}   the primary      (P in the strip below)\n\
-             \x20 backup-deployment {}   the backup       (B; x = a request failed)\n\
+             \x20 backup-deployment {}   the backup       (B; x = a request failed, . = still waiting)\n\
              \x20 a strip shows what new connections were told, 100 ms a character\n\
              \x20 breaker watches /ready and sits on the pods' veths; closed, packets pass untouched to kube-proxy's rules.",
             lab.client.address,
@@ -115,7 +112,7 @@ impl Teller {
             Fault::BlackHole => "packets to the primary vanish",
         };
         self.say(&format!("\n{}: {what} (checks: {})", self.bold(fault.name()), checks.name()));
-        self.shown = 0;
+        self.from = Instant::now();
         self.column = 0;
     }
 
@@ -136,6 +133,8 @@ impl Teller {
                 self.line("Closed -> Open: new connections go to the backup");
             }
             Moment::OnBackup(load) => {
+                // A moment to look at, and for those that wait to give up.
+                std::thread::sleep(Duration::from_secs(1));
                 self.strip(load);
                 self.line("everybody is on the backup; the primary is made well again");
             }
@@ -164,22 +163,24 @@ impl Teller {
         self.column = 0;
     }
 
-    /// One character for every 100 ms: what the new connections of that time were told.
+    /// One character for every 100 ms since the last strip: what the new connections that began then were told.
     fn strip(&mut self, load: &Load) {
         const SLICE: Duration = Duration::from_millis(100);
-        let records = load.records();
-        let mut new: Vec<&Record> = records[self.shown..].iter().filter(|r| !r.keep_alive).collect();
-        self.shown = records.len();
+        let mut from = std::mem::replace(&mut self.from, Instant::now());
         if !self.talk {
             return;
         }
-        new.sort_by_key(|record| record.at);
-        let Some(first) = new.first().map(|record| record.at) else { return };
-        for slice in new.chunk_by(|a, b| slice_of(a, first, SLICE) == slice_of(b, first, SLICE)) {
-            let failed = slice.iter().any(|r| !r.outcome.is_success());
+        let records = load.records();
+        let new: Vec<&Record> = records.iter().filter(|r| !r.keep_alive && r.at >= from).collect();
+        // A slice that has just begun has nothing to say yet.
+        while from + SLICE <= self.from {
+            let slice: Vec<_> = new.iter().filter(|r| r.at >= from && r.at < from + SLICE).collect();
+            from += SLICE;
             let backup = slice.iter().filter(|r| r.outcome.pod().is_some_and(|pod| pod.contains(".1.3:"))).count();
-            let (mark, colour) = if failed {
+            let (mark, colour) = if slice.iter().any(|r| !r.outcome.is_success()) {
                 ('x', "31")
+            } else if slice.is_empty() {
+                ('.', "31")
             } else if backup * 2 > slice.len() {
                 ('B', "33")
             } else {
