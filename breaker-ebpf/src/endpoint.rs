@@ -13,7 +13,7 @@ pub fn find(addr: [u8; 4], port: [u8; 2]) -> Option<EndpointRole> {
     let key = EndpointKey4::new(addr, port, PROTO_TCP);
     // SAFETY: the value is copied out at once. An entry that is replaced meanwhile shows its old or its new fields:
     // both index existing places, and the next packet sees the new ones.
-    unsafe { ENDPOINTS4.get(&key) }.copied()
+    unsafe { ENDPOINTS4.get(key) }.copied()
 }
 
 /// The index behind a field of a role.

@@ -135,7 +135,16 @@ fn cargo(subcommand: &str) -> Result<Command> {
          run `cargo xtask setup`",
     )?;
     let linker = find_linker().context("bpf-linker is not installed; run `cargo xtask setup`")?;
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+    let outer = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    // A nightly brings a cargo (and a clippy) of its own; Debian's compiler is driven by the one that runs us.
+    let mut cargo = match &compiler {
+        Compiler::Nightly(rustc) if rustc.with_file_name("cargo").is_file() => {
+            let mut cargo = Command::new(rustc.with_file_name("cargo"));
+            cargo.env("RUSTUP_TOOLCHAIN", "nightly").env_remove("CARGO");
+            cargo
+        }
+        Compiler::Nightly(_) | Compiler::Debian(_) => Command::new(outer),
+    };
     // What the outer cargo set for the agent's target does not hold for this one.
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy();
