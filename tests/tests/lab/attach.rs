@@ -160,3 +160,15 @@ fn two_labs_at_once_do_not_see_each_other() -> Result<()> {
     assert_eq!(second.ask()?.pod(), Some(second.primary.address().to_string().as_str()));
     Ok(())
 }
+
+/// An interface that is no pod's gets the programs if it is asked for by name.
+#[test]
+fn interfaces_by_glob() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    lab.agent.write_config("  veths: false\n  interfaces: ['uplink*']\n", &lab.services(Checks::Fast, ""))?;
+    lab.agent.start()?;
+    let interfaces = || lab.agent.status().map(|status| status.datapath.interfaces).unwrap_or_default();
+    assert!(interfaces().is_empty());
+    lab.world.node(0).ns().ip(&["link", "add", "uplink0", "type", "veth", "peer", "name", "other0"])?;
+    wait_for("uplink0 to have programs", LONG, || interfaces() == ["uplink0"])
+}
