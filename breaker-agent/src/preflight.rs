@@ -7,7 +7,7 @@ use aya::{programs::ProgramType, sys::is_program_supported};
 use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
-use crate::datapath::kernel::{has_tcx, kernel_at_least};
+use crate::datapath::kernel::{has_tcx, is_on_bpffs, kernel_at_least};
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -125,14 +125,7 @@ fn caps() -> Finding {
 }
 
 fn bpffs(pin_path: &Path) -> Finding {
-    let mounted = pin_path.ancestors().find(|p| p.exists()).is_some_and(|existing| {
-        rustix::fs::statfs(existing).is_ok_and(|fs| {
-            #[allow(clippy::unnecessary_cast, reason = "the field's type differs between targets")]
-            let kind = fs.f_type as u64;
-            kind & 0xffff_ffff == 0xcafe_4a11
-        })
-    });
-    if mounted {
+    if is_on_bpffs(pin_path).unwrap_or(false) {
         return good("bpffs", format!("{} is on one", pin_path.display()));
     }
     finding(

@@ -112,6 +112,17 @@ pub fn build(release: bool) -> Result<Objects> {
     Ok(objects)
 }
 
+/// Builds the programs for a build script, which runs again only when something that they are made of has changed.
+///
+/// # Errors
+/// As for [`build`].
+pub fn build_for_script() -> Result<Objects> {
+    for input in ["breaker-ebpf/src", "breaker-ebpf/Cargo.toml", "breaker-ebpf/Cargo.lock", "breaker-common/src"] {
+        println!("cargo::rerun-if-changed={}", workspace().join(input).display());
+    }
+    build(true)
+}
+
 /// Builds the programs with warnings as errors. (The compiler that builds them brings no clippy that fits, where it is
 /// Debian's; with a nightly, clippy runs.)
 ///

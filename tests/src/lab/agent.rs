@@ -195,18 +195,28 @@ impl Agent {
         })
     }
 
-    /// Waits until the agent has read its file again and every check has a result.
+    /// Waits until every backend of every service is Up.
+    ///
+    /// # Errors
+    /// After `limit`.
+    pub fn wait_well(&self, limit: Duration) -> Result<()> {
+        wait_for("every backend to be Up", limit, || {
+            self.status().is_ok_and(|status| {
+                let mut backends = status.services.iter().flat_map(|s| &s.tiers).flat_map(|t| &t.backends);
+                backends.all(|backend| backend.health == "Up")
+            })
+        })
+    }
+
+    /// Waits until the agent has read its file again, and everybody is well.
     ///
     /// # Errors
     /// After `limit`.
     pub fn wait_reload(&self, limit: Duration) -> Result<()> {
         wait_for("the agent to read its file again", limit, || {
-            let read = self.events().is_ok_and(|events| events.iter().any(|e| e.kind == "Config"));
-            read && self.status().is_ok_and(|status| {
-                let mut backends = status.services.iter().flat_map(|s| &s.tiers).flat_map(|t| &t.backends);
-                backends.all(|backend| backend.health == "Up")
-            })
-        })
+            self.events().is_ok_and(|events| events.iter().any(|e| e.kind == "Config"))
+        })?;
+        self.wait_well(limit)
     }
 
     /// Waits until a service is in a state, and the programs know it.

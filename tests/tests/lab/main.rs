@@ -9,7 +9,7 @@ mod policy;
 use std::time::Duration;
 
 use anyhow::Result;
-use breaker_tests::lab::stage::{Checks, Lab, SERVICE};
+use breaker_tests::lab::stage::{Checks, Lab};
 
 /// Longer than anything takes on a busy machine.
 const LONG: Duration = Duration::from_secs(20);
@@ -24,11 +24,7 @@ fn started(service: &str) -> Result<Lab> {
 
 /// Waits until every backend is Up.
 fn wait_well(lab: &Lab) -> Result<()> {
-    breaker_tests::lab::wait_for("every backend to be Up", LONG, || {
-        lab.agent.service(SERVICE).is_ok_and(|service| {
-            service.tiers.iter().flat_map(|tier| &tier.backends).all(|backend| backend.health == "Up")
-        })
-    })
+    lab.agent.wait_well(LONG)
 }
 
 fn text(output: &[u8]) -> String {

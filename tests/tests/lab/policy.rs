@@ -32,18 +32,18 @@ fn conversation(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static
 
 /// Trips by the operator's word, so that the primary stays able to answer.
 fn trip(lab: &Lab) -> impl FnOnce() -> Result<()> + Send + 'static + use<> {
-    let (socket, ns) = (lab.agent.socket(), lab.world.node(0).ns().clone());
-    move || {
-        let binary = breaker_tests::lab::binary("breaker")?;
-        breaker_tests::lab::netns::run(ns.command(binary).args(["trip", SERVICE, "--socket"]).arg(socket))
-    }
+    operator(lab, "trip")
 }
 
 fn reset(lab: &Lab) -> impl FnOnce() -> Result<()> + Send + 'static + use<> {
+    operator(lab, "reset")
+}
+
+fn operator(lab: &Lab, word: &'static str) -> impl FnOnce() -> Result<()> + Send + 'static + use<> {
     let (socket, ns) = (lab.agent.socket(), lab.world.node(0).ns().clone());
     move || {
         let binary = breaker_tests::lab::binary("breaker")?;
-        breaker_tests::lab::netns::run(ns.command(binary).args(["reset", SERVICE, "--socket"]).arg(socket))
+        breaker_tests::lab::netns::run(ns.command(binary).args([word, SERVICE, "--socket"]).arg(socket))
     }
 }
 

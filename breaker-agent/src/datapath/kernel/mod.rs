@@ -36,7 +36,7 @@ pub use interfaces::{InterfaceChange, watch as watch_interfaces};
 pub use load::{Loaded, load};
 pub use maps::Maps;
 pub use offline::{Leftover, read as read_offline};
-pub use pins::{Cleaned, PinDir, PinError};
+pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};
 
 /// A service that has a place in the maps.
 #[derive(Debug)]

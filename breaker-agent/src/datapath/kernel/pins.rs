@@ -161,13 +161,19 @@ pub(super) fn map_path(root: &Path, name: &str) -> PathBuf {
 }
 
 fn require_bpffs(root: &Path) -> Result<(), PinError> {
-    let existing = root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    if is_on_bpffs(root)? { Ok(()) } else { Err(PinError::NotBpffs { path: root.to_owned() }) }
+}
+
+/// Whether a path, or what there is of it, is on a BPF file system.
+///
+/// # Errors
+/// A path that cannot be looked at.
+pub fn is_on_bpffs(path: &Path) -> Result<bool> {
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let kind = statfs(existing).with_context(|| format!("look at {}", existing.display()))?;
     #[allow(clippy::useless_conversion, clippy::unnecessary_cast, reason = "the field's type differs between targets")]
-    if kind.f_type as i64 != BPF_FS_MAGIC {
-        return Err(PinError::NotBpffs { path: root.to_owned() });
-    }
-    Ok(())
+    let kind = kind.f_type as i64;
+    Ok(kind == BPF_FS_MAGIC)
 }
 
 /// Locks the directory itself (flock on its descriptor): bpffs has no files, and the lock ends with the process.

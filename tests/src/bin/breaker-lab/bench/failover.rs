@@ -9,7 +9,6 @@ use breaker_tests::lab::{
     kubeproxy,
     service::Fault,
     stage::{Checks, Lab},
-    wait_for,
 };
 
 use super::{Row, http::Ambassador, median, spread};
@@ -21,9 +20,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     // Ours and theirs in labs of their own, in turn.
     let mut ours = Lab::new(Checks::Fast)?;
     ours.agent.start()?;
-    wait_for("checks to have passed", Duration::from_secs(10), || {
-        ours.agent.service("dummy").is_ok_and(|s| s.tiers.iter().all(|t| t.backends.iter().all(|b| b.health == "Up")))
-    })?;
+    ours.agent.wait_well(Duration::from_secs(10))?;
     let mut theirs = Lab::new(Checks::Fast)?;
     let proxy = Ambassador::start(&mut theirs, "inter 100 fall 3 rise 1")?;
     let vip = kubeproxy::vip(5);
