@@ -68,8 +68,12 @@ pub struct Backend {
 pub struct Tier {
     /// For people.
     pub name: String,
-    /// Destinations; may be empty for the primary only.
+    /// Destinations that new connections may go to. A file names at least one for a backup; a cluster may have none for
+    /// a while.
     pub backends: Vec<Backend>,
+    /// Destinations that get no new connections, and whose connections go on: pods that terminate, or are not ready. A
+    /// destination that is in neither list any more is gone, and so are its flows: its address may be another's soon.
+    pub draining: Vec<SocketAddr>,
     /// How its backends are checked; without, they count as Up.
     pub check: Option<Check>,
     /// How many backends must be Up for the tier to be Up.
@@ -248,7 +252,13 @@ impl Service {
     /// A service that nothing is known of but its name: what is left when its configuration is gone.
     #[must_use]
     pub fn nothing(name: ServiceName) -> Self {
-        let nobody = |name: &str| Tier { name: name.into(), backends: Vec::new(), check: None, min_healthy: 1 };
+        let nobody = |name: &str| Tier {
+            name: name.into(),
+            backends: Vec::new(),
+            draining: Vec::new(),
+            check: None,
+            min_healthy: 1,
+        };
         Self {
             name,
             frontends: Vec::new(),

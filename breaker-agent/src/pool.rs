@@ -76,6 +76,7 @@ mod tests {
             backends: (0..backends)
                 .map(|i| Backend { address: ([10, 0, 0, u8::try_from(i).unwrap()], 80).into(), weight: 1 })
                 .collect(),
+            draining: Vec::new(),
             check: Some(Check {
                 action: CheckAction::TcpSocket { port: None },
                 period: second,

@@ -3,7 +3,10 @@
 use std::{fs, path::Path};
 
 use anyhow::Result;
-use aya::{programs::ProgramType, sys::is_program_supported};
+use aya::{
+    programs::{ProgramType, loaded_programs},
+    sys::is_program_supported,
+};
 use rustix::thread::{CapabilitySet, capabilities};
 use serde::Serialize;
 
@@ -39,7 +42,7 @@ const OLDEST: (u8, u8) = (5, 12);
 /// Looks at everything.
 #[must_use]
 pub fn look(pin_path: &Path) -> Vec<Finding> {
-    vec![kernel(), attach(), tc_programs(), caps(), bpffs(pin_path), btf(), bridge()]
+    vec![kernel(), attach(), tc_programs(), caps(), bpffs(pin_path), btf(), bridge(), socket_lb()]
 }
 
 /// The findings that keep an agent from running.
@@ -146,6 +149,35 @@ fn btf() -> Finding {
         "the kernel has no type information",
         "bpftool shows maps as bytes; a kernel with CONFIG_DEBUG_INFO_BTF shows names",
     )
+}
+
+/// What a socket load balancer's programs are called: Cilium's kube-proxy replacement translates Services' addresses in
+/// connect(2), so packets never carry them. Names in the kernel have up to 15 bytes (bpf(2), BPF_OBJ_NAME_LEN).
+const SOCKET_LB: &[&str] = &["cil_sock4_conn", "cil_sock6_conn", "sock4_connect", "sock6_connect"];
+
+/// Another program on this machine that hides Services' addresses from packets, if there is one.
+#[must_use]
+pub fn socket_load_balancer() -> Option<String> {
+    let programs = loaded_programs().flatten();
+    let mut names = programs.filter_map(|program| {
+        let connects = program.program_type() as u32 == CGROUP_SOCK_ADDR;
+        connects.then(|| program.name_as_str().map(str::to_owned)).flatten()
+    });
+    let found = names.find(|name| SOCKET_LB.iter().any(|known| name.starts_with(known)))?;
+    Some(format!(
+        "the program {found} translates Services' addresses in connect(2), before there is a packet to redirect; \
+         with Cilium, set socketLB.hostNamespaceOnly=true"
+    ))
+}
+
+/// BPF_PROG_TYPE_CGROUP_SOCK_ADDR of linux/bpf.h.
+const CGROUP_SOCK_ADDR: u32 = 18;
+
+fn socket_lb() -> Finding {
+    match socket_load_balancer() {
+        None => good("socket LB", "none: packets carry the Services' addresses"),
+        Some(found) => finding("socket LB", Verdict::Worse, found, "without it, pods' connections are redirected"),
+    }
 }
 
 fn bridge() -> Finding {

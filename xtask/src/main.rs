@@ -2,12 +2,13 @@
 
 #![forbid(unsafe_code)]
 
+mod image;
 mod run;
 mod setup;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use run::{cargo, run};
@@ -40,6 +41,18 @@ enum Task {
         #[arg(long)]
         filter: Option<String>,
     },
+    /// Build container images of the agent and the dummy service into dist/, without a container engine: each archive is
+    /// an OCI image layout and a docker archive at once.
+    Image {
+        /// Push them to this registry, too, over plain HTTP.
+        #[arg(long, value_name = "HOST:PORT")]
+        push: Option<String>,
+        /// The images' tag.
+        #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
+        tag: String,
+    },
+    /// Write the definitions of the Kubernetes types to k8s/, from the Rust types.
+    Crdgen,
     /// Play the lab: a service fails over in the kernel and comes back.
     Demo {
         /// Print one JSON object instead of the story.
@@ -94,6 +107,11 @@ fn execute(task: Task) -> Result<()> {
             setup::setup(false)?;
             test(tier, filter.as_deref())
         }
+        Task::Image { push, tag } => {
+            setup::setup(false)?;
+            image::image(&tag, push.as_deref())
+        }
+        Task::Crdgen => crdgen(),
         Task::Demo { json, keep } => {
             setup::setup(false)?;
             let flags = [(json, "--json"), (keep, "--keep")];
@@ -104,6 +122,22 @@ fn execute(task: Task) -> Result<()> {
             lab("bench", name.as_deref().into_iter().chain(json.then_some("--json")))
         }
     }
+}
+
+/// Where the definitions are; base and chart have the same file.
+const CRDS: [&str; 2] = ["k8s/base/crds.yaml", "k8s/chart/crds/crds.yaml"];
+
+fn crdgen() -> Result<()> {
+    setup::setup(false)?;
+    let mut command = cargo();
+    command.args(["run", "--quiet", "-p", "breaker-agent", "--", "crds"]);
+    let text = run::output(&mut command)?;
+    for file in CRDS {
+        let path = ebpf_builder::workspace().join(file);
+        std::fs::write(&path, &text).with_context(|| format!("write {}", path.display()))?;
+        println!("{file}");
+    }
+    Ok(())
 }
 
 fn lint() -> Result<()> {

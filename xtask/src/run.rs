@@ -1,6 +1,6 @@
 //! Running commands, with the command in the error.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -21,4 +21,16 @@ pub fn run(command: &mut Command) -> Result<()> {
         bail!("failed ({status}): {command:?}");
     }
     Ok(())
+}
+
+/// Runs a command to its end and returns what it printed.
+///
+/// # Errors
+/// As for [`run`].
+pub fn output(command: &mut Command) -> Result<Vec<u8>> {
+    let output = command.stderr(Stdio::inherit()).output().with_context(|| format!("start {command:?}"))?;
+    if !output.status.success() {
+        bail!("failed ({}): {command:?}", output.status);
+    }
+    Ok(output.stdout)
 }

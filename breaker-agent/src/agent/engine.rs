@@ -5,14 +5,15 @@
 //! [`Engine::next_deadline`], never forgotten.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
     time::Duration,
 };
 
 use breaker_common::{BreakerState, SHARE_ALL};
 use jiff::Timestamp;
 
-use super::status::{Applied, BackendStatus, EventLine, ServiceStatus, TierStatus};
+use super::status::{Applied, BackendStatus, EventLine, ServiceStatus, Summary, TierStatus, TierSummary};
 use crate::{
     breaker::{Breaker, Instant, Restored, Transition},
     check::{ProbeResult, Report, Target},
@@ -111,6 +112,8 @@ struct Running {
     leaving: bool,
     /// Frontends that are not configured any more, and that flows may still come to.
     lingering: Vec<Frontend>,
+    /// Backends of a backup that are gone, whose flows are to go with them.
+    gone: BTreeSet<SocketAddr>,
     /// The last write failed, so what is in the maps is not quite what was applied before it.
     dirty: bool,
 }
@@ -129,6 +132,7 @@ pub struct Engine<D> {
     next_sweep: Instant,
     started: Instant,
     flow_entries: usize,
+    changes: u64,
 }
 
 impl<D: Datapath> Engine<D> {
@@ -148,6 +152,7 @@ impl<D: Datapath> Engine<D> {
             next_sweep: now.mono + SWEEP,
             started: now.mono,
             flow_entries: 0,
+            changes: 0,
         })
     }
 
@@ -169,6 +174,7 @@ impl<D: Datapath> Engine<D> {
     /// Takes in a whole configuration: services that did not change keep everything, changed ones keep state, epoch
     /// and flows, gone ones leave when their flows have ended.
     pub fn configure(&mut self, now: Now, services: Vec<Service>) {
+        self.changes += 1;
         let mut wanted: BTreeMap<ServiceName, Service> = services.into_iter().map(|s| (s.name.clone(), s)).collect();
         for (name, running) in &mut self.services {
             match wanted.remove(name) {
@@ -214,6 +220,7 @@ impl<D: Datapath> Engine<D> {
             self.react(now, &name, |breaker, running_health| breaker.set_primary(now.mono, running_health));
         }
         self.apply_all(now);
+        self.cut_gone(false);
     }
 
     /// Takes in a probe's result. One about something that is not configured any more is ignored.
@@ -232,6 +239,7 @@ impl<D: Datapath> Engine<D> {
         let flipped = backend.health != health;
         backend.health = health;
         backend.last = Some(report.result.clone());
+        self.changes += u64::from(flipped);
         if flipped {
             backend.since = Some(now.unix);
             let (code, detail) = (report.result.code.label(), &report.result.detail);
@@ -324,6 +332,16 @@ impl<D: Datapath> Engine<D> {
     /// Every service's status, by name.
     pub fn status(&self, now: Now) -> Vec<ServiceStatus> {
         self.services.iter().filter(|(_, r)| !r.leaving).map(|(name, r)| self.show(now, name, r)).collect()
+    }
+
+    /// Every service in short, by name.
+    pub fn summaries(&self) -> Vec<Summary> {
+        self.services.values().filter(|running| !running.leaving).map(Running::summary).collect()
+    }
+
+    /// Counts what [`Engine::summaries`] may show differently.
+    pub const fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// One service's status.
@@ -466,6 +484,7 @@ impl<D: Datapath> Engine<D> {
             }
         };
         self.flow_entries = found.entries;
+        self.cut_gone(true);
         let mut gone = Vec::new();
         for (name, running) in &mut self.services {
             running.flows = found.redirected.get(name).copied().unwrap_or(0);
@@ -493,6 +512,26 @@ impl<D: Datapath> Engine<D> {
             match self.datapath.remove(&name) {
                 Ok(()) => drop(self.services.remove(&name)),
                 Err(error) => tracing::warn!(service = %name, "cannot be removed yet: {error}"),
+            }
+        }
+    }
+
+    /// Ends the flows to backends that are gone: whoever gets their addresses next must not get their connections.
+    ///
+    /// A packet that read the old tables may pin one more flow a moment after they were replaced, so the list is kept
+    /// until a sweep has looked again (`last`).
+    fn cut_gone(&mut self, last: bool) {
+        for (name, running) in self.services.iter_mut().filter(|(_, running)| !running.gone.is_empty()) {
+            match self.datapath.cut(name, &running.gone) {
+                Ok(0) => {}
+                Ok(cut) => tracing::info!(service = %name, cut, "flows ended with the pods that they went to"),
+                Err(error) => {
+                    tracing::warn!(service = %name, "flows to pods that are gone stay for now: {error}");
+                    continue;
+                }
+            }
+            if last {
+                running.gone.clear();
             }
         }
     }
@@ -528,6 +567,7 @@ impl<D: Datapath> Engine<D> {
         if running.retry_at.is_some_and(|at| now.mono < at) {
             return;
         }
+        self.changes += 1;
         match self.datapath.apply(&plan) {
             Ok(()) => {
                 running.applied = Some(plan);
@@ -689,6 +729,7 @@ impl Running {
             retry_at: None,
             leaving: false,
             lingering: Vec::new(),
+            gone: BTreeSet::new(),
             dirty: false,
             service,
         }
@@ -715,6 +756,10 @@ impl Running {
                 tier.backends
                     .iter()
                     .map(|backend| {
+                        let same = |k: &&Vec<BackendState>| k.iter().position(|b| b.backend.address == backend.address);
+                        // Preferences may move a backend from one backup tier to another: what is known of it stays.
+                        let elsewhere = || old.iter().skip(1).filter(|_| index > 0).find(|k| same(k).is_some());
+                        let known = known.filter(|k| same(k).is_some()).or_else(elsewhere);
                         let same = known.and_then(|k| k.iter().find(|b| b.backend.address == backend.address));
                         same.map_or_else(
                             || BackendState::new(*backend),
@@ -724,6 +769,13 @@ impl Running {
                     .collect()
             })
             .collect();
+        let known = |service: &Service| -> BTreeSet<SocketAddr> {
+            let tiers = service.backups.iter();
+            tiers.flat_map(|t| t.backends.iter().map(|b| b.address).chain(t.draining.iter().copied())).collect()
+        };
+        let (before, after) = (known(&self.service), known(&service));
+        self.gone.extend(before.difference(&after));
+        self.gone.retain(|address| !after.contains(address));
         // Flows that the new rules would not look for any more must still end in peace.
         self.draining = true;
         self.closed_at = Some(now.mono);
@@ -734,6 +786,31 @@ impl Running {
 
     fn healths(&self, tier: usize) -> Vec<Health> {
         self.tiers.get(tier).map(|tier| tier.iter().map(|b| b.health).collect()).unwrap_or_default()
+    }
+
+    fn summary(&self) -> Summary {
+        let applied = self.applied.as_ref().map(|plan| &plan.decision);
+        let active = self.active_backup().map(|(index, _)| index + 1);
+        let tiers = self.service.tiers().enumerate().map(|(index, tier)| TierSummary {
+            name: tier.name.clone(),
+            up: match tier.check {
+                Some(_) => self.healths(index).iter().filter(|health| **health == Health::Up).count(),
+                None => tier.backends.len(),
+            },
+            total: tier.backends.len(),
+            active: active == Some(index),
+        });
+        Summary {
+            name: self.service.name.clone(),
+            state: applied.map_or("", |decision| decision.state.label()),
+            since: applied.and_then(|decision| timestamp(decision.since_unix_ns)),
+            reason: applied.map_or("", |decision| decision.reason.label()),
+            message: self.message.clone(),
+            share: applied.map_or(0, |decision| decision.share),
+            in_force: applied.is_some() && self.error.is_none() && !self.dirty,
+            error: self.error.clone(),
+            tiers: tiers.collect(),
+        }
     }
 
     fn active_backup(&self) -> Option<(usize, Vec<Backend>)> {

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     os::fd::OwnedFd,
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,14 +23,18 @@ use super::{
 };
 use crate::{
     check::{Checker, Prober, Report, Target},
-    config::{AttachMode, Config, ConfigError},
+    config::{AgentConfig, AttachMode, ConfigError},
     control::{self, Request},
     datapath::{
         Datapath as _,
         kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, has_tcx, load, watch_interfaces},
     },
     model::Service,
-    source::file::FileSource,
+    preflight,
+    source::{
+        file::FileSource,
+        kube::{self, Facts, KubeSource, Place, Update},
+    },
 };
 
 /// How often the heart beats.
@@ -39,13 +44,32 @@ const LOOK: Duration = Duration::from_millis(500);
 /// The least between two looks at what time alone changes.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// The least between two looks at what the others might want to know.
+const TELL: Duration = Duration::from_millis(100);
+
+/// Where services come from.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// A file.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// What was in it when it was read; a difference later is a change.
+        text: String,
+        /// What that meant.
+        services: Vec<Service>,
+    },
+    /// Kubernetes.
+    Kubernetes(Place),
+}
+
 /// How an agent is started.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The configuration file.
-    pub config: PathBuf,
-    /// What was in it when it was read; a difference later is a change.
-    pub config_text: String,
+    /// About the agent.
+    pub agent: AgentConfig,
+    /// Where services come from.
+    pub origin: Origin,
     /// Take everything away at the end, instead of leaving it to the next agent.
     pub detach: bool,
     /// The programs' own log level; `None` takes the log out of them.
@@ -56,27 +80,37 @@ pub struct Options {
 ///
 /// # Errors
 /// What kept it from starting; nothing of an earlier agent's was changed then.
-pub async fn run(options: Options, config: Config) -> Result<()> {
+pub async fn run(options: Options) -> Result<()> {
     crate::install_crypto();
+    let config = options.agent;
     anyhow::ensure!(
-        config.agent.attach != AttachMode::Tcx || has_tcx(),
+        config.attach != AttachMode::Tcx || has_tcx(),
         "agent.attach: Tcx needs kernel 6.6; allowed here: Auto, Clsact"
     );
-    let pins = PinDir::open(&config.agent.pin_path)?;
+    let pins = PinDir::open(&config.pin_path)?;
     let adopted = pins.adopted();
-    let loaded = load(&pins, config.agent.max_flows, config.agent.masquerade_mark, options.program_log)?;
+    let loaded = load(&pins, config.max_flows, config.masquerade_mark, options.program_log)?;
     if let Some(logger) = loaded.logger {
         carry_log(logger);
     }
     let events = loaded.maps.events_ready()?;
-    let attacher = Attacher::new(loaded.programs, &pins, config.agent.attach);
+    let attacher = Attacher::new(loaded.programs, &pins, config.attach);
     let clock = Clock::new();
     let engine = Engine::new(KernelDatapath::new(loaded.maps), clock.now())?;
     let (reports_in, reports) = mpsc::channel(4096);
     let (requests_in, requests) = mpsc::channel(64);
     let (latest_event, latest_event_out) = watch::channel(0);
-    let _socket = control::serve(&config.agent.socket, requests_in, latest_event_out)?;
-    let source = FileSource::watch(&options.config, options.config_text)?;
+    let _socket = control::serve(&config.socket, requests_in.clone(), latest_event_out)?;
+    if let Some(address) = config.listen {
+        control::health::serve(address, requests_in).await?;
+    }
+    let (source, services) = match options.origin {
+        Origin::File { path, text, services } => (Source::File(FileSource::watch(&path, text)?), Some(services)),
+        Origin::Kubernetes(place) => {
+            let client = kube::client(place.kubeconfig.as_deref()).await?;
+            (Source::Kubernetes(Box::new(KubeSource::start(&client, &place))), None)
+        }
+    };
 
     let mut agent = Agent {
         clock,
@@ -89,17 +123,27 @@ pub async fn run(options: Options, config: Config) -> Result<()> {
         reports: reports_in,
         latest_event,
         config: config.clone(),
+        service_count: None,
+        update: Arc::default(),
+        incompatible: preflight::socket_load_balancer(),
+        handover: None,
+        unreported: true,
+        reported_changes: 0,
+        reported_at: Duration::ZERO,
     };
-    // Alive first, then the decisions, then the programs that act on them.
+    // Alive first, then the decisions, then the programs that act on them. What an earlier agent left goes on until the
+    // source has said what is wanted.
     agent.beat();
-    agent.configure(config.services);
+    if let Some(services) = services {
+        agent.configure(services);
+    }
     let (present, interfaces) =
-        watch_interfaces(config.agent.veths, config.agent.interfaces.clone()).await.context("watch the interfaces")?;
+        watch_interfaces(config.veths, config.interfaces.clone()).await.context("watch the interfaces")?;
     agent.attach_present(present);
     let pid = std::process::id();
     let mode = agent.attacher.mode();
     let count = agent.attacher.attached().len();
-    tracing::info!(pid, adopted, attach = ?mode, interfaces = count, services = agent.config.services.len(), "ready");
+    tracing::info!(pid, adopted, attach = ?mode, interfaces = count, services = agent.service_count, "ready");
     agent.run(Inputs { reports, requests, interfaces, events, source }).await?;
     if options.detach {
         drop(agent);
@@ -117,7 +161,34 @@ struct Inputs {
     requests: mpsc::Receiver<Request>,
     interfaces: mpsc::Receiver<InterfaceChange>,
     events: AsyncFd<OwnedFd>,
-    source: FileSource,
+    source: Source,
+}
+
+/// A source of services.
+enum Source {
+    File(FileSource),
+    Kubernetes(Box<KubeSource>),
+}
+
+/// What a source said.
+enum News {
+    /// Look at the file.
+    File,
+    /// This is wanted.
+    Update(Arc<Update>),
+}
+
+impl Source {
+    /// Waits for something new. Safe to cancel.
+    async fn changed(&mut self) -> News {
+        match self {
+            Self::File(file) => {
+                file.changed().await;
+                News::File
+            }
+            Self::Kubernetes(kube) => News::Update(kube.changed().await),
+        }
+    }
 }
 
 struct Clock {
@@ -146,7 +217,19 @@ struct Agent {
     prober: Prober,
     reports: mpsc::Sender<Report>,
     latest_event: watch::Sender<u64>,
-    config: Config,
+    config: AgentConfig,
+    /// Services that are configured; none before the source has said so.
+    service_count: Option<usize>,
+    /// What Kubernetes said last.
+    update: Arc<Update>,
+    /// What hides VIPs from the programs.
+    incompatible: Option<String>,
+    /// Until when the last word is to hold without us.
+    handover: Option<Duration>,
+    /// Something that others might want to know has changed.
+    unreported: bool,
+    reported_changes: u64,
+    reported_at: Duration,
 }
 
 impl Agent {
@@ -158,13 +241,22 @@ impl Agent {
         let mut last_tick = self.clock.now().mono;
         loop {
             // Counted from the last tick, not from now: whatever else keeps the loop busy does not put it off.
-            let due = self.engine.next_deadline(self.clock.now()).clamp(last_tick + PAUSE, last_tick + LOOK);
+            let mut due = self.engine.next_deadline(self.clock.now()).clamp(last_tick + PAUSE, last_tick + LOOK);
+            if self.unreported {
+                due = due.min((self.reported_at + TELL).max(last_tick + PAUSE));
+            }
             let due = self.clock.origin + due;
             tokio::select! {
-                _ = terminate.recv() => return Ok(()),
-                _ = interrupt.recv() => return Ok(()),
-                _ = hangup.recv() => self.reload(&inputs.source, "SIGHUP"),
-                () = inputs.source.changed() => self.reload(&inputs.source, "the file changed"),
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => if let Source::File(file) = &inputs.source {
+                    self.reload(file, "SIGHUP");
+                },
+                news = inputs.source.changed() => match (news, &inputs.source) {
+                    (News::File, Source::File(file)) => self.reload(file, "the file changed"),
+                    (News::Update(update), _) => self.update(update),
+                    (News::File, Source::Kubernetes(_)) => {}
+                },
                 _ = beat.tick() => self.beat(),
                 Some(report) = inputs.reports.recv() => self.engine.report(self.clock.now(), &report),
                 Some(request) = inputs.requests.recv() => self.answer(request),
@@ -182,16 +274,65 @@ impl Agent {
             }
             let latest = self.engine.last_event();
             self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);
+            if let Source::Kubernetes(kube) = &inputs.source {
+                self.tell(kube);
+            }
         }
+        if let Source::Kubernetes(kube) = &inputs.source {
+            kube.farewell().await;
+        }
+        Ok(())
+    }
+
+    /// Tells the other nodes what is in force here, if that changed.
+    fn tell(&mut self, kube: &KubeSource) {
+        let changes = self.engine.changes();
+        self.unreported |= changes != self.reported_changes;
+        let now = self.clock.now().mono;
+        if !self.unreported || !self.update.synced || now < self.reported_at + TELL {
+            return;
+        }
+        self.unreported = false;
+        self.reported_changes = changes;
+        self.reported_at = now;
+        let failed = self.failed_interfaces.values();
+        kube.report(Facts {
+            update: self.update.clone(),
+            summaries: self.engine.summaries(),
+            attach: format!("{:?}", self.attacher.mode()),
+            interfaces: self.attacher.attached().len(),
+            failed_interfaces: failed.map(|(name, error)| format!("{name}: {error}")).collect(),
+            incompatible: self.incompatible.clone(),
+        });
+    }
+
+    /// Takes in what Kubernetes wants.
+    fn update(&mut self, update: Arc<Update>) {
+        self.unreported = true;
+        let services = update.services();
+        if self.service_count.is_none() {
+            tracing::info!(services = services.len(), "heard from the API server");
+        }
+        self.update = update;
+        self.configure(services);
     }
 
     fn beat(&mut self) {
         let unix_ns = u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0);
-        let lease = self.config.agent.lease;
+        let now = self.clock.now().mono;
+        let mut lease = self.config.lease;
+        match self.handover {
+            // Whoever said that we go was wrong, or the next one took its time: the usual lease again.
+            Some(until) if until <= now => self.handover = None,
+            // A lease of zero holds for ever already.
+            Some(until) if !lease.is_zero() => lease = lease.max(until - now),
+            _ => {}
+        }
         self.engine.datapath_mut().beat(lease, unix_ns);
     }
 
     fn configure(&mut self, services: Vec<Service>) {
+        self.service_count = Some(services.len());
         self.engine.configure(self.clock.now(), services.clone());
         self.check(&services);
     }
@@ -222,13 +363,12 @@ impl Agent {
         let now = self.clock.now();
         match source.load() {
             Ok(config) => {
-                if config.agent != self.config.agent {
+                if config.agent != self.config {
                     let message = "the section `agent` changed: that takes effect at the next start";
                     tracing::warn!("{message}");
                     self.engine.note(now, "Config", message.into());
                 }
                 let count = config.services.len();
-                self.config.services.clone_from(&config.services);
                 self.configure(config.services);
                 tracing::info!(services = count, "configuration read again ({why})");
                 self.engine.note(now, "Config", format!("read again ({why}): {count} services"));
@@ -257,6 +397,7 @@ impl Agent {
     }
 
     fn interface(&mut self, change: InterfaceChange) {
+        self.unreported = true;
         match change {
             InterfaceChange::Present { index, name } => {
                 self.names.insert(index, name.clone());
@@ -295,6 +436,16 @@ impl Agent {
             }
             Request::Reset(name, reply) => drop(reply.send(self.engine.reset(now, &name))),
             Request::Flows { name, limit, reply } => drop(reply.send(self.engine.flows(&name, limit))),
+            Request::Ready(reply) => {
+                let waiting = "the API server has not told yet what is wanted; what an earlier agent left goes on";
+                drop(reply.send(self.service_count.map(drop).ok_or_else(|| waiting.to_owned())));
+            }
+            Request::Handover { duration, reply } => {
+                self.handover = Some(now.mono + duration);
+                self.beat();
+                tracing::info!(seconds = duration.as_secs(), "about to be replaced: the last word holds for so long");
+                let _ = reply.send(());
+            }
             Request::Events { after, reply } => {
                 drop(reply.send(self.engine.events_after(after).into_iter().cloned().collect()));
             }
@@ -309,9 +460,9 @@ impl Agent {
             pid: std::process::id(),
             running: true,
             last_beat: Some(now.unix),
-            lease_seconds: self.config.agent.lease.as_secs(),
+            lease_seconds: self.config.lease.as_secs(),
             datapath: DatapathStatus {
-                pin_path: self.config.agent.pin_path.display().to_string(),
+                pin_path: self.config.pin_path.display().to_string(),
                 attach: format!("{:?}", self.attacher.mode()),
                 interfaces: self.attacher.attached().iter().map(|(i, a)| name_of(i, &a.name)).collect(),
                 failed_interfaces: self.failed_interfaces.values().cloned().collect(),

@@ -6,6 +6,8 @@ use breaker_common::ServiceCounters;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::model::ServiceName;
+
 /// `GET /v1/status`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -133,6 +135,43 @@ pub struct BackendStatus {
     pub check_millis: Option<f64>,
     /// Relative weight.
     pub weight: u16,
+}
+
+/// A service in short: what the programs act on, and how its backends are. Cheap to make, and equal as long as nothing
+/// that is worth a word has changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Its name.
+    pub name: ServiceName,
+    /// The state in the kernel; empty before the first write.
+    pub state: &'static str,
+    /// Since when.
+    pub since: Option<Timestamp>,
+    /// Why.
+    pub reason: &'static str,
+    /// More about why.
+    pub message: String,
+    /// The primary's share in the kernel, permille.
+    pub share: u16,
+    /// Whether the kernel has what is wanted.
+    pub in_force: bool,
+    /// What went wrong with the last write.
+    pub error: Option<String>,
+    /// The primary, then the backups.
+    pub tiers: Vec<TierSummary>,
+}
+
+/// A tier in short.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierSummary {
+    /// Its name.
+    pub name: String,
+    /// Backends that may get connections.
+    pub up: usize,
+    /// Backends.
+    pub total: usize,
+    /// Of the backups: whether it is the one that would take over.
+    pub active: bool,
 }
 
 /// [`ServiceCounters`] for JSON.

@@ -1,11 +1,13 @@
 //! The command line: one binary for the agent and for looking at it.
 
+mod cluster;
 mod offline;
 mod show;
 
 use std::{
+    ffi::OsString,
     io::{self, IsTerminal as _, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -17,13 +19,14 @@ use serde::Serialize;
 
 use crate::{
     agent::{
-        run::{self, Options},
+        run::{self, Options, Origin},
         status::EventLine,
     },
-    config::{self, DEFAULT_PIN_PATH, DEFAULT_SOCKET},
+    config::{self, Config, ConfigError, DEFAULT_PIN_PATH, DEFAULT_SOCKET},
     control::{TripBody, client::Client},
     datapath::kernel::PinDir,
     preflight::{self, Verdict},
+    source::kube::{self, Place},
 };
 use show::Paint;
 
@@ -58,9 +61,21 @@ enum Command {
 The file is read again on SIGHUP and when it changes; a bad one changes nothing and is logged.
 SIGTERM leaves the datapath in place for the next agent; established connections notice nothing.")]
     Agent {
-        /// Which service is protected by which: see docs/CONFIGURATION.md.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        /// Which service is protected by which: see docs/CONFIGURATION.md. With --kubernetes, its section `agent` only.
+        #[arg(long, value_name = "FILE", required_unless_present = "kubernetes")]
+        config: Option<PathBuf>,
+        /// Take services from Kubernetes: CircuitBreakers and annotated Services.
+        #[arg(long)]
+        kubernetes: bool,
+        /// The Node that this is.
+        #[arg(long, env = "NODE_NAME", requires = "kubernetes", value_name = "NAME")]
+        node_name: Option<String>,
+        /// The agents' own namespace: which of them writes the statuses is kept in a Lease there.
+        #[arg(long, env = "POD_NAMESPACE", default_value = "breaker-system", value_name = "NAME")]
+        namespace: String,
+        /// How to reach the API server; the pod's service account without.
+        #[arg(long, requires = "kubernetes", value_name = "FILE")]
+        kubeconfig: Option<PathBuf>,
         /// At the end, take programs and maps away.
         #[arg(long)]
         detach: bool,
@@ -128,8 +143,34 @@ SIGTERM leaves the datapath in place for the next agent; established connections
         #[arg(short, long, default_value = "table")]
         output: TableOutput,
     },
+    /// Every CircuitBreaker on every node, over the Kubernetes API. As `kubectl breaker` where the binary is on the PATH as
+    /// kubectl-breaker.
+    Cluster {
+        /// How to reach the API server; KUBECONFIG, ~/.kube/config or the pod's service account without.
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: Option<PathBuf>,
+        /// Only this namespace.
+        #[arg(short, long, value_name = "NAME")]
+        namespace: Option<String>,
+        /// As a table for people, or whole.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// Print the definitions of the Kubernetes types, for kubectl apply.
+    Crds,
+    /// Tell the agent that it is about to be replaced: its last word holds for longer than the usual lease.
+    #[command(after_help = "Example, before an upgrade that pulls an image: breaker handover --for 10m")]
+    Handover {
+        /// For how long (30s, 10m, 2h).
+        #[arg(long = "for", value_name = "TIME", value_parser = parse_time, default_value = "10m")]
+        duration: Duration,
+    },
     /// Take programs, links and maps of every version away. Refuses while an agent runs.
-    Cleanup,
+    Cleanup {
+        /// Then stay, doing nothing, until told to end: for a DaemonSet that cleans every node.
+        #[arg(long)]
+        wait: bool,
+    },
     /// Print a shell's completions.
     #[command(after_help = "Example: breaker completions bash > /etc/bash_completion.d/breaker")]
     Completions {
@@ -163,9 +204,34 @@ const BAD_INPUT: u8 = 2;
 /// Runs the command line.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Command::Agent { config, detach, check, program_log } = cli.command {
-        return agent(config, detach, program_log, check);
+    let cli = Cli::parse_from(as_plugin(std::env::args_os()));
+    if let Command::Agent { config, kubernetes, node_name, namespace, kubeconfig, detach, check, program_log } = cli.command
+    {
+        let place = kubernetes.then_some((node_name, namespace, kubeconfig));
+        let started = match place {
+            None => options_of_file(config.unwrap_or_default(), detach, program_log),
+            Some((Some(node), namespace, kubeconfig)) if !node.is_empty() => {
+                options_of_cluster(config, Place { node, namespace, kubeconfig }, detach, program_log)
+            }
+            Some(_) => Err(vec!["--node-name is missing (in a pod: NODE_NAME from fieldRef spec.nodeName)".into()]),
+        };
+        return match started {
+            Ok(options) if check => {
+                let services = match &options.origin {
+                    Origin::File { services, .. } => format!(", {} services", services.len()),
+                    Origin::Kubernetes(_) => String::new(),
+                };
+                println!("good{services}");
+                ExitCode::SUCCESS
+            }
+            Ok(options) => agent(options),
+            Err(problems) => {
+                for problem in problems {
+                    eprintln!("{problem}");
+                }
+                ExitCode::from(BAD_INPUT)
+            }
+        };
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = runtime.context("start").and_then(|runtime| runtime.block_on(execute(cli)));
@@ -184,28 +250,49 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn agent(config: PathBuf, detach: bool, program_log: Option<log::Level>, check_only: bool) -> ExitCode {
-    let read = config::read(&config).and_then(|text| Ok((config::parse(&config, &text)?, text)));
-    let (options, config) = match read {
-        Ok((parsed, config_text)) => (Options { config, config_text, detach, program_log }, parsed),
-        Err(errors) => {
-            for error in errors {
-                eprintln!("{error}");
-            }
-            return ExitCode::from(BAD_INPUT);
-        }
-    };
-    if check_only {
-        println!("{}: good, {} services", options.config.display(), config.services.len());
-        return ExitCode::SUCCESS;
+/// Called as `kubectl-breaker` (kubectl runs plugins by that name), it shows the cluster.
+fn as_plugin(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.collect();
+    let name = args.first().map(|arg| Path::new(arg).file_name().unwrap_or_default().to_owned());
+    let own = |arg: &OsString| Cli::command().get_subcommands().any(|command| *arg == command.get_name()) || arg == "help";
+    if name.is_some_and(|name| name == "kubectl-breaker") && !args.get(1).is_some_and(own) {
+        args.insert(1, "cluster".into());
     }
+    args
+}
+
+fn lines(errors: &[ConfigError]) -> Vec<String> {
+    errors.iter().map(ToString::to_string).collect()
+}
+
+fn options_of_file(path: PathBuf, detach: bool, program_log: Option<log::Level>) -> Result<Options, Vec<String>> {
+    let text = config::read(&path).map_err(|errors| lines(&errors))?;
+    let Config { agent, services } = config::parse(&path, &text).map_err(|errors| lines(&errors))?;
+    Ok(Options { agent, origin: Origin::File { path, text, services }, detach, program_log })
+}
+
+fn options_of_cluster(
+    config: Option<PathBuf>,
+    place: Place,
+    detach: bool,
+    program_log: Option<log::Level>,
+) -> Result<Options, Vec<String>> {
+    let (path, text) = match config {
+        Some(path) => (path.clone(), config::read(&path).map_err(|errors| lines(&errors))?),
+        None => (PathBuf::new(), String::new()),
+    };
+    let agent = config::parse_agent(&path, &text).map_err(|errors| lines(&errors))?;
+    Ok(Options { agent, origin: Origin::Kubernetes(place), detach, program_log })
+}
+
+fn agent(options: Options) -> ExitCode {
     start_log();
-    if let Err(error) = preflight::require(&config.agent.pin_path) {
+    if let Err(error) = preflight::require(&options.agent.pin_path) {
         eprintln!("breaker: {error:#}");
         return ExitCode::FAILURE;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.context("start").and_then(|runtime| runtime.block_on(run::run(options, config))) {
+    match runtime.context("start").and_then(|runtime| runtime.block_on(run::run(options))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("breaker: {error:#}");
@@ -287,14 +374,39 @@ async fn execute(cli: Cli) -> Result<()> {
             }
             Ok(())
         }
-        Command::Cleanup => {
+        Command::Cluster { kubeconfig, namespace, output } => {
+            let client = kube::client(kubeconfig.as_deref()).await?;
+            let mut overview = kube::overview::read(client).await?;
+            if let Some(namespace) = namespace {
+                overview.circuit_breakers.retain(|breaker| breaker.namespace == *namespace);
+                for node in &mut overview.nodes {
+                    node.report.services.retain(|service| service.namespace == *namespace);
+                }
+            }
+            match output {
+                TableOutput::Table => out(&cluster::overview(&overview, paint)),
+                TableOutput::Json => print(Output::Json, &overview),
+                TableOutput::Yaml => print(Output::Yaml, &overview),
+            }
+        }
+        Command::Crds => out(&kube::api::definitions().context("write the definitions")?),
+        Command::Handover { duration } => {
+            client()?.handover(*duration).await?;
+            out(&format!("without an agent, its last word holds for {} s\n", duration.as_secs()))
+        }
+        Command::Cleanup { wait } => {
             let cleaned = PinDir::cleanup(&cli.pin_path)?;
             out(&format!(
                 "took away {} links and {} maps below {}\n",
                 cleaned.links,
                 cleaned.maps,
                 cli.pin_path.display()
-            ))
+            ))?;
+            if *wait {
+                let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+                terminate.recv().await;
+            }
+            Ok(())
         }
         Command::Completions { shell } => {
             let mut script = Vec::new();

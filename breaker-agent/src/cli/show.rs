@@ -19,8 +19,8 @@ use crate::{
 pub(super) struct Paint(bool);
 
 const GREEN: &str = "32";
-const RED: &str = "31";
-const YELLOW: &str = "33";
+pub(super) const RED: &str = "31";
+pub(super) const YELLOW: &str = "33";
 const DIM: &str = "2";
 const BOLD: &str = "1";
 
@@ -30,26 +30,26 @@ impl Paint {
         Self(io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()))
     }
 
-    fn with(self, code: &str, text: &str) -> String {
+    pub(super) fn with(self, code: &str, text: &str) -> String {
         if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 
 /// Columns as wide as their widest cell; colour goes on after padding, so that it does not count.
-struct Table {
+pub(super) struct Table {
     rows: Vec<Vec<(String, Option<&'static str>)>>,
 }
 
 impl Table {
-    fn new(head: &[&str]) -> Self {
+    pub(super) fn new(head: &[&str]) -> Self {
         Self { rows: vec![head.iter().map(|cell| ((*cell).to_owned(), Some(BOLD))).collect()] }
     }
 
-    fn row(&mut self, cells: Vec<(String, Option<&'static str>)>) {
+    pub(super) fn row(&mut self, cells: Vec<(String, Option<&'static str>)>) {
         self.rows.push(cells);
     }
 
-    fn print(&self, paint: Paint) -> String {
+    pub(super) fn print(&self, paint: Paint) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width =
             |i: usize| self.rows.iter().filter_map(|r| r.get(i)).map(|c| c.0.chars().count()).max().unwrap_or(0);
@@ -69,11 +69,11 @@ impl Table {
     }
 }
 
-fn plain(text: impl Into<String>) -> (String, Option<&'static str>) {
+pub(super) fn plain(text: impl Into<String>) -> (String, Option<&'static str>) {
     (text.into(), None)
 }
 
-fn state_colour(state: &str) -> &'static str {
+pub(super) fn state_colour(state: &str) -> &'static str {
     match state {
         "Closed" => GREEN,
         "Open" => RED,
@@ -82,7 +82,7 @@ fn state_colour(state: &str) -> &'static str {
 }
 
 /// `12 s`, `3 min`, `5 h`, `2 d`.
-fn ago(since: Timestamp) -> String {
+pub(super) fn ago(since: Timestamp) -> String {
     let seconds = Duration::try_from(Timestamp::now().duration_since(since)).unwrap_or_default().as_secs();
     match seconds {
         0..120 => format!("{seconds} s"),
@@ -93,7 +93,7 @@ fn ago(since: Timestamp) -> String {
 }
 
 /// A permille share in percent.
-fn percent(share: u16) -> String {
+pub(super) fn percent(share: u16) -> String {
     if share.is_multiple_of(10) { format!("{} %", share / 10) } else { format!("{}.{} %", share / 10, share % 10) }
 }
 

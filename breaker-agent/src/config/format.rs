@@ -12,11 +12,20 @@ pub(super) struct File {
     pub services: Spanned<Vec<Service>>,
 }
 
+/// The file of an agent whose services come from elsewhere.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct AgentFile {
+    #[serde(default)]
+    pub agent: Agent,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct Agent {
     pub pin_path: Option<Spanned<String>>,
     pub socket: Option<Spanned<String>>,
+    pub listen: Option<Spanned<String>>,
     pub veths: Option<bool>,
     #[serde(default)]
     pub interfaces: Vec<Spanned<String>>,

@@ -7,6 +7,7 @@ mod validate;
 
 use std::{
     fmt,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -33,6 +34,8 @@ pub struct AgentConfig {
     pub pin_path: PathBuf,
     /// The control socket.
     pub socket: PathBuf,
+    /// Where `/livez` and `/readyz` are served, if anywhere.
+    pub listen: Option<SocketAddr>,
     /// Whether host-side veths get the programs.
     pub veths: bool,
     /// Further interfaces, by glob.
@@ -55,6 +58,7 @@ impl PartialEq for AgentConfig {
             (
                 c.pin_path.clone(),
                 c.socket.clone(),
+                c.listen,
                 c.veths,
                 c.interface_globs.clone(),
                 c.attach,
@@ -134,13 +138,39 @@ pub fn read(file: &Path) -> Result<String, Vec<ConfigError>> {
 /// # Errors
 /// As for [`load`].
 pub fn parse(file: &Path, text: &str) -> Result<Config, Vec<ConfigError>> {
-    let raw: format::File = serde_saphyr::from_str(text).map_err(|error| {
-        let line = error.location().map_or(0, |location| location.line());
-        // The first line says it; the rest is a picture of the place, which the line number replaces.
-        let problem = error.without_snippet().to_string();
-        vec![ConfigError { file: file.to_owned(), line, field: String::new(), problem }]
-    })?;
+    let raw: format::File = serde_saphyr::from_str(text).map_err(|error| syntax(file, &error))?;
     validate::validate(file, raw)
+}
+
+/// Parses the file of an agent whose services come from elsewhere: the section `agent` and nothing else. An empty text is
+/// fine.
+///
+/// # Errors
+/// As for [`load`].
+pub fn parse_agent(file: &Path, text: &str) -> Result<AgentConfig, Vec<ConfigError>> {
+    let text = if text.trim().is_empty() { "{}" } else { text };
+    let raw: format::AgentFile = serde_saphyr::from_str(text).map_err(|error| syntax(file, &error))?;
+    validate::validate_agent(file, raw.agent)
+}
+
+/// Parses a service whose addresses are filled in later: a file's service with empty lists of frontends and backends.
+///
+/// # Errors
+/// Everything that is wrong, in one line: fields (from `spec`), values, what is allowed.
+pub fn parse_policies(text: &str) -> Result<Service, String> {
+    let raw: format::Service =
+        serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
+    validate::validate_policies(raw).map_err(|errors| {
+        let lines: Vec<String> = errors.into_iter().map(|error| format!("{}: {}", error.field, error.problem)).collect();
+        lines.join("; ")
+    })
+}
+
+fn syntax(file: &Path, error: &serde_saphyr::Error) -> Vec<ConfigError> {
+    let line = error.location().map_or(0, |location| location.line());
+    // The first line says it; the rest is a picture of the place, which the line number replaces.
+    let problem = error.without_snippet().to_string();
+    vec![ConfigError { file: file.to_owned(), line, field: String::new(), problem }]
 }
 
 #[cfg(test)]

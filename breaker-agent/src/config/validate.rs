@@ -121,7 +121,7 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
             problems.add(name.referenced, &format!("{path}.name"), problem);
         }
         let places: Vec<Location> = raw.frontends.value.iter().map(|f| f.address.referenced).collect();
-        let service = service(&mut problems, &path, raw);
+        let service = service(&mut problems, &path, raw, true);
         for (i, (frontend, at)) in service.frontends.iter().zip(places).enumerate() {
             if let Some(first) = frontends.insert(*frontend, (service.name.clone(), at.line())) {
                 let problem = format!(
@@ -134,6 +134,20 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
         services.push(service);
     }
     if problems.found.is_empty() { Ok(Config { agent, services }) } else { Err(problems.found) }
+}
+
+/// A file without services: they come from elsewhere.
+pub(super) fn validate_agent(file: &Path, raw: format::Agent) -> Result<AgentConfig, Vec<ConfigError>> {
+    let mut problems = Problems { file, found: Vec::new() };
+    let agent = agent(&mut problems, raw);
+    if problems.found.is_empty() { Ok(agent) } else { Err(problems.found) }
+}
+
+/// A service but for its addresses.
+pub(super) fn validate_policies(raw: format::Service) -> Result<Service, Vec<ConfigError>> {
+    let mut problems = Problems { file: Path::new(""), found: Vec::new() };
+    let service = service(&mut problems, "spec", raw, false);
+    if problems.found.is_empty() { Ok(service) } else { Err(problems.found) }
 }
 
 fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
@@ -162,6 +176,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
     AgentConfig {
         pin_path: path(problems, raw.pin_path, "agent.pinPath", DEFAULT_PIN_PATH),
         socket: path(problems, raw.socket, "agent.socket", DEFAULT_SOCKET),
+        listen: listen(problems, raw.listen.as_ref()),
         veths: raw.veths.unwrap_or(true),
         interfaces: globs.build().unwrap_or_default(),
         interface_globs: raw.interfaces.into_iter().map(|glob| glob.value).collect(),
@@ -177,9 +192,10 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
     }
 }
 
-fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Service {
+/// `complete` is false for a service whose addresses are filled in by who asks.
+fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, complete: bool) -> Service {
     name(problems, path, &raw.name);
-    if raw.frontends.value.is_empty() {
+    if complete && raw.frontends.value.is_empty() {
         problems.add(raw.frontends.referenced, &format!("{path}.frontends"), "is empty; allowed: at least one".into());
     }
     let frontends: Vec<Frontend> = raw
@@ -200,6 +216,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Ser
     let primary = Tier {
         name: raw.primary.name.unwrap_or_else(|| "primary".into()),
         backends: backends(problems, &format!("{path}.primary"), &raw.primary.backends),
+        draining: Vec::new(),
         check: raw.primary.check.map(|raw| check(problems, &format!("{path}.primary.check"), raw)),
         min_healthy: min_healthy(problems, &format!("{path}.primary"), raw.primary.min_healthy.as_ref()),
     };
@@ -210,7 +227,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Ser
     let mut backups = Vec::new();
     for (index, raw) in raw.backups.value.into_iter().enumerate() {
         let field = format!("{path}.backups[{index}]");
-        if raw.backends.value.is_empty() {
+        if complete && raw.backends.value.is_empty() {
             problems.add(
                 raw.backends.referenced,
                 &format!("{field}.backends"),
@@ -238,6 +255,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Ser
                 .name
                 .unwrap_or_else(|| if index == 0 { "backup".into() } else { format!("backup-{}", index + 1) }),
             backends: backends(problems, &field, &raw.backends.value),
+            draining: Vec::new(),
             check: raw.check.map(|raw| check(problems, &format!("{field}.check"), raw)),
             min_healthy: min_healthy(problems, &field, raw.min_healthy.as_ref()),
         });
@@ -272,6 +290,16 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service) -> Ser
             OnAgentLoss::PassThrough,
         ),
     }
+}
+
+fn listen(problems: &mut Problems<'_>, value: Option<&Spanned<String>>) -> Option<SocketAddr> {
+    let value = value?;
+    let address = value.value.parse().ok();
+    if address.is_none() {
+        let problem = format!("{:?} is not allowed; allowed: an address and port like 127.0.0.1:9810", value.value);
+        problems.add(value.referenced, "agent.listen", problem);
+    }
+    address
 }
 
 fn name(problems: &mut Problems<'_>, path: &str, name: &Spanned<String>) {

@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use reqwest::{Client as Http, Method, Response};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{ErrorBody, TripBody};
+use super::{ErrorBody, HandoverBody, TripBody};
 use crate::agent::status::{AgentStatus, EventLine, ServiceStatus};
 
 /// Speaks to an agent.
@@ -70,6 +70,15 @@ impl Client {
     /// As for [`Client::status`].
     pub async fn reset(&self, name: &str) -> Result<ServiceStatus> {
         self.call(Method::POST, &format!("services/{name}/reset"), None::<&()>).await
+    }
+
+    /// Tells the agent that it is about to be replaced, and for how long its last word is to hold.
+    ///
+    /// # Errors
+    /// As for [`Client::status`].
+    pub async fn handover(&self, duration: Duration) -> Result<()> {
+        let body = HandoverBody { seconds: duration.as_secs() };
+        self.call::<HandoverBody>(Method::POST, "handover", Some(&body)).await.map(drop)
     }
 
     /// A service's flows, as JSON objects.

@@ -2,6 +2,7 @@
 //! command line is its first user ([`client`]).
 
 pub mod client;
+pub mod health;
 mod server;
 
 use std::time::Duration;
@@ -48,6 +49,15 @@ pub enum Request {
         /// To whom to answer.
         reply: oneshot::Sender<Result<Vec<FlowView>, CommandError>>,
     },
+    /// Whether the agent has taken up its work; why not, if not.
+    Ready(oneshot::Sender<Result<(), String>>),
+    /// The agent is about to be replaced: its last word is to hold for so long.
+    Handover {
+        /// For how long.
+        duration: Duration,
+        /// To whom to answer.
+        reply: oneshot::Sender<()>,
+    },
     /// Events after an id.
     Events {
         /// The last one known.
@@ -65,6 +75,14 @@ pub struct TripBody {
     pub seconds: Option<u64>,
     /// Why.
     pub reason: Option<String>,
+}
+
+/// Body of `POST /v1/handover`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HandoverBody {
+    /// For how long the last word is to hold.
+    pub seconds: u64,
 }
 
 /// Body of every answer that is an error.

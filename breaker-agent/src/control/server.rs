@@ -25,7 +25,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{ErrorBody, Request, TripBody};
+use super::{ErrorBody, HandoverBody, Request, TripBody};
 use crate::agent::{engine::CommandError, status::EventLine};
 
 /// A served socket; gone when dropped.
@@ -86,6 +86,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/services/{*rest}", get(service_get).post(service_post))
         .route("/v1/events", get(events))
+        .route("/v1/handover", post(handover))
         .route("/v1/ping", post(|| async { "pong" }).get(|| async { "pong" }))
         .fallback(|| async { Failure(StatusCode::NOT_FOUND, "there is nothing at this path".into()) })
         .with_state(shared)
@@ -168,6 +169,18 @@ async fn service_post(
         return json(ask(&shared, |reply| Request::Reset(name, reply)).await?);
     }
     Err(Failure(StatusCode::NOT_FOUND, "a POST is for /v1/services/NAME/trip or /v1/services/NAME/reset".into()))
+}
+
+async fn handover(State(shared): State<Shared>, body: Bytes) -> Result<Response, Failure> {
+    let allowed = "allowed: {\"seconds\": N}, N from 1 to 86400";
+    let refuse = |why: String| Failure(StatusCode::BAD_REQUEST, format!("{why}; {allowed}"));
+    let body: HandoverBody = serde_json::from_slice(&body).map_err(|error| refuse(format!("body: {error}")))?;
+    if !(1..=86_400).contains(&body.seconds) {
+        return Err(refuse(format!("seconds: {} is not allowed", body.seconds)));
+    }
+    let duration = Duration::from_secs(body.seconds);
+    ask(&shared, |reply| Request::Handover { duration, reply }).await?;
+    Ok(Json(body).into_response())
 }
 
 fn json<T: Serialize>(outcome: Result<T, CommandError>) -> Result<Response, Failure> {

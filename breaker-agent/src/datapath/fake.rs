@@ -1,6 +1,10 @@
 //! A datapath that only remembers, and fails when told to: for tests of everything above it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use breaker_common::{PassReason, ServiceCounters};
 
@@ -20,6 +24,8 @@ pub struct FakeDatapath {
     pub left_behind: Vec<Adopted>,
     /// What [`Datapath::sweep`] finds alive.
     pub alive: BTreeMap<ServiceName, usize>,
+    /// Backends whose flows were ended.
+    pub cut: BTreeSet<SocketAddr>,
     /// How often the heart beat.
     pub beats: usize,
 }
@@ -66,6 +72,12 @@ impl Datapath for FakeDatapath {
 
     fn sweep(&mut self, _idle: Option<Duration>) -> Result<Sweep, DatapathError> {
         Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum() })
+    }
+
+    fn cut(&mut self, _name: &ServiceName, backends: &BTreeSet<SocketAddr>) -> Result<usize, DatapathError> {
+        self.may_fail()?;
+        self.cut.extend(backends);
+        Ok(0)
     }
 
     fn flows(&self, _name: &ServiceName, _limit: usize) -> Result<Vec<FlowView>, DatapathError> {

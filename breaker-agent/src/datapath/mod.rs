@@ -156,6 +156,12 @@ pub trait Datapath {
     /// Maps that cannot be read.
     fn sweep(&mut self, idle: Option<Duration>) -> Result<Sweep, DatapathError>;
 
+    /// Ends a service's flows to some backends: no packet of theirs is translated any more. Returns how many there were.
+    ///
+    /// # Errors
+    /// Maps that cannot be read or written; what was done by then stays done.
+    fn cut(&mut self, name: &ServiceName, backends: &BTreeSet<SocketAddr>) -> Result<usize, DatapathError>;
+
     /// The service's flows, up to `limit`.
     ///
     /// # Errors

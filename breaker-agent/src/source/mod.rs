@@ -1,3 +1,4 @@
 //! Where services come from. Every source ends in [`crate::model`].
 
 pub mod file;
+pub mod kube;

@@ -292,6 +292,11 @@ impl Datapath for KernelDatapath {
         Ok(found.sweep)
     }
 
+    fn cut(&mut self, name: &ServiceName, backends: &BTreeSet<SocketAddr>) -> Result<usize, DatapathError> {
+        let index = self.index(name)?;
+        Ok(sweep::cut(&mut self.maps, index, backends)?)
+    }
+
     fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowView>, DatapathError> {
         let index = self.index(name)?;
         Ok(sweep::list(&self.maps, index, limit)?)

@@ -91,6 +91,33 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
     Ok(found)
 }
 
+/// Removes a service's flows to some backends.
+pub(super) fn cut(maps: &mut Maps, service: u32, backends: &BTreeSet<SocketAddr>) -> Result<usize> {
+    let mut doomed = Vec::new();
+    for entry in maps.flows.iter() {
+        let (key, flow) = match entry {
+            Ok(entry) => entry,
+            Err(MapError::KeyNotFound) => continue,
+            Err(error) => return Err(error).context("read the flows"),
+        };
+        let backend = SocketAddr::from((flow.backend, u16::from_be_bytes(flow.backend_port)));
+        if flow.service == service && flow.kind == FlowKind::Redirected as u8 && backends.contains(&backend) {
+            doomed.push((key, flow));
+        }
+    }
+    for (key, flow) in &doomed {
+        // Ports get used again: what is there now may be a younger connection to somebody else.
+        if maps.flows.get(key, 0).is_ok_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port) {
+            ignore_missing(maps.flows.remove(key)).context("remove a flow")?;
+        }
+        let reverse_key = reverse_key(key, flow);
+        if maps.reverse.get(&reverse_key, 0).is_ok_and(|reverse| belongs_to(&reverse, key)) {
+            ignore_missing(maps.reverse.remove(&reverse_key)).context("remove a reverse entry")?;
+        }
+    }
+    Ok(doomed.len())
+}
+
 /// Reverse entries that no forward entry claims: left by a SYN that was decided twice at once, or by an eviction.
 fn remove_orphans(maps: &mut Maps, claimed: &BTreeSet<[u8; 16]>, now: u64) -> Result<()> {
     let mut orphans = Vec::new();

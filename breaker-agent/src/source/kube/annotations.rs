@@ -1,0 +1,233 @@
+//! The short way: annotations on the protected Service, `breaker.dev/…`, that say what a CircuitBreaker's spec would.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::api::CircuitBreakerSpec;
+
+/// What all of them start with.
+pub const PREFIX: &str = "breaker.dev/";
+
+/// How an annotation's text becomes a field.
+#[derive(Clone, Copy)]
+enum Form {
+    Text,
+    Number,
+}
+
+/// Annotation, the field it stands for (dots lead inside), and its form. docs/KUBERNETES.md has the same table.
+const FIELDS: &[(&str, &str, Form)] = &[
+    ("period-seconds", "check.periodSeconds", Form::Number),
+    ("period-millis", "check.periodMillis", Form::Number),
+    ("fast-period-millis", "check.fastPeriodMillis", Form::Number),
+    ("timeout-seconds", "check.timeoutSeconds", Form::Number),
+    ("timeout-millis", "check.timeoutMillis", Form::Number),
+    ("failure-threshold", "check.failureThreshold", Form::Number),
+    ("success-threshold", "check.successThreshold", Form::Number),
+    ("min-healthy", "minHealthy", Form::Number),
+    ("open-millis", "breaker.openMillis", Form::Number),
+    ("half-open-connections", "breaker.halfOpenConnections", Form::Number),
+    ("ramp-millis", "breaker.rampMillis", Form::Number),
+    ("topology", "topology", Form::Text),
+    ("on-open", "onOpen", Form::Text),
+    ("on-close", "onClose", Form::Text),
+    ("when-all-unhealthy", "whenAllUnhealthy", Form::Text),
+    ("on-agent-loss", "onAgentLoss", Form::Text),
+    ("override", "override", Form::Text),
+    ("until", "until", Form::Text),
+    ("mode", "mode", Form::Text),
+];
+
+/// Annotations with a form of their own.
+const OWN: &[&str] = &["backup", "check", "ports"];
+
+/// What a Service's annotations ask for; `None` without any of ours.
+///
+/// # Errors
+/// The annotation that is wrong, its value, and what is allowed. Numbers out of range are found later, by the same
+/// validation as a file's.
+pub fn spec(service: &str, annotations: &BTreeMap<String, String>) -> Option<Result<CircuitBreakerSpec, String>> {
+    let ours: BTreeMap<&str, &str> =
+        annotations.iter().filter_map(|(name, value)| Some((name.strip_prefix(PREFIX)?, value.trim()))).collect();
+    (!ours.is_empty()).then(|| parse(service, &ours))
+}
+
+fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpec, String> {
+    let known = || OWN.iter().copied().chain(FIELDS.iter().map(|(name, ..)| *name));
+    if let Some(unknown) = ours.keys().find(|name| !known().any(|k| k == **name)) {
+        let known: Vec<&str> = known().collect();
+        return Err(format!("annotation {PREFIX}{unknown} is not known; allowed: {}", known.join(", ")));
+    }
+    let backup = ours.get("backup").ok_or_else(|| format!("annotation {PREFIX}backup is missing: the Service that takes over"))?;
+    let backups = backup.split(',').map(|entry| backup_of(entry.trim(), service)).collect::<Result<Vec<_>, _>>()?;
+    let mut spec = json!({ "service": { "name": service }, "backups": backups });
+    if let Some(check) = ours.get("check") {
+        spec["check"] = check_of(check)?;
+    }
+    if let Some(ports) = ours.get("ports") {
+        spec["service"]["ports"] = ports.split(',').map(|port| port_of(port.trim())).collect();
+    }
+    for (name, field, form) in FIELDS {
+        let Some(text) = ours.get(name) else { continue };
+        let value = match form {
+            Form::Text => json!(text),
+            Form::Number => {
+                let number: i32 = text
+                    .parse()
+                    .map_err(|_| format!("annotation {PREFIX}{name}: {text:?} is not allowed; allowed: a number"))?;
+                json!(number)
+            }
+        };
+        if field.starts_with("check.") && !ours.contains_key("check") {
+            return Err(format!("annotation {PREFIX}{name} needs {PREFIX}check: what is checked"));
+        }
+        put(&mut spec, field, value);
+    }
+    serde_json::from_value(spec).map_err(|error| format!("annotations {PREFIX}*: {error}"))
+}
+
+fn put(spec: &mut Value, field: &str, value: Value) {
+    let mut place = spec;
+    for part in field.split('.') {
+        if !place.is_object() {
+            *place = Value::Object(Map::new());
+        }
+        place = &mut place[part];
+    }
+    *place = value;
+}
+
+/// `name`, `name:port`, `namespace/name`, `namespace/name:port`.
+fn backup_of(text: &str, service: &str) -> Result<Value, String> {
+    let refuse = |why: &str| {
+        Err(format!("annotation {PREFIX}backup: {text:?} {why}; allowed: [NAMESPACE/]NAME[:PORT], several with commas"))
+    };
+    let (rest, port) = text.split_once(':').map_or((text, None), |(rest, port)| (rest, Some(port)));
+    let (namespace, name) = rest.split_once('/').map_or((None, rest), |(namespace, name)| (Some(namespace), name));
+    let label = |text: &str| {
+        !text.is_empty() && text.len() <= 63 && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    if !label(name) || namespace.is_some_and(|n| !label(n)) || port == Some("") {
+        return refuse("is not allowed");
+    }
+    if namespace.is_none() && name == service {
+        return refuse("is the Service itself");
+    }
+    let mut backup = json!({ "name": name });
+    if let Some(namespace) = namespace {
+        backup["namespace"] = json!(namespace);
+    }
+    if let Some(port) = port {
+        backup["port"] = port_of(port);
+    }
+    Ok(backup)
+}
+
+fn port_of(text: &str) -> Value {
+    text.parse::<i32>().map_or_else(|_| json!(text), |number| json!(number))
+}
+
+/// `/path`, `:port/path`, `https://:port/path`, `tcp`, `tcp:port`, `grpc`, `grpc:port`.
+fn check_of(text: &str) -> Result<Value, String> {
+    let refuse = || {
+        format!(
+            "annotation {PREFIX}check: {text:?} is not allowed; allowed: /PATH, :PORT/PATH, https://:PORT/PATH, tcp, tcp:PORT, grpc, grpc:PORT"
+        )
+    };
+    let with_port = |port: Option<&str>| match port {
+        None => Ok(json!({})),
+        Some("") => Err(refuse()),
+        Some(port) => Ok(json!({ "port": port_of(port) })),
+    };
+    let (kind, port) = text.split_once(':').map_or((text, None), |(kind, port)| (kind, Some(port)));
+    match kind {
+        "tcp" => return Ok(json!({ "tcpSocket": with_port(port)? })),
+        "grpc" => return Ok(json!({ "grpc": with_port(port)? })),
+        _ => {}
+    }
+    let (scheme, rest) = match text.split_once("://") {
+        Some(("http", rest)) => ("HTTP", rest),
+        Some(("https", rest)) => ("HTTPS", rest),
+        Some(_) => return Err(refuse()),
+        None => ("HTTP", text),
+    };
+    let slash = rest.find('/').ok_or_else(refuse)?;
+    let (authority, path) = rest.split_at(slash);
+    let port = match authority.strip_prefix(':') {
+        Some(port) => Some(port),
+        None if authority.is_empty() => None,
+        None => return Err(refuse()),
+    };
+    let mut get = with_port(port)?;
+    get["path"] = json!(path);
+    get["scheme"] = json!(scheme);
+    Ok(json!({ "httpGet": get }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Option<Result<CircuitBreakerSpec, String>> {
+        let map = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        spec("dummy", &map)
+    }
+
+    #[test]
+    fn a_service_without_ours_asks_for_nothing() {
+        assert!(parse(&[("kubectl.kubernetes.io/last-applied-configuration", "{}")]).is_none());
+    }
+
+    #[test]
+    fn annotations_say_what_a_spec_would() {
+        let spec = parse(&[
+            ("breaker.dev/backup", "backup-deployment, other/spare:http"),
+            ("breaker.dev/check", ":8081/ready"),
+            ("breaker.dev/period-millis", "100"),
+            ("breaker.dev/failure-threshold", "3"),
+            ("breaker.dev/on-open", "Keep"),
+            ("breaker.dev/ports", "8080,web"),
+        ]);
+        let expected: CircuitBreakerSpec = serde_json::from_value(json!({
+            "service": {"name": "dummy", "ports": [8080, "web"]},
+            "backups": [{"name": "backup-deployment"}, {"name": "spare", "namespace": "other", "port": "http"}],
+            "check": {"httpGet": {"path": "/ready", "port": 8081}, "periodMillis": 100, "failureThreshold": 3},
+            "onOpen": "Keep",
+        }))
+        .unwrap();
+        assert_eq!(spec, Some(Ok(expected)));
+    }
+
+    #[test]
+    fn every_check_has_a_short_form() {
+        let rows = [
+            ("/ready", json!({"httpGet": {"path": "/ready", "scheme": "HTTP"}})),
+            ("https://:8443/x", json!({"httpGet": {"path": "/x", "scheme": "HTTPS", "port": 8443}})),
+            ("tcp", json!({"tcpSocket": {}})),
+            ("tcp:redis", json!({"tcpSocket": {"port": "redis"}})),
+            ("grpc:9000", json!({"grpc": {"port": 9000}})),
+        ];
+        for (text, expected) in rows {
+            assert_eq!(check_of(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let rows: &[(&[(&str, &str)], &str)] = &[
+            (&[("breaker.dev/check", "/ready")], "breaker.dev/backup is missing"),
+            (&[("breaker.dev/backup", "dummy")], "\"dummy\" is the Service itself"),
+            (&[("breaker.dev/backup", "Bad_Name")], "\"Bad_Name\" is not allowed"),
+            (&[("breaker.dev/backup", "b"), ("breaker.dev/chekc", "/")], "breaker.dev/chekc is not known; allowed: backup"),
+            (&[("breaker.dev/backup", "b"), ("breaker.dev/check", "ready")], "\"ready\" is not allowed; allowed: /PATH"),
+            (&[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "fast")], "\"fast\" is not allowed; allowed: a number"),
+            (&[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "100")], "needs breaker.dev/check"),
+            (&[("breaker.dev/backup", "b"), ("breaker.dev/mode", "Try")], "unknown variant `Try`"),
+        ];
+        for (pairs, expected) in rows {
+            let error = parse(pairs).unwrap().unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Kubernetes as the source: CircuitBreakers and annotated Services in, [`crate::model`] out; NodeReports, statuses and
+//! Events back.
+//!
+//! ```text
+//! watch (reflectors) ──▶ resolve (pure) ──▶ model::Service ──▶ the agent's loop
+//!                          │                                        │ Facts: what is in the kernel
+//!                          ▼                                        ▼
+//!                       Subject ──▶ publish (one elected agent) ◀── report (NodeReport, every agent)
+//!                                      └──▶ aggregate (pure) ──▶ status, Events
+//! ```
+//!
+//! Whatever the API server does, the last state goes on: what the agent has, it keeps until it is told of something else,
+//! and what it has to tell waits until it can. Only this module uses kube.
+
+pub mod aggregate;
+pub mod annotations;
+pub mod api;
+pub mod endpoints;
+pub mod lease;
+pub mod objects;
+pub mod overview;
+pub mod policy;
+mod publish;
+pub mod report;
+pub mod resolve;
+mod watch;
+pub mod wish;
+
+#[cfg(test)]
+mod resolve_tests;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use kube::{Client, Config};
+use tokio::{
+    sync::{Notify, watch as channel},
+    task::JoinHandle,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{agent::status::Summary, model};
+use api::CircuitBreakerStatus;
+use policy::Policies;
+use resolve::{NodeView, Subject, resolve};
+use watch::Watches;
+use wish::Owner;
+
+/// Changes come in bursts (a rolling update, a list): one resolution for all of a moment's.
+const GATHER: Duration = Duration::from_millis(50);
+/// How long a last word may take when the agent ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What came of the API's objects: what the engine is to do, and for whom.
+#[derive(Debug, Default)]
+pub struct Update {
+    /// Whether everything was listed at least once.
+    pub synced: bool,
+    /// Counts the updates.
+    pub serial: u64,
+    /// This node.
+    pub node: NodeView,
+    /// What came of every wish, oldest first.
+    pub subjects: Vec<Subject>,
+    /// What the CircuitBreakers' statuses say now (without the nodes one by one).
+    pub published: HashMap<Owner, CircuitBreakerStatus>,
+    /// Pods of this node in its own network.
+    pub host_network_pods: usize,
+}
+
+impl Update {
+    /// What the engine is to do.
+    #[must_use]
+    pub fn services(&self) -> Vec<model::Service> {
+        self.subjects.iter().flat_map(|subject| subject.ports.values()).cloned().collect()
+    }
+}
+
+/// What the agent's loop tells of itself.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The update that the engine works with.
+    pub update: Arc<Update>,
+    /// Its services.
+    pub summaries: Vec<Summary>,
+    /// How programs are attached.
+    pub attach: String,
+    /// Interfaces with programs.
+    pub interfaces: usize,
+    /// Interfaces without, that should have them.
+    pub failed_interfaces: Vec<String>,
+    /// What hides VIPs from the programs.
+    pub incompatible: Option<String>,
+}
+
+/// Where an agent is in the cluster.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Its Node.
+    pub node: String,
+    /// Its own namespace, where the Lease is.
+    pub namespace: String,
+    /// A kubeconfig; the pod's service account without one.
+    pub kubeconfig: Option<std::path::PathBuf>,
+}
+
+/// How many ports a node has room for: some are left for those that leave.
+const ROOM: usize = breaker_common::MAX_SERVICES as usize - 16;
+
+/// A client for where we are.
+///
+/// # Errors
+/// No kubeconfig, no service account, or one that makes no sense.
+pub async fn client(kubeconfig: Option<&std::path::Path>) -> Result<Client> {
+    crate::install_crypto();
+    let config = match kubeconfig {
+        Some(path) => {
+            let file = kube::config::Kubeconfig::read_from(path).with_context(|| format!("read {}", path.display()))?;
+            Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
+        }
+        None => Config::infer().await.context("find the API server: neither a kubeconfig nor a pod's service account")?,
+    };
+    client_of(config)
+}
+
+/// A client with timeouts that suit an agent.
+///
+/// # Errors
+/// A configuration that makes no sense.
+pub fn client_of(mut config: Config) -> Result<Client> {
+    config.connect_timeout = Some(Duration::from_secs(5));
+    // Longer than a watch lasts, which is silent for as long as nothing happens.
+    config.read_timeout = Some(Duration::from_secs(150));
+    config.write_timeout = Some(Duration::from_secs(20));
+    Client::try_from(config).context("make a client for the API server")
+}
+
+/// The source. Its tasks end when it is dropped.
+#[derive(Debug)]
+pub struct KubeSource {
+    updates: channel::Receiver<Arc<Update>>,
+    facts: channel::Sender<Option<Arc<Facts>>>,
+    ending: CancellationToken,
+    publisher: Mutex<Option<JoinHandle<()>>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Drop for KubeSource {
+    fn drop(&mut self) {
+        self.ending.cancel();
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl KubeSource {
+    /// Starts to follow the API. Returns at once, whether the API server answers or not.
+    #[must_use]
+    pub fn start(client: &Client, place: &Place) -> Self {
+        let (updates_in, updates) = channel::channel(Arc::new(Update::default()));
+        let (facts, facts_out) = channel::channel(None);
+        let (nodes_in, nodes) = channel::channel(0);
+        let ending = CancellationToken::new();
+        let tasks = vec![
+            tokio::spawn(follow(client.clone(), place.node.clone(), updates_in, nodes_in)),
+            tokio::spawn(report::publish(client.clone(), facts_out, nodes)),
+        ];
+        let (namespace, node) = (place.namespace.clone(), place.node.clone());
+        let publisher = tokio::spawn(publish::run(client.clone(), namespace, node, updates.clone(), ending.clone()));
+        Self { updates, facts, ending, publisher: Mutex::new(Some(publisher)), tasks }
+    }
+
+    /// Waits for the next update. Safe to cancel.
+    pub async fn changed(&mut self) -> Arc<Update> {
+        loop {
+            if self.updates.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            let update = self.updates.borrow_and_update().clone();
+            if update.synced {
+                return update;
+            }
+        }
+    }
+
+    /// Tells the others what this node does; they hear of it when it changed.
+    pub fn report(&self, facts: Facts) {
+        self.facts.send_replace(Some(Arc::new(facts)));
+    }
+
+    /// Lets go of what others could do instead.
+    pub async fn farewell(&self) {
+        self.ending.cancel();
+        let publisher = self.publisher.lock().ok().and_then(|mut publisher| publisher.take());
+        if let Some(publisher) = publisher {
+            let _ = tokio::time::timeout(FAREWELL, publisher).await;
+        }
+    }
+}
+
+/// From the API to updates, for ever.
+async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Update>>, nodes: channel::Sender<usize>) {
+    let changed = Arc::new(Notify::new());
+    let mut watches = Watches::start(&client, &node, &changed);
+    let mut policies = Policies::default();
+    let mut next: Option<Timestamp> = None;
+    let mut held: BTreeMap<Owner, BTreeMap<i32, model::Service>> = BTreeMap::new();
+    let mut serial = 0;
+    loop {
+        let due = next.map(|at| Instant::now() + Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
+        tokio::select! {
+            () = changed.notified() => {}
+            () = wait_until(due) => {}
+        }
+        sleep(GATHER).await;
+        let Some(world) = watches.world() else { continue };
+        let mut resolution = resolve(&world, &mut policies, Timestamp::now(), ROOM);
+        policies.turn();
+        next = resolution.next;
+        watches.want(&resolution.wanted);
+        // What is not known yet, or asked for wrongly, changes nothing.
+        for subject in &mut resolution.subjects {
+            if subject.hold
+                && let Some(before) = held.get(&subject.owner)
+            {
+                subject.ports.clone_from(before);
+            }
+        }
+        held = resolution.subjects.iter().map(|s| (s.owner.clone(), s.ports.clone())).collect();
+        serial += 1;
+        let published = world
+            .breakers
+            .iter()
+            .filter_map(|breaker| Some((wish::of_breaker(breaker).owner, breaker.status.clone()?)))
+            .collect();
+        let update = Update {
+            synced: true,
+            serial,
+            node: world.node,
+            subjects: resolution.subjects,
+            published,
+            host_network_pods: watches.host_network_pods(),
+        };
+        nodes.send_replace(publish::nodes(&update));
+        updates.send_replace(Arc::new(update));
+    }
+}
+
+async fn wait_until(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,329 @@
+//! What the API server is asked to tell: watches with reflectors behind them, started anew for ever, and kept as narrow as
+//! the API lets them be.
+//!
+//! Services are watched whole, as kube-proxy does (an annotation cannot be selected by); CircuitBreakers and grants, too.
+//! EndpointSlices, of which there are most and which change most, are watched for the Services that are referred to, one
+//! watch a namespace, by label. Of Nodes and Pods only this node's. Everything is trimmed before it is kept.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Debug,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use kube::{
+    Api, Client, Resource, ResourceExt as _,
+    runtime::{WatchStreamExt as _, reflector, watcher},
+};
+use serde::de::DeserializeOwned;
+use tokio::{sync::Notify, task::JoinHandle};
+
+use super::{
+    api::{CircuitBreaker, ReferenceGrant},
+    objects::{EndpointSlice, Node, Pod, Service},
+    resolve::{NodeView, World},
+    wish::Key,
+};
+
+/// A watch ends at the latest after this long and goes on from where it was: a connection that died in silence (the
+/// server's machine lost power) is noticed by then. Below the client's own read timeout.
+const WATCH_SECONDS: u32 = 120;
+/// Objects asked for at a time when everything is listed.
+const PAGE: u32 = 500;
+/// The label of a slice's Service.
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+/// More names than this are not put into a selector (it travels in the URL): all slices of the namespace are watched.
+const MOST_NAMES: usize = 64;
+
+/// A running watch and what it found; ends when dropped.
+pub(super) struct Watch<K: Resource<DynamicType = ()> + 'static> {
+    store: reflector::Store<K>,
+    ready: Arc<std::sync::atomic::AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl<K: Resource<DynamicType = ()> + 'static> Drop for Watch<K> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl<K> Watch<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    pub(super) fn start(
+        api: Api<K>,
+        config: watcher::Config,
+        what: String,
+        changed: Arc<Notify>,
+        trim: impl Fn(&mut K) + Send + 'static,
+    ) -> Self {
+        let (store, mut writer) = reflector::store::<K>();
+        let ready = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let is_ready = ready.clone();
+        let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
+        let task = tokio::spawn(async move {
+            let mut events = std::pin::pin!(
+                watcher(api, config)
+                    .modify(move |object| {
+                        object.managed_fields_mut().clear();
+                        trim(object);
+                    })
+                    .backoff(Patience::default())
+            );
+            let mut lost = false;
+            while let Some(event) = events.next().await {
+                match event {
+                    Ok(event) => {
+                        if lost {
+                            lost = false;
+                            tracing::info!("the API server tells of {what} again");
+                        }
+                        let whole = !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_));
+                        writer.apply_watcher_event(&event);
+                        if whole {
+                            is_ready.store(true, std::sync::atomic::Ordering::Release);
+                            changed.notify_one();
+                        }
+                    }
+                    Err(error) => {
+                        // Said once: what is known goes on, and the watch is started anew.
+                        if !lost && !is_expired(&error) {
+                            lost = true;
+                            tracing::warn!("the API server does not tell of {what}: {}; what is known goes on", words(&error));
+                        }
+                    }
+                }
+            }
+        });
+        Self { store, ready, task }
+    }
+
+    /// Everything, once the first list was whole.
+    pub(super) fn get(&self) -> Option<Vec<Arc<K>>> {
+        self.ready.load(std::sync::atomic::Ordering::Acquire).then(|| self.store.state())
+    }
+}
+
+/// The chain of an error's causes in one line.
+pub(super) fn words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// 410 Gone: the server forgot the version that we were at. The watcher lists again; nothing is wrong.
+fn is_expired(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::WatchError(status) => status.code == 410,
+        watcher::Error::WatchFailed(kube::Error::Api(status)) | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => {
+            status.code == 410
+        }
+        _ => false,
+    }
+}
+
+/// How long to wait after an error: from 200 ms, doubled, at most 10 s, with jitter. A server that comes back finds its
+/// agents soon, and not all in one moment.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    errors: u32,
+}
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let base = Duration::from_millis(200 << self.errors.min(6)).min(Duration::from_secs(10));
+        self.errors += 1;
+        Some(base.mul_f64(0.5 + fastrand::f64()))
+    }
+}
+
+impl kube::runtime::utils::Backoff for Patience {
+    fn reset(&mut self) {
+        self.errors = 0;
+    }
+}
+
+/// All watches of an agent.
+pub(super) struct Watches {
+    client: Client,
+    changed: Arc<Notify>,
+    node_name: String,
+    breakers: Watch<CircuitBreaker>,
+    grants: Watch<ReferenceGrant>,
+    services: Watch<Service>,
+    nodes: Watch<Node>,
+    pods: Watch<Pod>,
+    slices: BTreeMap<String, NamespaceSlices>,
+}
+
+/// The slices of one namespace.
+struct NamespaceSlices {
+    names: BTreeSet<String>,
+    watch: Watch<EndpointSlice>,
+    /// The watch before this one, for the names that it had: kept until this one is ready.
+    before: Option<(BTreeSet<String>, Watch<EndpointSlice>)>,
+}
+
+impl Watches {
+    pub(super) fn start(client: &Client, node_name: &str, changed: &Arc<Notify>) -> Self {
+        let all = watcher::Config::default;
+        let changed = changed.clone();
+        Self {
+            breakers: Watch::start(Api::all(client.clone()), all(), "CircuitBreakers".into(), changed.clone(), |breaker| {
+                // The nodes' details are for people; they are most of the object.
+                if let Some(status) = &mut breaker.status {
+                    status.nodes.clear();
+                }
+                breaker.annotations_mut().clear();
+            }),
+            grants: Watch::start(Api::all(client.clone()), all(), "ReferenceGrants".into(), changed.clone(), |grant| {
+                grant.annotations_mut().clear();
+            }),
+            services: Watch::start(Api::all(client.clone()), all(), "Services".into(), changed.clone(), trim_service),
+            nodes: Watch::start(
+                Api::all(client.clone()),
+                all().fields(&format!("metadata.name={node_name}")),
+                "this Node".into(),
+                changed.clone(),
+                trim_node,
+            ),
+            pods: Watch::start(
+                Api::all(client.clone()),
+                all().fields(&format!("spec.nodeName={node_name}")),
+                "this node's Pods".into(),
+                changed.clone(),
+                trim_pod,
+            ),
+            slices: BTreeMap::new(),
+            client: client.clone(),
+            changed,
+            node_name: node_name.to_owned(),
+        }
+    }
+
+    /// Watches the slices of these Services, and no others.
+    pub(super) fn want(&mut self, wanted: &BTreeSet<Key>) {
+        let mut by_namespace: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for key in wanted {
+            by_namespace.entry(&key.namespace).or_default().insert(key.name.clone());
+        }
+        self.slices.retain(|namespace, _| by_namespace.contains_key(namespace.as_str()));
+        for (namespace, names) in by_namespace {
+            let old = self.slices.remove(namespace);
+            let new = match old {
+                Some(old) if old.names == names => old,
+                // A watch of the whole namespace has every name.
+                Some(old) if old.names.len() > MOST_NAMES && names.len() > MOST_NAMES => NamespaceSlices { names, ..old },
+                old => {
+                    let labels = if names.len() > MOST_NAMES {
+                        SERVICE_LABEL.to_owned()
+                    } else {
+                        format!("{SERVICE_LABEL} in ({})", names.iter().map(String::as_str).collect::<Vec<_>>().join(","))
+                    };
+                    let watch = Watch::start(
+                        Api::namespaced(self.client.clone(), namespace),
+                        watcher::Config::default().labels(&labels),
+                        format!("EndpointSlices of namespace {namespace}"),
+                        self.changed.clone(),
+                        trim_slice,
+                    );
+                    // The last one that is whole stands in until the new one is.
+                    let before = old.and_then(|old| match old.watch.get() {
+                        Some(_) => Some((old.names, old.watch)),
+                        None => old.before,
+                    });
+                    NamespaceSlices { names, watch, before }
+                }
+            };
+            self.slices.insert(namespace.to_owned(), new);
+        }
+    }
+
+    /// What is known; `None` until everything was listed once.
+    pub(super) fn world(&mut self) -> Option<World> {
+        let services = self.services.get()?;
+        let (node, _) = (self.nodes.get()?, self.pods.get()?);
+        let mut world = World {
+            node: node_view(&self.node_name, node.first().map(|node| &**node)),
+            breakers: self.breakers.get()?,
+            grants: self.grants.get()?,
+            services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
+            endpoints: HashMap::new(),
+        };
+        for (namespace, slices) in &mut self.slices {
+            let (names, found) = match (slices.watch.get(), &slices.before) {
+                (Some(found), _) => {
+                    slices.before = None;
+                    (&slices.names, found)
+                }
+                (None, Some((names, before))) => (names, before.get().unwrap_or_default()),
+                (None, None) => continue,
+            };
+            for name in names {
+                world.endpoints.entry(Key::new(namespace, name)).or_default();
+            }
+            for slice in found {
+                let Some(name) = slice.labels().get(SERVICE_LABEL) else { continue };
+                if let Some(list) = world.endpoints.get_mut(&Key::new(namespace, name)) {
+                    list.push(slice);
+                }
+            }
+        }
+        Some(world)
+    }
+
+    /// Pods of this node in its own network.
+    pub(super) fn host_network_pods(&self) -> usize {
+        let pods = self.pods.get().unwrap_or_default();
+        pods.iter().filter(|pod| pod.spec.host_network).count()
+    }
+}
+
+fn node_view(name: &str, node: Option<&Node>) -> NodeView {
+    let Some(node) = node else { return NodeView { name: name.to_owned(), ..NodeView::default() } };
+    let addresses = node.status.addresses.iter();
+    NodeView {
+        name: name.to_owned(),
+        uid: node.uid(),
+        addresses: addresses
+            .filter(|address| address.r#type == "InternalIP" || address.r#type == "ExternalIP")
+            .filter_map(|address| address.address.parse().ok())
+            .collect(),
+        zone: node.labels().get("topology.kubernetes.io/zone").cloned(),
+    }
+}
+
+fn trim_service(service: &mut Service) {
+    service.annotations_mut().retain(|name, _| name.starts_with(super::annotations::PREFIX));
+    service.labels_mut().clear();
+}
+
+fn trim_slice(slice: &mut EndpointSlice) {
+    slice.annotations_mut().clear();
+    slice.labels_mut().retain(|name, _| name == SERVICE_LABEL);
+    slice.metadata.owner_references = None;
+}
+
+fn trim_node(node: &mut Node) {
+    node.annotations_mut().clear();
+    node.labels_mut().retain(|name, _| name == "topology.kubernetes.io/zone");
+}
+
+fn trim_pod(pod: &mut Pod) {
+    pod.annotations_mut().clear();
+    pod.labels_mut().clear();
+    pod.metadata.owner_references = None;
+}

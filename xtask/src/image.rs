@@ -1,0 +1,270 @@
+//! Container images without a container engine: one static binary on nothing, as an archive that is an OCI image layout
+//! (OCI image-spec 1.1) and a docker archive at once, so that `ctr images import`, `docker load` and `skopeo` all take it.
+//! The same binary makes the same bytes: no time, no user, no order that could differ.
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use flate2::{Compression, write::GzEncoder};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use crate::run::{cargo, run};
+
+/// An image that we make.
+struct Image {
+    /// Repository and file name.
+    name: &'static str,
+    /// The binary in target/<host>/release.
+    binary: &'static str,
+    /// What it says about itself.
+    title: &'static str,
+    /// Who runs it. The agent loads programs and is root; the dummy service needs one capability for port 80, which a
+    /// container's default set does not give to other users.
+    user: &'static str,
+    /// What runs without arguments.
+    cmd: &'static [&'static str],
+}
+
+const IMAGES: &[Image] = &[
+    Image {
+        name: "breaker",
+        binary: "breaker",
+        title: "breaker: circuit breaking for Kubernetes Services in the kernel",
+        user: "0:0",
+        cmd: &["--help"],
+    },
+    Image {
+        name: "dummyservice",
+        binary: "dummy-service",
+        title: "breaker's lab: a service that fails when told to, and clients that ask it",
+        user: "65532:65532",
+        cmd: &[],
+    },
+];
+
+/// Where a registry is not named, images are called as if they came from here.
+const DEFAULT_REGISTRY: &str = "localhost:5000";
+
+/// A blob and its digest.
+struct Blob {
+    digest: String,
+    bytes: Vec<u8>,
+    media_type: &'static str,
+}
+
+impl Blob {
+    fn new(bytes: Vec<u8>, media_type: &'static str) -> Self {
+        Self { digest: digest(&bytes), bytes, media_type }
+    }
+
+    fn descriptor(&self) -> Value {
+        json!({ "mediaType": self.media_type, "digest": format!("sha256:{}", self.digest), "size": self.bytes.len() })
+    }
+
+    fn path(&self) -> String {
+        format!("blobs/sha256/{}", self.digest)
+    }
+}
+
+fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Builds the binaries and their images into `dist/`, and pushes them if a registry is named.
+///
+/// # Errors
+/// A build that fails, a directory that cannot be written to, a registry that does not take them.
+pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
+    if tag.is_empty() || tag.len() > 128 || !tag.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
+        bail!("--tag: {tag:?} is not allowed; allowed: letters, digits, '.', '_' and '-'");
+    }
+    run(cargo().args(["build", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
+    let dist = ebpf_builder::workspace().join("dist");
+    fs::create_dir_all(&dist).with_context(|| format!("make {}", dist.display()))?;
+    for image in IMAGES {
+        let registry = push.unwrap_or(DEFAULT_REGISTRY);
+        let reference = format!("{registry}/{}:{tag}", image.name);
+        let binary = binaries()?.join(image.binary);
+        let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
+        let parts = Parts::new(image, &bytes)?;
+        let file = dist.join(format!("{}.tar", image.name));
+        fs::write(&file, parts.archive(&reference)?).with_context(|| format!("write {}", file.display()))?;
+        let megabytes = |bytes: usize| f64::from(u32::try_from(bytes / 1024).unwrap_or(u32::MAX)) / 1024.0;
+        println!(
+            "dist/{}.tar  {reference}  sha256:{}  {:.1} MiB ({:.1} MiB unpacked)",
+            image.name,
+            &parts.manifest.digest[..12],
+            megabytes(parts.layer.bytes.len()),
+            megabytes(bytes.len())
+        );
+        if let Some(registry) = push {
+            parts.push(registry, image.name, tag).with_context(|| format!("push {reference}"))?;
+            println!("pushed {reference}");
+        }
+    }
+    Ok(())
+}
+
+/// Where cargo puts release binaries: beside our own debug build.
+fn binaries() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("find our own binary")?;
+    let target = own.parent().and_then(Path::parent).context("our own binary is in no target directory")?;
+    Ok(target.join("release"))
+}
+
+/// What an image is made of.
+struct Parts {
+    layer: Blob,
+    config: Blob,
+    manifest: Blob,
+}
+
+impl Parts {
+    fn new(image: &Image, binary: &[u8]) -> Result<Self> {
+        let layer = layer(image, binary)?;
+        let diff_id = digest(&layer);
+        let mut packed = GzEncoder::new(Vec::new(), Compression::best());
+        packed.write_all(&layer)?;
+        let layer = Blob::new(packed.finish()?, "application/vnd.oci.image.layer.v1.tar+gzip");
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        };
+        let config = json!({
+            "architecture": architecture,
+            "os": "linux",
+            "config": {
+                "User": image.user,
+                "Entrypoint": [format!("/{}", image.binary)],
+                "Cmd": image.cmd,
+                "Env": ["PATH=/"],
+                "Labels": {
+                    "org.opencontainers.image.title": image.title,
+                    "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+                    "org.opencontainers.image.licenses": "(MIT OR Apache-2.0) AND GPL-2.0-only",
+                },
+            },
+            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{diff_id}")] },
+        });
+        let config = Blob::new(serde_json::to_vec(&config)?, "application/vnd.oci.image.config.v1+json");
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": config.descriptor(),
+            "layers": [layer.descriptor()],
+        });
+        let manifest = Blob::new(serde_json::to_vec(&manifest)?, "application/vnd.oci.image.manifest.v1+json");
+        Ok(Self { layer, config, manifest })
+    }
+
+    /// Both layouts in one archive: `index.json` leads the one kind of reader, `manifest.json` the other.
+    fn archive(&self, reference: &str) -> Result<Vec<u8>> {
+        let mut entry = self.manifest.descriptor();
+        let tag = reference.rsplit(':').next().unwrap_or_default();
+        entry["annotations"] = json!({
+            "io.containerd.image.name": reference,
+            "org.opencontainers.image.ref.name": tag,
+        });
+        let index = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [entry],
+        });
+        let docker = json!([{ "Config": self.config.path(), "RepoTags": [reference], "Layers": [self.layer.path()] }]);
+        let mut archive = tar::Builder::new(Vec::new());
+        for blob in [&self.layer, &self.config, &self.manifest] {
+            add(&mut archive, &blob.path(), &blob.bytes, 0o644)?;
+        }
+        add(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
+        add(&mut archive, "index.json", &serde_json::to_vec(&index)?, 0o644)?;
+        add(&mut archive, "manifest.json", &serde_json::to_vec(&docker)?, 0o644)?;
+        Ok(archive.into_inner()?)
+    }
+
+    /// Pushes to a registry over plain HTTP (OCI distribution-spec 1.1: blobs, then the manifest).
+    fn push(&self, registry: &str, name: &str, tag: &str) -> Result<()> {
+        let base = format!("http://{registry}");
+        let agent = ureq::Agent::new_with_defaults();
+        for blob in [&self.layer, &self.config] {
+            let there = agent.head(format!("{base}/v2/{name}/blobs/sha256:{}", blob.digest)).call();
+            if there.is_ok() {
+                continue;
+            }
+            let started = agent.post(format!("{base}/v2/{name}/blobs/uploads/")).send_empty().context("start an upload")?;
+            let place = started.headers().get("location").and_then(|l| l.to_str().ok()).context("the registry names no place for an upload")?;
+            let place = if place.starts_with('/') { format!("{base}{place}") } else { place.to_owned() };
+            let mark = if place.contains('?') { '&' } else { '?' };
+            agent
+                .put(format!("{place}{mark}digest=sha256:{}", blob.digest))
+                .header("content-type", "application/octet-stream")
+                .send(&blob.bytes[..])
+                .context("upload a blob")?;
+        }
+        agent
+            .put(format!("{base}/v2/{name}/manifests/{tag}"))
+            .header("content-type", self.manifest.media_type)
+            .send(&self.manifest.bytes[..])
+            .context("upload the manifest")?;
+        Ok(())
+    }
+}
+
+/// The only layer: the binary, and directories that volumes are mounted on.
+fn layer(image: &Image, binary: &[u8]) -> Result<Vec<u8>> {
+    let mut layer = tar::Builder::new(Vec::new());
+    for dir in ["etc/", "proc/", "run/", "sys/", "tmp/"] {
+        let mut header = header(0, 0o755);
+        header.set_entry_type(tar::EntryType::Directory);
+        layer.append_data(&mut header, dir, std::io::empty())?;
+    }
+    add(&mut layer, image.binary, binary, 0o755)?;
+    Ok(layer.into_inner()?)
+}
+
+fn add(archive: &mut tar::Builder<Vec<u8>>, path: &str, bytes: &[u8], mode: u32) -> Result<()> {
+    archive.append_data(&mut header(bytes.len() as u64, mode), path, bytes)?;
+    Ok(())
+}
+
+fn header(size: u64, mode: u32) -> tar::Header {
+    let mut header = tar::Header::new_ustar();
+    header.set_size(size);
+    header.set_mode(mode);
+    header.set_mtime(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+
+    #[test]
+    fn two_builds_have_one_digest_and_the_archive_names_its_blobs() {
+        let make = || Parts::new(&IMAGES[0], b"a binary").unwrap();
+        let (a, b) = (make(), make());
+        assert_eq!(a.manifest.digest, b.manifest.digest);
+        assert_eq!(a.archive("localhost:5000/breaker:1").unwrap(), b.archive("localhost:5000/breaker:1").unwrap());
+        let other = Parts::new(&IMAGES[0], b"another").unwrap();
+        assert_ne!(a.manifest.digest, other.manifest.digest);
+        let bytes = a.archive("localhost:5000/breaker:1").unwrap();
+        let mut archive = tar::Archive::new(&bytes[..]);
+        for entry in archive.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let path = entry.path().unwrap().display().to_string();
+            if let Some(name) = path.strip_prefix("blobs/sha256/") {
+                let mut bytes = Vec::new();
+                entry.read_to_end(&mut bytes).unwrap();
+                assert_eq!(digest(&bytes), name);
+            }
+        }
+    }
+}
