@@ -47,7 +47,13 @@ pub fn breaker_in(ctx: TcContext) -> i32 {
     verdict::settle(hook::tc::try_from_pod(&ctx))
 }
 
-/// tc egress on the host side of a pod's veth: what the pod gets.
+/// tc ingress on a node's uplink: what comes from outside for a Service.
+#[classifier]
+pub fn breaker_up(ctx: TcContext) -> i32 {
+    verdict::settle(hook::tc::try_from_outside(&ctx))
+}
+
+/// tc egress on the host side of a pod's veth, and on an uplink: what the client gets.
 #[classifier]
 pub fn breaker_out(ctx: TcContext) -> i32 {
     verdict::settle(hook::tc::try_to_pod(&ctx))

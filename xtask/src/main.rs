@@ -62,6 +62,14 @@ enum Task {
         #[arg(long)]
         keep: bool,
     },
+    /// Play the lab and its faults on a cluster of yours, and take everything away again.
+    #[command(after_help = "\
+Commands run by `sh -c`; {} stands for an archive or a node. Without the optional ones, what needs them is left out.")]
+    E2e {
+        /// Everything else goes to the program that does it: see `cargo xtask e2e -- --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Measure; ratios between things that ran side by side.
     Bench {
         /// Only the groups whose name contains this: packets, http, failover, probes, maps.
@@ -116,6 +124,13 @@ fn execute(task: Task) -> Result<()> {
             setup::setup(false)?;
             let flags = [(json, "--json"), (keep, "--keep")];
             lab("demo", flags.iter().filter(|(on, _)| *on).map(|(_, flag)| *flag))
+        }
+        Task::E2e { args } => {
+            setup::setup(false)?;
+            image::image(env!("CARGO_PKG_VERSION"), None)?;
+            run(cargo()
+                .args(["run", "--quiet", "--release", "-p", "breaker-tests", "--bin", "breaker-e2e", "--"])
+                .args(args))
         }
         Task::Bench { name, json } => {
             setup::setup(false)?;

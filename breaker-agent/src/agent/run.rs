@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{
     engine::{Engine, Now},
-    status::{AgentStatus, DatapathStatus},
+    status::{AgentStatus, DatapathStatus, ProcessStatus},
 };
 use crate::{
     check::{Checker, Prober, Report, Target},
@@ -27,7 +27,7 @@ use crate::{
     control::{self, Request},
     datapath::{
         Datapath as _,
-        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, has_tcx, load, watch_interfaces},
+        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, Wanted, has_tcx, load, watch_interfaces},
     },
     model::Service,
     preflight,
@@ -137,8 +137,9 @@ pub async fn run(options: Options) -> Result<()> {
     if let Some(services) = services {
         agent.configure(services);
     }
+    let wanted = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.clone() };
     let (present, interfaces) =
-        watch_interfaces(config.veths, config.interfaces.clone()).await.context("watch the interfaces")?;
+        watch_interfaces(wanted).await.context("watch the interfaces")?;
     agent.attach_present(present);
     let pid = std::process::id();
     let mode = agent.attacher.mode();
@@ -399,12 +400,12 @@ impl Agent {
     fn interface(&mut self, change: InterfaceChange) {
         self.unreported = true;
         match change {
-            InterfaceChange::Present { index, name } => {
+            InterfaceChange::Present { index, name, side } => {
                 self.names.insert(index, name.clone());
                 if self.attacher.attached().contains_key(&index) {
                     return;
                 }
-                match self.attacher.attach(index, &name) {
+                match self.attacher.attach(index, &name, side) {
                     Ok(()) => {
                         tracing::debug!(interface = name, "attached");
                         self.failed_interfaces.remove(&index);
@@ -459,6 +460,7 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             running: true,
+            process: ProcessStatus::of_self(),
             last_beat: Some(now.unix),
             lease_seconds: self.config.lease.as_secs(),
             datapath: DatapathStatus {

@@ -18,6 +18,9 @@ pub struct AgentStatus {
     pub pid: u32,
     /// Whether this was told by a running agent.
     pub running: bool,
+    /// What it takes of the machine; absent without an agent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub process: Option<ProcessStatus>,
     /// Its last sign of life.
     pub last_beat: Option<Timestamp>,
     /// When its lease runs out, if it has one and the agent does not renew it.
@@ -26,6 +29,32 @@ pub struct AgentStatus {
     pub datapath: DatapathStatus,
     /// The services, by name.
     pub services: Vec<ServiceStatus>,
+}
+
+/// What the agent takes of the machine.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProcessStatus {
+    /// Time on a CPU since it started, seconds.
+    pub cpu_seconds: f64,
+    /// Resident memory, bytes.
+    pub resident_bytes: u64,
+}
+
+impl ProcessStatus {
+    /// Of this process, from /proc/self/stat (proc(5): utime and stime are fields 14 and 15, in ticks; rss is field 24, in
+    /// pages); `None` where that cannot be read.
+    #[must_use]
+    pub fn of_self() -> Option<Self> {
+        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        // The second field is a name in parentheses that may hold anything.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let number = |field: usize| fields.get(field - 3)?.parse::<u32>().ok();
+        let ticks = f64::from(number(14)?) + f64::from(number(15)?);
+        let per_second = u32::try_from(rustix::param::clock_ticks_per_second()).ok()?;
+        let page = u64::try_from(rustix::param::page_size()).ok()?;
+        Some(Self { cpu_seconds: ticks / f64::from(per_second), resident_bytes: u64::from(number(24)?) * page })
+    }
 }
 
 /// About the datapath.

@@ -301,8 +301,9 @@ fn agent(options: Options) -> ExitCode {
     }
 }
 
-/// The netlink crate warns of every attribute that a newer kernel has made longer.
-const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
+/// The netlink crate warns of every attribute that a newer kernel has made longer, and kube's client of every attempt that
+/// fails; what comes of those we say ourselves, once.
+const DEFAULT_LOG: &str = "info,netlink_packet_route=error,kube_client=off";
 
 /// To standard error, level by `BREAKER_LOG` (info by default).
 fn start_log() {

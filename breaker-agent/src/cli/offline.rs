@@ -28,6 +28,7 @@ pub(super) fn status(pin_path: &Path, socket: &Path) -> Result<AgentStatus> {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: left.heartbeat.pid,
         running: false,
+        process: None,
         last_beat: unix(left.heartbeat.beat_unix_ns),
         lease_seconds: left.heartbeat.lease_ns / 1_000_000_000,
         datapath: DatapathStatus {

@@ -27,6 +27,7 @@ pub(super) struct Agent {
     pub socket: Option<Spanned<String>>,
     pub listen: Option<Spanned<String>>,
     pub veths: Option<bool>,
+    pub uplinks: Option<bool>,
     #[serde(default)]
     pub interfaces: Vec<Spanned<String>>,
     pub attach: Option<Spanned<String>>,

@@ -38,6 +38,8 @@ pub struct AgentConfig {
     pub listen: Option<SocketAddr>,
     /// Whether host-side veths get the programs.
     pub veths: bool,
+    /// Whether interfaces that a default route leaves by get the programs.
+    pub uplinks: bool,
     /// Further interfaces, by glob.
     pub interfaces: GlobSet,
     /// The globs as written, to compare.
@@ -59,7 +61,7 @@ impl PartialEq for AgentConfig {
                 c.pin_path.clone(),
                 c.socket.clone(),
                 c.listen,
-                c.veths,
+                (c.veths, c.uplinks),
                 c.interface_globs.clone(),
                 c.attach,
                 c.lease,

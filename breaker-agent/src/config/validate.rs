@@ -178,6 +178,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
         socket: path(problems, raw.socket, "agent.socket", DEFAULT_SOCKET),
         listen: listen(problems, raw.listen.as_ref()),
         veths: raw.veths.unwrap_or(true),
+        uplinks: raw.uplinks.unwrap_or(false),
         interfaces: globs.build().unwrap_or_default(),
         interface_globs: raw.interfaces.into_iter().map(|glob| glob.value).collect(),
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),

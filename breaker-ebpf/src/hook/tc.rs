@@ -7,6 +7,10 @@
 //!
 //! Both on the client's own veth: on a bridge CNI a reply between two pods of one node is bridged and never routed, so
 //! this is the only place that every reply passes.
+//!
+//! On an uplink the same, for clients outside: their flows are masqueraded on the way to the backup, whichever node it is
+//! on, so that its replies come back to this node and this interface. kube-proxy does so too (externalTrafficPolicy:
+//! Cluster).
 
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
@@ -30,6 +34,18 @@ static MASQUERADE_MARK: aya_ebpf::Global<u32> = aya_ebpf::Global::new(DEFAULT_MA
 /// A packet that a pod sends.
 #[inline(always)]
 pub fn try_from_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
+    try_from_client::<false>(ctx)
+}
+
+/// A packet that comes in by an uplink.
+#[inline(always)]
+pub fn try_from_outside(ctx: &TcContext) -> Result<Verdict, PassReason> {
+    try_from_client::<true>(ctx)
+}
+
+/// `OUTSIDE`: the way back must be led past us.
+#[inline(always)]
+fn try_from_client<const OUTSIDE: bool>(ctx: &TcContext) -> Result<Verdict, PassReason> {
     let packet = Packet::new(ctx);
     let mut segment = Segment::empty();
     if !parse::ipv4_tcp(&packet, &mut segment)? {
@@ -37,7 +53,7 @@ pub fn try_from_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
     }
     let Some(role) = endpoint::find(segment.destination, segment.destination_port) else { return Ok(Verdict::Next) };
     if let Some(service) = endpoint::index(role.service) {
-        return to_frontend(ctx, &packet, &segment, service);
+        return to_frontend::<OUTSIDE>(ctx, &packet, &segment, service);
     }
     if let Some(backend) = endpoint::index(role.backend) {
         return to_backend_directly(&packet, &segment, backend);
@@ -72,10 +88,10 @@ pub fn try_to_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
 }
 
 #[inline(always)]
-fn to_frontend(ctx: &TcContext, packet: &Packet<'_>, segment: &Segment, service: u32) -> Result<Verdict, PassReason> {
+fn to_frontend<const OUTSIDE: bool>(ctx: &TcContext, packet: &Packet<'_>, segment: &Segment, service: u32) -> Result<Verdict, PassReason> {
     let switch = service::switch(service).ok_or(PassReason::UnknownService)?;
     if segment.is_syn() {
-        return new_connection(ctx, packet, segment, service, &switch);
+        return new_connection::<OUTSIDE>(ctx, packet, segment, service, &switch);
     }
     // Closed and settled: no flow of ours can exist, so nothing needs to be looked up.
     if !switch.has(switch_flags::TRACK) {
@@ -83,14 +99,14 @@ fn to_frontend(ctx: &TcContext, packet: &Packet<'_>, segment: &Segment, service:
     }
     let key = flow::key(segment);
     match flow::find(&key) {
-        Some(flow) => established(packet, segment, service, &switch, &key, flow),
+        Some(flow) => established::<OUTSIDE>(packet, segment, service, &switch, &key, flow),
         None => unseen(packet, segment, service, &switch, &key),
     }
 }
 
 /// A SYN always decides anew: ports get used again, and a client that got no answer must be able to move.
 #[inline(always)]
-fn new_connection(
+fn new_connection<const OUTSIDE: bool>(
     ctx: &TcContext,
     packet: &Packet<'_>,
     segment: &Segment,
@@ -142,14 +158,14 @@ fn new_connection(
             event::send(EventKind::Rejected, now_ns, service, switch, &key, None);
             Ok(Verdict::Redirect(reset::refuse(packet, segment)?))
         }
-        id => redirect(ctx, packet, segment, service, switch, &key, id, now_ns),
+        id => redirect::<OUTSIDE>(ctx, packet, segment, service, switch, &key, id, now_ns),
     }
 }
 
 /// Sends a new connection to a backend.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "the packet's whole story so far")]
-fn redirect(
+fn redirect<const OUTSIDE: bool>(
     ctx: &TcContext,
     packet: &Packet<'_>,
     segment: &Segment,
@@ -168,7 +184,7 @@ fn redirect(
     }
     select::mark_in_use(id, backend_use::REDIRECTED);
     let hairpin = key.client == flow.backend;
-    if hairpin {
+    if hairpin || OUTSIDE {
         // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
         packet.add_mark(MASQUERADE_MARK.load());
     }
@@ -212,7 +228,7 @@ fn pass_and_pin(service: u32, switch: &Switch<u8>, key: &FlowKey4, now_ns: u64) 
 
 /// A segment of a flow that we decided: it stays where it is, unless the policy for the other side says reset.
 #[inline(always)]
-fn established(
+fn established<const OUTSIDE: bool>(
     packet: &Packet<'_>,
     segment: &Segment,
     service: u32,
@@ -222,7 +238,7 @@ fn established(
 ) -> Result<Verdict, PassReason> {
     let first_of_beat = flow::touch(flow, segment);
     let redirected = flow.kind as u8 == FlowKind::Redirected as u8;
-    if redirected && key.client == flow.backend {
+    if redirected && (OUTSIDE || key.client == flow.backend) {
         packet.add_mark(MASQUERADE_MARK.load());
     }
     let policy = if redirected { switch_flags::RESET_BACKUP } else { switch_flags::RESET_PRIMARY };

@@ -26,7 +26,11 @@ use aya::{
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 use serde::Serialize;
 
-use super::{load::PROGRAMS, pins::PinDir};
+use super::{
+    interfaces::Side,
+    load::{POD_PROGRAMS, UPLINK_PROGRAMS},
+    pins::PinDir,
+};
 use crate::config::AttachMode;
 
 /// Priority of our clsact filters: early, but not the very first numbers that others are fond of.
@@ -85,8 +89,12 @@ impl Attacher {
     ///
     /// # Errors
     /// What the kernel said; the interface may have gone meanwhile.
-    pub fn attach(&mut self, index: u32, name: &str) -> Result<()> {
-        for ((direction, suffix), program_name) in DIRECTIONS.into_iter().zip(PROGRAMS) {
+    pub fn attach(&mut self, index: u32, name: &str, side: Side) -> Result<()> {
+        let programs = match side {
+            Side::Pod => POD_PROGRAMS,
+            Side::Uplink => UPLINK_PROGRAMS,
+        };
+        for ((direction, suffix), program_name) in DIRECTIONS.into_iter().zip(programs) {
             let program: &mut SchedClassifier = self
                 .programs
                 .program_mut(program_name)
@@ -218,7 +226,8 @@ pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         }
     }
     for (index, name) in interfaces()? {
-        for ((direction, _), program) in DIRECTIONS.into_iter().zip(PROGRAMS).rev() {
+        let ours = DIRECTIONS.into_iter().zip(POD_PROGRAMS).chain(DIRECTIONS.into_iter().zip(UPLINK_PROGRAMS));
+        for ((direction, _), program) in ours.rev() {
             if tc::qdisc_detach_program(&name, direction, program).is_ok() {
                 count += 1;
             }

@@ -13,6 +13,26 @@ use rtnetlink::{
 };
 use tokio::sync::mpsc;
 
+/// Who is behind an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// A pod.
+    Pod,
+    /// The network: clients outside, and other nodes.
+    Uplink,
+}
+
+/// Which interfaces get programs.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Host-side veths of pods.
+    pub veths: bool,
+    /// Interfaces that a default route leaves by.
+    pub uplinks: bool,
+    /// Others, by name.
+    pub globs: GlobSet,
+}
+
 /// What happened to an interface that the programs belong on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InterfaceChange {
@@ -22,6 +42,8 @@ pub enum InterfaceChange {
         index: u32,
         /// Its name.
         name: String,
+        /// Who is behind it.
+        side: Side,
     },
     /// It is gone.
     Gone {
@@ -35,12 +57,12 @@ pub enum InterfaceChange {
 ///
 /// # Errors
 /// No netlink socket, or a dump that fails.
-pub async fn watch(veths: bool, globs: GlobSet) -> Result<(Vec<InterfaceChange>, mpsc::Receiver<InterfaceChange>)> {
+pub async fn watch(what: Wanted) -> Result<(Vec<InterfaceChange>, mpsc::Receiver<InterfaceChange>)> {
     // Subscribed before the dump: what comes in between is told twice rather than never.
     let (connection, handle, mut messages) =
         new_multicast_connection(&[MulticastGroup::Link]).context("open a netlink socket")?;
     tokio::spawn(connection);
-    let wanted = move |message: &LinkMessage| wanted(message, veths, &globs);
+    let wanted = move |message: &LinkMessage| wanted(message, &what);
     let present = list(&handle, &wanted).await?;
     let (sender, receiver) = mpsc::channel(1024);
     tokio::spawn(async move {
@@ -85,8 +107,8 @@ async fn list(
         .context("list the interfaces")
 }
 
-/// A host-side veth (its peer is in another network namespace), or one that was asked for by name.
-fn wanted(message: &LinkMessage, veths: bool, globs: &GlobSet) -> Option<InterfaceChange> {
+/// A host-side veth (its peer is in another network namespace), an uplink, or one that was asked for by name.
+fn wanted(message: &LinkMessage, what: &Wanted) -> Option<InterfaceChange> {
     // A bridge tells of its ports, too: a veth that leaves its bridge is not gone.
     if message.header.interface_family == AddressFamily::Bridge {
         return None;
@@ -106,8 +128,10 @@ fn wanted(message: &LinkMessage, veths: bool, globs: &GlobSet) -> Option<Interfa
     }
     let name = name?;
     // A node in a container has a veth as its uplink; that is no pod's.
-    let pods = veths && veth && peer_elsewhere && !has_default_route(&name);
-    (pods || globs.is_match(&name)).then_some(InterfaceChange::Present { index: message.header.index, name })
+    let pod = veth && peer_elsewhere && !has_default_route(&name);
+    let chosen = what.globs.is_match(&name) || if pod { what.veths } else { what.uplinks && has_default_route(&name) };
+    let side = if pod { Side::Pod } else { Side::Uplink };
+    chosen.then_some(InterfaceChange::Present { index: message.header.index, name, side })
 }
 
 /// Whether the node's default route leaves by an interface (proc_net(5), `route`: interface, destination, …, mask).

@@ -16,8 +16,12 @@ use super::{
 /// The object that `build.rs` built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
 
-/// Names of the programs, egress first: as they are attached.
-pub(super) const PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
+/// Names of the programs of a pod's interface, egress first: as they are attached.
+pub(super) const POD_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
+/// Names of the programs of an uplink.
+pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_up"];
+/// All of them.
+const PROGRAMS: [&str; 3] = ["breaker_out", "breaker_in", "breaker_up"];
 
 /// Programs in the kernel, and their maps.
 #[expect(missing_debug_implementations, reason = "the logger has none")]

@@ -32,7 +32,7 @@ use super::{
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
-pub use interfaces::{InterfaceChange, watch as watch_interfaces};
+pub use interfaces::{InterfaceChange, Side, Wanted, watch as watch_interfaces};
 pub use load::{Loaded, load};
 pub use maps::Maps;
 pub use offline::{Leftover, read as read_offline};

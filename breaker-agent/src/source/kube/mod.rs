@@ -225,6 +225,10 @@ async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Updat
         policies.turn();
         next = resolution.next;
         watches.want(&resolution.wanted);
+        // The first word must be whole: what an earlier agent left and nobody asks for any more is taken away.
+        if serial == 0 && resolution.subjects.iter().any(|subject| subject.pending) {
+            continue;
+        }
         // What is not known yet, or asked for wrongly, changes nothing.
         for subject in &mut resolution.subjects {
             if subject.hold

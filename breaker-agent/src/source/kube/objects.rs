@@ -153,6 +153,14 @@ pub struct Node {
     pub status: NodeStatus,
 }
 
+impl Node {
+    /// Whether Kubernetes hears of it.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True")
+    }
+}
+
 /// What a Node is.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]

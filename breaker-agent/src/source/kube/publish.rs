@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -36,6 +36,8 @@ const GATHER: Duration = Duration::from_millis(150);
 const PAUSE: Duration = Duration::from_millis(500);
 /// Writes under way at a time.
 const AT_ONCE: usize = 8;
+/// A Node that is not Ready and whose agent has not reported for this long is silent.
+const SILENT: SignedDuration = SignedDuration::from_secs(30);
 /// How often everything is looked at without a change: a write that failed is tried again.
 const ROUND: Duration = Duration::from_secs(5);
 
@@ -117,12 +119,15 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
         if !update.synced {
             continue;
         }
-        let ready: HashMap<String, bool> = nodes.iter().map(|node| (node.name_any(), is_ready(node))).collect();
+        let now = Timestamp::now();
+        let ready: HashMap<String, bool> = nodes.iter().map(|node| (node.name_any(), node.is_ready())).collect();
         let news: Vec<NodeNews> = reports
             .iter()
             .filter_map(|report| {
                 let node = report.name_any();
-                let ready = *ready.get(&node)?;
+                // A Node that is not Ready may have lost the API server only, not its agent.
+                let heard = report.spec.agent.reported_at.is_some_and(|at| now.duration_since(at) < SILENT);
+                let ready = *ready.get(&node)? || heard;
                 Some(NodeNews { node, ready, report: Arc::new(report.spec.clone()) })
             })
             .collect();
@@ -135,10 +140,6 @@ fn trim(node: &mut Node) {
     node.annotations_mut().clear();
     node.labels_mut().clear();
     node.status.addresses.clear();
-}
-
-fn is_ready(node: &Node) -> bool {
-    node.status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True")
 }
 
 impl Publisher {

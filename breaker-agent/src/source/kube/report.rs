@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -24,6 +25,8 @@ const WRITES_PER_SECOND: f64 = 100.0;
 const SMALL: usize = 20;
 /// How often the report is looked for without a change.
 const CHECK: Duration = Duration::from_secs(300);
+/// How often it is written while the Node is not Ready.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
 /// The longest that a write is put off for the others' sake.
 const LONGEST: Duration = Duration::from_secs(30);
 
@@ -62,6 +65,7 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     NodeReportSpec {
         agent: ReportedAgent {
+            reported_at: None,
             version: env!("CARGO_PKG_VERSION").into(),
             attach: facts.attach.clone(),
             interfaces: count(facts.interfaces),
@@ -96,10 +100,15 @@ pub(super) async fn publish(client: Client, mut facts: watch::Receiver<Option<Ar
     let mut patience = Patience::default();
     let mut lost = false;
     loop {
+        let ready = facts.borrow().as_ref().is_none_or(|facts| facts.update.node.ready);
+        let pause = if ready { CHECK } else { SIGN_OF_LIFE };
         // Once in a while without a change: somebody may have deleted it, or the Node came back as another one.
         tokio::select! {
             changed = facts.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(CHECK.mul_f64(0.75 + 0.5 * fastrand::f64())) => {
+            () = tokio::time::sleep(pause.mul_f64(0.75 + 0.5 * fastrand::f64())) => {
+                if !ready {
+                    written = None;
+                }
                 let name = facts.borrow().as_ref().map(|facts| facts.update.node.name.clone());
                 if let Some(name) = name && matches!(api.get_metadata_opt(&name).await, Ok(None)) {
                     written = None;
@@ -111,11 +120,14 @@ pub(super) async fn publish(client: Client, mut facts: watch::Receiver<Option<Ar
         tokio::time::sleep(wait).await;
         loop {
             let Some(now) = facts.borrow_and_update().clone() else { break };
-            let report = make(&now, &mut applied);
+            let mut report = make(&now, &mut applied);
             if written.as_ref() == Some(&report) {
                 break;
             }
-            match write(&api, &now, &report).await {
+            report.agent.reported_at = Some(Timestamp::now());
+            let outcome = write(&api, &now, &report).await;
+            report.agent.reported_at = None;
+            match outcome {
                 Ok(()) => {
                     if lost {
                         lost = false;

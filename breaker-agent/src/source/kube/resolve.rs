@@ -29,6 +29,8 @@ pub struct NodeView {
     pub uid: Option<String>,
     /// Its addresses: where NodePorts answer.
     pub addresses: Vec<IpAddr>,
+    /// Whether Kubernetes hears of it.
+    pub ready: bool,
     /// Its zone (label topology.kubernetes.io/zone).
     pub zone: Option<String>,
 }
@@ -82,6 +84,8 @@ pub struct Subject {
     pub notes: Vec<String>,
     /// Nothing is to change: something is not known yet, or what is asked for is wrong.
     pub hold: bool,
+    /// Endpoints are not known yet.
+    pub pending: bool,
 }
 
 /// What came of all wishes.
@@ -136,6 +140,7 @@ pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: us
             ports: BTreeMap::new(),
             notes: Vec::new(),
             hold: false,
+            pending: false,
         };
         if let Some(first) = taken.get(&wish.service) {
             let why = match (first.kind, wish.owner.kind) {
@@ -227,6 +232,7 @@ impl<'a> Work<'a> {
         let missing = std::iter::once(&key).chain(backups.iter().map(|b| &b.key)).find(|k| !world.endpoints.contains_key(*k));
         if missing.is_some() {
             self.subject.hold = true;
+            self.subject.pending = true;
             return Ok(());
         }
         for port in ports {

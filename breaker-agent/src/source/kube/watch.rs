@@ -133,7 +133,7 @@ fn is_expired(error: &watcher::Error) -> bool {
     }
 }
 
-/// How long to wait after an error: from 200 ms, doubled, at most 10 s, with jitter. A server that comes back finds its
+/// How long to wait after an error: from 200 ms, doubled, at most 5 s, with jitter. A server that comes back finds its
 /// agents soon, and not all in one moment.
 #[derive(Debug, Default)]
 pub(super) struct Patience {
@@ -144,7 +144,7 @@ impl Iterator for Patience {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let base = Duration::from_millis(200 << self.errors.min(6)).min(Duration::from_secs(10));
+        let base = Duration::from_millis(200 << self.errors.min(6)).min(Duration::from_secs(5));
         self.errors += 1;
         Some(base.mul_f64(0.5 + fastrand::f64()))
     }
@@ -298,6 +298,7 @@ fn node_view(name: &str, node: Option<&Node>) -> NodeView {
     NodeView {
         name: name.to_owned(),
         uid: node.uid(),
+        ready: node.is_ready(),
         addresses: addresses
             .filter(|address| address.r#type == "InternalIP" || address.r#type == "ExternalIP")
             .filter_map(|address| address.address.parse().ok())

@@ -83,7 +83,7 @@ pub struct CircuitBreakerSpec {
     pub r#override: Override,
     /// When the override ends; without it, it holds until it is changed.
     #[schemars(schema_with = "date_time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<Timestamp>,
     /// Whether decisions are carried out, or only counted and shown.
     #[serde(default)]

@@ -35,6 +35,11 @@ pub struct NodeReportSpec {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ReportedAgent {
+    /// When it wrote this; it writes when something changed and, while its Node is not Ready, every few seconds: then this
+    /// is its sign of life.
+    #[schemars(schema_with = "date_time")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported_at: Option<Timestamp>,
     /// Its version.
     pub version: String,
     /// How programs are attached: Tcx or Clsact.
@@ -75,7 +80,7 @@ pub struct ReportedService {
     pub state: String,
     /// Since when.
     #[schemars(schema_with = "date_time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
     /// Why.
     pub reason: String,

@@ -19,7 +19,7 @@ pub struct CircuitBreakerStatus {
     pub state: Option<String>,
     /// Since when.
     #[schemars(schema_with = "date_time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
     /// Why: Initial, HttpStatus, ConnectFailed, ConnectTimeout, NoEndpoints, Operator, and so on.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,7 +77,7 @@ pub struct NodeStatus {
     pub state: String,
     /// Since when.
     #[schemars(schema_with = "date_time")]
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
     /// Why.
     #[serde(skip_serializing_if = "String::is_empty")]

@@ -1,0 +1,253 @@
+//! The cluster under test: kubectl, and the commands that its owner gave.
+
+use std::{
+    io::Write as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use crate::wait_for;
+
+/// Where the lab is.
+pub const NAMESPACE: &str = "breaker-e2e";
+/// Where breaker is.
+pub const SYSTEM: &str = "breaker-system";
+
+/// What only the cluster's owner can do.
+pub struct Hooks {
+    pub load_image: String,
+    pub lan: Option<String>,
+    pub node: Option<(String, String)>,
+    pub api: Option<(String, String)>,
+}
+
+pub struct Cluster {
+    kubeconfig: PathBuf,
+    pub hooks: Hooks,
+    pub nodes: Vec<String>,
+}
+
+impl Cluster {
+    pub fn new(kubeconfig: PathBuf, hooks: Hooks) -> Result<Self> {
+        if Command::new("kubectl").arg("version").arg("--client").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+            bail!("kubectl is not on the PATH; it comes with k3s, or from kubernetes.io");
+        }
+        let mut cluster = Self { kubeconfig, hooks, nodes: Vec::new() };
+        let nodes = cluster.get("", "nodes", "")?;
+        let names = nodes["items"].as_array().into_iter().flatten().filter_map(|n| n["metadata"]["name"].as_str());
+        cluster.nodes = names.map(str::to_owned).collect();
+        cluster.nodes.sort();
+        Ok(cluster)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("kubectl");
+        command.env("KUBECONFIG", &self.kubeconfig).arg("--request-timeout=20s").args(args);
+        command
+    }
+
+    /// kubectl, and what it printed.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        let output = self.command(args).stdin(Stdio::null()).output().context("start kubectl")?;
+        if !output.status.success() {
+            bail!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// kubectl in the lab's namespace.
+    pub fn lab(&self, args: &[&str]) -> Result<String> {
+        self.kubectl(&[&["-n", NAMESPACE], args].concat())
+    }
+
+    /// kubectl with a manifest on its standard input.
+    pub fn feed(&self, args: &[&str], manifest: &str) -> Result<String> {
+        let mut child = self
+            .command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start kubectl")?;
+        child.stdin.take().context("kubectl's standard input")?.write_all(manifest.as_bytes())?;
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Applies a manifest in the lab's namespace.
+    pub fn apply(&self, manifest: &str) -> Result<()> {
+        self.feed(&["-n", NAMESPACE, "apply", "-f", "-"], manifest).map(drop)
+    }
+
+    /// Objects as JSON.
+    pub fn get(&self, namespace: &str, what: &str, selector: &str) -> Result<Value> {
+        let mut args = vec!["get", what, "-o", "json"];
+        if !namespace.is_empty() {
+            args.extend(["-n", namespace]);
+        }
+        if !selector.is_empty() {
+            args.extend(["-l", selector]);
+        }
+        Ok(serde_json::from_str(&self.kubectl(&args)?)?)
+    }
+
+    /// A CircuitBreaker of the lab.
+    pub fn breaker(&self, name: &str) -> Result<Value> {
+        self.get(NAMESPACE, &format!("cb/{name}"), "")
+    }
+
+    /// Addresses of ready pods of a Deployment that are not about to end.
+    pub fn pods(&self, app: &str) -> Result<Vec<Pod>> {
+        let pods = self.get(NAMESPACE, "pods", &format!("app={app}"))?;
+        let found = pods["items"].as_array().into_iter().flatten().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let pod = |pod: &Value| {
+            Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned() })
+        };
+        Ok(found.filter_map(pod).collect())
+    }
+
+    /// A condition of a CircuitBreaker: status and reason.
+    pub fn condition(&self, name: &str, type_: &str) -> Result<(String, String)> {
+        let breaker = self.breaker(name)?;
+        let conditions = breaker["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let found = conditions.iter().find(|c| c["type"] == type_).with_context(|| format!("{name} has no condition {type_} yet"))?;
+        let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+        Ok((text("status"), text("reason")))
+    }
+
+    /// Waits for a condition's status and reason (empty = any).
+    pub fn wait_condition(&self, name: &str, type_: &str, status: &str, reason: &str) -> Result<()> {
+        wait_for(&format!("{name}: {type_}={status} {reason}"), Duration::from_secs(40), || {
+            let (is, why) = self.condition(name, type_)?;
+            if is == status && (reason.is_empty() || why == reason) {
+                return Ok(Some(()));
+            }
+            bail!("it is {type_}={is} {why}")
+        })
+    }
+
+    /// Waits until every node has this generation in force.
+    pub fn wait_programmed(&self, name: &str) -> Result<()> {
+        wait_for(&format!("{name} to be programmed everywhere"), Duration::from_secs(40), || {
+            let breaker = self.breaker(name)?;
+            let conditions = breaker["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            let done = conditions.iter().any(|c| {
+                c["type"] == "Programmed" && c["status"] == "True" && c["observedGeneration"] == breaker["metadata"]["generation"]
+            });
+            let nodes = breaker["status"]["counts"]["programmed"].as_u64() == Some(self.nodes.len() as u64);
+            if done && nodes { Ok(Some(())) } else { bail!("{}", breaker["status"]) }
+        })
+    }
+
+    /// Waits for the aggregate state.
+    pub fn wait_state(&self, name: &str, state: &str) -> Result<()> {
+        wait_for(&format!("{name} to be {state}"), Duration::from_secs(40), || {
+            let breaker = self.breaker(name)?;
+            let is = breaker["status"]["state"].as_str().unwrap_or_default();
+            if is == state { Ok(Some(())) } else { bail!("it is {is:?}") }
+        })
+    }
+
+    /// Reasons of the Events about an object.
+    pub fn events(&self, kind: &str, name: &str) -> Result<Vec<String>> {
+        let events = self.get(NAMESPACE, "events", "")?;
+        let about = |e: &&Value| e["involvedObject"]["kind"] == kind && e["involvedObject"]["name"] == name;
+        let found = events["items"].as_array().into_iter().flatten().filter(about);
+        Ok(found.filter_map(|e| Some(e["reason"].as_str()?.to_owned())).collect())
+    }
+
+    /// Waits for an Event.
+    pub fn wait_event(&self, kind: &str, name: &str, reason: &str) -> Result<()> {
+        wait_for(&format!("an Event {reason} about {kind} {name}"), Duration::from_secs(20), || {
+            let found = self.events(kind, name)?;
+            if found.iter().any(|r| r == reason) { Ok(Some(())) } else { bail!("there are {found:?}") }
+        })
+    }
+
+    /// Asks from a pod on a node: `client` for one in the pod network, `host` for one in the node's.
+    pub fn ask(&self, from: &str, url: &str) -> Result<String> {
+        let answer = self.lab(&["exec", from, "--", "/dummy-service", "ask", url])?;
+        Ok(answer.trim().to_owned())
+    }
+
+    /// Asks from outside of the cluster.
+    pub fn ask_from_lan(&self, url: &str) -> Result<String> {
+        let lan = self.hooks.lan.as_deref().context("no --lan")?;
+        shell(&format!("{lan} curl -s -S -m 3 {url}"))
+    }
+
+    /// Puts pods of a Deployment into fake-error mode or out of it.
+    pub fn fake_error(&self, app: &str, on: bool) -> Result<()> {
+        let path = if on { "fakeerrormodeon" } else { "fakeerrormodeoff" };
+        for pod in self.pods(app)? {
+            let url = format!("http://{}/{path}", pod.ip);
+            self.lab(&["exec", "client", "--", "/dummy-service", "ask", "--method", "POST", &url])?;
+        }
+        Ok(())
+    }
+
+    /// Power off, or on.
+    pub fn power(&self, node: &str, on: bool) -> Result<()> {
+        let (stop, start) = self.hooks.node.as_ref().context("no --stop-node")?;
+        shell(&(if on { start } else { stop }).replace("{}", node)).map(drop)
+    }
+
+    /// The API server off, or on.
+    pub fn api(&self, on: bool) -> Result<()> {
+        let (stop, start) = self.hooks.api.as_ref().context("no --stop-api")?;
+        shell(if on { start } else { stop })?;
+        if on {
+            wait_for("the API server", Duration::from_secs(60), || self.kubectl(&["get", "--raw", "/readyz"]).map(Some))?;
+        }
+        Ok(())
+    }
+
+    /// Gives back whatever a scenario may have taken.
+    pub fn mend(&self) {
+        if self.hooks.api.is_some() && self.kubectl(&["get", "--raw", "/readyz"]).is_err() {
+            let _ = self.api(true);
+        }
+        if self.hooks.node.is_some() {
+            let nodes = self.get("", "nodes", "").unwrap_or_default();
+            for node in nodes["items"].as_array().into_iter().flatten() {
+                let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
+                let ready = conditions.iter().any(|c| c["type"] == "Ready" && c["status"] == "True");
+                if let (false, Some(name)) = (ready, node["metadata"]["name"].as_str()) {
+                    let _ = self.power(name, true);
+                }
+            }
+        }
+    }
+
+    /// What a person would look at.
+    pub fn diagnosis(&self) -> String {
+        let looks: &[&[&str]] = &[
+            &["get", "cb", "-A", "-o", "wide"],
+            &["get", "pods", "-A", "-o", "wide"],
+            &["-n", SYSTEM, "logs", "-l", "app.kubernetes.io/component=agent", "--prefix", "--tail=25"],
+        ];
+        looks.iter().map(|args| self.kubectl(args).unwrap_or_else(|error| format!("{error:#}"))).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A pod of the lab.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    pub ip: String,
+}
+
+/// A command of the cluster's owner.
+pub fn shell(command: &str) -> Result<String> {
+    let output = Command::new("sh").args(["-c", command]).stdin(Stdio::null()).output().context("start sh")?;
+    if !output.status.success() {
+        bail!("{command}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

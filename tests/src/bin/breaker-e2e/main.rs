@@ -1,0 +1,147 @@
+//! breaker on a real cluster, by kubectl alone: installs it, plays the lab and everything that goes wrong around it, and
+//! takes it away again. Any cluster does; what only its owner can do (cut a node's power) is done by commands that they
+//! give, and left out, in so many words, without them.
+
+mod cluster;
+mod load;
+mod measure;
+mod scenarios;
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use serde_json::json;
+
+use cluster::{Cluster, Hooks};
+
+/// breaker on a real cluster.
+#[derive(Parser)]
+struct Cli {
+    /// How to reach the cluster.
+    #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
+    kubeconfig: PathBuf,
+    /// Brings an archive, its path put for {}, to every node.
+    #[arg(long, value_name = "CMD", default_value = "k3s ctr images import {}")]
+    load_image: String,
+    /// Runs what is appended on a machine outside of the cluster that reaches the nodes.
+    #[arg(long, value_name = "CMD")]
+    lan: Option<String>,
+    /// Cuts the power of the node that is put for {}.
+    #[arg(long, value_name = "CMD", requires = "start_node")]
+    stop_node: Option<String>,
+    /// Gives it back.
+    #[arg(long, value_name = "CMD", requires = "stop_node")]
+    start_node: Option<String>,
+    /// Stops the API server.
+    #[arg(long, value_name = "CMD", requires = "start_api")]
+    stop_api: Option<String>,
+    /// Starts it again.
+    #[arg(long, value_name = "CMD", requires = "stop_api")]
+    start_api: Option<String>,
+    /// Only scenarios whose name contains one of these.
+    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Leave breaker and the lab there.
+    #[arg(long)]
+    keep: bool,
+    /// Measure instead of testing.
+    #[arg(long)]
+    bench: bool,
+    /// Where the archives of the images are.
+    #[arg(long, value_name = "DIR", default_value = "dist")]
+    dist: PathBuf,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("e2e: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<bool> {
+    let hooks = Hooks {
+        load_image: cli.load_image,
+        lan: cli.lan,
+        node: cli.stop_node.zip(cli.start_node),
+        api: cli.stop_api.zip(cli.start_api),
+    };
+    let cluster = Cluster::new(cli.kubeconfig, hooks)?;
+    println!("cluster: {} nodes", cluster.nodes.len());
+    let setup = Instant::now();
+    let outcome = scenarios::install(&cluster, &cli.dist).context("install").and_then(|()| {
+        println!("installed in {:.1} s", setup.elapsed().as_secs_f64());
+        if cli.bench { measure::all(&cluster).map(|()| true) } else { play(&cluster, &cli.only) }
+    });
+    if let Err(error) = &outcome {
+        println!("{error:#}\n{}", cluster.diagnosis());
+    }
+    if !cli.keep {
+        scenarios::uninstall(&cluster).context("uninstall")?;
+        println!("uninstalled: every node's kernel is as before");
+    }
+    outcome
+}
+
+fn play(cluster: &Cluster, only: &[String]) -> Result<bool> {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for scenario in scenarios::ALL {
+        if !only.is_empty() && !only.iter().any(|text| scenario.name.contains(text.as_str())) {
+            continue;
+        }
+        if let Some(why) = (scenario.skip)(cluster) {
+            println!("skipped  {:<28} {why}", scenario.name);
+            skipped += 1;
+            continue;
+        }
+        let started = Instant::now();
+        let outcome = scenarios::fresh(cluster).and_then(|()| (scenario.play)(cluster));
+        let took = started.elapsed();
+        match outcome {
+            Ok(words) => {
+                println!("ok       {:<28} {:>5.1} s  {words}", scenario.name, took.as_secs_f64());
+                passed += 1;
+            }
+            Err(error) => {
+                println!("FAILED   {:<28} {:>5.1} s  {error:#}", scenario.name, took.as_secs_f64());
+                println!("{}", cluster.diagnosis());
+                failed += 1;
+                // Whatever it broke, the next one starts well.
+                cluster.mend();
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(failed == 0)
+}
+
+/// Waits for a condition, looking every tenth of a second.
+fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        let last = match look() {
+            Ok(Some(found)) => return Ok(found),
+            Ok(None) => None,
+            Err(error) => Some(error),
+        };
+        if start.elapsed() > limit {
+            let why = last.map(|error| format!(": {error:#}")).unwrap_or_default();
+            anyhow::bail!("waited {} s in vain for {what}{why}", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// For measurements: one JSON object a line.
+fn row(name: &str, value: f64, unit: &str, note: &str) {
+    println!("{}", json!({ "name": name, "value": (value * 100.0).round() / 100.0, "unit": unit, "note": note }));
+}

@@ -1,0 +1,99 @@
+//! Rows of the benchmark that need a cluster.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    cluster::{Cluster, NAMESPACE, SYSTEM},
+    load::{Load, now},
+    row, scenarios, wait_for,
+};
+
+pub fn all(cluster: &Cluster) -> Result<()> {
+    for round in 0..3 {
+        scenarios::fresh(cluster)?;
+        programmed(cluster, round)?;
+        failover(cluster, round, "3 s x 1 (the lab's)", None)?;
+        failover(cluster, round, "100 ms x 3", Some(r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#))?;
+    }
+    idle(cluster)
+}
+
+/// From `kubectl apply` to Programmed on every node.
+fn programmed(cluster: &Cluster, round: usize) -> Result<()> {
+    cluster.lab(&["delete", "cb", "dummy"])?;
+    let started = Instant::now();
+    cluster.lab(&["apply", "-f", "k8s/lab/circuitbreaker.yaml"])?;
+    cluster.wait_programmed("dummy")?;
+    row("apply to Programmed", started.elapsed().as_secs_f64() * 1000.0, "ms", &format!("round {round}, kubectl's own time included"));
+    Ok(())
+}
+
+/// From the fake error to the first of the backup's answers after which all are answered.
+fn failover(cluster: &Cluster, round: usize, checks: &str, patch: Option<&str>) -> Result<()> {
+    if let Some(patch) = patch {
+        cluster.lab(&["patch", "cb", "dummy", "--type=merge", "-p", patch])?;
+        cluster.wait_programmed("dummy")?;
+    }
+    cluster.wait_state("dummy", "Closed")?;
+    let service = cluster.get(NAMESPACE, "svc/dummy-deployment", "")?;
+    let ip = service["spec"]["clusterIP"].as_str().context("no clusterIP")?;
+    let load = Load::start(cluster, "load", &cluster.nodes[0], &format!("http://{ip}:8080/"))?;
+    cluster.fake_error("dummy-deployment", true)?;
+    let injected = now();
+    cluster.wait_state("dummy", "Open")?;
+    std::thread::sleep(Duration::from_secs(3));
+    let told = load.end()?;
+    let took = told.recovery(injected, now() - 2500)?;
+    row(&format!("fake error to backup, checks {checks}"), took as f64, "ms", &format!("round {round}"));
+    cluster.fake_error("dummy-deployment", false)?;
+    cluster.wait_state("dummy", "Closed")
+}
+
+/// Memory and CPU of the agents while nothing happens.
+fn idle(cluster: &Cluster) -> Result<()> {
+    let mut there = 0;
+    for services in [1_usize, 100, 1000] {
+        // The lab's own is one.
+        let more = services - 1 - there;
+        for start in (there..there + more).step_by(100) {
+            let count = 100.min(there + more - start);
+            cluster.feed(&["-n", NAMESPACE, "create", "-f", "-"], &scenarios::many(count, start))?;
+        }
+        there += more;
+        if there > 0 {
+            let started = Instant::now();
+            wait_for("all of them to be programmed", Duration::from_secs(180), || {
+                let done = scenarios::many_programmed(cluster)?;
+                if done == there { Ok(Some(())) } else { bail!("{done} of {there}") }
+            })?;
+            row(&format!("{services} services, last created to all Programmed"), started.elapsed().as_secs_f64(), "s", "");
+        }
+        std::thread::sleep(Duration::from_secs(10));
+        for node in &cluster.nodes {
+            let (cpu, memory) = usage(cluster, node)?;
+            row(&format!("{services} services idle, checks every 3 s, agent's CPU"), cpu, "% of a core", node);
+            row(&format!("{services} services idle, agent's memory"), memory, "MiB", node);
+        }
+    }
+    cluster.lab(&["delete", "cb,svc", "-l", "many=yes", "--wait=false"]).map(drop)
+}
+
+/// CPU over ten seconds and resident memory, as the agent tells of itself.
+fn usage(cluster: &Cluster, node: &str) -> Result<(f64, f64)> {
+    let pods = cluster.get(SYSTEM, "pods", "app.kubernetes.io/component=agent")?;
+    let on_node = |p: &&serde_json::Value| p["spec"]["nodeName"] == *node;
+    let pod = pods["items"].as_array().into_iter().flatten().find(on_node).context("no agent on this node")?;
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let look = || -> Result<(f64, f64, Instant)> {
+        let text = cluster.kubectl(&["-n", SYSTEM, "exec", name, "--", "/breaker", "status", "-o", "json"])?;
+        let status: serde_json::Value = serde_json::from_str(&text)?;
+        let number = |field: &str| status["process"][field].as_f64().with_context(|| format!("status has no process.{field}"));
+        Ok((number("cpuSeconds")?, number("residentBytes")?, Instant::now()))
+    };
+    let (before, _, start) = look()?;
+    std::thread::sleep(Duration::from_secs(20));
+    let (after, memory, end) = look()?;
+    Ok(((after - before) / (end - start).as_secs_f64() * 100.0, memory / 1_048_576.0))
+}

@@ -1,0 +1,582 @@
+//! What is played, one function each. Every scenario starts from the lab as k8s/lab makes it, closed.
+
+use std::{path::Path, thread::sleep, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+
+use crate::{
+    cluster::{Cluster, NAMESPACE, SYSTEM, shell},
+    load::{Load, now, pod},
+    wait_for,
+};
+
+pub struct Scenario {
+    pub name: &'static str,
+    /// Why it cannot be played on this cluster.
+    pub skip: fn(&Cluster) -> Option<&'static str>,
+    /// What it shows, in words.
+    pub play: fn(&Cluster) -> Result<String>,
+}
+
+const fn always(_: &Cluster) -> Option<&'static str> {
+    None
+}
+
+fn needs_lan(cluster: &Cluster) -> Option<&'static str> {
+    cluster.hooks.lan.is_none().then_some("no --lan")
+}
+
+fn needs_power(cluster: &Cluster) -> Option<&'static str> {
+    match (&cluster.hooks.node, cluster.nodes.len()) {
+        (None, _) => Some("no --stop-node and --start-node"),
+        (Some(_), 0..=1) => Some("one node only"),
+        _ => None,
+    }
+}
+
+fn needs_api(cluster: &Cluster) -> Option<&'static str> {
+    cluster.hooks.api.is_none().then_some("no --stop-api and --start-api")
+}
+
+pub const ALL: &[Scenario] = &[
+    Scenario { name: "lab", skip: always, play: lab },
+    Scenario { name: "lab-from-lan", skip: needs_lan, play: lab_from_lan },
+    Scenario { name: "refused-by-kubectl", skip: always, play: refused_by_kubectl },
+    Scenario { name: "edit-override-delete", skip: always, play: edit_override_delete },
+    Scenario { name: "primary-pods-deleted", skip: always, play: primary_pods_deleted },
+    Scenario { name: "primary-scaled-to-0", skip: always, play: primary_scaled_to_0 },
+    Scenario { name: "rolling-updates", skip: always, play: rolling_updates },
+    Scenario { name: "agent-killed-and-rolled", skip: always, play: agent_killed_and_rolled },
+    Scenario { name: "cross-namespace", skip: always, play: cross_namespace },
+    Scenario { name: "annotations", skip: always, play: annotations },
+    Scenario { name: "two-for-one-service", skip: always, play: two_for_one_service },
+    Scenario { name: "two-hundred-at-once", skip: always, play: two_hundred_at_once },
+    Scenario { name: "api-server-away", skip: needs_api, play: api_server_away },
+    Scenario { name: "node-powered-off", skip: needs_power, play: node_powered_off },
+];
+
+/// Everything that has to be there before.
+pub fn install(cluster: &Cluster, dist: &Path) -> Result<()> {
+    for archive in ["breaker.tar", "dummyservice.tar"] {
+        let path = dist.join(archive);
+        ensure!(path.is_file(), "{} is not there; cargo xtask image", path.display());
+        shell(&cluster.hooks.load_image.replace("{}", &path.display().to_string()))?;
+    }
+    // Definitions first: the others' dry run needs them.
+    cluster.kubectl(&["apply", "-f", "k8s/base/namespace.yaml", "-f", "k8s/base/crds.yaml"])?;
+    cluster.kubectl(&["wait", "--for=condition=Established", "crd/circuitbreakers.breaker.dev", "--timeout=20s"])?;
+    for dir in ["k8s/base", "k8s/lab"] {
+        cluster.kubectl(&["apply", "--dry-run=server", "-k", dir])?;
+    }
+    cluster.feed(&["apply", "--dry-run=server", "-f", "-"], &cleanup_job(&cluster.nodes[0])?)?;
+    cluster.kubectl(&["apply", "-k", "k8s/base"])?;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"])?;
+    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
+    cluster.feed(&["apply", "-f", "-"], &namespace.to_string())?;
+    for (name, host) in [("client", false), ("host", true)] {
+        cluster.apply(&pod(name, &cluster.nodes[0], &["wait"], host))?;
+    }
+    lab_up(cluster)
+}
+
+fn lab_up(cluster: &Cluster) -> Result<()> {
+    cluster.lab(&["apply", "-k", "k8s/lab"])?;
+    for app in ["dummy-deployment", "backup-deployment"] {
+        cluster.lab(&["rollout", "status", &format!("deployment/{app}"), "--timeout=60s"])?;
+    }
+    cluster.lab(&["wait", "--for=condition=Ready", "pod/client", "pod/host", "--timeout=30s"])?;
+    cluster.wait_programmed("dummy")
+}
+
+/// The lab as its manifests have it, closed, both Services well.
+pub fn fresh(cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=90s"])?;
+    cluster.lab(&["delete", "pod", "saboteur", "--ignore-not-found", "--wait=false"])?;
+    let breakers = cluster.get(NAMESPACE, "cb", "")?;
+    for breaker in breakers["items"].as_array().into_iter().flatten() {
+        let name = breaker["metadata"]["name"].as_str().unwrap_or_default();
+        if name != "dummy" {
+            cluster.lab(&["delete", "cb", name])?;
+        }
+    }
+    for app in ["dummy-deployment", "backup-deployment"] {
+        cluster.lab(&["annotate", "svc", app, "breaker.dev/backup-", "breaker.dev/check-", "breaker.dev/period-millis-"])?;
+    }
+    // Fields that a scenario patched would survive an apply.
+    cluster.lab(&["delete", "cb", "dummy", "--ignore-not-found"])?;
+    lab_up(cluster)?;
+    cluster.fake_error("dummy-deployment", false)?;
+    cluster.fake_error("backup-deployment", false)?;
+    cluster.wait_state("dummy", "Closed")?;
+    cluster.wait_condition("dummy", "Degraded", "False", "")
+}
+
+/// Checks every 100 ms, three failures are down.
+const QUICK: &str = r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#;
+
+fn patch(cluster: &Cluster, patch: &str) -> Result<()> {
+    cluster.lab(&["patch", "cb", "dummy", "--type=merge", "-p", patch])?;
+    cluster.wait_programmed("dummy")
+}
+
+fn vip(cluster: &Cluster, service: &str) -> Result<String> {
+    let service = cluster.get(NAMESPACE, &format!("svc/{service}"), "")?;
+    let ip = service["spec"]["clusterIP"].as_str().context("no clusterIP")?;
+    Ok(format!("http://{ip}:{}/", service["spec"]["ports"][0]["port"]))
+}
+
+fn ips(cluster: &Cluster, app: &str) -> Result<Vec<String>> {
+    Ok(cluster.pods(app)?.into_iter().map(|pod| pod.ip).collect())
+}
+
+/// Asks until one of these pods answers.
+fn answered_by(what: &str, pods: &[String], ask: impl Fn() -> Result<String>) -> Result<()> {
+    wait_for(what, Duration::from_secs(30), || {
+        let answer = ask()?;
+        if pods.iter().any(|ip| answer.contains(&format!("FROM {ip}:"))) { Ok(Some(())) } else { bail!("{answer}") }
+    })
+}
+
+/// Three acts, with the NGINX Plus settings: from a pod, and from the node by the port of its load balancer.
+fn lab(cluster: &Cluster) -> Result<String> {
+    let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
+    let url = vip(cluster, "dummy-deployment")?;
+    let from_pod = || cluster.ask("client", &url);
+    let from_node = || cluster.ask("host", "http://127.0.0.1:8080/");
+    answered_by("the primary's answer to a pod", &primary, from_pod)?;
+    answered_by("the primary's answer to the node", &primary, from_node)?;
+    cluster.fake_error("dummy-deployment", true)?;
+    answered_by("the backup's answer to a pod", &backup, from_pod)?;
+    answered_by("the backup's answer to the node", &backup, from_node)?;
+    cluster.wait_state("dummy", "Open")?;
+    cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
+    cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup")?;
+    let table = cluster.lab(&["get", "cb", "dummy"])?;
+    for word in ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "HttpStatus", "0%"] {
+        ensure!(table.contains(word), "kubectl get cb does not show {word}:\n{table}");
+    }
+    cluster.fake_error("dummy-deployment", false)?;
+    answered_by("the primary's answer to a pod again", &primary, from_pod)?;
+    answered_by("the primary's answer to the node again", &primary, from_node)?;
+    cluster.wait_state("dummy", "Closed")?;
+    cluster.wait_event("CircuitBreaker", "dummy", "Closed")?;
+    Ok("from a pod and from the node: primary, backup, primary".into())
+}
+
+fn lab_from_lan(cluster: &Cluster) -> Result<String> {
+    let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
+    let nodes = cluster.get("", "nodes", "")?;
+    let address = |node: &serde_json::Value| {
+        let addresses = node["status"]["addresses"].as_array()?;
+        Some(addresses.iter().find(|a| a["type"] == "InternalIP")?["address"].as_str()?.to_owned())
+    };
+    let nodes: Vec<String> = nodes["items"].as_array().into_iter().flatten().filter_map(address).collect();
+    let service = cluster.get(NAMESPACE, "svc/dummy-deployment", "")?;
+    let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
+    let everywhere = |pods: &[String], who: &str| -> Result<()> {
+        for node in &nodes {
+            for port in [8080, node_port] {
+                let url = format!("http://{node}:{port}/");
+                answered_by(&format!("{who}'s answer by {url}"), pods, || cluster.ask_from_lan(&url))?;
+            }
+        }
+        Ok(())
+    };
+    everywhere(&primary, "the primary")?;
+    cluster.fake_error("dummy-deployment", true)?;
+    everywhere(&backup, "the backup")?;
+    cluster.fake_error("dummy-deployment", false)?;
+    everywhere(&primary, "the primary")?;
+    Ok(format!("by port 8080 and NodePort {node_port} of {} nodes: primary, backup, primary", nodes.len()))
+}
+
+/// `kubectl apply` itself refuses nonsense and names the field.
+fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
+    let good = json!({ "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }] });
+    let with = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut spec = good.clone();
+        change(&mut spec);
+        json!({ "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "nonsense" }, "spec": spec }).to_string()
+    };
+    let rows: Vec<(String, &str, &str)> = vec![
+        (with(&|s| s["backups"] = json!([])), "spec.backups", "at least 1"),
+        (with(&|s| s["backups"][0]["name"] = json!("dummy-deployment")), "spec.backups", "cannot be its own backup"),
+        (with(&|s| s["backups"] = json!([{ "name": "a" }, { "name": "a" }])), "spec.backups", "a backup once"),
+        (with(&|s| s["check"] = json!({})), "spec.check", "exactly one of httpGet, tcpSocket and grpc"),
+        (with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 0 })), "spec.check.periodSeconds", "greater than or equal to 1"),
+        (with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 1, "periodMillis": 100 })), "spec.check", "exclude each other"),
+        (with(&|s| s["check"] = json!({ "httpGet": { "path": "ready" } })), "spec.check.httpGet.path", "should match"),
+        (with(&|s| s["override"] = json!("Open")), "spec.override", "supported values: \"Auto\", \"ForceOpen\", \"ForceClosed\""),
+        (with(&|s| s["until"] = json!("2030-01-01T00:00:00Z")), "spec.until", "needs override"),
+        (with(&|s| s["probeFrom"] = json!("Elected")), "spec.probeFrom", "not built yet; allowed: EveryNode"),
+        (with(&|s| s["breaker"] = json!({ "openMillis": 10, "maxOpenMillis": 5 })), "spec.breaker.maxOpenMillis", "at least openMillis"),
+        (with(&|s| s["chekc"] = json!({})), "spec.chekc", "unknown field"),
+    ];
+    let count = rows.len();
+    for (manifest, field, words) in rows {
+        match cluster.apply(&manifest) {
+            Ok(()) => bail!("{manifest} was taken"),
+            Err(error) => {
+                let text = format!("{error:#}");
+                ensure!(text.contains(field) && text.contains(words), "{field} ({words}) is not in: {text}");
+            }
+        }
+    }
+    let words = cluster.kubectl(&["explain", "cb.spec.check"])?;
+    ensure!(words.contains("exactly one of httpGet, tcpSocket and grpc"), "kubectl explain: {words}");
+    Ok(format!("{count} kinds of nonsense, each by its field"))
+}
+
+fn edit_override_delete(cluster: &Cluster) -> Result<String> {
+    let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
+    let url = vip(cluster, "dummy-deployment")?;
+    let ask = || cluster.ask("client", &url);
+    patch(cluster, r#"{"spec":{"override":"ForceOpen"}}"#)?;
+    answered_by("the backup, forced", &backup, ask)?;
+    cluster.wait_state("dummy", "Open")?;
+    let until = wait_for("a time", Duration::from_secs(1), || Ok(Some(jiff::Timestamp::now() + Duration::from_secs(3))))?;
+    patch(cluster, &json!({ "spec": { "until": until.to_string() } }).to_string())?;
+    answered_by("the primary, once the time is over", &primary, ask)?;
+    cluster.wait_state("dummy", "Closed")?;
+    patch(cluster, r#"{"spec":{"override":"Auto","until":null,"mode":"DryRun"}}"#)?;
+    cluster.fake_error("dummy-deployment", true)?;
+    cluster.wait_state("dummy", "Open")?;
+    let dry = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
+    ensure!(dry.is_err(), "a dry run moved a connection: {dry:?}");
+    patch(cluster, r#"{"spec":{"mode":"Enforce"}}"#)?;
+    answered_by("the backup, enforced", &backup, ask)?;
+    cluster.lab(&["delete", "cb", "dummy"])?;
+    wait_for("the failed primary, unprotected", Duration::from_secs(10), || {
+        let answer = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
+        Ok(answer.is_err().then_some(()))
+    })?;
+    cluster.lab(&["apply", "-k", "k8s/lab"])?;
+    answered_by("the backup, protected again", &backup, ask)?;
+    Ok("forced, for a time, dry run, enforced, deleted, made again".into())
+}
+
+fn primary_pods_deleted(cluster: &Cluster) -> Result<String> {
+    patch(cluster, QUICK)?;
+    let load = Load::start(cluster, "load", &cluster.nodes[0], &vip(cluster, "dummy-deployment")?)?;
+    let start = now();
+    cluster.lab(&["delete", "pods", "-l", "app=dummy-deployment", "--grace-period=0", "--force"])?;
+    cluster.lab(&["rollout", "status", "deployment/dummy-deployment", "--timeout=60s"])?;
+    cluster.wait_state("dummy", "Closed")?;
+    sleep(Duration::from_secs(1));
+    let told = load.end()?;
+    let took = told.recovery(start, now())?;
+    ensure!(took < 10_000, "it took {took} ms");
+    Ok(format!("answered again after {took} ms, {} of {} requests failed", told.failed(start, u128::MAX).len(), told.requests.len()))
+}
+
+fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
+    patch(cluster, QUICK)?;
+    let backup = ips(cluster, "backup-deployment")?;
+    let load = Load::start(cluster, "load", &cluster.nodes[0], &vip(cluster, "dummy-deployment")?)?;
+    cluster.lab(&["scale", "deployment/dummy-deployment", "--replicas=0"])?;
+    cluster.wait_state("dummy", "Open")?;
+    wait_for("the reason NoEndpoints", Duration::from_secs(10), || {
+        let breaker = cluster.breaker("dummy")?;
+        if breaker["status"]["reason"] == "NoEndpoints" { Ok(Some(())) } else { bail!("{}", breaker["status"]["reason"]) }
+    })
+    .or_else(|_| cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup"))?;
+    let from = now();
+    sleep(Duration::from_secs(1));
+    let open = load.told()?;
+    let by = open.answered_by(from, now());
+    ensure!(!by.is_empty() && by.iter().all(|ip| backup.contains(ip)), "answered by {by:?}");
+    cluster.lab(&["scale", "deployment/dummy-deployment", "--replicas=2"])?;
+    cluster.wait_state("dummy", "Closed")?;
+    let told = load.end()?;
+    Ok(format!("open for want of endpoints, closed again; {} of {} requests failed", told.failed(0, u128::MAX).len(), told.requests.len()))
+}
+
+/// With pods that end as Kubernetes recommends, a rolling update loses nothing; neither may it with breaker.
+fn rolling_updates(cluster: &Cluster) -> Result<String> {
+    patch(cluster, QUICK)?;
+    let gentle = r#"{"spec":{"template":{"spec":{"containers":[{"name":"dummyservice","lifecycle":{"preStop":{"sleep":{"seconds":3}}},"readinessProbe":{"httpGet":{"path":"/alive","port":80},"periodSeconds":1}}]}}}}"#;
+    for app in ["dummy-deployment", "backup-deployment"] {
+        cluster.lab(&["patch", "deployment", app, "-p", gentle])?;
+    }
+    for app in ["dummy-deployment", "backup-deployment"] {
+        cluster.lab(&["rollout", "status", &format!("deployment/{app}"), "--timeout=60s"])?;
+    }
+    cluster.wait_state("dummy", "Closed")?;
+    let (first, last) = (&cluster.nodes[0], &cluster.nodes[cluster.nodes.len() - 1]);
+    let url = vip(cluster, "dummy-deployment")?;
+    let loads = [Load::start(cluster, "load", first, &url)?, Load::start(cluster, "load-2", last, &url)?];
+    let roll = |app: &str| -> Result<()> {
+        cluster.lab(&["rollout", "restart", &format!("deployment/{app}")])?;
+        cluster.lab(&["rollout", "status", &format!("deployment/{app}"), "--timeout=60s"])?;
+        // The last of the old pods ends after its sleep.
+        sleep(Duration::from_secs(4));
+        Ok(())
+    };
+    roll("dummy-deployment")?;
+    patch(cluster, r#"{"spec":{"override":"ForceOpen"}}"#)?;
+    roll("backup-deployment")?;
+    patch(cluster, r#"{"spec":{"override":"Auto"}}"#)?;
+    let mut asked = 0;
+    for load in loads {
+        asked += load.end()?.none_failed()?;
+    }
+    // The lab's own manifests again, without the gentleness.
+    cluster.lab(&["delete", "deployment", "--all"])?;
+    Ok(format!("primary closed, backup open: 0 of {asked} requests failed"))
+}
+
+fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
+    patch(cluster, QUICK)?;
+    cluster.fake_error("dummy-deployment", true)?;
+    cluster.wait_state("dummy", "Open")?;
+    wait_for("every node to be open", Duration::from_secs(10), || {
+        let breaker = cluster.breaker("dummy")?;
+        Ok((breaker["status"]["counts"]["open"].as_u64() == Some(cluster.nodes.len() as u64)).then_some(()))
+    })?;
+    let url = vip(cluster, "dummy-deployment")?;
+    let loads: Vec<Load<'_>> = cluster
+        .nodes
+        .iter()
+        .enumerate()
+        .map(|(i, node)| Load::start(cluster, &format!("load-{i}"), node, &url))
+        .collect::<Result<_>>()?;
+    cluster.kubectl(&["-n", SYSTEM, "delete", "pods", "-l", "app.kubernetes.io/component=agent", "--grace-period=0", "--force"])?;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"])?;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "ds/breaker-agent"])?;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=90s"])?;
+    cluster.wait_programmed("dummy")?;
+    let mut asked = 0;
+    for load in loads {
+        asked += load.end()?.none_failed()?;
+    }
+    let reason = cluster.breaker("dummy")?["status"]["reason"].clone();
+    ensure!(reason == "HttpStatus", "the reason did not survive: {reason}");
+    Ok(format!("killed everywhere, then rolled, while open: 0 of {asked} requests failed"))
+}
+
+fn cross_namespace(cluster: &Cluster) -> Result<String> {
+    const OTHER: &str = "breaker-e2e-spare";
+    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": OTHER } });
+    cluster.feed(&["apply", "-f", "-"], &namespace.to_string())?;
+    cluster.kubectl(&["-n", OTHER, "apply", "-f", "k8s/lab/backup.yaml"])?;
+    cluster.kubectl(&["-n", OTHER, "rollout", "status", "deployment/backup-deployment", "--timeout=60s"])?;
+    let pods = cluster.get(OTHER, "pods", "app=backup-deployment")?;
+    let spare: Vec<String> =
+        pods["items"].as_array().into_iter().flatten().filter_map(|p| Some(p["status"]["podIP"].as_str()?.to_owned())).collect();
+    let url = vip(cluster, "dummy-deployment")?;
+    cluster.lab(&["patch", "cb", "dummy", "--type=merge", "-p", &json!({ "spec": { "backups": [{ "name": "backup-deployment", "namespace": OTHER }] } }).to_string()])?;
+    cluster.wait_condition("dummy", "ResolvedRefs", "False", "RefNotPermitted")?;
+    cluster.wait_condition("dummy", "Programmed", "False", "NotResolved")?;
+    cluster.wait_event("CircuitBreaker", "dummy", "RefNotPermitted")?;
+    cluster.fake_error("dummy-deployment", true)?;
+    sleep(Duration::from_secs(4));
+    let answer = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
+    ensure!(answer.is_err(), "redirected without a grant: {answer:?}");
+    let grant = json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "ReferenceGrant", "metadata": { "name": "lab", "namespace": OTHER },
+        "spec": {
+            "from": [{ "group": "breaker.dev", "kind": "CircuitBreaker", "namespace": NAMESPACE }],
+            "to": [{ "group": "", "kind": "Service", "name": "backup-deployment" }],
+        },
+    });
+    cluster.feed(&["apply", "-f", "-"], &grant.to_string())?;
+    cluster.wait_condition("dummy", "ResolvedRefs", "True", "")?;
+    answered_by("the spare's answer", &spare, || cluster.ask("client", &url))?;
+    cluster.kubectl(&["-n", OTHER, "delete", "referencegrants.breaker.dev", "lab"])?;
+    cluster.wait_condition("dummy", "ResolvedRefs", "False", "RefNotPermitted")?;
+    wait_for("nothing to be redirected again", Duration::from_secs(10), || {
+        let answer = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
+        Ok(answer.is_err().then_some(()))
+    })?;
+    cluster.kubectl(&["delete", "namespace", OTHER, "--wait=false"])?;
+    Ok("nothing without the grant, the spare with it, nothing once it was taken back".into())
+}
+
+fn annotations(cluster: &Cluster) -> Result<String> {
+    let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
+    let url = vip(cluster, "dummy-deployment")?;
+    cluster.lab(&["delete", "cb", "dummy"])?;
+    let annotate = |pairs: &[&str]| cluster.lab(&[&["annotate", "--overwrite", "svc", "dummy-deployment"], pairs].concat());
+    annotate(&["breaker.dev/backup=backup-deployment", "breaker.dev/check=/ready", "breaker.dev/period-millis=100"])?;
+    wait_for("the annotated Service in the nodes' reports", Duration::from_secs(20), || {
+        let reports = cluster.get("", "nodereports", "")?.to_string();
+        Ok((reports.matches(r#""kind":"Service""#).count() >= cluster.nodes.len()).then_some(()))
+    })?;
+    answered_by("the primary", &primary, || cluster.ask("client", &url))?;
+    cluster.fake_error("dummy-deployment", true)?;
+    answered_by("the backup", &backup, || cluster.ask("client", &url))?;
+    cluster.wait_event("Service", "dummy-deployment", "Opened")?;
+    annotate(&["breaker.dev/period-millis=soon"])?;
+    cluster.wait_event("Service", "dummy-deployment", "Invalid")?;
+    answered_by("the backup, whatever the annotation says", &backup, || cluster.ask("client", &url))?;
+    annotate(&["breaker.dev/period-millis=100"])?;
+    cluster.fake_error("dummy-deployment", false)?;
+    answered_by("the primary again", &primary, || cluster.ask("client", &url))?;
+    Ok("protected by annotations; a bad one is told, and changes nothing".into())
+}
+
+fn two_for_one_service(cluster: &Cluster) -> Result<String> {
+    let second = json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "second" },
+        "spec": { "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }], "override": "ForceOpen" },
+    });
+    // Ages have whole seconds.
+    sleep(Duration::from_millis(1100));
+    cluster.apply(&second.to_string())?;
+    cluster.wait_condition("second", "Accepted", "False", "Conflicted")?;
+    cluster.wait_condition("dummy", "Accepted", "True", "")?;
+    let primary = ips(cluster, "dummy-deployment")?;
+    let url = vip(cluster, "dummy-deployment")?;
+    answered_by("the primary, as the older one says", &primary, || cluster.ask("client", &url))?;
+    cluster.lab(&["delete", "cb", "dummy"])?;
+    cluster.wait_programmed("second")?;
+    let backup = ips(cluster, "backup-deployment")?;
+    answered_by("the backup, as the other one says", &backup, || cluster.ask("client", &url))?;
+    Ok("the older one wins, the newer one says so, and takes over when it is alone".into())
+}
+
+/// CircuitBreakers for many Services, on the lab's own pods.
+pub fn many(count: usize, first: usize) -> String {
+    let mut items = Vec::new();
+    for i in first..first + count {
+        items.push(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": format!("many-{i}"), "labels": { "many": "yes" } },
+            "spec": { "selector": { "app": "dummy-deployment" }, "ports": [{ "port": 8080, "targetPort": 80 }] },
+        }));
+        items.push(json!({
+            "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker",
+            "metadata": { "name": format!("many-{i}"), "labels": { "many": "yes" } },
+            "spec": {
+                "service": { "name": format!("many-{i}") }, "backups": [{ "name": "backup-deployment" }],
+                "check": { "httpGet": { "path": "/ready" } },
+            },
+        }));
+    }
+    json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string()
+}
+
+/// How many of the many are programmed.
+pub fn many_programmed(cluster: &Cluster) -> Result<usize> {
+    let breakers = cluster.get(NAMESPACE, "cb", "many=yes")?;
+    let done = |b: &&serde_json::Value| {
+        let conditions = b["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        conditions.iter().any(|c| c["type"] == "Programmed" && c["status"] == "True")
+    };
+    Ok(breakers["items"].as_array().into_iter().flatten().filter(done).count())
+}
+
+fn two_hundred_at_once(cluster: &Cluster) -> Result<String> {
+    const COUNT: usize = 200;
+    let started = std::time::Instant::now();
+    // Made at once, not one after the other.
+    cluster.feed(&["-n", NAMESPACE, "create", "-f", "-"], &many(COUNT, 0))?;
+    let applied = started.elapsed();
+    wait_for("all of them to be programmed", Duration::from_secs(60), || {
+        let done = many_programmed(cluster)?;
+        if done == COUNT { Ok(Some(())) } else { bail!("{done} of {COUNT}") }
+    })?;
+    let all = started.elapsed();
+    cluster.lab(&["delete", "cb,svc", "-l", "many=yes", "--wait=false"])?;
+    wait_for("the nodes to forget them", Duration::from_secs(60), || {
+        let reports = cluster.get("", "nodereports", "")?.to_string();
+        Ok((!reports.contains("many-")).then_some(()))
+    })?;
+    Ok(format!("kubectl took {:.1} s, {:.1} s later all were programmed", applied.as_secs_f64(), (all - applied).as_secs_f64()))
+}
+
+fn api_server_away(cluster: &Cluster) -> Result<String> {
+    const AWAY: Duration = Duration::from_secs(60);
+    patch(cluster, QUICK)?;
+    let primary = cluster.pods("dummy-deployment")?;
+    let url = vip(cluster, "dummy-deployment")?;
+    // kubectl cannot reach the pods without the API server: this one does it on its own, in a while.
+    let script: Vec<String> = primary.iter().map(|pod| format!("http://{}/fakeerrormodeon", pod.ip)).collect();
+    let mut args = vec!["later", "--after-millis", "15000"];
+    args.extend(script.iter().map(String::as_str));
+    cluster.apply(&pod("saboteur", &cluster.nodes[0], &args, false))?;
+    let load = Load::start(cluster, "load", &cluster.nodes[0], &url)?;
+    cluster.lab(&["wait", "--for=condition=Ready", "pod/saboteur", "--timeout=10s"])?;
+    let stopped = now();
+    cluster.api(false)?;
+    sleep(AWAY);
+    cluster.api(true)?;
+    let back = now();
+    cluster.wait_state("dummy", "Open")?;
+    cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
+    let told_after = now() - back;
+    let told = load.end()?;
+    let failed = told.failed(stopped, u128::MAX);
+    let first = failed.iter().map(|r| r.at).min().context("nothing failed: was there a fault?")?;
+    let outage = told.recovery(first, u128::MAX)?;
+    let backup = ips(cluster, "backup-deployment")?;
+    let by = told.answered_by(first + outage, u128::MAX);
+    ensure!(!by.is_empty() && by.iter().all(|ip| backup.contains(ip)), "answered by {by:?}");
+    ensure!(first < back, "the fault came too late");
+    Ok(format!("failed over {outage} ms after the fault, with no API server; status and Event {told_after} ms after it was back"))
+}
+
+/// The primary's node loses its power; then the backup is gone, too.
+fn node_powered_off(cluster: &Cluster) -> Result<String> {
+    let (alive, dead) = (cluster.nodes[0].clone(), cluster.nodes[cluster.nodes.len() - 1].clone());
+    let pin = |app: &str, node: &str| -> Result<()> {
+        let patch = json!({ "spec": { "strategy": { "type": "Recreate", "rollingUpdate": null }, "template": { "spec": {
+            "nodeName": node, "terminationGracePeriodSeconds": 1 } } } });
+        cluster.lab(&["patch", "deployment", app, "-p", &patch.to_string()])?;
+        cluster.lab(&["rollout", "status", &format!("deployment/{app}"), "--timeout=60s"]).map(drop)
+    };
+    pin("dummy-deployment", &dead)?;
+    pin("backup-deployment", &alive)?;
+    patch(cluster, r#"{"spec":{"whenAllUnhealthy":"Reject","check":{"periodSeconds":null,"periodMillis":200,"timeoutMillis":500,"timeoutSeconds":null,"failureThreshold":2}}}"#)?;
+    cluster.wait_state("dummy", "Closed")?;
+    let url = vip(cluster, "dummy-deployment")?;
+    let load = Load::start(cluster, "load", &alive, &url)?;
+    let off = now();
+    cluster.power(&dead, false)?;
+    wait_for("the backup to answer", Duration::from_secs(20), || {
+        let told = load.told()?;
+        Ok((told.requests.iter().filter(|r| r.at > off).rev().take(50).filter(|r| r.ok).count() == 50).then_some(()))
+    })?;
+    let outage = load.told()?.recovery(off, u128::MAX)?;
+    ensure!(outage < 15_000, "it took {outage} ms, Kubernetes alone takes 40 s");
+    cluster.lab(&["scale", "deployment/backup-deployment", "--replicas=0"])?;
+    wait_for("refusals at once", Duration::from_secs(20), || {
+        let told = load.told()?;
+        let last: Vec<_> = told.requests.iter().rev().take(10).collect();
+        Ok(last.iter().all(|r| !r.ok && r.words.contains("refused") && r.took < 500).then_some(()))
+    })?;
+    cluster.wait_condition("dummy", "Degraded", "True", "BackupUnavailable")?;
+    cluster.wait_event("CircuitBreaker", "dummy", "BackupUnavailable")?;
+    cluster.lab(&["scale", "deployment/backup-deployment", "--replicas=2"])?;
+    cluster.power(&dead, true)?;
+    cluster.kubectl(&["wait", "--for=condition=Ready", &format!("node/{dead}"), "--timeout=90s"])?;
+    cluster.wait_programmed("dummy")?;
+    cluster.wait_state("dummy", "Closed")?;
+    drop(load);
+    cluster.lab(&["delete", "deployment", "--all"])?;
+    Ok(format!("failed over in {outage} ms; without a backup refused at once; the rebooted node is programmed again"))
+}
+
+fn cleanup_job(node: &str) -> Result<String> {
+    Ok(std::fs::read_to_string("k8s/cleanup/job.yaml").context("read k8s/cleanup/job.yaml")?.replace("NODE", node))
+}
+
+/// As the documents say it is done.
+pub fn uninstall(cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=false"])?;
+    cluster.kubectl(&["delete", "-k", "k8s/base", "--ignore-not-found", "--timeout=90s"])?;
+    cluster.kubectl(&["create", "namespace", SYSTEM])?;
+    for node in &cluster.nodes {
+        cluster.feed(&["apply", "-f", "-"], &cleanup_job(node)?)?;
+    }
+    let label = "app.kubernetes.io/component=cleanup";
+    cluster.kubectl(&["-n", SYSTEM, "wait", "--for=condition=complete", "job", "-l", label, "--timeout=60s"])?;
+    for node in &cluster.nodes {
+        let log = cluster.kubectl(&["-n", SYSTEM, "logs", &format!("job/breaker-cleanup-{node}")])?;
+        ensure!(log.contains("took away") && !log.contains(" 0 maps"), "{node}: {log}");
+    }
+    cluster.kubectl(&["delete", "namespace", SYSTEM, "--timeout=60s"])?;
+    wait_for("the lab's namespace to be gone", Duration::from_secs(60), || {
+        Ok(cluster.kubectl(&["get", "namespace", NAMESPACE]).is_err().then_some(()))
+    })
+}
