@@ -53,10 +53,14 @@ pub fn spec(service: &str, annotations: &BTreeMap<String, String>) -> Option<Res
     (!ours.is_empty()).then(|| parse(service, &ours))
 }
 
+/// The names of all of them, without the prefix.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    OWN.iter().copied().chain(FIELDS.iter().map(|(name, ..)| *name))
+}
+
 fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpec, String> {
-    let known = || OWN.iter().copied().chain(FIELDS.iter().map(|(name, ..)| *name));
-    if let Some(unknown) = ours.keys().find(|name| !known().any(|k| k == **name)) {
-        let known: Vec<&str> = known().collect();
+    if let Some(unknown) = ours.keys().find(|name| !names().any(|known| known == **name)) {
+        let known: Vec<&str> = names().collect();
         return Err(format!("annotation {PREFIX}{unknown} is not known; allowed: {}", known.join(", ")));
     }
     let backup = ours.get("backup").ok_or_else(|| format!("annotation {PREFIX}backup is missing: the Service that takes over"))?;

@@ -1,1 +1,391 @@
+//! Every rule of resolution, on objects as the API would show them.
 
+use std::{path::Path, sync::Arc};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::{
+    api::{CircuitBreaker, ReferenceGrant},
+    objects::{EndpointSlice, Service},
+    policy::Policies,
+    resolve::{NodeView, Resolution, Subject, World, engine_name, resolve},
+    wish::Key,
+};
+use crate::{config, model};
+
+const NOW: i64 = 1_800_000_000;
+
+fn now() -> Timestamp {
+    Timestamp::from_second(NOW).unwrap()
+}
+
+/// A world with the lab in namespace `lab`: two Services with two endpoints each, one CircuitBreaker.
+struct Lab(World);
+
+impl Lab {
+    fn new() -> Self {
+        let mut lab = Self(World {
+            node: NodeView {
+                name: "node1".into(),
+                addresses: vec!["192.0.2.1".parse().unwrap()],
+                zone: Some("a".into()),
+                ..NodeView::default()
+            },
+            ..World::default()
+        });
+        lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "clusterIPs": ["10.43.0.1"], "ports": [{ "port": 8080, "protocol": "TCP" }] }), json!({}));
+        lab.service("lab", "backup", json!({ "clusterIP": "10.43.0.2", "ports": [{ "port": 8080 }] }), json!({}));
+        lab.slice("lab", "dummy", "", 80, json!([{ "addresses": ["10.42.0.1"] }, { "addresses": ["10.42.0.2"] }]));
+        lab.slice(
+            "lab",
+            "backup",
+            "",
+            80,
+            json!([{ "addresses": ["10.42.0.3"], "nodeName": "node1", "zone": "a" }, { "addresses": ["10.42.1.3"], "nodeName": "node2", "zone": "b" }]),
+        );
+        lab
+    }
+
+    fn with_breaker(mut self, spec: Value) -> Self {
+        self.breaker("cb", 100, spec);
+        self
+    }
+
+    fn service(&mut self, namespace: &str, name: &str, spec: Value, annotations: Value) -> &mut Self {
+        let service: Service = serde_json::from_value(json!({
+            "metadata": { "namespace": namespace, "name": name, "annotations": annotations, "creationTimestamp": "2026-01-01T00:00:00Z" },
+            "spec": spec,
+        }))
+        .unwrap();
+        self.0.services.insert(Key::new(namespace, name), Arc::new(service));
+        self
+    }
+
+    fn slice(&mut self, namespace: &str, service: &str, port: &str, number: u16, endpoints: Value) -> &mut Self {
+        let slice: EndpointSlice = serde_json::from_value(json!({
+            "metadata": { "namespace": namespace, "name": format!("{service}-{port}") },
+            "addressType": "IPv4", "ports": [{ "name": port, "port": number, "protocol": "TCP" }], "endpoints": endpoints,
+        }))
+        .unwrap();
+        self.0.endpoints.entry(Key::new(namespace, service)).or_default().push(Arc::new(slice));
+        self
+    }
+
+    fn breaker(&mut self, name: &str, age: i64, spec: Value) -> &mut Self {
+        let created = Timestamp::from_second(NOW - age).unwrap();
+        let breaker: CircuitBreaker = serde_json::from_value(json!({
+            "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker",
+            "metadata": { "namespace": "lab", "name": name, "generation": 3, "uid": name, "creationTimestamp": created.to_string() },
+            "spec": spec,
+        }))
+        .unwrap();
+        self.0.breakers.push(Arc::new(breaker));
+        self
+    }
+
+    fn resolve(&self) -> Resolution {
+        resolve(&self.0, &mut Policies::default(), now(), 1000)
+    }
+
+    fn only(&self) -> Subject {
+        let mut resolution = self.resolve();
+        assert_eq!(resolution.subjects.len(), 1);
+        resolution.subjects.remove(0)
+    }
+}
+
+fn spec() -> Value {
+    json!({ "service": { "name": "dummy" }, "backups": [{ "name": "backup" }], "check": { "httpGet": { "path": "/ready" } } })
+}
+
+fn with(change: impl FnOnce(&mut Value)) -> Value {
+    let mut spec = spec();
+    change(&mut spec);
+    spec
+}
+
+fn refusal(subject: &Subject) -> (&'static str, String) {
+    let refusal = subject.accepted.clone().and(subject.resolved.clone()).unwrap_err();
+    (refusal.reason, refusal.message)
+}
+
+fn addresses(tier: &model::Tier) -> Vec<String> {
+    tier.backends.iter().map(|b| b.address.to_string()).collect()
+}
+
+fn frontends(service: &model::Service) -> Vec<String> {
+    service.frontends.iter().map(|f| f.address.to_string()).collect()
+}
+
+#[test]
+fn the_lab_means_what_the_file_for_it_means() {
+    let subject = Lab::new().with_breaker(spec()).only();
+    assert!(subject.accepted.is_ok() && subject.resolved.is_ok() && !subject.hold);
+    let file = "services: [{name: 'lab/dummy', frontends: [{address: 10.43.0.1, port: 8080}],
+        primary: {name: dummy, backends: [{address: 10.42.0.1, port: 80}, {address: 10.42.0.2, port: 80}], check: {httpGet: {path: /ready}}},
+        backups: [{name: backup, backends: [{address: 10.42.0.3, port: 80}, {address: 10.42.1.3, port: 80}], check: {httpGet: {path: /ready}}}]}]";
+    let mut expected = config::parse(Path::new("t"), file).unwrap().services.remove(0);
+    expected.name = engine_name(&Key::new("lab", "dummy"), 8080);
+    assert_eq!(subject.ports[&8080], expected, "a field that is not given has another default than in a file");
+}
+
+#[test]
+fn what_refers_to_nothing_is_named() {
+    let rows: Vec<(&str, Box<dyn Fn(&mut Lab)>, Value, &str)> = vec![
+        ("ServiceNotFound", Box::new(|_| {}), with(|s| s["service"]["name"] = json!("nobody")), "lab/nobody"),
+        ("BackupNotFound", Box::new(|_| {}), with(|s| s["backups"][0]["name"] = json!("nobody")), "lab/nobody"),
+        ("PortNotFound", Box::new(|_| {}), with(|s| s["service"]["ports"] = json!([9090])), "has no port 9090; it has 8080"),
+        ("PortNotFound", Box::new(|_| {}), with(|s| s["backups"][0]["port"] = json!("http")), "no TCP port that could stand in for port http"),
+        ("PortNotFound", Box::new(|_| {}), with(|s| s["check"]["httpGet"]["port"] = json!("admin")), "\"admin\" is no port of Service lab/dummy"),
+        ("RefNotPermitted", Box::new(|_| {}), with(|s| s["backups"][0]["namespace"] = json!("spare")), "no ReferenceGrant in namespace spare"),
+        ("BackupIsPrimary", Box::new(|_| {}), with(|s| s["backups"] = json!([{ "name": "dummy", "namespace": "lab" }])), "its own backup"),
+        (
+            "Headless",
+            Box::new(|lab| {
+                lab.service("lab", "dummy", json!({ "clusterIP": "None", "ports": [{ "port": 80 }] }), json!({}));
+            }),
+            spec(),
+            "headless",
+        ),
+        (
+            "ExternalName",
+            Box::new(|lab| {
+                lab.service("lab", "dummy", json!({ "type": "ExternalName" }), json!({}));
+            }),
+            spec(),
+            "ExternalName",
+        ),
+        (
+            "ProtocolNotSupported",
+            Box::new(|lab| {
+                lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "UDP" }] }), json!({}));
+            }),
+            spec(),
+            "no TCP port",
+        ),
+    ];
+    for (reason, change, spec, words) in rows {
+        let mut lab = Lab::new().with_breaker(spec);
+        change(&mut lab);
+        let subject = lab.only();
+        let (is, message) = refusal(&subject);
+        assert_eq!(is, reason, "{message}");
+        assert!(message.contains(words), "{message}");
+        assert!(subject.ports.is_empty() && !subject.hold, "{reason}: nothing is redirected");
+    }
+}
+
+#[test]
+fn one_backup_that_resolves_is_enough() {
+    let subject = Lab::new().with_breaker(with(|s| s["backups"] = json!([{ "name": "nobody" }, { "name": "backup" }]))).only();
+    assert_eq!(refusal(&subject).0, "BackupNotFound");
+    assert_eq!(subject.ports[&8080].backups.len(), 1);
+}
+
+#[test]
+fn a_grant_opens_another_namespace_and_only_that() {
+    let grant = |namespace: &str, from: &str, name: Option<&str>| -> Arc<ReferenceGrant> {
+        Arc::new(
+            serde_json::from_value(json!({
+                "apiVersion": "breaker.dev/v1alpha1", "kind": "ReferenceGrant", "metadata": { "namespace": namespace, "name": "g" },
+                "spec": { "from": [{ "group": "breaker.dev", "kind": "CircuitBreaker", "namespace": from }], "to": [{ "kind": "Service", "name": name }] },
+            }))
+            .unwrap(),
+        )
+    };
+    let rows = [
+        (grant("spare", "lab", None), true),
+        (grant("spare", "lab", Some("backup")), true),
+        (grant("spare", "lab", Some("another")), false),
+        (grant("spare", "others", None), false),
+        (grant("lab", "lab", None), false),
+    ];
+    for (grant, permitted) in rows {
+        let mut lab = Lab::new().with_breaker(with(|s| s["backups"][0]["namespace"] = json!("spare")));
+        lab.service("spare", "backup", json!({ "clusterIP": "10.43.0.9", "ports": [{ "port": 8080 }] }), json!({}));
+        lab.slice("spare", "backup", "", 80, json!([{ "addresses": ["10.42.0.9"] }]));
+        let words = format!("{:?}", grant.spec);
+        lab.0.grants.push(grant);
+        let subject = lab.only();
+        assert_eq!(subject.resolved.is_ok(), permitted, "{words}");
+        assert_eq!(subject.ports.len(), usize::from(permitted), "{words}");
+    }
+}
+
+#[test]
+fn every_address_of_a_service_is_a_frontend() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.service(
+        "lab",
+        "dummy",
+        json!({
+            "type": "LoadBalancer", "clusterIP": "10.43.0.1", "clusterIPs": ["10.43.0.1", "fd43::1"], "externalIPs": ["198.51.100.7"],
+            "ports": [{ "port": 8080, "nodePort": 30080 }],
+        }),
+        json!({}),
+    );
+    let key = Key::new("lab", "dummy");
+    let mut service = (*lab.0.services[&key]).clone();
+    service.status = serde_json::from_value(json!({ "loadBalancer": { "ingress": [{ "ip": "203.0.113.9" }, { "ip": "203.0.113.10", "ipMode": "Proxy" }, { "hostname": "x" }] } })).unwrap();
+    lab.0.services.insert(key, Arc::new(service));
+    let subject = lab.only();
+    assert_eq!(frontends(&subject.ports[&8080]), ["10.43.0.1:8080", "192.0.2.1:30080", "198.51.100.7:8080", "203.0.113.9:8080"]);
+    assert!(subject.notes.iter().any(|note| note.contains("IPv6")), "{:?}", subject.notes);
+}
+
+#[test]
+fn ports_are_found_by_name_by_number_or_by_being_the_only_one() {
+    let mut lab = Lab::new().with_breaker(with(|s| s["check"]["httpGet"]["port"] = json!("admin")));
+    lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "name": "http", "port": 8080 }, { "name": "admin", "port": 9000 }, { "name": "dns", "port": 53, "protocol": "UDP" }] }), json!({}));
+    lab.0.endpoints.remove(&Key::new("lab", "dummy"));
+    lab.slice("lab", "dummy", "http", 80, json!([{ "addresses": ["10.42.0.1"] }]));
+    lab.slice("lab", "dummy", "admin", 9001, json!([{ "addresses": ["10.42.0.1"] }]));
+    lab.service("lab", "backup", json!({ "clusterIP": "10.43.0.2", "ports": [{ "name": "admin", "port": 1 }, { "name": "http", "port": 2 }] }), json!({}));
+    lab.0.endpoints.remove(&Key::new("lab", "backup"));
+    lab.slice("lab", "backup", "http", 81, json!([{ "addresses": ["10.42.0.3"] }]));
+    lab.slice("lab", "backup", "admin", 9002, json!([{ "addresses": ["10.42.0.3"] }]));
+    let subject = lab.only();
+    assert_eq!(subject.resolved, Ok(()));
+    assert_eq!(subject.ports.keys().copied().collect::<Vec<_>>(), [8080, 9000]);
+    assert_eq!(addresses(&subject.ports[&8080].primary), ["10.42.0.1:80"]);
+    assert_eq!(addresses(&subject.ports[&8080].backups[0]), ["10.42.0.3:81"]);
+    assert_eq!(addresses(&subject.ports[&9000].backups[0]), ["10.42.0.3:9002"]);
+    assert!(subject.notes.iter().any(|note| note.contains("53/UDP")), "{:?}", subject.notes);
+    // A name in the check is the pods' number of it, each tier's own.
+    let port = |tier: &model::Tier| match &tier.check.as_ref().unwrap().action {
+        model::CheckAction::HttpGet { port, .. } => *port,
+        _ => None,
+    };
+    assert_eq!(port(&subject.ports[&8080].primary), Some(9001));
+    assert_eq!(port(&subject.ports[&8080].backups[0]), Some(9002));
+}
+
+#[test]
+fn the_older_one_wins_and_a_circuit_breaker_goes_before_annotations() {
+    let mut lab = Lab::new();
+    lab.breaker("young", 10, spec()).breaker("old", 100, spec());
+    lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080 }] }), json!({ "breaker.dev/backup": "backup" }));
+    let resolution = lab.resolve();
+    let names: Vec<(&str, bool)> = resolution.subjects.iter().map(|s| (s.owner.key.name.as_str(), s.accepted.is_ok())).collect();
+    assert_eq!(names, [("old", true), ("young", false), ("dummy", false)]);
+    let words: Vec<String> = resolution.subjects[1..].iter().map(|s| refusal(s).1).collect();
+    assert!(words[0].contains("by CircuitBreaker lab/old already, which is older"), "{words:?}");
+    assert!(words[1].contains("which goes before annotations"), "{words:?}");
+}
+
+#[test]
+fn annotations_are_a_spec_too_and_a_bad_one_holds_what_is() {
+    let annotated = |period: &str| {
+        let mut lab = Lab::new();
+        lab.service(
+            "lab",
+            "dummy",
+            json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080 }] }),
+            json!({ "breaker.dev/backup": "backup", "breaker.dev/check": "/ready", "breaker.dev/period-seconds": period }),
+        );
+        lab.only()
+    };
+    let good = annotated("3");
+    assert_eq!(good.ports[&8080], Lab::new().with_breaker(spec()).only().ports[&8080]);
+    for (bad, words) in [("0", "spec.primary.check.periodSeconds: 0 is not allowed; allowed: 1 to 86400"), ("soon", "\"soon\"")] {
+        let subject = annotated(bad);
+        assert!(subject.hold);
+        let (reason, message) = refusal(&subject);
+        assert!(reason == "Invalid" && message.contains(words), "{message}");
+    }
+}
+
+#[test]
+fn what_is_not_known_yet_changes_nothing() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.0.endpoints.remove(&Key::new("lab", "backup"));
+    let resolution = lab.resolve();
+    assert!(resolution.subjects[0].hold && resolution.subjects[0].pending);
+    assert!(resolution.wanted.contains(&Key::new("lab", "backup")));
+}
+
+#[test]
+fn near_pods_come_first_if_asked() {
+    let tiers = |topology: &str| -> Vec<(String, Vec<String>)> {
+        let subject = Lab::new().with_breaker(with(|s| s["topology"] = json!(topology))).only();
+        subject.ports[&8080].backups.iter().map(|tier| (tier.name.clone(), addresses(tier))).collect()
+    };
+    let row = |name: &str, address: &str| (name.to_owned(), vec![address.to_owned()]);
+    assert_eq!(tiers("Any").len(), 1);
+    assert_eq!(tiers("PreferSameNode"), [row("backup (same node)", "10.42.0.3:80"), row("backup", "10.42.1.3:80")]);
+    assert_eq!(tiers("PreferSameZone"), [row("backup (same zone)", "10.42.0.3:80"), row("backup", "10.42.1.3:80")]);
+}
+
+#[test]
+fn backups_of_one_priority_share_by_weight_whatever_the_number_of_their_pods() {
+    let mut lab = Lab::new().with_breaker(with(|s| {
+        s["backups"] = json!([{ "name": "backup", "weight": 1, "priority": 5 }, { "name": "spare", "weight": 3, "priority": 5 }, { "name": "last", "priority": 9 }]);
+    }));
+    lab.service("lab", "spare", json!({ "clusterIP": "10.43.0.3", "ports": [{ "port": 8080 }] }), json!({}));
+    lab.slice("lab", "spare", "", 80, json!([{ "addresses": ["10.42.0.5"] }]));
+    lab.service("lab", "last", json!({ "clusterIP": "10.43.0.4", "ports": [{ "port": 8080 }] }), json!({}));
+    lab.slice("lab", "last", "", 80, json!([]));
+    let subject = lab.only();
+    let service = &subject.ports[&8080];
+    let names: Vec<&str> = service.backups.iter().map(|tier| tier.name.as_str()).collect();
+    assert_eq!(names, ["backup+spare", "last"]);
+    let weights: Vec<u16> = service.backups[0].backends.iter().map(|b| b.weight).collect();
+    // Two pods share 1, one pod has 3: a sixth each of what the one gets.
+    assert_eq!(weights, [166, 166, 1000]);
+    assert!(service.backups[1].backends.is_empty(), "a backup without pods is still one");
+}
+
+#[test]
+fn a_pod_of_the_primary_is_no_backup() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.slice("lab", "backup", "", 80, json!([{ "addresses": ["10.42.0.1"] }]));
+    let subject = lab.only();
+    assert_eq!(addresses(&subject.ports[&8080].backups[0]), ["10.42.0.3:80", "10.42.1.3:80"]);
+    assert!(subject.notes.iter().any(|note| note.contains("left out as backup")), "{:?}", subject.notes);
+}
+
+#[test]
+fn pods_that_end_keep_their_connections() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.slice("lab", "backup", "", 80, json!([{ "addresses": ["10.42.0.7"], "conditions": { "ready": false, "serving": true, "terminating": true } }]));
+    let tier = lab.only().ports[&8080].backups[0].clone();
+    assert_eq!(addresses(&tier), ["10.42.0.3:80", "10.42.1.3:80"]);
+    assert_eq!(tier.draining, ["10.42.0.7:80".parse().unwrap()]);
+}
+
+#[test]
+fn an_override_ends_by_itself() {
+    let forced = |until: i64| with(|s| {
+        s["override"] = json!("ForceOpen");
+        s["until"] = json!(Timestamp::from_second(NOW + until).unwrap().to_string());
+    });
+    let resolution = Lab::new().with_breaker(forced(60)).resolve();
+    assert_eq!(resolution.subjects[0].ports[&8080].override_, model::Override::ForceOpen);
+    assert_eq!(resolution.next, Some(Timestamp::from_second(NOW + 60).unwrap()));
+    let resolution = Lab::new().with_breaker(forced(0)).resolve();
+    assert_eq!(resolution.subjects[0].ports[&8080].override_, model::Override::Auto);
+    assert_eq!(resolution.next, None);
+}
+
+#[test]
+fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.service("lab", "other", json!({ "clusterIP": "10.43.0.5", "externalIPs": ["10.43.0.1"], "ports": [{ "port": 8080 }] }), json!({}));
+    lab.slice("lab", "other", "", 80, json!([{ "addresses": ["10.42.0.6"] }]));
+    lab.breaker("other", 50, with(|s| s["service"]["name"] = json!("other")));
+    let resolution = lab.resolve();
+    assert_eq!(frontends(&resolution.subjects[1].ports[&8080]), ["10.43.0.5:8080"]);
+    assert!(resolution.subjects[1].notes[0].contains("10.43.0.1:8080"), "{:?}", resolution.subjects[1].notes);
+    let full = resolve(&lab.0, &mut Policies::default(), now(), 1);
+    assert!(full.subjects[0].accepted.is_ok());
+    assert_eq!(refusal(&full.subjects[1]).0, "TooMany");
+}
+
+#[test]
+fn names_fit_and_differ() {
+    let long = "n".repeat(63);
+    let (a, b) = (engine_name(&Key::new(&long, &"s".repeat(63)), 65535), engine_name(&Key::new(&long, &format!("{}t", "s".repeat(62))), 65535));
+    assert!(a.as_str().len() < breaker_common::NAME_LEN && a != b, "{a} {b}");
+    assert_eq!(engine_name(&Key::new("lab", "dummy"), 8080).as_str(), "lab/dummy:8080");
+}

@@ -224,6 +224,7 @@ fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
         }
     }
     let words = cluster.kubectl(&["explain", "cb.spec.check"])?;
+    let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
     ensure!(words.contains("exactly one of httpGet, tcpSocket and grpc"), "kubectl explain: {words}");
     Ok(format!("{count} kinds of nonsense, each by its field"))
 }
@@ -550,8 +551,11 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     cluster.lab(&["scale", "deployment/backup-deployment", "--replicas=2"])?;
     cluster.power(&dead, true)?;
     cluster.kubectl(&["wait", "--for=condition=Ready", &format!("node/{dead}"), "--timeout=90s"])?;
+    // Kubelet takes its time to start the pods of a node that was away.
+    wait_for("the primary to be well again", Duration::from_secs(120), || {
+        Ok((cluster.breaker("dummy")?["status"]["state"] == "Closed").then_some(()))
+    })?;
     cluster.wait_programmed("dummy")?;
-    cluster.wait_state("dummy", "Closed")?;
     drop(load);
     cluster.lab(&["delete", "deployment", "--all"])?;
     Ok(format!("failed over in {outage} ms; without a backup refused at once; the rebooted node is programmed again"))
