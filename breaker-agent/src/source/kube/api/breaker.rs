@@ -50,8 +50,8 @@ pub struct CircuitBreakerSpec {
     /// The Services that take over, in order of preference.
     #[schemars(length(min = 1, max = 8))]
     pub backups: Vec<Backup>,
-    /// How pods are checked, the backups' too. Without it, the breaker opens only when no endpoint of the primary is
-    /// ready.
+    /// How pods are checked, the backups' too: exactly one of httpGet, tcpSocket and grpc, with the fields of a container's
+    /// probe. Without it, the breaker opens only when no endpoint of the primary is ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub check: Option<Check>,
     /// How many pods of the primary must be Up for it to be Up; 1 if not given.

@@ -1,0 +1,265 @@
+//! The Kubernetes source against an API server's double: no cluster, no root.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod double;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use breaker_agent::{
+    agent::status::{Summary, TierSummary},
+    model::ServiceName,
+    source::kube::{Facts, KubeSource, Place, Update},
+};
+use double::{Double, Fault};
+use serde_json::{Value, json};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn service(name: &str, ip: &str) -> Value {
+    json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "lab", "name": name }, "spec": { "clusterIP": ip, "ports": [{ "port": 8080 }] } })
+}
+
+fn slice(service: &str, addresses: &[&str]) -> Value {
+    let endpoints: Vec<Value> = addresses.iter().map(|a| json!({ "addresses": [a] })).collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": { "namespace": "lab", "name": format!("{service}-1"), "labels": { "kubernetes.io/service-name": service } },
+        "ports": [{ "name": "", "port": 80, "protocol": "TCP" }], "endpoints": endpoints,
+    })
+}
+
+fn breaker(generation: i64) -> Value {
+    json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker",
+        "metadata": { "namespace": "lab", "name": "cb", "generation": generation },
+        "spec": { "service": { "name": "dummy" }, "backups": [{ "name": "backup" }], "check": { "httpGet": { "path": "/ready" } } },
+    })
+}
+
+fn node(ready: &str) -> Value {
+    json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "node1" }, "status": { "conditions": [{ "type": "Ready", "status": ready }] } })
+}
+
+async fn lab() -> Double {
+    let double = Double::start().await;
+    double.put("nodes", node("True"));
+    double.put("services", service("dummy", "10.43.0.1"));
+    double.put("services", service("backup", "10.43.0.2"));
+    double.put("endpointslices", slice("dummy", &["10.42.0.1"]));
+    double.put("endpointslices", slice("backup", &["10.42.0.3"]));
+    // Nobody refers to this one.
+    double.put("endpointslices", slice("other", &["10.42.0.9"]));
+    double.put("circuitbreakers", breaker(1));
+    double
+}
+
+fn source(double: &Double) -> KubeSource {
+    let place = Place { node: "node1".into(), namespace: "breaker-system".into(), kubeconfig: None };
+    KubeSource::start(&double.client(), &place)
+}
+
+async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+}
+
+/// Waits for an update with a property.
+async fn update(source: &mut KubeSource, what: &str, mut good: impl FnMut(&Update) -> bool) -> Arc<Update> {
+    within(what, async {
+        loop {
+            let update = source.changed().await;
+            if good(&update) {
+                return update;
+            }
+        }
+    })
+    .await
+}
+
+/// Waits for something that the double can tell.
+async fn until(what: &str, mut look: impl FnMut() -> bool) {
+    within(what, async {
+        while !look() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+fn primary(update: &Update) -> Vec<String> {
+    update.services().iter().flat_map(|s| &s.primary.backends).map(|b| b.address.to_string()).collect()
+}
+
+/// What an agent would tell that has all of it in force.
+fn facts(update: &Arc<Update>, state: &'static str) -> Facts {
+    let tier = |name: &str, active: bool| TierSummary { name: name.into(), up: 1, total: 1, active };
+    let summary = |name: &ServiceName| Summary {
+        name: name.clone(),
+        state,
+        since: None,
+        reason: if state == "Open" { "HttpStatus" } else { "Initial" },
+        message: String::new(),
+        share: if state == "Open" { 0 } else { 1000 },
+        in_force: true,
+        error: None,
+        tiers: vec![tier("dummy", false), tier("backup", true)],
+    };
+    Facts {
+        summaries: update.services().iter().map(|s| summary(&s.name)).collect(),
+        update: update.clone(),
+        attach: "Tcx".into(),
+        interfaces: 3,
+        failed_interfaces: Vec::new(),
+        incompatible: None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_become_services_and_their_changes_follow() {
+    let double = lab().await;
+    let mut source = source(&double);
+    let first = update(&mut source, "the lab", |_| true).await;
+    // The first word is whole: nothing is taken away for want of endpoints that are not listed yet.
+    assert_eq!(primary(&first), ["10.42.0.1:80"]);
+    assert_eq!(first.services()[0].backups[0].backends.len(), 1);
+    double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
+    update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+    let mut changed = breaker(2);
+    changed["spec"]["mode"] = json!("DryRun");
+    double.put("circuitbreakers", changed);
+    update(&mut source, "the new generation", |u| u.subjects[0].generation == 2).await;
+    double.delete("services", "lab", "dummy");
+    update(&mut source, "the Service to be gone", |u| u.services().is_empty()).await;
+    double.delete("circuitbreakers", "lab", "cb");
+    update(&mut source, "the CircuitBreaker to be gone", |u| u.subjects.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_the_server_does_the_last_state_goes_on_and_what_was_missed_is_made_up_for() {
+    for fault in [Fault::Gone, Fault::Cut, Fault::Status(429), Fault::Status(500), Fault::Garbage] {
+        let double = lab().await;
+        let mut source = source(&double);
+        update(&mut source, "the lab", |u| primary(u).len() == 1).await;
+        double.fault(fault);
+        // It changes while nobody can be told, and the history is forgotten.
+        double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
+        let lists = double.lists();
+        let missed = tokio::time::timeout(Duration::from_millis(600), async {
+            loop {
+                let update = source.changed().await;
+                assert!(!update.services().is_empty(), "{fault:?}: the last state did not go on");
+            }
+        });
+        assert!(missed.await.is_err());
+        if fault == Fault::Gone {
+            assert!(double.lists() > lists, "410 is answered by a new list");
+        }
+        double.forget();
+        double.fault(Fault::None);
+        within(&format!("{fault:?}: the change"), async {
+            double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2", "10.42.0.4"]));
+            loop {
+                if primary(&*source.changed().await).len() == 3 {
+                    return;
+                }
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_away_at_the_start_is_waited_for() {
+    let double = lab().await;
+    double.fault(Fault::Status(503));
+    let mut source = source(&double);
+    let early = tokio::time::timeout(Duration::from_millis(500), source.changed()).await;
+    assert!(early.is_err(), "an update out of nothing");
+    double.fault(Fault::None);
+    update(&mut source, "the lab", |u| primary(u).len() == 1).await;
+}
+
+fn condition(double: &Double, type_: &str) -> Option<(String, String)> {
+    let breaker = double.get("circuitbreakers", "lab", "cb")?;
+    let conditions = breaker["status"]["conditions"].as_array()?.clone();
+    let found = conditions.into_iter().find(|c| c["type"] == type_)?;
+    Some((found["status"].as_str()?.to_owned(), found["reason"].as_str()?.to_owned()))
+}
+
+fn is(double: &Double, type_: &str, status: &str, reason: &str) -> bool {
+    condition(double, type_) == Some((status.to_owned(), reason.to_owned()))
+}
+
+fn event_reasons(double: &Double) -> Vec<String> {
+    double.all("events").iter().filter_map(|e| Some(e["reason"].as_str()?.to_owned())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_force_is_reported_published_and_told_once() {
+    let double = lab().await;
+    let mut source = source(&double);
+    let lab = update(&mut source, "the lab", |u| !u.services().is_empty()).await;
+    source.report(facts(&lab, "Closed"));
+    until("Programmed", || is(&double, "Programmed", "True", "Programmed")).await;
+    let report = double.get("nodereports", "", "node1").unwrap();
+    assert_eq!(report["spec"]["services"][0]["appliedGeneration"], 1);
+    let status = double.get("circuitbreakers", "lab", "cb").unwrap()["status"].clone();
+    assert_eq!((&status["state"], &status["share"], &status["backup"]), (&json!("Closed"), &json!("100%"), &json!("backup 1/1")));
+    assert!(event_reasons(&double).is_empty() || event_reasons(&double) == ["Programmed"], "{:?}", event_reasons(&double));
+
+    source.report(facts(&lab, "Open"));
+    until("Opened", || event_reasons(&double).iter().any(|r| r == "Opened")).await;
+    let status = double.get("circuitbreakers", "lab", "cb").unwrap()["status"].clone();
+    assert_eq!((&status["state"], &status["open"], &status["share"]), (&json!("Open"), &json!("1/1"), &json!("0%")));
+    assert!(is(&double, "Degraded", "True", "TrafficOnBackup"));
+
+    // The same again, many times: not one write more, in several of the publisher's rounds.
+    let (reports, statuses) = (double.writes("nodereports"), double.writes("circuitbreakers"));
+    for _ in 0..60 {
+        source.report(facts(&lab, "Open"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!((double.writes("nodereports"), double.writes("circuitbreakers")), (reports, statuses));
+    source.farewell().await;
+    let lease = double.get("leases", "breaker-system", "breaker-status").unwrap();
+    assert_eq!(lease["spec"]["holderIdentity"], "", "whoever comes next need not wait");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_could_not_be_written_is_written_later() {
+    let double = lab().await;
+    let mut source = source(&double);
+    let lab = update(&mut source, "the lab", |u| !u.services().is_empty()).await;
+    source.report(facts(&lab, "Closed"));
+    until("Programmed", || is(&double, "Programmed", "True", "Programmed")).await;
+    double.fault(Fault::Status(500));
+    source.report(facts(&lab, "Open"));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // An API server that was away marks its nodes as not Ready at first.
+    double.put("nodes", node("Unknown"));
+    double.fault(Fault::None);
+    until("the state of meanwhile", || {
+        double.get("circuitbreakers", "lab", "cb").is_some_and(|cb| cb["status"]["state"] == "Open")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_is_said_and_a_newer_one_waits() {
+    let double = lab().await;
+    let mut newer = breaker(1);
+    newer["metadata"]["name"] = json!("newer");
+    newer["metadata"]["creationTimestamp"] = json!("2026-02-01T00:00:00Z");
+    double.put("circuitbreakers", newer);
+    double.delete("services", "lab", "backup");
+    let mut source = source(&double);
+    let update = update(&mut source, "both", |u| u.subjects.len() == 2).await;
+    assert!(update.services().is_empty());
+    source.report(facts(&update, "Closed"));
+    until("BackupNotFound", || is(&double, "ResolvedRefs", "False", "BackupNotFound")).await;
+    until("both Events", || {
+        let reasons = event_reasons(&double);
+        ["BackupNotFound", "Conflicted"].iter().all(|r| reasons.iter().any(|is| is == r))
+    })
+    .await;
+}

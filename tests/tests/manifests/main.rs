@@ -1,0 +1,162 @@
+//! The manifests: what Helm makes of the chart is what kustomize makes of base, but for labels. No root, no cluster.
+//!
+//! With a `helm` on the PATH that renders; without, the templates are rendered here by gtmpl (Go's templates in Rust) with
+//! the two functions of Helm's that they use. Which of them it was is printed.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::PathBuf,
+    process::Command,
+};
+
+use gtmpl::{Context, FuncError, Template, Value as Go};
+use serde_json::Value;
+
+fn k8s() -> PathBuf {
+    ebpf_builder::workspace().join("k8s")
+}
+
+/// Documents of YAML, by kind and name, without their labels.
+fn objects(text: &str) -> BTreeMap<(String, String), Value> {
+    let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .map(|mut object| {
+            object["metadata"].as_object_mut().unwrap().remove("labels");
+            // The settings are YAML within YAML: what they mean counts, not how they are written.
+            if let Some(agent) = object["data"]["agent.yaml"].as_str() {
+                let agent: Value = serde_saphyr::from_str(agent).unwrap();
+                object["data"]["agent.yaml"] = agent;
+            }
+            let name = |field: &Value| field.as_str().unwrap().to_owned();
+            ((name(&object["kind"]), name(&object["metadata"]["name"])), object)
+        })
+        .collect()
+}
+
+/// What kustomize makes of base (it lists files, and changes nothing), without the CRDs, which a chart keeps apart.
+fn base() -> BTreeMap<(String, String), Value> {
+    let kustomization: Value = serde_saphyr::from_str(&fs::read_to_string(k8s().join("base/kustomization.yaml")).unwrap()).unwrap();
+    let files = kustomization["resources"].as_array().unwrap().iter().map(|file| file.as_str().unwrap());
+    files
+        .filter(|file| *file != "crds.yaml")
+        .flat_map(|file| objects(&fs::read_to_string(k8s().join("base").join(file)).unwrap()))
+        .collect()
+}
+
+fn by_helm() -> Option<String> {
+    let output = Command::new("helm")
+        .args(["template", "breaker"])
+        .arg(k8s().join("chart"))
+        .args(["--namespace", "breaker-system", "--set", "createNamespace=true"])
+        .output()
+        .ok()?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(String::from_utf8(output.stdout).unwrap())
+}
+
+fn to_go(value: &Value) -> Go {
+    match value {
+        Value::Null => Go::Nil,
+        Value::Bool(b) => Go::Bool(*b),
+        Value::Number(n) => n.as_i64().map_or_else(|| Go::from(n.as_f64().unwrap()), Go::from),
+        Value::String(s) => Go::String(s.clone()),
+        Value::Array(items) => Go::Array(items.iter().map(to_go).collect()),
+        Value::Object(fields) => Go::Map(fields.iter().map(|(k, v)| (k.clone(), to_go(v))).collect::<HashMap<_, _>>()),
+    }
+}
+
+fn from_go(value: &Go) -> Value {
+    match value {
+        Go::Bool(b) => Value::Bool(*b),
+        Go::Number(n) => n.as_i64().map(Value::from).or_else(|| n.as_f64().map(Value::from)).unwrap(),
+        Go::String(s) => Value::String(s.clone()),
+        Go::Array(items) => Value::Array(items.iter().map(from_go).collect()),
+        Go::Map(fields) | Go::Object(fields) => Value::Object(fields.iter().map(|(k, v)| (k.clone(), from_go(v))).collect()),
+        _ => Value::Null,
+    }
+}
+
+fn to_yaml(args: &[Go]) -> Result<Go, FuncError> {
+    let text = serde_saphyr::to_string(&from_go(&args[0])).unwrap();
+    Ok(Go::String(text.trim_end().to_owned()))
+}
+
+fn nindent(args: &[Go]) -> Result<Go, FuncError> {
+    let (Go::Number(width), Go::String(text)) = (&args[0], &args[1]) else { panic!("nindent of {args:?}") };
+    let pad = " ".repeat(usize::try_from(width.as_i64().unwrap()).unwrap());
+    Ok(Go::String(text.lines().map(|line| format!("\n{pad}{line}")).collect()))
+}
+
+fn render(values: &Value) -> String {
+    let data = to_go(&serde_json::json!({
+        "Values": values, "Release": { "Namespace": "breaker-system", "Service": "Helm", "Name": "breaker" },
+    }));
+    let mut text = String::new();
+    let mut files: Vec<PathBuf> = fs::read_dir(k8s().join("chart/templates")).unwrap().map(|e| e.unwrap().path()).collect();
+    files.sort();
+    for file in files {
+        let mut template = Template::default();
+        template.add_func("toYaml", to_yaml);
+        template.add_func("nindent", nindent);
+        template.parse(fs::read_to_string(&file).unwrap()).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let rendered = template.render(&Context::from(data.clone())).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        text.push_str(&format!("---\n{rendered}\n"));
+    }
+    text
+}
+
+fn values() -> Value {
+    serde_saphyr::from_str(&fs::read_to_string(k8s().join("chart/values.yaml")).unwrap()).unwrap()
+}
+
+#[test]
+fn the_chart_is_base_but_for_labels() {
+    let rendered = by_helm().unwrap_or_else(|| {
+        println!("rendered by gtmpl: there is no helm on the PATH");
+        let mut values = values();
+        values["createNamespace"] = Value::Bool(true);
+        render(&values)
+    });
+    let (chart, base) = (objects(&rendered), base());
+    assert_eq!(chart.keys().collect::<Vec<_>>(), base.keys().collect::<Vec<_>>());
+    for (key, object) in base {
+        assert_eq!(chart[&key], object, "{key:?}");
+    }
+}
+
+#[test]
+fn every_value_changes_something() {
+    let plain = render(&values());
+    let changes = [
+        ("/image/repository", serde_json::json!("registry.example.com/breaker")),
+        ("/image/tag", serde_json::json!("9.9.9")),
+        ("/image/pullPolicy", serde_json::json!("Always")),
+        ("/imagePullSecrets", serde_json::json!([{ "name": "secret" }])),
+        ("/agent/uplinks", serde_json::json!(false)),
+        ("/probePort", serde_json::json!(9999)),
+        ("/handover", serde_json::json!("1m")),
+        ("/createNamespace", serde_json::json!(true)),
+        ("/updateStrategy/rollingUpdate/maxUnavailable", serde_json::json!(1)),
+        ("/priorityClassName", serde_json::json!("another")),
+        ("/nodeSelector", serde_json::json!({ "breaker": "yes" })),
+        ("/tolerations", serde_json::json!([{ "key": "breaker", "operator": "Exists" }])),
+        ("/resources/limits/memory", serde_json::json!("1Gi")),
+        ("/paths/bpffs", serde_json::json!("/mnt/bpf")),
+        ("/paths/run", serde_json::json!("/mnt/run")),
+        ("/paths/netns", serde_json::json!("/mnt/netns")),
+        ("/paths/cgroup", serde_json::json!("/mnt/cgroup")),
+        ("/labels", serde_json::json!({ "team": "network" })),
+        ("/podAnnotations", serde_json::json!({ "a": "b" })),
+    ];
+    for (path, value) in changes {
+        let mut values = values();
+        *values.pointer_mut(path).unwrap_or_else(|| panic!("there is no value {path}")) = value;
+        let changed = render(&values);
+        assert_ne!(changed, plain, "{path}");
+        objects(&changed);
+    }
+}
