@@ -196,8 +196,13 @@ impl Parts {
             if there.is_ok() {
                 continue;
             }
-            let started = agent.post(format!("{base}/v2/{name}/blobs/uploads/")).send_empty().context("start an upload")?;
-            let place = started.headers().get("location").and_then(|l| l.to_str().ok()).context("the registry names no place for an upload")?;
+            let started =
+                agent.post(format!("{base}/v2/{name}/blobs/uploads/")).send_empty().context("start an upload")?;
+            let place = started
+                .headers()
+                .get("location")
+                .and_then(|l| l.to_str().ok())
+                .context("the registry names no place for an upload")?;
             let place = if place.starts_with('/') { format!("{base}{place}") } else { place.to_owned() };
             let mark = if place.contains('?') { '&' } else { '?' };
             agent

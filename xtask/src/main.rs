@@ -169,7 +169,9 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
     let filter: Vec<&str> = filter.into_iter().collect();
     if wanted(Tier::Unit) {
         run(cargo().args(["test", "--quiet", "--workspace", "--exclude", "breaker-tests"]).args(&filter))?;
-        run(cargo().args(["test", "--quiet", "-p", "breaker-tests", "--lib", "--test", "unit", "--test", "manifests"]).args(&filter))?;
+        run(cargo()
+            .args(["test", "--quiet", "-p", "breaker-tests", "--lib", "--test", "unit", "--test", "manifests"])
+            .args(&filter))?;
     }
     // One lab at a time on two cores: these tests measure outcomes under load.
     let root = |name: &str| {

@@ -138,8 +138,7 @@ pub async fn run(options: Options) -> Result<()> {
         agent.configure(services);
     }
     let wanted = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.clone() };
-    let (present, interfaces) =
-        watch_interfaces(wanted).await.context("watch the interfaces")?;
+    let (present, interfaces) = watch_interfaces(wanted).await.context("watch the interfaces")?;
     agent.attach_present(present);
     let pid = std::process::id();
     let mode = agent.attacher.mode();

@@ -11,7 +11,8 @@ pub(super) fn overview(overview: &Overview, paint: Paint) -> String {
     if overview.nodes.is_empty() {
         text.push_str("no node reports: is the DaemonSet breaker-agent running?\n");
     }
-    let mut table = Table::new(&["NAMESPACE", "NAME", "NODE", "PORT", "STATE", "SINCE", "REASON", "PRIMARY", "BACKUP", "SHARE"]);
+    let mut table =
+        Table::new(&["NAMESPACE", "NAME", "NODE", "PORT", "STATE", "SINCE", "REASON", "PRIMARY", "BACKUP", "SHARE"]);
     let mut rows = Vec::new();
     for node in &overview.nodes {
         for service in &node.report.services {
@@ -69,7 +70,10 @@ fn problems(breaker: &BreakerView, paint: Paint) -> String {
     for condition in conditions {
         let bad = if condition.type_ == "Degraded" { "True" } else { "False" };
         if condition.status == bad {
-            let line = format!("{name}: {}={} ({}): {}", condition.type_, condition.status, condition.reason, condition.message);
+            let line = format!(
+                "{name}: {}={} ({}): {}",
+                condition.type_, condition.status, condition.reason, condition.message
+            );
             let _ = writeln!(text, "{}", paint.with(if condition.type_ == "Degraded" { YELLOW } else { RED }, &line));
         }
     }

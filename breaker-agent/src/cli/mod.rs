@@ -205,7 +205,8 @@ const BAD_INPUT: u8 = 2;
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(as_plugin(std::env::args_os()));
-    if let Command::Agent { config, kubernetes, node_name, namespace, kubeconfig, detach, check, program_log } = cli.command
+    if let Command::Agent { config, kubernetes, node_name, namespace, kubeconfig, detach, check, program_log } =
+        cli.command
     {
         let place = kubernetes.then_some((node_name, namespace, kubeconfig));
         let started = match place {
@@ -254,7 +255,8 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 fn as_plugin(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut args: Vec<OsString> = args.collect();
     let name = args.first().map(|arg| Path::new(arg).file_name().unwrap_or_default().to_owned());
-    let own = |arg: &OsString| Cli::command().get_subcommands().any(|command| *arg == command.get_name()) || arg == "help";
+    let own =
+        |arg: &OsString| Cli::command().get_subcommands().any(|command| *arg == command.get_name()) || arg == "help";
     if name.is_some_and(|name| name == "kubectl-breaker") && !args.get(1).is_some_and(own) {
         args.insert(1, "cluster".into());
     }

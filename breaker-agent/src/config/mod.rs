@@ -160,10 +160,10 @@ pub fn parse_agent(file: &Path, text: &str) -> Result<AgentConfig, Vec<ConfigErr
 /// # Errors
 /// Everything that is wrong, in one line: fields (from `spec`), values, what is allowed.
 pub fn parse_policies(text: &str) -> Result<Service, String> {
-    let raw: format::Service =
-        serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
+    let raw: format::Service = serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
     validate::validate_policies(raw).map_err(|errors| {
-        let lines: Vec<String> = errors.into_iter().map(|error| format!("{}: {}", error.field, error.problem)).collect();
+        let lines: Vec<String> =
+            errors.into_iter().map(|error| format!("{}: {}", error.field, error.problem)).collect();
         lines.join("; ")
     })
 }

@@ -60,7 +60,14 @@ impl Double {
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let inner = Inner { objects: BTreeMap::new(), history: Vec::new(), version: 100, fault: Fault::None, writes: Vec::new(), lists: 0 };
+        let inner = Inner {
+            objects: BTreeMap::new(),
+            history: Vec::new(),
+            version: 100,
+            fault: Fault::None,
+            writes: Vec::new(),
+            lists: 0,
+        };
         let double = Self { inner: Arc::new(Mutex::new(inner)), changed: watch::channel(0).0, url };
         let app = Router::new().fallback(answer).with_state(double.clone());
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
@@ -195,7 +202,9 @@ impl Target {
         let selected = self.query.get("labelSelector").is_none_or(|selector| {
             let label = |key: &str| object["metadata"]["labels"][key].as_str().map(str::to_owned);
             match selector.split_once(" in (") {
-                Some((key, names)) => label(key).is_some_and(|v| names.trim_end_matches(')').split(',').any(|n| n == v)),
+                Some((key, names)) => {
+                    label(key).is_some_and(|v| names.trim_end_matches(')').split(',').any(|n| n == v))
+                }
                 None => label(selector).is_some(),
             }
         });
@@ -240,7 +249,8 @@ async fn answer(State(double): State<Double>, method: Method, uri: Uri, headers:
             Some(_) => inner.objects.get(&target.place()).map_or_else(|| status(404, "NotFound"), good),
             None => {
                 inner.lists += 1;
-                let items: Vec<&Value> = inner.objects.iter().filter(|(p, o)| target.matches(p, o)).map(|(_, o)| o).collect();
+                let items: Vec<&Value> =
+                    inner.objects.iter().filter(|(p, o)| target.matches(p, o)).map(|(_, o)| o).collect();
                 let list = json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": inner.version.to_string() }, "items": items });
                 good(&list)
             }
@@ -310,7 +320,11 @@ fn watched(double: Double, target: Target) -> Response {
             changed.borrow_and_update();
             let (fault, found, oldest) = {
                 let inner = double.lock();
-                let found = inner.history.iter().find(|(v, _, place, object)| *v > at && target.matches(place, object)).cloned();
+                let found = inner
+                    .history
+                    .iter()
+                    .find(|(v, _, place, object)| *v > at && target.matches(place, object))
+                    .cloned();
                 (inner.fault, found, inner.history.first().map_or(inner.version, |h| h.0))
             };
             let state = |at, ended| (double.clone(), target_again(&target), changed.clone(), at, ended);
@@ -343,5 +357,10 @@ fn watched(double: Double, target: Target) -> Response {
 }
 
 fn target_again(target: &Target) -> Target {
-    Target { plural: target.plural.clone(), namespace: target.namespace.clone(), name: target.name.clone(), query: target.query.clone() }
+    Target {
+        plural: target.plural.clone(),
+        namespace: target.namespace.clone(),
+        name: target.name.clone(),
+        query: target.query.clone(),
+    }
 }

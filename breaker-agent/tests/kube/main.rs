@@ -204,8 +204,15 @@ async fn what_is_in_force_is_reported_published_and_told_once() {
     let report = double.get("nodereports", "", "node1").unwrap();
     assert_eq!(report["spec"]["services"][0]["appliedGeneration"], 1);
     let status = double.get("circuitbreakers", "lab", "cb").unwrap()["status"].clone();
-    assert_eq!((&status["state"], &status["share"], &status["backup"]), (&json!("Closed"), &json!("100%"), &json!("backup 1/1")));
-    assert!(event_reasons(&double).is_empty() || event_reasons(&double) == ["Programmed"], "{:?}", event_reasons(&double));
+    assert_eq!(
+        (&status["state"], &status["share"], &status["backup"]),
+        (&json!("Closed"), &json!("100%"), &json!("backup 1/1"))
+    );
+    assert!(
+        event_reasons(&double).is_empty() || event_reasons(&double) == ["Programmed"],
+        "{:?}",
+        event_reasons(&double)
+    );
 
     source.report(facts(&lab, "Open"));
     until("Opened", || event_reasons(&double).iter().any(|r| r == "Opened")).await;

@@ -39,7 +39,8 @@ fn objects(text: &str) -> BTreeMap<(String, String), Value> {
 
 /// What kustomize makes of base (it lists files, and changes nothing), without the CRDs, which a chart keeps apart.
 fn base() -> BTreeMap<(String, String), Value> {
-    let kustomization: Value = serde_saphyr::from_str(&fs::read_to_string(k8s().join("base/kustomization.yaml")).unwrap()).unwrap();
+    let kustomization: Value =
+        serde_saphyr::from_str(&fs::read_to_string(k8s().join("base/kustomization.yaml")).unwrap()).unwrap();
     let files = kustomization["resources"].as_array().unwrap().iter().map(|file| file.as_str().unwrap());
     files
         .filter(|file| *file != "crds.yaml")
@@ -75,7 +76,9 @@ fn from_go(value: &Go) -> Value {
         Go::Number(n) => n.as_i64().map(Value::from).or_else(|| n.as_f64().map(Value::from)).unwrap(),
         Go::String(s) => Value::String(s.clone()),
         Go::Array(items) => Value::Array(items.iter().map(from_go).collect()),
-        Go::Map(fields) | Go::Object(fields) => Value::Object(fields.iter().map(|(k, v)| (k.clone(), from_go(v))).collect()),
+        Go::Map(fields) | Go::Object(fields) => {
+            Value::Object(fields.iter().map(|(k, v)| (k.clone(), from_go(v))).collect())
+        }
         _ => Value::Null,
     }
 }
@@ -96,14 +99,18 @@ fn render(values: &Value) -> String {
         "Values": values, "Release": { "Namespace": "breaker-system", "Service": "Helm", "Name": "breaker" },
     }));
     let mut text = String::new();
-    let mut files: Vec<PathBuf> = fs::read_dir(k8s().join("chart/templates")).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(k8s().join("chart/templates")).unwrap().map(|e| e.unwrap().path()).collect();
     files.sort();
     for file in files {
         let mut template = Template::default();
         template.add_func("toYaml", to_yaml);
         template.add_func("nindent", nindent);
-        template.parse(fs::read_to_string(&file).unwrap()).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-        let rendered = template.render(&Context::from(data.clone())).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        template
+            .parse(fs::read_to_string(&file).unwrap())
+            .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let rendered =
+            template.render(&Context::from(data.clone())).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         text.push_str(&format!("---\n{rendered}\n"));
     }
     text

@@ -107,7 +107,8 @@ pub(super) fn cut(maps: &mut Maps, service: u32, backends: &BTreeSet<SocketAddr>
     }
     for (key, flow) in &doomed {
         // Ports get used again: what is there now may be a younger connection to somebody else.
-        if maps.flows.get(key, 0).is_ok_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port) {
+        if maps.flows.get(key, 0).is_ok_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port)
+        {
             ignore_missing(maps.flows.remove(key)).context("remove a flow")?;
         }
         let reverse_key = reverse_key(key, flow);

@@ -27,11 +27,14 @@ pub struct NodeNews {
     pub report: std::sync::Arc<NodeReportSpec>,
 }
 
+/// Kind, namespace, name.
+type OwnerKey<'a> = (&'a str, &'a str, &'a str);
+
 /// What all nodes say, by who asked for it.
 #[derive(Debug, Default)]
 pub struct News<'a> {
     nodes: Vec<&'a NodeNews>,
-    by_owner: BTreeMap<(&'a str, &'a str, &'a str), Vec<(usize, &'a ReportedService)>>,
+    by_owner: BTreeMap<OwnerKey<'a>, Vec<(usize, &'a ReportedService)>>,
 }
 
 impl<'a> News<'a> {
@@ -108,7 +111,12 @@ fn node_status(news: &NodeNews, ports: &[&ReportedService]) -> NodeStatus {
 
 /// The status of one owner. `old` is the last one that was published: conditions that did not change keep their time.
 #[must_use]
-pub fn status(subject: &Subject, news: &News<'_>, old: Option<&CircuitBreakerStatus>, now: Timestamp) -> CircuitBreakerStatus {
+pub fn status(
+    subject: &Subject,
+    news: &News<'_>,
+    old: Option<&CircuitBreakerStatus>,
+    now: Timestamp,
+) -> CircuitBreakerStatus {
     let by_node = news.of(&subject.owner);
     let mut nodes: Vec<(NodeStatus, &Vec<&ReportedService>)> =
         by_node.iter().map(|(index, ports)| (node_status(news.nodes[*index], ports), ports)).collect();
@@ -116,7 +124,11 @@ pub fn status(subject: &Subject, news: &News<'_>, old: Option<&CircuitBreakerSta
     let count = |state: &str| i32::try_from(live().filter(|(n, _)| n.state == state).count()).unwrap_or(i32::MAX);
     let expected = news.nodes.iter().filter(|n| n.ready).count();
     let programmed = live()
-        .filter(|(n, _)| n.error.is_none() && n.applied_generation >= subject.generation && n.applied_generation == n.desired_generation)
+        .filter(|(n, _)| {
+            n.error.is_none()
+                && n.applied_generation >= subject.generation
+                && n.applied_generation == n.desired_generation
+        })
         .count();
     let counts = NodeCounts {
         nodes: i32::try_from(live().count()).unwrap_or(i32::MAX),
@@ -126,7 +138,9 @@ pub fn status(subject: &Subject, news: &News<'_>, old: Option<&CircuitBreakerSta
         programmed: i32::try_from(programmed).unwrap_or(i32::MAX),
         silent: i32::try_from(by_node.keys().filter(|i| !news.nodes[**i].ready).count()).unwrap_or(i32::MAX),
     };
-    let worst = live().map(|(n, _)| n).max_by_key(|n| (openness(&n.state), std::cmp::Reverse(n.since), std::cmp::Reverse(&n.node)));
+    let worst = live()
+        .map(|(n, _)| n)
+        .max_by_key(|n| (openness(&n.state), std::cmp::Reverse(n.since), std::cmp::Reverse(&n.node)));
     let backup = backup_words(live().flat_map(|(_, ports)| ports.iter().copied()));
     let share = {
         let all: Vec<i32> = live().map(|(n, _)| n.share).collect();
@@ -155,7 +169,9 @@ pub fn status(subject: &Subject, news: &News<'_>, old: Option<&CircuitBreakerSta
         .map(|new| condition(new, subject.generation, old, now))
         .collect();
     nodes.sort_by(|(a, _), (b, _)| {
-        let key = |n: &NodeStatus| (std::cmp::Reverse(n.error.is_some()), std::cmp::Reverse(openness(&n.state)), n.node.clone());
+        let key = |n: &NodeStatus| {
+            (std::cmp::Reverse(n.error.is_some()), std::cmp::Reverse(openness(&n.state)), n.node.clone())
+        };
         key(a).cmp(&key(b))
     });
     status.nodes = nodes.into_iter().map(|(node, _)| node).take(MOST_NODES).collect();
@@ -181,7 +197,11 @@ fn backup_words<'a>(services: impl Iterator<Item = &'a ReportedService>) -> Opti
 type NewCondition = (&'static str, &'static str, String, String);
 
 /// Why protection is less than whole, if it is.
-fn degraded(nodes: &[(NodeStatus, &Vec<&ReportedService>)], backup_usable: bool, news: &News<'_>) -> Option<(&'static str, String)> {
+fn degraded(
+    nodes: &[(NodeStatus, &Vec<&ReportedService>)],
+    backup_usable: bool,
+    news: &News<'_>,
+) -> Option<(&'static str, String)> {
     let live = || nodes.iter().map(|(node, _)| node).filter(|node| node.state != "Unknown" && !node.state.is_empty());
     if let Some(node) = live().find(|node| node.error.is_some()) {
         let error = node.error.as_deref().unwrap_or_default();
@@ -189,7 +209,10 @@ fn degraded(nodes: &[(NodeStatus, &Vec<&ReportedService>)], backup_usable: bool,
     }
     let failed = |n: &&&NodeNews| n.ready && !n.report.agent.failed_interfaces.is_empty();
     if let Some(node) = news.nodes.iter().find(failed) {
-        return Some(("NotAttached", format!("{}: {}", node.node, short(&node.report.agent.failed_interfaces.join("; ")))));
+        return Some((
+            "NotAttached",
+            format!("{}: {}", node.node, short(&node.report.agent.failed_interfaces.join("; "))),
+        ));
     }
     live().next()?;
     if !backup_usable {
@@ -197,7 +220,10 @@ fn degraded(nodes: &[(NodeStatus, &Vec<&ReportedService>)], backup_usable: bool,
     }
     let open = live().filter(|node| node.state == "Open").count();
     if open > 0 {
-        return Some(("TrafficOnBackup", format!("the backup answers on {open} of {} nodes: it has no backup itself", live().count())));
+        return Some((
+            "TrafficOnBackup",
+            format!("the backup answers on {open} of {} nodes: it has no backup itself", live().count()),
+        ));
     }
     None
 }
@@ -209,17 +235,21 @@ fn conditions(
     programmed: usize,
     degraded: Option<(&'static str, String)>,
 ) -> Vec<NewCondition> {
-    let verdict = |type_: &'static str, outcome: &Result<(), Refusal>, good: &'static str, words: String| match outcome {
+    let verdict = |type_: &'static str, outcome: &Result<(), Refusal>, good: &'static str, words: String| match outcome
+    {
         Ok(()) => (type_, "True", good.to_owned(), words),
         Err(refusal) => (type_, "False", refusal.reason.to_owned(), short(&refusal.message)),
     };
     let notes = if subject.notes.is_empty() { String::new() } else { format!(" ({})", subject.notes.join("; ")) };
     let accepted = verdict("Accepted", &subject.accepted, "Accepted", "the spec can be carried out".into());
-    let resolved = verdict("ResolvedRefs", &subject.resolved, "Resolved", short(&format!("the Services are there{notes}")));
+    let resolved =
+        verdict("ResolvedRefs", &subject.resolved, "Resolved", short(&format!("the Services are there{notes}")));
     let agents = format!("on {programmed} of {expected} nodes");
     let nothing = subject.accepted.is_err() || (subject.resolved.is_err() && subject.ports.is_empty());
     let in_kernel = match () {
-        () if nothing && programmed == 0 => ("Programmed", "False", "NotResolved".to_owned(), "nothing is redirected".to_owned()),
+        () if nothing && programmed == 0 => {
+            ("Programmed", "False", "NotResolved".to_owned(), "nothing is redirected".to_owned())
+        }
         () if expected == 0 => ("Programmed", "Unknown", "NoAgents".into(), "no node reports".into()),
         () if programmed == expected => ("Programmed", "True", "Programmed".into(), agents),
         () => ("Programmed", "False", "Pending".into(), agents),
@@ -232,12 +262,16 @@ fn conditions(
     let hidden = live().find_map(|n| Some((n.node.as_str(), n.report.agent.incompatible.as_deref()?)));
     let host_pods: i32 = live().map(|n| n.report.agent.host_network_pods).sum();
     let compatible = match hidden {
-        Some((node, why)) => ("DatapathCompatible", "False", "SocketLoadBalancer".to_owned(), short(&format!("{node}: {why}"))),
+        Some((node, why)) => {
+            ("DatapathCompatible", "False", "SocketLoadBalancer".to_owned(), short(&format!("{node}: {why}")))
+        }
         None => (
             "DatapathCompatible",
             "True",
             "Compatible".to_owned(),
-            format!("clients in pods are redirected; the nodes' own processes and {host_pods} pods with hostNetwork are not"),
+            format!(
+                "clients in pods are redirected; the nodes' own processes and {host_pods} pods with hostNetwork are not"
+            ),
         ),
     };
     vec![accepted, resolved, in_kernel, degraded, compatible]
@@ -280,7 +314,8 @@ pub struct Happening {
 #[must_use]
 pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus) -> Vec<Happening> {
     let mut found = Vec::new();
-    let mut tell = |warning: bool, reason: &str, note: String| found.push(Happening { warning, reason: reason.to_owned(), note });
+    let mut tell =
+        |warning: bool, reason: &str, note: String| found.push(Happening { warning, reason: reason.to_owned(), note });
     let state = |status: Option<&CircuitBreakerStatus>| status.and_then(|s| s.state.clone()).unwrap_or_default();
     let (before, after) = (state(old), state(Some(new)));
     if before != after && !(old.is_none() && after == "Closed") {
@@ -291,7 +326,9 @@ pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus
         match (before.as_str(), after.as_str()) {
             (_, "Open") => tell(true, "Opened", format!("{why}: new connections go to {backup} ({nodes}){words}")),
             (_, "HalfOpen") => tell(false, "HalfOpen", format!("{why}: a few connections try the primary{words}")),
-            ("Open" | "HalfOpen", "Closed") => tell(false, "Closed", format!("{why}: new connections go to the primary{words}")),
+            ("Open" | "HalfOpen", "Closed") => {
+                tell(false, "Closed", format!("{why}: new connections go to the primary{words}"))
+            }
             _ => {}
         }
     }
@@ -309,14 +346,16 @@ pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus
         match (type_, status.as_str(), reason.as_str()) {
             ("Accepted" | "ResolvedRefs" | "DatapathCompatible", "False", _) => tell(true, &reason, message),
             ("ResolvedRefs", "True", _) if was.is_some() => tell(false, "Resolved", message),
-            ("Programmed", "True", _) if was.is_some() || old.is_none() => {
-                if was.as_ref().is_none_or(|w| w.0 != "True") && old.is_some() {
-                    tell(false, "Programmed", message);
-                }
+            ("Programmed", "True", _) if old.is_some() && was.as_ref().is_none_or(|w| w.0 != "True") => {
+                tell(false, "Programmed", message);
             }
             ("Degraded", "True", "WriteFailed" | "NotAttached" | "BackupUnavailable") => tell(true, &reason, message),
             ("Degraded", _, _) if was_reason == Some("BackupUnavailable") => {
-                tell(false, "BackupAvailable", format!("{} can take over again", new.backup.as_deref().unwrap_or("a backup")));
+                tell(
+                    false,
+                    "BackupAvailable",
+                    format!("{} can take over again", new.backup.as_deref().unwrap_or("a backup")),
+                );
             }
             _ => {}
         }

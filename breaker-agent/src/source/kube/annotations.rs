@@ -63,7 +63,9 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
         let known: Vec<&str> = names().collect();
         return Err(format!("annotation {PREFIX}{unknown} is not known; allowed: {}", known.join(", ")));
     }
-    let backup = ours.get("backup").ok_or_else(|| format!("annotation {PREFIX}backup is missing: the Service that takes over"))?;
+    let backup = ours
+        .get("backup")
+        .ok_or_else(|| format!("annotation {PREFIX}backup is missing: the Service that takes over"))?;
     let backups = backup.split(',').map(|entry| backup_of(entry.trim(), service)).collect::<Result<Vec<_>, _>>()?;
     let mut spec = json!({ "service": { "name": service }, "backups": backups });
     if let Some(check) = ours.get("check") {
@@ -110,7 +112,9 @@ fn backup_of(text: &str, service: &str) -> Result<Value, String> {
     let (rest, port) = text.split_once(':').map_or((text, None), |(rest, port)| (rest, Some(port)));
     let (namespace, name) = rest.split_once('/').map_or((None, rest), |(namespace, name)| (Some(namespace), name));
     let label = |text: &str| {
-        !text.is_empty() && text.len() <= 63 && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        !text.is_empty()
+            && text.len() <= 63
+            && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
     };
     if !label(name) || namespace.is_some_and(|n| !label(n)) || port == Some("") {
         return refuse("is not allowed");
@@ -223,9 +227,18 @@ mod tests {
             (&[("breaker.dev/check", "/ready")], "breaker.dev/backup is missing"),
             (&[("breaker.dev/backup", "dummy")], "\"dummy\" is the Service itself"),
             (&[("breaker.dev/backup", "Bad_Name")], "\"Bad_Name\" is not allowed"),
-            (&[("breaker.dev/backup", "b"), ("breaker.dev/chekc", "/")], "breaker.dev/chekc is not known; allowed: backup"),
-            (&[("breaker.dev/backup", "b"), ("breaker.dev/check", "ready")], "\"ready\" is not allowed; allowed: /PATH"),
-            (&[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "fast")], "\"fast\" is not allowed; allowed: a number"),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/chekc", "/")],
+                "breaker.dev/chekc is not known; allowed: backup",
+            ),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/check", "ready")],
+                "\"ready\" is not allowed; allowed: /PATH",
+            ),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "fast")],
+                "\"fast\" is not allowed; allowed: a number",
+            ),
             (&[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "100")], "needs breaker.dev/check"),
             (&[("breaker.dev/backup", "b"), ("breaker.dev/mode", "Try")], "unknown variant `Try`"),
         ];

@@ -1,6 +1,10 @@
 //! A Service's endpoints for one of its ports, from its EndpointSlices.
 
-use std::{collections::{BTreeMap, BTreeSet}, net::{IpAddr, SocketAddr}, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use super::objects::{EndpointSlice, SlicePort};
 

@@ -124,7 +124,9 @@ pub async fn client(kubeconfig: Option<&std::path::Path>) -> Result<Client> {
             let file = kube::config::Kubeconfig::read_from(path).with_context(|| format!("read {}", path.display()))?;
             Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
         }
-        None => Config::infer().await.context("find the API server: neither a kubeconfig nor a pod's service account")?,
+        None => {
+            Config::infer().await.context("find the API server: neither a kubeconfig nor a pod's service account")?
+        }
     };
     client_of(config)
 }
@@ -214,7 +216,8 @@ async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Updat
     let mut held: BTreeMap<Owner, BTreeMap<i32, model::Service>> = BTreeMap::new();
     let mut serial = 0;
     loop {
-        let due = next.map(|at| Instant::now() + Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
+        let due =
+            next.map(|at| Instant::now() + Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
         tokio::select! {
             () = changed.notified() => {}
             () = wait_until(due) => {}

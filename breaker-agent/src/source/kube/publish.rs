@@ -42,7 +42,13 @@ const SILENT: SignedDuration = SignedDuration::from_secs(30);
 const ROUND: Duration = Duration::from_secs(5);
 
 /// Runs for ever: takes part in the election, and does the work while elected.
-pub(super) async fn run(client: Client, namespace: String, node: String, updates: watch::Receiver<Arc<Update>>, ending: CancellationToken) {
+pub(super) async fn run(
+    client: Client,
+    namespace: String,
+    node: String,
+    updates: watch::Receiver<Arc<Update>>,
+    ending: CancellationToken,
+) {
     let mut election = Election::new(&client, &namespace, &node);
     let mut work: Option<tokio::task::JoinHandle<()>> = None;
     let mut lost = false;
@@ -51,7 +57,11 @@ pub(super) async fn run(client: Client, namespace: String, node: String, updates
             Ok(()) => lost = false,
             Err(error) if !lost => {
                 lost = true;
-                tracing::warn!("the Lease {namespace}/{} cannot be read or written: {}", super::lease::NAME, words(&error));
+                tracing::warn!(
+                    "the Lease {namespace}/{} cannot be read or written: {}",
+                    super::lease::NAME,
+                    words(&error)
+                );
             }
             Err(_) => {}
         }
@@ -102,9 +112,16 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
         changed.clone(),
         |report| report.annotations_mut().clear(),
     );
-    let all_nodes = Watch::<Node>::start(Api::all(client.clone()), watcher::Config::default(), "Nodes".into(), changed.clone(), trim);
+    let all_nodes = Watch::<Node>::start(
+        Api::all(client.clone()),
+        watcher::Config::default(),
+        "Nodes".into(),
+        changed.clone(),
+        trim,
+    );
     let reporter = Reporter { controller: GROUP.into(), instance: Some(node) };
-    let mut publisher = Publisher { recorder: Recorder::new(client.clone(), reporter), client, written: HashMap::new() };
+    let mut publisher =
+        Publisher { recorder: Recorder::new(client.clone(), reporter), client, written: HashMap::new() };
     loop {
         tokio::select! {
             () = changed.notified() => tokio::time::sleep(GATHER).await,
@@ -165,7 +182,11 @@ impl Publisher {
 }
 
 /// Writes one status, and tells what happened; `None` if it must be tried again.
-async fn one(client: &Client, recorder: &Recorder, (subject, new, old): Due<'_>) -> Option<(Owner, CircuitBreakerStatus)> {
+async fn one(
+    client: &Client,
+    recorder: &Recorder,
+    (subject, new, old): Due<'_>,
+) -> Option<(Owner, CircuitBreakerStatus)> {
     let owner = subject.owner.clone();
     if owner.kind == OwnerKind::CircuitBreaker
         && let Err(error) = write(client, &owner, &new).await

@@ -93,7 +93,11 @@ fn coarse(share: u16) -> i32 {
 }
 
 /// Writes the report whenever it changed, for ever. `nodes` is how many there are.
-pub(super) async fn publish(client: Client, mut facts: watch::Receiver<Option<Arc<Facts>>>, nodes: watch::Receiver<usize>) {
+pub(super) async fn publish(
+    client: Client,
+    mut facts: watch::Receiver<Option<Arc<Facts>>>,
+    nodes: watch::Receiver<usize>,
+) {
     let api: Api<NodeReport> = Api::all(client);
     let mut written: Option<NodeReportSpec> = None;
     let mut applied = HashMap::new();

@@ -159,7 +159,8 @@ pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: us
                 subject.hold = true;
             }
             Ok(spec) => {
-                let mut work = Work { world, policies, spec: &spec, subject: &mut subject, wanted: &mut resolution.wanted };
+                let mut work =
+                    Work { world, policies, spec: &spec, subject: &mut subject, wanted: &mut resolution.wanted };
                 work.resolve(now);
                 if let Some(until) = spec.until.filter(|until| *until > now && spec.r#override != Override::Auto) {
                     resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
@@ -181,7 +182,8 @@ pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: us
         if count > limit {
             count -= subject.ports.len();
             subject.ports.clear();
-            subject.accepted = refuse("TooMany", format!("{limit} ports are protected already, and a node has room for no more"));
+            subject.accepted =
+                refuse("TooMany", format!("{limit} ports are protected already, and a node has room for no more"));
         }
         resolution.subjects.push(subject);
     }
@@ -229,7 +231,8 @@ impl<'a> Work<'a> {
             // Why is in `resolved` already.
             return Ok(());
         }
-        let missing = std::iter::once(&key).chain(backups.iter().map(|b| &b.key)).find(|k| !world.endpoints.contains_key(*k));
+        let missing =
+            std::iter::once(&key).chain(backups.iter().map(|b| &b.key)).find(|k| !world.endpoints.contains_key(*k));
         if missing.is_some() {
             self.subject.hold = true;
             self.subject.pending = true;
@@ -256,21 +259,22 @@ impl<'a> Work<'a> {
         let key = &self.subject.service;
         let spec = &service.spec;
         if spec.r#type == "ExternalName" {
-            let message = format!("Service {key} is an ExternalName: its clients connect to another host, no address of it is here");
+            let message = format!(
+                "Service {key} is an ExternalName: its clients connect to another host, no address of it is here"
+            );
             return refuse("ExternalName", message);
         }
         if spec.cluster_ip.is_empty() || spec.cluster_ip == "None" {
-            let message = format!("Service {key} is headless: its clients connect to the pods themselves, there is no address to redirect");
+            let message = format!(
+                "Service {key} is headless: its clients connect to the pods themselves, there is no address to redirect"
+            );
             return refuse("Headless", message);
         }
         let all = spec.ports.as_slice();
         let tcp = |port: &&ServicePort| port.protocol() == "TCP";
         let Some(wanted) = &self.spec.service.ports else {
-            let others: Vec<String> = all
-                .iter()
-                .filter(|port| !tcp(port))
-                .map(|port| format!("{}/{}", port.port, port.protocol()))
-                .collect();
+            let others: Vec<String> =
+                all.iter().filter(|port| !tcp(port)).map(|port| format!("{}/{}", port.port, port.protocol())).collect();
             if !others.is_empty() {
                 self.subject.notes.push(format!("not protected, TCP only so far: {}", others.join(", ")));
             }
@@ -284,11 +288,17 @@ impl<'a> Work<'a> {
             .iter()
             .map(|wanted| {
                 let Some(port) = all.iter().find(|port| is_named(port, wanted)) else {
-                    return refuse("PortNotFound", format!("Service {key} has no port {wanted}; it has {}", names_of(all)));
+                    return refuse(
+                        "PortNotFound",
+                        format!("Service {key} has no port {wanted}; it has {}", names_of(all)),
+                    );
                 };
                 if !tcp(&port) {
                     let protocol = port.protocol();
-                    return refuse("ProtocolNotSupported", format!("port {wanted} of Service {key} is {protocol}; allowed so far: TCP"));
+                    return refuse(
+                        "ProtocolNotSupported",
+                        format!("port {wanted} of Service {key} is {protocol}; allowed so far: TCP"),
+                    );
                 }
                 Ok(port)
             })
@@ -303,15 +313,22 @@ impl<'a> Work<'a> {
             let namespace = wish.namespace.as_deref().unwrap_or(&from);
             let key = Key::new(namespace, &wish.name);
             let outcome = if namespace != from && !self.is_granted(&from, &key) {
-                refuse("RefNotPermitted", format!("no ReferenceGrant in namespace {namespace} allows namespace {from} to use Service {}", key.name))
+                refuse(
+                    "RefNotPermitted",
+                    format!(
+                        "no ReferenceGrant in namespace {namespace} allows namespace {from} to use Service {}",
+                        key.name
+                    ),
+                )
             } else if key == self.subject.service {
                 refuse("BackupIsPrimary", format!("Service {key} cannot be its own backup"))
             } else {
                 match self.world.services.get(&key) {
                     None => refuse("BackupNotFound", format!("there is no Service {key}")),
-                    Some(service) if service.spec.r#type == "ExternalName" => {
-                        refuse("ExternalName", format!("Service {key} is an ExternalName: a name has no endpoints to send to"))
-                    }
+                    Some(service) if service.spec.r#type == "ExternalName" => refuse(
+                        "ExternalName",
+                        format!("Service {key} is an ExternalName: a name has no endpoints to send to"),
+                    ),
                     Some(service) => Ok(service),
                 }
             };
@@ -329,7 +346,8 @@ impl<'a> Work<'a> {
 
     fn is_granted(&self, from: &str, to: &Key) -> bool {
         self.world.grants.iter().filter(|grant| grant.namespace().as_deref() == Some(&to.namespace)).any(|grant| {
-            let who = grant.spec.from.iter().any(|f| f.group == GROUP && f.kind == "CircuitBreaker" && f.namespace == from);
+            let who =
+                grant.spec.from.iter().any(|f| f.group == GROUP && f.kind == "CircuitBreaker" && f.namespace == from);
             let what = grant.spec.to.iter().any(|t| {
                 t.group.is_empty() && t.kind == "Service" && t.name.as_ref().is_none_or(|name| *name == to.name)
             });
@@ -359,12 +377,12 @@ impl<'a> Work<'a> {
         let check = |check: Option<&Check>, key: &Key| -> Result<Option<Check>, Problem> {
             let Some(check) = check else { return Ok(None) };
             let slices = &self.world.endpoints[key];
-            numbered(check, |name| Endpoints::of(slices, Some(name)).port)
-                .map(Some)
-                .map_err(|name| Problem::Ref(Refusal {
+            numbered(check, |name| Endpoints::of(slices, Some(name)).port).map(Some).map_err(|name| {
+                Problem::Ref(Refusal {
                     reason: "PortNotFound",
                     message: format!("the check's port {name:?} is no port of Service {key} with endpoints"),
-                }))
+                })
+            })
         };
         let primary_check = check(self.spec.check.as_ref(), key)?;
         let mut tiers: Vec<(Vec<&Found<'_>>, Option<Check>)> = Vec::new();
@@ -386,8 +404,10 @@ impl<'a> Work<'a> {
             last_priority = Some(found.priority);
         }
         let checks: Vec<Option<&Check>> = tiers.iter().map(|(_, check)| check.as_ref()).collect();
-        let template = self.policies.get(self.spec, override_, primary_check.as_ref(), &checks).map_err(Problem::Invalid)?;
-        let avoid: BTreeSet<SocketAddr> = primary.all().map(|e| e.address).chain(frontends.iter().map(|f| f.address)).collect();
+        let template =
+            self.policies.get(self.spec, override_, primary_check.as_ref(), &checks).map_err(Problem::Invalid)?;
+        let avoid: BTreeSet<SocketAddr> =
+            primary.all().map(|e| e.address).chain(frontends.iter().map(|f| f.address)).collect();
         let mut backup_tiers = Vec::new();
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
             let mut pools = Vec::new();
@@ -395,7 +415,10 @@ impl<'a> Work<'a> {
                 let endpoints = self.backup_endpoints(found, port)?;
                 let shared = endpoints.all().filter(|e| avoid.contains(&e.address)).count();
                 if shared > 0 {
-                    let note = format!("{shared} pods of {} are pods of the primary too, and are left out as backup", found.key);
+                    let note = format!(
+                        "{shared} pods of {} are pods of the primary too, and are left out as backup",
+                        found.key
+                    );
                     self.subject.notes.push(note);
                 }
                 pools.push((found, endpoints.without(&avoid)));
@@ -452,13 +475,8 @@ impl<'a> Work<'a> {
 
     /// A backup's endpoints for a protected port.
     fn backup_endpoints(&self, found: &Found<'_>, port: &ServicePort) -> Result<Endpoints, Problem> {
-        let ports: Vec<&ServicePort> = found
-            .service
-            .spec
-            .ports
-            .iter()
-            .filter(|port| port.protocol() == "TCP")
-            .collect();
+        let ports: Vec<&ServicePort> =
+            found.service.spec.ports.iter().filter(|port| port.protocol() == "TCP").collect();
         let by = |wanted: &Port| ports.iter().find(|p| is_named(p, wanted)).copied();
         let chosen = match &found.wish.port {
             Some(wanted) => by(wanted),
@@ -525,7 +543,10 @@ fn shares(pools: &[(&&Found<'_>, Endpoints)], wanted: impl Fn(&Endpoint) -> bool
     let members: Vec<(u64, Vec<&Endpoint>)> = pools
         .iter()
         .map(|(found, endpoints)| {
-            (u64::try_from(found.wish.weight).unwrap_or(1), endpoints.usable().filter(|e| wanted(e)).collect::<Vec<_>>())
+            (
+                u64::try_from(found.wish.weight).unwrap_or(1),
+                endpoints.usable().filter(|e| wanted(e)).collect::<Vec<_>>(),
+            )
         })
         .filter(|(_, endpoints)| !endpoints.is_empty())
         .collect();

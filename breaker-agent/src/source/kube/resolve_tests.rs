@@ -132,14 +132,40 @@ fn the_lab_means_what_the_file_for_it_means() {
 
 #[test]
 fn what_refers_to_nothing_is_named() {
-    let rows: Vec<(&str, Box<dyn Fn(&mut Lab)>, Value, &str)> = vec![
+    type Row = (&'static str, Box<dyn Fn(&mut Lab)>, Value, &'static str);
+    let rows: Vec<Row> = vec![
         ("ServiceNotFound", Box::new(|_| {}), with(|s| s["service"]["name"] = json!("nobody")), "lab/nobody"),
         ("BackupNotFound", Box::new(|_| {}), with(|s| s["backups"][0]["name"] = json!("nobody")), "lab/nobody"),
-        ("PortNotFound", Box::new(|_| {}), with(|s| s["service"]["ports"] = json!([9090])), "has no port 9090; it has 8080"),
-        ("PortNotFound", Box::new(|_| {}), with(|s| s["backups"][0]["port"] = json!("http")), "no TCP port that could stand in for port http"),
-        ("PortNotFound", Box::new(|_| {}), with(|s| s["check"]["httpGet"]["port"] = json!("admin")), "\"admin\" is no port of Service lab/dummy"),
-        ("RefNotPermitted", Box::new(|_| {}), with(|s| s["backups"][0]["namespace"] = json!("spare")), "no ReferenceGrant in namespace spare"),
-        ("BackupIsPrimary", Box::new(|_| {}), with(|s| s["backups"] = json!([{ "name": "dummy", "namespace": "lab" }])), "its own backup"),
+        (
+            "PortNotFound",
+            Box::new(|_| {}),
+            with(|s| s["service"]["ports"] = json!([9090])),
+            "has no port 9090; it has 8080",
+        ),
+        (
+            "PortNotFound",
+            Box::new(|_| {}),
+            with(|s| s["backups"][0]["port"] = json!("http")),
+            "no TCP port that could stand in for port http",
+        ),
+        (
+            "PortNotFound",
+            Box::new(|_| {}),
+            with(|s| s["check"]["httpGet"]["port"] = json!("admin")),
+            "\"admin\" is no port of Service lab/dummy",
+        ),
+        (
+            "RefNotPermitted",
+            Box::new(|_| {}),
+            with(|s| s["backups"][0]["namespace"] = json!("spare")),
+            "no ReferenceGrant in namespace spare",
+        ),
+        (
+            "BackupIsPrimary",
+            Box::new(|_| {}),
+            with(|s| s["backups"] = json!([{ "name": "dummy", "namespace": "lab" }])),
+            "its own backup",
+        ),
         (
             "Headless",
             Box::new(|lab| {
@@ -159,7 +185,12 @@ fn what_refers_to_nothing_is_named() {
         (
             "ProtocolNotSupported",
             Box::new(|lab| {
-                lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "UDP" }] }), json!({}));
+                lab.service(
+                    "lab",
+                    "dummy",
+                    json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "UDP" }] }),
+                    json!({}),
+                );
             }),
             spec(),
             "no TCP port",
@@ -178,7 +209,8 @@ fn what_refers_to_nothing_is_named() {
 
 #[test]
 fn one_backup_that_resolves_is_enough() {
-    let subject = Lab::new().with_breaker(with(|s| s["backups"] = json!([{ "name": "nobody" }, { "name": "backup" }]))).only();
+    let subject =
+        Lab::new().with_breaker(with(|s| s["backups"] = json!([{ "name": "nobody" }, { "name": "backup" }]))).only();
     assert_eq!(refusal(&subject).0, "BackupNotFound");
     assert_eq!(subject.ports[&8080].backups.len(), 1);
 }
@@ -230,7 +262,10 @@ fn every_address_of_a_service_is_a_frontend() {
     service.status = serde_json::from_value(json!({ "loadBalancer": { "ingress": [{ "ip": "203.0.113.9" }, { "ip": "203.0.113.10", "ipMode": "Proxy" }, { "hostname": "x" }] } })).unwrap();
     lab.0.services.insert(key, Arc::new(service));
     let subject = lab.only();
-    assert_eq!(frontends(&subject.ports[&8080]), ["10.43.0.1:8080", "192.0.2.1:30080", "198.51.100.7:8080", "203.0.113.9:8080"]);
+    assert_eq!(
+        frontends(&subject.ports[&8080]),
+        ["10.43.0.1:8080", "192.0.2.1:30080", "198.51.100.7:8080", "203.0.113.9:8080"]
+    );
     assert!(subject.notes.iter().any(|note| note.contains("IPv6")), "{:?}", subject.notes);
 }
 
@@ -241,7 +276,12 @@ fn ports_are_found_by_name_by_number_or_by_being_the_only_one() {
     lab.0.endpoints.remove(&Key::new("lab", "dummy"));
     lab.slice("lab", "dummy", "http", 80, json!([{ "addresses": ["10.42.0.1"] }]));
     lab.slice("lab", "dummy", "admin", 9001, json!([{ "addresses": ["10.42.0.1"] }]));
-    lab.service("lab", "backup", json!({ "clusterIP": "10.43.0.2", "ports": [{ "name": "admin", "port": 1 }, { "name": "http", "port": 2 }] }), json!({}));
+    lab.service(
+        "lab",
+        "backup",
+        json!({ "clusterIP": "10.43.0.2", "ports": [{ "name": "admin", "port": 1 }, { "name": "http", "port": 2 }] }),
+        json!({}),
+    );
     lab.0.endpoints.remove(&Key::new("lab", "backup"));
     lab.slice("lab", "backup", "http", 81, json!([{ "addresses": ["10.42.0.3"] }]));
     lab.slice("lab", "backup", "admin", 9002, json!([{ "addresses": ["10.42.0.3"] }]));
@@ -265,9 +305,15 @@ fn ports_are_found_by_name_by_number_or_by_being_the_only_one() {
 fn the_older_one_wins_and_a_circuit_breaker_goes_before_annotations() {
     let mut lab = Lab::new();
     lab.breaker("young", 10, spec()).breaker("old", 100, spec());
-    lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080 }] }), json!({ "breaker.dev/backup": "backup" }));
+    lab.service(
+        "lab",
+        "dummy",
+        json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080 }] }),
+        json!({ "breaker.dev/backup": "backup" }),
+    );
     let resolution = lab.resolve();
-    let names: Vec<(&str, bool)> = resolution.subjects.iter().map(|s| (s.owner.key.name.as_str(), s.accepted.is_ok())).collect();
+    let names: Vec<(&str, bool)> =
+        resolution.subjects.iter().map(|s| (s.owner.key.name.as_str(), s.accepted.is_ok())).collect();
     assert_eq!(names, [("old", true), ("young", false), ("dummy", false)]);
     let words: Vec<String> = resolution.subjects[1..].iter().map(|s| refusal(s).1).collect();
     assert!(words[0].contains("by CircuitBreaker lab/old already, which is older"), "{words:?}");
@@ -288,7 +334,9 @@ fn annotations_are_a_spec_too_and_a_bad_one_holds_what_is() {
     };
     let good = annotated("3");
     assert_eq!(good.ports[&8080], Lab::new().with_breaker(spec()).only().ports[&8080]);
-    for (bad, words) in [("0", "spec.primary.check.periodSeconds: 0 is not allowed; allowed: 1 to 86400"), ("soon", "\"soon\"")] {
+    for (bad, words) in
+        [("0", "spec.primary.check.periodSeconds: 0 is not allowed; allowed: 1 to 86400"), ("soon", "\"soon\"")]
+    {
         let subject = annotated(bad);
         assert!(subject.hold);
         let (reason, message) = refusal(&subject);
@@ -348,7 +396,13 @@ fn a_pod_of_the_primary_is_no_backup() {
 #[test]
 fn pods_that_end_keep_their_connections() {
     let mut lab = Lab::new().with_breaker(spec());
-    lab.slice("lab", "backup", "", 80, json!([{ "addresses": ["10.42.0.7"], "conditions": { "ready": false, "serving": true, "terminating": true } }]));
+    lab.slice(
+        "lab",
+        "backup",
+        "",
+        80,
+        json!([{ "addresses": ["10.42.0.7"], "conditions": { "ready": false, "serving": true, "terminating": true } }]),
+    );
     let tier = lab.only().ports[&8080].backups[0].clone();
     assert_eq!(addresses(&tier), ["10.42.0.3:80", "10.42.1.3:80"]);
     assert_eq!(tier.draining, ["10.42.0.7:80".parse().unwrap()]);
@@ -356,10 +410,12 @@ fn pods_that_end_keep_their_connections() {
 
 #[test]
 fn an_override_ends_by_itself() {
-    let forced = |until: i64| with(|s| {
-        s["override"] = json!("ForceOpen");
-        s["until"] = json!(Timestamp::from_second(NOW + until).unwrap().to_string());
-    });
+    let forced = |until: i64| {
+        with(|s| {
+            s["override"] = json!("ForceOpen");
+            s["until"] = json!(Timestamp::from_second(NOW + until).unwrap().to_string());
+        })
+    };
     let resolution = Lab::new().with_breaker(forced(60)).resolve();
     assert_eq!(resolution.subjects[0].ports[&8080].override_, model::Override::ForceOpen);
     assert_eq!(resolution.next, Some(Timestamp::from_second(NOW + 60).unwrap()));
@@ -371,7 +427,12 @@ fn an_override_ends_by_itself() {
 #[test]
 fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
     let mut lab = Lab::new().with_breaker(spec());
-    lab.service("lab", "other", json!({ "clusterIP": "10.43.0.5", "externalIPs": ["10.43.0.1"], "ports": [{ "port": 8080 }] }), json!({}));
+    lab.service(
+        "lab",
+        "other",
+        json!({ "clusterIP": "10.43.0.5", "externalIPs": ["10.43.0.1"], "ports": [{ "port": 8080 }] }),
+        json!({}),
+    );
     lab.slice("lab", "other", "", 80, json!([{ "addresses": ["10.42.0.6"] }]));
     lab.breaker("other", 50, with(|s| s["service"]["name"] = json!("other")));
     let resolution = lab.resolve();
@@ -385,7 +446,10 @@ fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
 #[test]
 fn names_fit_and_differ() {
     let long = "n".repeat(63);
-    let (a, b) = (engine_name(&Key::new(&long, &"s".repeat(63)), 65535), engine_name(&Key::new(&long, &format!("{}t", "s".repeat(62))), 65535));
+    let (a, b) = (
+        engine_name(&Key::new(&long, &"s".repeat(63)), 65535),
+        engine_name(&Key::new(&long, &format!("{}t", "s".repeat(62))), 65535),
+    );
     assert!(a.as_str().len() < breaker_common::NAME_LEN && a != b, "{a} {b}");
     assert_eq!(engine_name(&Key::new("lab", "dummy"), 8080).as_str(), "lab/dummy:8080");
 }

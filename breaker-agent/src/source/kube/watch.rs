@@ -93,7 +93,10 @@ where
                         // Said once: what is known goes on, and the watch is started anew.
                         if !lost && !is_expired(&error) {
                             lost = true;
-                            tracing::warn!("the API server does not tell of {what}: {}; what is known goes on", words(&error));
+                            tracing::warn!(
+                                "the API server does not tell of {what}: {}; what is known goes on",
+                                words(&error)
+                            );
                         }
                     }
                 }
@@ -126,9 +129,8 @@ pub(super) fn words(error: &dyn std::error::Error) -> String {
 fn is_expired(error: &watcher::Error) -> bool {
     match error {
         watcher::Error::WatchError(status) => status.code == 410,
-        watcher::Error::WatchFailed(kube::Error::Api(status)) | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => {
-            status.code == 410
-        }
+        watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
         _ => false,
     }
 }
@@ -182,13 +184,19 @@ impl Watches {
         let all = watcher::Config::default;
         let changed = changed.clone();
         Self {
-            breakers: Watch::start(Api::all(client.clone()), all(), "CircuitBreakers".into(), changed.clone(), |breaker| {
-                // The nodes' details are for people; they are most of the object.
-                if let Some(status) = &mut breaker.status {
-                    status.nodes.clear();
-                }
-                breaker.annotations_mut().clear();
-            }),
+            breakers: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "CircuitBreakers".into(),
+                changed.clone(),
+                |breaker| {
+                    // The nodes' details are for people; they are most of the object.
+                    if let Some(status) = &mut breaker.status {
+                        status.nodes.clear();
+                    }
+                    breaker.annotations_mut().clear();
+                },
+            ),
             grants: Watch::start(Api::all(client.clone()), all(), "ReferenceGrants".into(), changed.clone(), |grant| {
                 grant.annotations_mut().clear();
             }),
@@ -226,12 +234,17 @@ impl Watches {
             let new = match old {
                 Some(old) if old.names == names => old,
                 // A watch of the whole namespace has every name.
-                Some(old) if old.names.len() > MOST_NAMES && names.len() > MOST_NAMES => NamespaceSlices { names, ..old },
+                Some(old) if old.names.len() > MOST_NAMES && names.len() > MOST_NAMES => {
+                    NamespaceSlices { names, ..old }
+                }
                 old => {
                     let labels = if names.len() > MOST_NAMES {
                         SERVICE_LABEL.to_owned()
                     } else {
-                        format!("{SERVICE_LABEL} in ({})", names.iter().map(String::as_str).collect::<Vec<_>>().join(","))
+                        format!(
+                            "{SERVICE_LABEL} in ({})",
+                            names.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+                        )
                     };
                     let watch = Watch::start(
                         Api::namespaced(self.client.clone(), namespace),

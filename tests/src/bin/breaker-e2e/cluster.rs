@@ -33,7 +33,14 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn new(kubeconfig: PathBuf, hooks: Hooks) -> Result<Self> {
-        if Command::new("kubectl").arg("version").arg("--client").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+        if Command::new("kubectl")
+            .arg("version")
+            .arg("--client")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_err()
+        {
             bail!("kubectl is not on the PATH; it comes with k3s, or from kubernetes.io");
         }
         let mut cluster = Self { kubeconfig, hooks, nodes: Vec::new() };
@@ -106,10 +113,9 @@ impl Cluster {
     /// Addresses of ready pods of a Deployment that are not about to end.
     pub fn pods(&self, app: &str) -> Result<Vec<Pod>> {
         let pods = self.get(NAMESPACE, "pods", &format!("app={app}"))?;
-        let found = pods["items"].as_array().into_iter().flatten().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
-        let pod = |pod: &Value| {
-            Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned() })
-        };
+        let found =
+            pods["items"].as_array().into_iter().flatten().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let pod = |pod: &Value| Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned() });
         Ok(found.filter_map(pod).collect())
     }
 
@@ -117,7 +123,10 @@ impl Cluster {
     pub fn condition(&self, name: &str, type_: &str) -> Result<(String, String)> {
         let breaker = self.breaker(name)?;
         let conditions = breaker["status"]["conditions"].as_array().cloned().unwrap_or_default();
-        let found = conditions.iter().find(|c| c["type"] == type_).with_context(|| format!("{name} has no condition {type_} yet"))?;
+        let found = conditions
+            .iter()
+            .find(|c| c["type"] == type_)
+            .with_context(|| format!("{name} has no condition {type_} yet"))?;
         let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
         Ok((text("status"), text("reason")))
     }
@@ -139,7 +148,9 @@ impl Cluster {
             let breaker = self.breaker(name)?;
             let conditions = breaker["status"]["conditions"].as_array().cloned().unwrap_or_default();
             let done = conditions.iter().any(|c| {
-                c["type"] == "Programmed" && c["status"] == "True" && c["observedGeneration"] == breaker["metadata"]["generation"]
+                c["type"] == "Programmed"
+                    && c["status"] == "True"
+                    && c["observedGeneration"] == breaker["metadata"]["generation"]
             });
             let nodes = breaker["status"]["counts"]["programmed"].as_u64() == Some(self.nodes.len() as u64);
             if done && nodes { Ok(Some(())) } else { bail!("{}", breaker["status"]) }
@@ -204,7 +215,9 @@ impl Cluster {
         let (stop, start) = self.hooks.api.as_ref().context("no --stop-api")?;
         shell(if on { start } else { stop })?;
         if on {
-            wait_for("the API server", Duration::from_secs(60), || self.kubectl(&["get", "--raw", "/readyz"]).map(Some))?;
+            wait_for("the API server", Duration::from_secs(60), || {
+                self.kubectl(&["get", "--raw", "/readyz"]).map(Some)
+            })?;
         }
         Ok(())
     }
@@ -233,7 +246,11 @@ impl Cluster {
             &["get", "pods", "-A", "-o", "wide"],
             &["-n", SYSTEM, "logs", "-l", "app.kubernetes.io/component=agent", "--prefix", "--tail=25"],
         ];
-        looks.iter().map(|args| self.kubectl(args).unwrap_or_else(|error| format!("{error:#}"))).collect::<Vec<_>>().join("\n")
+        looks
+            .iter()
+            .map(|args| self.kubectl(args).unwrap_or_else(|error| format!("{error:#}")))
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 }
 

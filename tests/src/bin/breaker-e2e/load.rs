@@ -1,10 +1,16 @@
 //! Clients that keep asking, and what they were told.
 
-use std::{collections::BTreeSet, time::{SystemTime, UNIX_EPOCH}};
+use std::{
+    collections::BTreeSet,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{cluster::{Cluster, NAMESPACE}, wait_for};
+use crate::{
+    cluster::{Cluster, NAMESPACE},
+    wait_for,
+};
 
 /// Milliseconds since 1970.
 pub fn now() -> u128 {
@@ -51,7 +57,12 @@ impl<'a> Load<'a> {
             let (at, took) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
             let kind = words.next()?;
             let rest = words.next().unwrap_or_default();
-            Some(Request { at, took, ok: kind == "ok", words: if kind == "ok" { rest.to_owned() } else { format!("{kind} {rest}") } })
+            Some(Request {
+                at,
+                took,
+                ok: kind == "ok",
+                words: if kind == "ok" { rest.to_owned() } else { format!("{kind} {rest}") },
+            })
         };
         Ok(Told { requests: log.lines().filter_map(parse).collect() })
     }

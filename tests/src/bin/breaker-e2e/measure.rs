@@ -15,7 +15,12 @@ pub fn all(cluster: &Cluster) -> Result<()> {
         scenarios::fresh(cluster)?;
         programmed(cluster, round)?;
         failover(cluster, round, "3 s x 1 (the lab's)", None)?;
-        failover(cluster, round, "100 ms x 3", Some(r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#))?;
+        failover(
+            cluster,
+            round,
+            "100 ms x 3",
+            Some(r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#),
+        )?;
     }
     idle(cluster)
 }
@@ -26,7 +31,12 @@ fn programmed(cluster: &Cluster, round: usize) -> Result<()> {
     let started = Instant::now();
     cluster.lab(&["apply", "-f", "k8s/lab/circuitbreaker.yaml"])?;
     cluster.wait_programmed("dummy")?;
-    row("apply to Programmed", started.elapsed().as_secs_f64() * 1000.0, "ms", &format!("round {round}, kubectl's own time included"));
+    row(
+        "apply to Programmed",
+        started.elapsed().as_secs_f64() * 1000.0,
+        "ms",
+        &format!("round {round}, kubectl's own time included"),
+    );
     Ok(())
 }
 
@@ -68,7 +78,12 @@ fn idle(cluster: &Cluster) -> Result<()> {
                 let done = scenarios::many_programmed(cluster)?;
                 if done == there { Ok(Some(())) } else { bail!("{done} of {there}") }
             })?;
-            row(&format!("{services} services, last created to all Programmed"), started.elapsed().as_secs_f64(), "s", "");
+            row(
+                &format!("{services} services, last created to all Programmed"),
+                started.elapsed().as_secs_f64(),
+                "s",
+                "",
+            );
         }
         std::thread::sleep(Duration::from_secs(10));
         for node in &cluster.nodes {
@@ -89,7 +104,8 @@ fn usage(cluster: &Cluster, node: &str) -> Result<(f64, f64)> {
     let look = || -> Result<(f64, f64, Instant)> {
         let text = cluster.kubectl(&["-n", SYSTEM, "exec", name, "--", "/breaker", "status", "-o", "json"])?;
         let status: serde_json::Value = serde_json::from_str(&text)?;
-        let number = |field: &str| status["process"][field].as_f64().with_context(|| format!("status has no process.{field}"));
+        let number =
+            |field: &str| status["process"][field].as_f64().with_context(|| format!("status has no process.{field}"));
         Ok((number("cpuSeconds")?, number("residentBytes")?, Instant::now()))
     };
     let (before, _, start) = look()?;

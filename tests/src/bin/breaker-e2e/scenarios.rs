@@ -101,7 +101,14 @@ pub fn fresh(cluster: &Cluster) -> Result<()> {
         }
     }
     for app in ["dummy-deployment", "backup-deployment"] {
-        cluster.lab(&["annotate", "svc", app, "breaker.dev/backup-", "breaker.dev/check-", "breaker.dev/period-millis-"])?;
+        cluster.lab(&[
+            "annotate",
+            "svc",
+            app,
+            "breaker.dev/backup-",
+            "breaker.dev/check-",
+            "breaker.dev/period-millis-",
+        ])?;
     }
     // Fields that a scenario patched would survive an apply.
     cluster.lab(&["delete", "cb", "dummy", "--ignore-not-found"])?;
@@ -204,13 +211,29 @@ fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
         (with(&|s| s["backups"][0]["name"] = json!("dummy-deployment")), "spec.backups", "cannot be its own backup"),
         (with(&|s| s["backups"] = json!([{ "name": "a" }, { "name": "a" }])), "spec.backups", "a backup once"),
         (with(&|s| s["check"] = json!({})), "spec.check", "exactly one of httpGet, tcpSocket and grpc"),
-        (with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 0 })), "spec.check.periodSeconds", "greater than or equal to 1"),
-        (with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 1, "periodMillis": 100 })), "spec.check", "exclude each other"),
+        (
+            with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 0 })),
+            "spec.check.periodSeconds",
+            "greater than or equal to 1",
+        ),
+        (
+            with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 1, "periodMillis": 100 })),
+            "spec.check",
+            "exclude each other",
+        ),
         (with(&|s| s["check"] = json!({ "httpGet": { "path": "ready" } })), "spec.check.httpGet.path", "should match"),
-        (with(&|s| s["override"] = json!("Open")), "spec.override", "supported values: \"Auto\", \"ForceOpen\", \"ForceClosed\""),
+        (
+            with(&|s| s["override"] = json!("Open")),
+            "spec.override",
+            "supported values: \"Auto\", \"ForceOpen\", \"ForceClosed\"",
+        ),
         (with(&|s| s["until"] = json!("2030-01-01T00:00:00Z")), "spec.until", "needs override"),
         (with(&|s| s["probeFrom"] = json!("Elected")), "spec.probeFrom", "not built yet; allowed: EveryNode"),
-        (with(&|s| s["breaker"] = json!({ "openMillis": 10, "maxOpenMillis": 5 })), "spec.breaker.maxOpenMillis", "at least openMillis"),
+        (
+            with(&|s| s["breaker"] = json!({ "openMillis": 10, "maxOpenMillis": 5 })),
+            "spec.breaker.maxOpenMillis",
+            "at least openMillis",
+        ),
         (with(&|s| s["chekc"] = json!({})), "spec.chekc", "unknown field"),
     ];
     let count = rows.len();
@@ -236,7 +259,8 @@ fn edit_override_delete(cluster: &Cluster) -> Result<String> {
     patch(cluster, r#"{"spec":{"override":"ForceOpen"}}"#)?;
     answered_by("the backup, forced", &backup, ask)?;
     cluster.wait_state("dummy", "Open")?;
-    let until = wait_for("a time", Duration::from_secs(1), || Ok(Some(jiff::Timestamp::now() + Duration::from_secs(3))))?;
+    let until =
+        wait_for("a time", Duration::from_secs(1), || Ok(Some(jiff::Timestamp::now() + Duration::from_secs(3))))?;
     patch(cluster, &json!({ "spec": { "until": until.to_string() } }).to_string())?;
     answered_by("the primary, once the time is over", &primary, ask)?;
     cluster.wait_state("dummy", "Closed")?;
@@ -268,7 +292,11 @@ fn primary_pods_deleted(cluster: &Cluster) -> Result<String> {
     let told = load.end()?;
     let took = told.recovery(start, now())?;
     ensure!(took < 10_000, "it took {took} ms");
-    Ok(format!("answered again after {took} ms, {} of {} requests failed", told.failed(start, u128::MAX).len(), told.requests.len()))
+    Ok(format!(
+        "answered again after {took} ms, {} of {} requests failed",
+        told.failed(start, u128::MAX).len(),
+        told.requests.len()
+    ))
 }
 
 fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
@@ -279,7 +307,11 @@ fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
     cluster.wait_state("dummy", "Open")?;
     wait_for("the reason NoEndpoints", Duration::from_secs(10), || {
         let breaker = cluster.breaker("dummy")?;
-        if breaker["status"]["reason"] == "NoEndpoints" { Ok(Some(())) } else { bail!("{}", breaker["status"]["reason"]) }
+        if breaker["status"]["reason"] == "NoEndpoints" {
+            Ok(Some(()))
+        } else {
+            bail!("{}", breaker["status"]["reason"])
+        }
     })
     .or_else(|_| cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup"))?;
     let from = now();
@@ -290,7 +322,11 @@ fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
     cluster.lab(&["scale", "deployment/dummy-deployment", "--replicas=2"])?;
     cluster.wait_state("dummy", "Closed")?;
     let told = load.end()?;
-    Ok(format!("open for want of endpoints, closed again; {} of {} requests failed", told.failed(0, u128::MAX).len(), told.requests.len()))
+    Ok(format!(
+        "open for want of endpoints, closed again; {} of {} requests failed",
+        told.failed(0, u128::MAX).len(),
+        told.requests.len()
+    ))
 }
 
 /// With pods that end as Kubernetes recommends, a rolling update loses nothing; neither may it with breaker.
@@ -342,7 +378,16 @@ fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
         .enumerate()
         .map(|(i, node)| Load::start(cluster, &format!("load-{i}"), node, &url))
         .collect::<Result<_>>()?;
-    cluster.kubectl(&["-n", SYSTEM, "delete", "pods", "-l", "app.kubernetes.io/component=agent", "--grace-period=0", "--force"])?;
+    cluster.kubectl(&[
+        "-n",
+        SYSTEM,
+        "delete",
+        "pods",
+        "-l",
+        "app.kubernetes.io/component=agent",
+        "--grace-period=0",
+        "--force",
+    ])?;
     cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"])?;
     cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "ds/breaker-agent"])?;
     cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=90s"])?;
@@ -363,10 +408,21 @@ fn cross_namespace(cluster: &Cluster) -> Result<String> {
     cluster.kubectl(&["-n", OTHER, "apply", "-f", "k8s/lab/backup.yaml"])?;
     cluster.kubectl(&["-n", OTHER, "rollout", "status", "deployment/backup-deployment", "--timeout=60s"])?;
     let pods = cluster.get(OTHER, "pods", "app=backup-deployment")?;
-    let spare: Vec<String> =
-        pods["items"].as_array().into_iter().flatten().filter_map(|p| Some(p["status"]["podIP"].as_str()?.to_owned())).collect();
+    let spare: Vec<String> = pods["items"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|p| Some(p["status"]["podIP"].as_str()?.to_owned()))
+        .collect();
     let url = vip(cluster, "dummy-deployment")?;
-    cluster.lab(&["patch", "cb", "dummy", "--type=merge", "-p", &json!({ "spec": { "backups": [{ "name": "backup-deployment", "namespace": OTHER }] } }).to_string()])?;
+    cluster.lab(&[
+        "patch",
+        "cb",
+        "dummy",
+        "--type=merge",
+        "-p",
+        &json!({ "spec": { "backups": [{ "name": "backup-deployment", "namespace": OTHER }] } }).to_string(),
+    ])?;
     cluster.wait_condition("dummy", "ResolvedRefs", "False", "RefNotPermitted")?;
     cluster.wait_condition("dummy", "Programmed", "False", "NotResolved")?;
     cluster.wait_event("CircuitBreaker", "dummy", "RefNotPermitted")?;
@@ -398,7 +454,8 @@ fn annotations(cluster: &Cluster) -> Result<String> {
     let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
     let url = vip(cluster, "dummy-deployment")?;
     cluster.lab(&["delete", "cb", "dummy"])?;
-    let annotate = |pairs: &[&str]| cluster.lab(&[&["annotate", "--overwrite", "svc", "dummy-deployment"], pairs].concat());
+    let annotate =
+        |pairs: &[&str]| cluster.lab(&[&["annotate", "--overwrite", "svc", "dummy-deployment"], pairs].concat());
     annotate(&["breaker.dev/backup=backup-deployment", "breaker.dev/check=/ready", "breaker.dev/period-millis=100"])?;
     wait_for("the annotated Service in the nodes' reports", Duration::from_secs(20), || {
         let reports = cluster.get("", "nodereports", "")?.to_string();
@@ -483,7 +540,11 @@ fn two_hundred_at_once(cluster: &Cluster) -> Result<String> {
         let reports = cluster.get("", "nodereports", "")?.to_string();
         Ok((!reports.contains("many-")).then_some(()))
     })?;
-    Ok(format!("kubectl took {:.1} s, {:.1} s later all were programmed", applied.as_secs_f64(), (all - applied).as_secs_f64()))
+    Ok(format!(
+        "kubectl took {:.1} s, {:.1} s later all were programmed",
+        applied.as_secs_f64(),
+        (all - applied).as_secs_f64()
+    ))
 }
 
 fn api_server_away(cluster: &Cluster) -> Result<String> {
@@ -514,7 +575,9 @@ fn api_server_away(cluster: &Cluster) -> Result<String> {
     let by = told.answered_by(first + outage, u128::MAX);
     ensure!(!by.is_empty() && by.iter().all(|ip| backup.contains(ip)), "answered by {by:?}");
     ensure!(first < back, "the fault came too late");
-    Ok(format!("failed over {outage} ms after the fault, with no API server; status and Event {told_after} ms after it was back"))
+    Ok(format!(
+        "failed over {outage} ms after the fault, with no API server; status and Event {told_after} ms after it was back"
+    ))
 }
 
 /// The primary's node loses its power; then the backup is gone, too.
@@ -528,7 +591,10 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     };
     pin("dummy-deployment", &dead)?;
     pin("backup-deployment", &alive)?;
-    patch(cluster, r#"{"spec":{"whenAllUnhealthy":"Reject","check":{"periodSeconds":null,"periodMillis":200,"timeoutMillis":500,"timeoutSeconds":null,"failureThreshold":2}}}"#)?;
+    patch(
+        cluster,
+        r#"{"spec":{"whenAllUnhealthy":"Reject","check":{"periodSeconds":null,"periodMillis":200,"timeoutMillis":500,"timeoutSeconds":null,"failureThreshold":2}}}"#,
+    )?;
     cluster.wait_state("dummy", "Closed")?;
     let url = vip(cluster, "dummy-deployment")?;
     let load = Load::start(cluster, "load", &alive, &url)?;

@@ -18,7 +18,9 @@ pub struct Target {
 impl Target {
     /// From `http://ADDRESS:PORT/PATH`.
     pub fn parse(url: &str) -> Result<Self> {
-        let rest = url.strip_prefix("http://").with_context(|| format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH"))?;
+        let rest = url
+            .strip_prefix("http://")
+            .with_context(|| format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH"))?;
         let slash = rest.find('/').unwrap_or(rest.len());
         let (authority, path) = rest.split_at(slash);
         let with_port = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
@@ -34,8 +36,12 @@ pub fn ask(target: &Target, method: &str, timeout: Duration) -> Result<(u16, Str
     let mut stream = TcpStream::connect_timeout(&target.address, left()).context("connect")?;
     stream.set_write_timeout(Some(left()))?;
     let host = target.address;
-    write!(stream, "{method} {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", target.path)
-        .context("write")?;
+    write!(
+        stream,
+        "{method} {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+        target.path
+    )
+    .context("write")?;
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
     loop {

@@ -86,7 +86,10 @@ pub struct HttpGetAction {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub http_headers: Vec<Header>,
     /// Statuses that pass: numbers and ranges, like 200-399 or 200,204.
-    #[schemars(regex(pattern = r"^[1-5][0-9]{2}(-[1-5][0-9]{2})?(,[1-5][0-9]{2}(-[1-5][0-9]{2})?)*$"), length(max = 128))]
+    #[schemars(
+        regex(pattern = r"^[1-5][0-9]{2}(-[1-5][0-9]{2})?(,[1-5][0-9]{2}(-[1-5][0-9]{2})?)*$"),
+        length(max = 128)
+    )]
     #[serde(default = "statuses")]
     pub expected_statuses: String,
     /// Text that the first 64 KiB of the body must contain.
