@@ -81,7 +81,7 @@ pub struct Tier {
 }
 
 /// An active check, in the vocabulary of Kubernetes' probes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Check {
     /// What is done.
@@ -101,7 +101,7 @@ pub struct Check {
 }
 
 /// What a probe does.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum CheckAction {
     /// A GET; passes by status and, if wanted, body.

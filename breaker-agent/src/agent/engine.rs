@@ -116,6 +116,9 @@ struct Running {
     gone: BTreeSet<SocketAddr>,
     /// The last write failed, so what is in the maps is not quite what was applied before it.
     dirty: bool,
+    /// Something happened since the plan was made last: it must be made again. A plan is dear (it fills a selection
+    /// table), and most probes change nothing.
+    stale: bool,
 }
 
 /// See the module.
@@ -179,18 +182,20 @@ impl<D: Datapath> Engine<D> {
         for (name, running) in &mut self.services {
             match wanted.remove(name) {
                 Some(service) => {
+                    running.stale |= running.leaving;
                     running.leaving = false;
                     running.reconfigure(now, service);
                 }
                 None if running.leaving => {}
                 None => {
                     running.leaving = true;
+                    running.stale = true;
                     running.closed_at = Some(now.mono);
                     running.draining = true;
                 }
             }
         }
-        let claimed: Vec<Frontend> = self
+        let claimed: BTreeSet<Frontend> = self
             .services
             .values()
             .filter(|running| !running.leaving)
@@ -199,7 +204,9 @@ impl<D: Datapath> Engine<D> {
             .copied()
             .collect();
         for running in self.services.values_mut() {
+            let before = running.lingering.len();
             running.lingering.retain(|frontend| !claimed.contains(frontend));
+            running.stale |= running.lingering.len() != before;
         }
         for (name, service) in wanted {
             let adopted = self.left_behind.remove(&name);
@@ -211,6 +218,7 @@ impl<D: Datapath> Engine<D> {
         for (name, adopted) in std::mem::take(&mut self.left_behind) {
             let mut running = Running::orphan(now, &adopted);
             running.leaving = true;
+            running.stale = true;
             self.services.insert(name, running);
         }
         let staying = self.services.iter().filter(|(_, running)| !running.leaving);
@@ -240,6 +248,7 @@ impl<D: Datapath> Engine<D> {
         backend.health = health;
         backend.last = Some(report.result.clone());
         self.changes += u64::from(flipped);
+        running.stale |= flipped;
         if flipped {
             backend.since = Some(now.unix);
             let (code, detail) = (report.result.code.label(), &report.result.detail);
@@ -302,6 +311,7 @@ impl<D: Datapath> Engine<D> {
         let until = duration.and_then(|d| now.unix.checked_add(d).ok());
         if let Some(running) = self.services.get_mut(&name) {
             running.override_until = until;
+            running.stale = true;
         }
         let words = why.map_or_else(
             || "forced open by the operator".to_owned(),
@@ -323,6 +333,7 @@ impl<D: Datapath> Engine<D> {
         let name = self.find_free(name)?;
         if let Some(running) = self.services.get_mut(&name) {
             running.override_until = None;
+            running.stale = true;
         }
         self.react_with(now, &name, "reset by the operator", |breaker, _| breaker.reset(now.mono));
         self.apply(now, &name);
@@ -420,6 +431,7 @@ impl<D: Datapath> Engine<D> {
         let expired = running.override_until.is_some_and(|until| until <= now.unix);
         if expired {
             running.override_until = None;
+            running.stale = true;
         }
         let configured = running.service.override_;
         let current = running.breaker.operator();
@@ -456,6 +468,7 @@ impl<D: Datapath> Engine<D> {
         let Some(running) = self.services.get_mut(name) else { return };
         let health = pool::judge(&running.service.primary, &running.healths(0));
         let Some(transition) = input(&mut running.breaker, health) else { return };
+        running.stale = true;
         running.epoch = running.epoch.wrapping_add(1);
         running.since = now.unix;
         running.message = words.to_owned();
@@ -499,9 +512,11 @@ impl<D: Datapath> Engine<D> {
             // A packet that read the old switch may pin one more flow a moment after the new one was thrown.
             let long_enough = running.closed_at.is_none_or(|at| now.mono.saturating_sub(at) >= SWEEP);
             if running.flows == 0 && !inherits && long_enough {
+                running.stale |= !running.lingering.is_empty();
                 running.lingering.clear();
             }
             if running.flows == 0 && !inherits && (settled || running.leaving) && long_enough {
+                running.stale |= running.draining;
                 running.draining = false;
                 if running.leaving && running.is_told_to_be_closed() {
                     gone.push(name.clone());
@@ -558,10 +573,14 @@ impl<D: Datapath> Engine<D> {
     /// Brings the datapath to what is desired for one service, if it is not there already.
     fn apply(&mut self, now: Now, name: &ServiceName) {
         let Some(running) = self.services.get_mut(name) else { return };
+        if !running.stale && !running.share_moved(now) {
+            return;
+        }
         let plan = running.plan(now);
         if running.applied.as_ref() == Some(&plan) && !running.dirty {
             running.error = None;
             running.retry_at = None;
+            running.stale = false;
             return;
         }
         if running.retry_at.is_some_and(|at| now.mono < at) {
@@ -572,6 +591,7 @@ impl<D: Datapath> Engine<D> {
             Ok(()) => {
                 running.applied = Some(plan);
                 running.dirty = false;
+                running.stale = false;
                 running.retry_at = None;
                 if running.error.take().is_some() {
                     self.record(now, name, "WriteRecovered", "the datapath is what it should be again".into());
@@ -731,6 +751,7 @@ impl Running {
             lingering: Vec::new(),
             gone: BTreeSet::new(),
             dirty: false,
+            stale: true,
             service,
         }
     }
@@ -745,6 +766,7 @@ impl Running {
         if self.service == service {
             return;
         }
+        self.stale = true;
         self.breaker.set_policy(service.breaker.clone());
         let old = std::mem::take(&mut self.tiers);
         // A backend that stays in its tier keeps its health, until a changed check says otherwise.
@@ -842,6 +864,12 @@ impl Running {
         let mut plan = ServicePlan::new(&self.service, decision, &backup);
         plan.frontends.extend(&self.lingering);
         plan
+    }
+
+    /// Whether time alone has moved the share: a ramp.
+    fn share_moved(&self, now: Now) -> bool {
+        let share = if self.leaving { SHARE_ALL } else { self.breaker.share(now.mono) };
+        self.applied.as_ref().is_none_or(|plan| plan.decision.share != share)
     }
 
     /// Whether the programs know already that it is closed: what leaves is told first, and removed at a later sweep.

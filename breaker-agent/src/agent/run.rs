@@ -22,7 +22,7 @@ use super::{
     status::{AgentStatus, DatapathStatus, ProcessStatus},
 };
 use crate::{
-    check::{Checker, Prober, Report, Target},
+    check::{Checkers, Report, Target},
     config::{AgentConfig, AttachMode, ConfigError},
     control::{self, Request},
     datapath::{
@@ -118,9 +118,7 @@ pub async fn run(options: Options) -> Result<()> {
         attacher,
         failed_interfaces: BTreeMap::new(),
         names: HashMap::new(),
-        checkers: BTreeMap::new(),
-        prober: Prober::default(),
-        reports: reports_in,
+        checkers: Checkers::new(reports_in),
         latest_event,
         config: config.clone(),
         service_count: None,
@@ -213,9 +211,7 @@ struct Agent {
     failed_interfaces: BTreeMap<u32, (String, String)>,
     /// Names of interfaces by index, as the last message said.
     names: HashMap<u32, String>,
-    checkers: BTreeMap<Target, Checker>,
-    prober: Prober,
-    reports: mpsc::Sender<Report>,
+    checkers: Checkers,
     latest_event: watch::Sender<u64>,
     config: AgentConfig,
     /// Services that are configured; none before the source has said so.
@@ -350,13 +346,8 @@ impl Agent {
                 }
             }
         }
-        self.checkers.retain(|target, checker| wanted.get(target) == Some(checker.check()));
-        for (target, check) in wanted {
-            let (prober, reports) = (self.prober.clone(), self.reports.clone());
-            let known = self.engine.known_health(&target);
-            let start = || Checker::start(target.clone(), check, known, prober, reports);
-            self.checkers.entry(target.clone()).or_insert_with(start);
-        }
+        let engine = &self.engine;
+        self.checkers.want(wanted, |target| engine.known_health(target));
     }
 
     fn reload(&mut self, source: &FileSource, why: &str) {

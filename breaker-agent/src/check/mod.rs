@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::model::{Check, CheckAction};
 
-pub use schedule::{Checker, Report, Target};
+pub use schedule::{Checkers, Report, Target};
 
 /// Outcome of a probe in HAProxy's vocabulary (its management guide, section 9.3, `check_status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

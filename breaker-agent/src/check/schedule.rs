@@ -1,7 +1,12 @@
-//! When to probe: every period, with jitter, faster while a change is under way. One task a backend; it keeps the
-//! rise and fall, and reports every result with the health that follows from it.
+//! When to probe: every period, with jitter, faster while a change is under way. One task for a backend and a check,
+//! however many services want to know; it keeps each one's rise and fall, and reports every result with the health that
+//! follows from it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use tokio::{
     sync::mpsc,
@@ -39,26 +44,80 @@ pub struct Report {
     pub flipped: bool,
 }
 
+/// What a probe is: services that check the same backend in the same way share one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Probe {
+    backend: SocketAddr,
+    check: Check,
+}
+
+/// All checks of an agent. They end when it is dropped.
+#[derive(Debug)]
+pub struct Checkers {
+    prober: Prober,
+    reports: mpsc::Sender<Report>,
+    running: HashMap<Probe, Checker>,
+    targets: BTreeMap<Target, Probe>,
+}
+
+impl Checkers {
+    /// None yet. Results go to `reports`.
+    #[must_use]
+    pub fn new(reports: mpsc::Sender<Report>) -> Self {
+        Self { prober: Prober::default(), reports, running: HashMap::new(), targets: BTreeMap::new() }
+    }
+
+    /// Starts checks that are new or different, ends those that are not wanted any more. `known` tells what is known of a
+    /// target's health already.
+    pub fn want(&mut self, wanted: BTreeMap<Target, Check>, known: impl Fn(&Target) -> Health) {
+        let old = std::mem::take(&mut self.targets);
+        for (target, probe) in old {
+            let stays = wanted.get(&target) == Some(&probe.check);
+            if stays {
+                self.targets.insert(target, probe);
+            } else if let Some(checker) = self.running.get_mut(&probe) {
+                checker.members -= 1;
+                // A task that has ended wants nothing.
+                let _ = checker.changes.send(Change::Leave(target));
+            }
+        }
+        for (target, check) in wanted {
+            if self.targets.contains_key(&target) {
+                continue;
+            }
+            let probe = Probe { backend: target.backend, check };
+            let checker = self
+                .running
+                .entry(probe.clone())
+                .or_insert_with(|| Checker::start(probe.clone(), self.prober.clone(), self.reports.clone()));
+            checker.members += 1;
+            let _ = checker.changes.send(Change::Join(target.clone(), known(&target)));
+            self.targets.insert(target, probe);
+        }
+        self.running.retain(|_, checker| checker.members > 0);
+    }
+}
+
+/// Who wants a probe's results.
+#[derive(Debug)]
+enum Change {
+    Join(Target, Health),
+    Leave(Target),
+}
+
 /// A running check of one backend; ends when dropped.
 #[derive(Debug)]
-pub struct Checker {
-    check: Check,
+struct Checker {
+    members: usize,
+    changes: mpsc::UnboundedSender<Change>,
     task: JoinHandle<()>,
 }
 
 impl Checker {
-    /// Starts to check. The first probe comes at once, but for a little spread so that a thousand checks do not start
-    /// in one moment. `known` is what is known of its health already.
-    #[must_use]
-    pub fn start(target: Target, check: Check, known: Health, prober: Prober, reports: mpsc::Sender<Report>) -> Self {
-        let task = tokio::spawn(run(target, check.clone(), known, prober, reports));
-        Self { check, task }
-    }
-
-    /// What it does.
-    #[must_use]
-    pub const fn check(&self) -> &Check {
-        &self.check
+    fn start(probe: Probe, prober: Prober, reports: mpsc::Sender<Report>) -> Self {
+        let (changes, changes_out) = mpsc::unbounded_channel();
+        let task = tokio::spawn(run(probe, changes_out, prober, reports));
+        Self { members: 0, changes, task }
     }
 }
 
@@ -68,22 +127,46 @@ impl Drop for Checker {
     }
 }
 
-/// The most that a first probe is put off.
+/// The most that a first probe is put off, so that a thousand checks do not start in one moment.
 const START_SPREAD: Duration = Duration::from_millis(100);
 
-async fn run(target: Target, check: Check, known: Health, prober: Prober, reports: mpsc::Sender<Report>) {
-    let mut health = RiseFall::starting(check.success_threshold, check.failure_threshold, known);
-    let mut due = Instant::now() + START_SPREAD.min(check.fast_period).mul_f64(fastrand::f64());
+async fn run(
+    Probe { backend, check }: Probe,
+    mut changes: mpsc::UnboundedReceiver<Change>,
+    prober: Prober,
+    reports: mpsc::Sender<Report>,
+) {
+    let mut members: BTreeMap<Target, RiseFall> = BTreeMap::new();
+    let soon = || Instant::now() + START_SPREAD.min(check.fast_period).mul_f64(fastrand::f64());
+    let mut due = soon();
     loop {
-        sleep_until(due).await;
-        let started = Instant::now();
-        let result = prober.probe(&check, target.backend).await;
-        let flipped = health.observe(result.code.passes()).is_some();
-        let report = Report { target: target.clone(), result, health: health.health(), flipped };
-        if reports.send(report).await.is_err() {
-            return;
+        tokio::select! {
+            change = changes.recv() => match change {
+                None => return,
+                Some(Change::Join(target, known)) => {
+                    members.insert(target, RiseFall::starting(check.success_threshold, check.failure_threshold, known));
+                    // Whoever comes later need not wait for a whole period.
+                    due = due.min(soon());
+                    continue;
+                }
+                Some(Change::Leave(target)) => {
+                    members.remove(&target);
+                    continue;
+                }
+            },
+            () = sleep_until(due) => {}
         }
-        let period = if health.in_transition() { check.fast_period } else { check.period };
+        let started = Instant::now();
+        let result = prober.probe(&check, backend).await;
+        for (target, health) in &mut members {
+            let flipped = health.observe(result.code.passes()).is_some();
+            let report = Report { target: target.clone(), result: result.clone(), health: health.health(), flipped };
+            if reports.send(report).await.is_err() {
+                return;
+            }
+        }
+        let fast = members.values().any(RiseFall::in_transition);
+        let period = if fast { check.fast_period } else { check.period };
         // Counted from the start of the last probe: a slow answer does not stretch the period, and a probe that took
         // longer than the period is followed at once.
         due = started + jittered(period, check.jitter_percent, fastrand::f64());

@@ -362,3 +362,7 @@ pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus
     }
     found
 }
+
+#[cfg(test)]
+#[path = "aggregate_tests.rs"]
+mod tests;
