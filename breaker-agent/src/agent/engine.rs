@@ -112,6 +112,8 @@ struct Running {
     leaving: bool,
     /// Frontends that are not configured any more, and that flows may still come to.
     lingering: Vec<Frontend>,
+    /// Taken over from an earlier agent: flows to backends that are not known here are to end, whichever they were.
+    only_known: bool,
     /// Backends of a backup that are gone, whose flows are to go with them.
     gone: BTreeSet<SocketAddr>,
     /// The last write failed, so what is in the maps is not quite what was applied before it.
@@ -536,8 +538,12 @@ impl<D: Datapath> Engine<D> {
     /// A packet that read the old tables may pin one more flow a moment after they were replaced, so the list is kept
     /// until a sweep has looked again (`last`).
     fn cut_gone(&mut self, last: bool) {
-        for (name, running) in self.services.iter_mut().filter(|(_, running)| !running.gone.is_empty()) {
-            match self.datapath.cut(name, &running.gone) {
+        for (name, running) in self.services.iter_mut().filter(|(_, r)| r.only_known || !r.gone.is_empty()) {
+            let known = known_backends(&running.service);
+            let doomed = |backend: SocketAddr| {
+                running.gone.contains(&backend) || running.only_known && !known.contains(&backend)
+            };
+            match self.datapath.cut(name, &doomed) {
                 Ok(0) => {}
                 Ok(cut) => tracing::info!(service = %name, cut, "flows ended with the pods that they went to"),
                 Err(error) => {
@@ -547,6 +553,7 @@ impl<D: Datapath> Engine<D> {
             }
             if last {
                 running.gone.clear();
+                running.only_known = false;
             }
         }
     }
@@ -750,6 +757,7 @@ impl Running {
             leaving: false,
             lingering: Vec::new(),
             gone: BTreeSet::new(),
+            only_known: adopted.is_some(),
             dirty: false,
             stale: true,
             service,
@@ -759,7 +767,8 @@ impl Running {
     /// What an earlier agent left of a service that is not configured any more.
     fn orphan(now: Now, adopted: &Adopted) -> Self {
         let service = Service { frontends: adopted.frontends.clone(), ..Service::nothing(adopted.name.clone()) };
-        Self::new(now, service, Some(adopted))
+        // Nobody knows its backends any more: its flows end in peace.
+        Self { only_known: false, ..Self::new(now, service, Some(adopted)) }
     }
 
     fn reconfigure(&mut self, now: Now, service: Service) {
@@ -791,11 +800,7 @@ impl Running {
                     .collect()
             })
             .collect();
-        let known = |service: &Service| -> BTreeSet<SocketAddr> {
-            let tiers = service.backups.iter();
-            tiers.flat_map(|t| t.backends.iter().map(|b| b.address).chain(t.draining.iter().copied())).collect()
-        };
-        let (before, after) = (known(&self.service), known(&service));
+        let (before, after) = (known_backends(&self.service), known_backends(&service));
         self.gone.extend(before.difference(&after));
         self.gone.retain(|address| !after.contains(address));
         // Flows that the new rules would not look for any more must still end in peace.
@@ -820,6 +825,10 @@ impl Running {
                 None => tier.backends.len(),
             },
             total: tier.backends.len(),
+            checking: match tier.check {
+                Some(_) => self.healths(index).iter().filter(|health| **health == Health::Unknown).count(),
+                None => 0,
+            },
             active: active == Some(index),
         });
         Summary {
@@ -876,6 +885,12 @@ impl Running {
     fn is_told_to_be_closed(&self) -> bool {
         self.applied.as_ref().is_some_and(|plan| plan.decision.state == BreakerState::Closed)
     }
+}
+
+/// The backups' destinations, those that drain included.
+fn known_backends(service: &Service) -> BTreeSet<SocketAddr> {
+    let tiers = service.backups.iter();
+    tiers.flat_map(|t| t.backends.iter().map(|b| b.address).chain(t.draining.iter().copied())).collect()
 }
 
 fn timestamp(unix_ns: u64) -> Option<Timestamp> {

@@ -279,3 +279,53 @@ fn a_rate_that_tripped_stays_tripped_for_a_while() {
     e.tick(at(10_500));
     assert_eq!(state(&e).0, Closed);
 }
+
+/// Addresses get used again: whoever has one next must not get the connections of who had it before.
+#[test]
+fn flows_end_with_the_pods_that_they_went_to() {
+    let (stays, goes): (SocketAddr, SocketAddr) = ("10.42.0.3:80".parse().unwrap(), "10.42.0.9:80".parse().unwrap());
+    let with_both = |draining: bool| {
+        let mut services = services("");
+        let tier = &mut services[0].backups[0];
+        if draining {
+            tier.draining.push(goes);
+        } else {
+            tier.backends.push(Backend { address: goes, weight: 1 });
+        }
+        services
+    };
+    let mut e = Engine::new(FakeDatapath { flows_to: [stays, goes].into(), ..FakeDatapath::default() }, at(0)).unwrap();
+    e.configure(at(0), with_both(false));
+    e.configure(at(10), with_both(true));
+    assert_eq!(e.datapath().flows_to.len(), 2, "a pod that terminates keeps its connections");
+    e.configure(at(20), services(""));
+    assert_eq!(e.datapath().flows_to, [stays].into());
+    // A packet that read the old tables pins one more a moment later.
+    e.datapath_mut().flows_to.insert(goes);
+    e.tick(at(2_100));
+    assert_eq!(e.datapath().flows_to, [stays].into());
+}
+
+#[test]
+fn flows_to_pods_that_went_while_no_agent_looked_end_too() {
+    let (stays, gone): (SocketAddr, SocketAddr) = ("10.42.0.3:80".parse().unwrap(), "10.42.0.9:80".parse().unwrap());
+    let mut first = engine("", FakeDatapath::default());
+    probe(&mut first, 10, 1, CheckCode::L7Ok);
+    let adopted = Adopted {
+        name: ServiceName::new("dummy"),
+        frontends: services("")[0].frontends.clone(),
+        backup: [stays].into(),
+        state: Open,
+        epoch: 7,
+        share: 0,
+        reason: StateReason::HttpStatus,
+        since_unix_ns: 1,
+        trips: 1,
+        override_: (Override::Auto, 0),
+    };
+    let datapath =
+        FakeDatapath { left_behind: vec![adopted], flows_to: [stays, gone].into(), ..FakeDatapath::default() };
+    let e = engine("", datapath);
+    assert_eq!(e.datapath().flows_to, [stays].into());
+    assert_eq!(state(&e), (Open, 7), "and nothing else changes");
+}

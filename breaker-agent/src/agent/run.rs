@@ -238,7 +238,7 @@ impl Agent {
         loop {
             // Counted from the last tick, not from now: whatever else keeps the loop busy does not put it off.
             let mut due = self.engine.next_deadline(self.clock.now()).clamp(last_tick + PAUSE, last_tick + LOOK);
-            if self.unreported {
+            if self.unreported && self.update.synced {
                 due = due.min((self.reported_at + TELL).max(last_tick + PAUSE));
             }
             let due = self.clock.origin + due;

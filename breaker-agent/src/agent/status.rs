@@ -199,6 +199,8 @@ pub struct TierSummary {
     pub up: usize,
     /// Backends.
     pub total: usize,
+    /// Backends that were not checked yet.
+    pub checking: usize,
     /// Of the backups: whether it is the one that would take over.
     pub active: bool,
 }

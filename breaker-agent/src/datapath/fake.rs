@@ -24,8 +24,8 @@ pub struct FakeDatapath {
     pub left_behind: Vec<Adopted>,
     /// What [`Datapath::sweep`] finds alive.
     pub alive: BTreeMap<ServiceName, usize>,
-    /// Backends whose flows were ended.
-    pub cut: BTreeSet<SocketAddr>,
+    /// Backends that flows go to.
+    pub flows_to: BTreeSet<SocketAddr>,
     /// How often the heart beat.
     pub beats: usize,
 }
@@ -74,10 +74,11 @@ impl Datapath for FakeDatapath {
         Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum() })
     }
 
-    fn cut(&mut self, _name: &ServiceName, backends: &BTreeSet<SocketAddr>) -> Result<usize, DatapathError> {
+    fn cut(&mut self, _name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError> {
         self.may_fail()?;
-        self.cut.extend(backends);
-        Ok(0)
+        let before = self.flows_to.len();
+        self.flows_to.retain(|backend| !doomed(*backend));
+        Ok(before - self.flows_to.len())
     }
 
     fn flows(&self, _name: &ServiceName, _limit: usize) -> Result<Vec<FlowView>, DatapathError> {

@@ -156,11 +156,11 @@ pub trait Datapath {
     /// Maps that cannot be read.
     fn sweep(&mut self, idle: Option<Duration>) -> Result<Sweep, DatapathError>;
 
-    /// Ends a service's flows to some backends: no packet of theirs is translated any more. Returns how many there were.
+    /// Ends a service's flows to the backends that are `doomed`: no packet of theirs is translated any more. Returns how many there were.
     ///
     /// # Errors
     /// Maps that cannot be read or written; what was done by then stays done.
-    fn cut(&mut self, name: &ServiceName, backends: &BTreeSet<SocketAddr>) -> Result<usize, DatapathError>;
+    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError>;
 
     /// The service's flows, up to `limit`.
     ///

@@ -92,7 +92,7 @@ fn primary(update: &Update) -> Vec<String> {
 
 /// What an agent would tell that has all of it in force.
 fn facts(update: &Arc<Update>, state: &'static str) -> Facts {
-    let tier = |name: &str, active: bool| TierSummary { name: name.into(), up: 1, total: 1, active };
+    let tier = |name: &str, active: bool| TierSummary { name: name.into(), up: 1, total: 1, checking: 0, active };
     let summary = |name: &ServiceName| Summary {
         name: name.clone(),
         state,
@@ -267,6 +267,47 @@ async fn what_is_refused_is_said_and_a_newer_one_waits() {
     until("both Events", || {
         let reasons = event_reasons(&double);
         ["BackupNotFound", "Conflicted"].iter().all(|r| reasons.iter().any(|is| is == r))
+    })
+    .await;
+}
+
+/// An object of a later version, or one that a laxer check let in, must not keep the others from being heard.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_is_not_understood_leaves_the_others_alone() {
+    let double = lab().await;
+    let mut strange = breaker(1);
+    strange["metadata"]["name"] = json!("strange");
+    strange["spec"]["override"] = json!("SomethingNew");
+    double.put("circuitbreakers", strange.clone());
+    let mut source = source(&double);
+    update(&mut source, "the lab", |u| primary(u).len() == 1 && u.subjects.len() == 1).await;
+    strange["spec"]["until"] = json!("whenever");
+    double.put("circuitbreakers", strange);
+    double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
+    update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+}
+
+/// A deleted object that is made again under its name gets a status of its own, although it says the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_is_made_again_gets_its_status_again() {
+    let double = lab().await;
+    let mut source = source(&double);
+    let lab = update(&mut source, "the lab", |u| !u.services().is_empty()).await;
+    source.report(facts(&lab, "Closed"));
+    until("Programmed", || is(&double, "Programmed", "True", "Programmed")).await;
+    double.delete("circuitbreakers", "lab", "cb");
+    let mut again = breaker(1);
+    again["metadata"]["uid"] = json!("another");
+    double.put("circuitbreakers", again);
+    let lab = update(&mut source, "the new one", |u| u.subjects.iter().any(|s| s.uid == "another")).await;
+    source.report(facts(&lab, "Closed"));
+    until("Programmed again", || is(&double, "Programmed", "True", "Programmed")).await;
+    // Somebody writes nonsense into it: it is put right.
+    let mut wrong = double.get("circuitbreakers", "lab", "cb").unwrap();
+    wrong["status"]["state"] = json!("Nonsense");
+    double.put("circuitbreakers", wrong);
+    until("the truth", || {
+        double.get("circuitbreakers", "lab", "cb").is_some_and(|cb| cb["status"]["state"] == "Closed")
     })
     .await;
 }

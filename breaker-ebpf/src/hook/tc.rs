@@ -55,6 +55,11 @@ fn try_from_client<const OUTSIDE: bool>(ctx: &TcContext) -> Result<Verdict, Pass
     if let Some(service) = endpoint::index(role.service) {
         return to_frontend::<OUTSIDE>(ctx, &packet, &segment, service);
     }
+    // From outside, what goes to a pod itself is other nodes' business (their probes above all): it is masqueraded by nobody
+    // here, so it shares no reverse key with what is.
+    if OUTSIDE {
+        return Ok(Verdict::Next);
+    }
     if let Some(backend) = endpoint::index(role.backend) {
         return to_backend_directly(&packet, &segment, backend);
     }

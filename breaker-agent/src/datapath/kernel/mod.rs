@@ -292,9 +292,9 @@ impl Datapath for KernelDatapath {
         Ok(found.sweep)
     }
 
-    fn cut(&mut self, name: &ServiceName, backends: &BTreeSet<SocketAddr>) -> Result<usize, DatapathError> {
+    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError> {
         let index = self.index(name)?;
-        Ok(sweep::cut(&mut self.maps, index, backends)?)
+        Ok(sweep::cut(&mut self.maps, index, doomed)?)
     }
 
     fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowView>, DatapathError> {

@@ -92,7 +92,7 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
 }
 
 /// Removes a service's flows to some backends.
-pub(super) fn cut(maps: &mut Maps, service: u32, backends: &BTreeSet<SocketAddr>) -> Result<usize> {
+pub(super) fn cut(maps: &mut Maps, service: u32, doomed_backend: &dyn Fn(SocketAddr) -> bool) -> Result<usize> {
     let mut doomed = Vec::new();
     for entry in maps.flows.iter() {
         let (key, flow) = match entry {
@@ -101,7 +101,7 @@ pub(super) fn cut(maps: &mut Maps, service: u32, backends: &BTreeSet<SocketAddr>
             Err(error) => return Err(error).context("read the flows"),
         };
         let backend = SocketAddr::from((flow.backend, u16::from_be_bytes(flow.backend_port)));
-        if flow.service == service && flow.kind == FlowKind::Redirected as u8 && backends.contains(&backend) {
+        if flow.service == service && flow.kind == FlowKind::Redirected as u8 && doomed_backend(backend) {
             doomed.push((key, flow));
         }
     }

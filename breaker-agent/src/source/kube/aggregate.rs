@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::{
-    api::{CircuitBreakerStatus, NodeCounts, NodeReportSpec, NodeStatus, PortStatus, ReportedService},
+    api::{CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, PortStatus, ReportedService},
     resolve::{Refusal, Subject},
     wish::Owner,
 };
@@ -24,7 +24,7 @@ pub struct NodeNews {
     /// Whether Kubernetes hears of it.
     pub ready: bool,
     /// What its agent said last.
-    pub report: std::sync::Arc<NodeReportSpec>,
+    pub report: std::sync::Arc<NodeReport>,
 }
 
 /// Kind, namespace, name.
@@ -43,7 +43,7 @@ impl<'a> News<'a> {
     pub fn new(nodes: &'a [NodeNews]) -> Self {
         let mut news = Self { nodes: nodes.iter().collect(), ..Self::default() };
         for (index, node) in nodes.iter().enumerate() {
-            for service in &node.report.services {
+            for service in &node.report.spec.services {
                 let key = (service.kind.as_str(), service.namespace.as_str(), service.name.as_str());
                 news.by_owner.entry(key).or_default().push((index, service));
             }
@@ -72,7 +72,7 @@ fn openness(state: &str) -> u8 {
 }
 
 /// Cuts words to a length, at a character.
-fn short(words: &str) -> String {
+pub(super) fn short(words: &str) -> String {
     if words.len() <= MOST_WORDS {
         return words.to_owned();
     }
@@ -185,7 +185,8 @@ fn backup_words<'a>(services: impl Iterator<Item = &'a ReportedService>) -> Opti
     for service in services {
         let active = service.backups.iter().find(|t| t.active);
         let Some(tier) = active.or_else(|| service.backups.first()) else { continue };
-        let usable = active.is_some();
+        // A pod that was not checked yet says nothing against its tier.
+        let usable = active.is_some() || service.backups.iter().any(|t| t.checking > 0);
         let up = if usable { tier.up } else { -1 };
         if weakest.as_ref().is_none_or(|w| up < w.0) {
             weakest = Some((up, format!("{} {}/{}", tier.name, tier.up, tier.total), usable));
@@ -207,11 +208,11 @@ fn degraded(
         let error = node.error.as_deref().unwrap_or_default();
         return Some(("WriteFailed", format!("{}: {error}", node.node)));
     }
-    let failed = |n: &&&NodeNews| n.ready && !n.report.agent.failed_interfaces.is_empty();
+    let failed = |n: &&&NodeNews| n.ready && !n.report.spec.agent.failed_interfaces.is_empty();
     if let Some(node) = news.nodes.iter().find(failed) {
         return Some((
             "NotAttached",
-            format!("{}: {}", node.node, short(&node.report.agent.failed_interfaces.join("; "))),
+            format!("{}: {}", node.node, short(&node.report.spec.agent.failed_interfaces.join("; "))),
         ));
     }
     live().next()?;
@@ -259,8 +260,7 @@ fn conditions(
         |(reason, words)| ("Degraded", "True", reason.to_owned(), words),
     );
     let live = || news.nodes.iter().filter(|n| n.ready);
-    let hidden = live().find_map(|n| Some((n.node.as_str(), n.report.agent.incompatible.as_deref()?)));
-    let host_pods: i32 = live().map(|n| n.report.agent.host_network_pods).sum();
+    let hidden = live().find_map(|n| Some((n.node.as_str(), n.report.spec.agent.incompatible.as_deref()?)));
     let compatible = match hidden {
         Some((node, why)) => {
             ("DatapathCompatible", "False", "SocketLoadBalancer".to_owned(), short(&format!("{node}: {why}")))
@@ -269,9 +269,8 @@ fn conditions(
             "DatapathCompatible",
             "True",
             "Compatible".to_owned(),
-            format!(
-                "clients in pods are redirected; the nodes' own processes and {host_pods} pods with hostNetwork are not"
-            ),
+            "clients in pods and outside are redirected; the nodes' own processes and pods with hostNetwork are not"
+                .into(),
         ),
     };
     vec![accepted, resolved, in_kernel, degraded, compatible]

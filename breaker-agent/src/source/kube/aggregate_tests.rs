@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::{
     super::{
-        api::{NodeReportSpec, ReportedTier},
+        api::{NodeReport, NodeReportSpec, ReportedTier},
         wish::{Key, OwnerKind},
     },
     *,
@@ -39,13 +39,17 @@ fn port(state: &str, since: i64) -> ReportedService {
         since: Some(at(since)),
         reason: if state == "Open" { "HttpStatus".into() } else { "Initial".into() },
         share: if state == "Open" { 0 } else { 1000 },
-        backups: vec![ReportedTier { name: "backup".into(), up: 2, total: 2, active: true }],
+        backups: vec![ReportedTier { name: "backup".into(), up: 2, total: 2, active: true, checking: 0 }],
         ..ReportedService::default()
     }
 }
 
 fn node(name: &str, ready: bool, services: Vec<ReportedService>) -> NodeNews {
-    NodeNews { node: name.into(), ready, report: Arc::new(NodeReportSpec { services, ..NodeReportSpec::default() }) }
+    NodeNews {
+        node: name.into(),
+        ready,
+        report: Arc::new(NodeReport::new(name, NodeReportSpec { services, ..NodeReportSpec::default() })),
+    }
 }
 
 fn condition_of(status: &CircuitBreakerStatus, type_: &str) -> (String, String) {
@@ -130,7 +134,7 @@ fn what_did_not_change_keeps_its_time_and_is_no_event() {
 #[test]
 fn a_backup_that_is_lost_and_found_is_told() {
     let lost = ReportedService {
-        backups: vec![ReportedTier { name: "backup".into(), up: 0, total: 2, active: false }],
+        backups: vec![ReportedTier { name: "backup".into(), up: 0, total: 2, active: false, checking: 0 }],
         ..port("Closed", 0)
     };
     let good = status(&subject(), &News::new(&[node("a", true, vec![port("Closed", 0)])]), None, at(1));

@@ -30,7 +30,7 @@ pub mod wish;
 mod resolve_tests;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -46,9 +46,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{agent::status::Summary, model};
-use api::CircuitBreakerStatus;
 use policy::Policies;
-use resolve::{NodeView, Subject, resolve};
+use publish::Published;
+use resolve::{Good, NodeView, Subject, resolve};
 use watch::Watches;
 use wish::Owner;
 
@@ -68,10 +68,6 @@ pub struct Update {
     pub node: NodeView,
     /// What came of every wish, oldest first.
     pub subjects: Vec<Subject>,
-    /// What the CircuitBreakers' statuses say now (without the nodes one by one).
-    pub published: HashMap<Owner, CircuitBreakerStatus>,
-    /// Pods of this node in its own network.
-    pub host_network_pods: usize,
 }
 
 impl Update {
@@ -140,6 +136,8 @@ pub fn client_of(mut config: Config) -> Result<Client> {
     // Longer than a watch lasts, which is silent for as long as nothing happens.
     config.read_timeout = Some(Duration::from_secs(150));
     config.write_timeout = Some(Duration::from_secs(20));
+    // Whoever asks knows what to do about an answer that is none, and when.
+    config.default_retry = false;
     Client::try_from(config).context("make a client for the API server")
 }
 
@@ -168,14 +166,17 @@ impl KubeSource {
     pub fn start(client: &Client, place: &Place) -> Self {
         let (updates_in, updates) = channel::channel(Arc::new(Update::default()));
         let (facts, facts_out) = channel::channel(None);
-        let (nodes_in, nodes) = channel::channel(0);
+        let changed = Arc::new(Notify::new());
+        let watches = Watches::start(client, &place.node, &changed);
+        let published = Published::new(watches.breakers());
         let ending = CancellationToken::new();
         let tasks = vec![
-            tokio::spawn(follow(client.clone(), place.node.clone(), updates_in, nodes_in)),
-            tokio::spawn(report::publish(client.clone(), facts_out, nodes)),
+            tokio::spawn(follow(watches, changed, updates_in)),
+            tokio::spawn(report::publish(client.clone(), facts_out, published.clone())),
         ];
         let (namespace, node) = (place.namespace.clone(), place.node.clone());
-        let publisher = tokio::spawn(publish::run(client.clone(), namespace, node, updates.clone(), ending.clone()));
+        let publisher =
+            tokio::spawn(publish::run(client.clone(), namespace, node, (updates.clone(), published), ending.clone()));
         Self { updates, facts, ending, publisher: Mutex::new(Some(publisher)), tasks }
     }
 
@@ -208,10 +209,9 @@ impl KubeSource {
 }
 
 /// From the API to updates, for ever.
-async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Update>>, nodes: channel::Sender<usize>) {
-    let changed = Arc::new(Notify::new());
-    let mut watches = Watches::start(&client, &node, &changed);
+async fn follow(mut watches: Watches, changed: Arc<Notify>, updates: channel::Sender<Arc<Update>>) {
     let mut policies = Policies::default();
+    let mut good = Good::new();
     let mut next: Option<Timestamp> = None;
     let mut held: BTreeMap<Owner, BTreeMap<i32, model::Service>> = BTreeMap::new();
     let mut serial = 0;
@@ -224,7 +224,7 @@ async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Updat
         }
         sleep(GATHER).await;
         let Some(world) = watches.world() else { continue };
-        let mut resolution = resolve(&world, &mut policies, Timestamp::now(), ROOM);
+        let mut resolution = resolve(&world, &mut policies, &mut good, Timestamp::now(), ROOM);
         policies.turn();
         next = resolution.next;
         watches.want(&resolution.wanted);
@@ -232,9 +232,9 @@ async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Updat
         if serial == 0 && resolution.subjects.iter().any(|subject| subject.pending) {
             continue;
         }
-        // What is not known yet, or asked for wrongly, changes nothing.
+        // What is not known yet changes nothing.
         for subject in &mut resolution.subjects {
-            if subject.hold
+            if subject.pending
                 && let Some(before) = held.get(&subject.owner)
             {
                 subject.ports.clone_from(before);
@@ -242,20 +242,7 @@ async fn follow(client: Client, node: String, updates: channel::Sender<Arc<Updat
         }
         held = resolution.subjects.iter().map(|s| (s.owner.clone(), s.ports.clone())).collect();
         serial += 1;
-        let published = world
-            .breakers
-            .iter()
-            .filter_map(|breaker| Some((wish::of_breaker(breaker).owner, breaker.status.clone()?)))
-            .collect();
-        let update = Update {
-            synced: true,
-            serial,
-            node: world.node,
-            subjects: resolution.subjects,
-            published,
-            host_network_pods: watches.host_network_pods(),
-        };
-        nodes.send_replace(publish::nodes(&update));
+        let update = Update { synced: true, serial, node: world.node, subjects: resolution.subjects };
         updates.send_replace(Arc::new(update));
     }
 }

@@ -34,6 +34,8 @@ pub struct ServiceSpec {
     /// More addresses.
     #[serde(rename = "externalIPs")]
     pub external_ips: Vec<String>,
+    /// Who may use its load balancer; everybody if empty.
+    pub load_balancer_source_ranges: Vec<String>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
 }
@@ -189,25 +191,6 @@ pub struct NodeCondition {
     pub r#type: String,
     /// True, False, Unknown.
     pub status: String,
-}
-
-/// A Pod.
-#[derive(Clone, Debug, Default, Deserialize, Resource)]
-#[resource(inherit = core::Pod)]
-pub struct Pod {
-    /// Its metadata.
-    pub metadata: ObjectMeta,
-    /// What is wanted.
-    #[serde(default)]
-    pub spec: PodSpec,
-}
-
-/// What is wanted of a Pod.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct PodSpec {
-    /// It is in its node's own network.
-    pub host_network: bool,
 }
 
 /// Go's nil slices are `null` in JSON.

@@ -7,12 +7,18 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Api, Client, ResourceExt as _,
     api::{ObjectMeta, Patch, PatchParams, PostParams},
+    runtime::utils::Backoff as _,
 };
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 
 use super::{
     Facts,
+    aggregate::short,
     api::{NodeReport, NodeReportSpec, ReportedAgent, ReportedService, ReportedTier},
+    publish::Published,
     watch::{Patience, words},
 };
 use crate::agent::status::{Summary, TierSummary};
@@ -23,8 +29,12 @@ const PAUSE: Duration = Duration::from_millis(200);
 const WRITES_PER_SECOND: f64 = 100.0;
 /// Clusters up to this size need no spreading.
 const SMALL: usize = 20;
-/// How often the report is looked for without a change.
-const CHECK: Duration = Duration::from_secs(300);
+/// The least between two writes about what can wait, in a small cluster.
+const CALM: Duration = Duration::from_secs(1);
+/// How often it is written without a change.
+const REFRESH: Duration = Duration::from_secs(300);
+/// How long the API server may take.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is written while the Node is not Ready.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
 /// The longest that a write is put off for the others' sake.
@@ -53,9 +63,9 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
                 state: summary.state.to_owned(),
                 since: summary.since,
                 reason: summary.reason.to_owned(),
-                message: summary.message.clone(),
+                message: short(&summary.message),
                 share: coarse(summary.share),
-                error: summary.error.clone(),
+                error: summary.error.as_deref().map(short),
                 primary: summary.tiers.first().map(tier).unwrap_or_default(),
                 backups: summary.tiers.iter().skip(1).map(tier).collect(),
             });
@@ -73,7 +83,6 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
             services: count(services.len()),
             open: count(services.iter().filter(|s| s.state == "Open").count()),
             incompatible: facts.incompatible.clone(),
-            host_network_pods: count(facts.update.host_network_pods),
         },
         services,
     }
@@ -81,7 +90,13 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
 
 fn tier(tier: &TierSummary) -> ReportedTier {
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
-    ReportedTier { name: tier.name.clone(), up: count(tier.up), total: count(tier.total), active: tier.active }
+    ReportedTier {
+        name: tier.name.clone(),
+        up: count(tier.up),
+        total: count(tier.total),
+        checking: count(tier.checking),
+        active: tier.active,
+    }
 }
 
 /// A ramp moves the share ten times a second; a tenth of the way is worth a word.
@@ -92,74 +107,105 @@ fn coarse(share: u16) -> i32 {
     }
 }
 
-/// Writes the report whenever it changed, for ever. `nodes` is how many there are.
-pub(super) async fn publish(
-    client: Client,
-    mut facts: watch::Receiver<Option<Arc<Facts>>>,
-    nodes: watch::Receiver<usize>,
-) {
+/// Whether one report says something of another that others should know soon: not how many pods of how many are Up, nor
+/// how many interfaces there are.
+fn is_urgent(old: Option<&NodeReportSpec>, new: &NodeReportSpec) -> bool {
+    let Some(old) = old else { return true };
+    let usable = |s: &ReportedService| s.backups.iter().any(|tier| tier.active);
+    old.services.len() != new.services.len()
+        || old.agent.failed_interfaces != new.agent.failed_interfaces
+        || old.agent.incompatible != new.agent.incompatible
+        || old.services.iter().zip(&new.services).any(|(a, b)| {
+            (&a.name, &a.namespace, a.port, &a.kind) != (&b.name, &b.namespace, b.port, &b.kind)
+                || (a.desired_generation, a.applied_generation) != (b.desired_generation, b.applied_generation)
+                || (&a.state, &a.since, &a.reason, &a.error) != (&b.state, &b.since, &b.reason, &b.error)
+                || usable(a) != usable(b)
+        })
+}
+
+/// Writes the report whenever it changed, for ever.
+pub(super) async fn publish(client: Client, mut facts: watch::Receiver<Option<Arc<Facts>>>, published: Published) {
     let api: Api<NodeReport> = Api::all(client);
-    let mut written: Option<NodeReportSpec> = None;
+    // For which Node, and what.
+    let mut written: Option<(Option<String>, NodeReportSpec)> = None;
+    let mut written_at = Instant::now();
     let mut applied = HashMap::new();
     let mut patience = Patience::default();
     let mut lost = false;
     loop {
-        let ready = facts.borrow().as_ref().is_none_or(|facts| facts.update.node.ready);
-        let pause = if ready { CHECK } else { SIGN_OF_LIFE };
-        // Once in a while without a change: somebody may have deleted it, or the Node came back as another one.
-        tokio::select! {
-            changed = facts.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(pause.mul_f64(0.75 + 0.5 * fastrand::f64())) => {
-                if !ready {
-                    written = None;
-                }
-                let name = facts.borrow().as_ref().map(|facts| facts.update.node.name.clone());
-                if let Some(name) = name && matches!(api.get_metadata_opt(&name).await, Ok(None)) {
-                    written = None;
-                }
+        let Some(now) = facts.borrow_and_update().clone() else {
+            if facts.changed().await.is_err() {
+                return;
             }
+            continue;
+        };
+        let nodes = published.nodes();
+        let (ready, uid) = (now.update.node.ready, now.update.node.uid.clone());
+        let mut report = make(&now, &mut applied);
+        let known = written.as_ref().filter(|(node, _)| *node == uid).map(|(_, report)| report);
+        // Without a change it is written once in a while: somebody may have deleted it, and others see that we live.
+        let again = written_at + if ready { REFRESH } else { SIGN_OF_LIFE };
+        let due = match known {
+            Some(known) if *known == report => again,
+            known if is_urgent(known, &report) => written_at + pause(nodes),
+            _ => (written_at + calm(nodes)).min(again),
+        };
+        if Instant::now() < due {
+            tokio::select! {
+                changed = facts.changed() => if changed.is_err() { return },
+                () = sleep_until(due) => {}
+            }
+            continue;
         }
         // All nodes see the same thing at the same time; their writes need not come at the same time.
-        let wait = spread(*nodes.borrow());
-        tokio::time::sleep(wait).await;
-        loop {
-            let Some(now) = facts.borrow_and_update().clone() else { break };
-            let mut report = make(&now, &mut applied);
-            if written.as_ref() == Some(&report) {
-                break;
+        sleep(spread(nodes)).await;
+        report.agent.reported_at = Some(Timestamp::now());
+        let outcome = match timeout(PATIENCE, write(&api, &now, &report)).await {
+            Ok(outcome) => outcome.map_err(|error| words(&error)),
+            Err(_) => Err("no answer in time".into()),
+        };
+        report.agent.reported_at = None;
+        match outcome {
+            Ok(()) => {
+                if lost {
+                    lost = false;
+                    tracing::info!("this node's report is written again");
+                }
+                patience.reset();
+                written = Some((uid, report));
+                written_at = Instant::now();
             }
-            report.agent.reported_at = Some(Timestamp::now());
-            let outcome = write(&api, &now, &report).await;
-            report.agent.reported_at = None;
-            match outcome {
-                Ok(()) => {
-                    if lost {
-                        lost = false;
-                        tracing::info!("this node's report is written again");
-                    }
-                    kube::runtime::utils::Backoff::reset(&mut patience);
-                    written = Some(report);
-                    tokio::time::sleep(PAUSE).await;
+            Err(error) => {
+                if !lost {
+                    lost = true;
+                    tracing::warn!("this node's report cannot be written, trying again: {error}");
                 }
-                Err(error) => {
-                    if !lost {
-                        lost = true;
-                        tracing::warn!("this node's report cannot be written, trying again: {}", words(&error));
-                    }
-                    tokio::time::sleep(patience.next().unwrap_or(PAUSE)).await;
-                }
+                sleep(patience.next().unwrap_or(PAUSE)).await;
             }
         }
     }
+}
+
+/// The least between two writes, so that all nodes together keep their bound.
+fn pause(nodes: usize) -> Duration {
+    PAUSE.max(seconds(nodes, WRITES_PER_SECOND))
+}
+
+/// The least between two writes about what can wait.
+fn calm(nodes: usize) -> Duration {
+    seconds(nodes, WRITES_PER_SECOND / 10.0).clamp(CALM, Duration::from_secs(60))
+}
+
+fn seconds(nodes: usize, per_second: f64) -> Duration {
+    #[expect(clippy::cast_precision_loss, reason = "a count of nodes")]
+    Duration::from_secs_f64(nodes as f64 / per_second)
 }
 
 fn spread(nodes: usize) -> Duration {
     if nodes <= SMALL {
         return Duration::ZERO;
     }
-    #[expect(clippy::cast_precision_loss, reason = "a count of nodes")]
-    let span = Duration::from_secs_f64(nodes as f64 / WRITES_PER_SECOND).min(LONGEST);
-    span.mul_f64(fastrand::f64())
+    seconds(nodes, WRITES_PER_SECOND).min(LONGEST).mul_f64(fastrand::f64())
 }
 
 async fn write(api: &Api<NodeReport>, facts: &Facts, report: &NodeReportSpec) -> Result<(), kube::Error> {

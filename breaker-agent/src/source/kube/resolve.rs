@@ -82,7 +82,7 @@ pub struct Subject {
     pub ports: BTreeMap<i32, model::Service>,
     /// What was asked for and is not done, in words.
     pub notes: Vec<String>,
-    /// Nothing is to change: something is not known yet, or what is asked for is wrong.
+    /// What is asked for is not in force: something is not known yet, or it is wrong, and what was good before goes on.
     pub hold: bool,
     /// Endpoints are not known yet.
     pub pending: bool,
@@ -114,9 +114,12 @@ pub fn engine_name(service: &Key, port: i32) -> ServiceName {
     ServiceName::new(&format!("{cut}{end}"))
 }
 
+/// The last spec of each owner that could be carried out: what a wrong one leaves in force, on the pods of now.
+pub type Good = HashMap<Owner, Arc<CircuitBreakerSpec>>;
+
 /// Resolves everything. `limit` is how many ports can be protected.
 #[must_use]
-pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: usize) -> Resolution {
+pub fn resolve(world: &World, policies: &mut Policies, good: &mut Good, now: Timestamp, limit: usize) -> Resolution {
     let mut wishes: Vec<Wish> = world
         .breakers
         .iter()
@@ -129,6 +132,7 @@ pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: us
     let mut taken: HashMap<Key, Owner> = HashMap::new();
     let mut frontends: HashSet<Frontend> = HashSet::new();
     let mut count = 0;
+    let mut next_good = Good::new();
     for wish in wishes {
         let mut subject = Subject {
             owner: wish.owner.clone(),
@@ -153,19 +157,32 @@ pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: us
             continue;
         }
         taken.insert(wish.service.clone(), wish.owner.clone());
-        match wish.spec {
+        let wanted = match wish.spec {
+            Ok(spec) => Some(spec),
             Err(message) => {
                 subject.accepted = refuse("Invalid", message);
-                subject.hold = true;
+                None
             }
-            Ok(spec) => {
-                let mut work =
-                    Work { world, policies, spec: &spec, subject: &mut subject, wanted: &mut resolution.wanted };
-                work.resolve(now);
-                if let Some(until) = spec.until.filter(|until| *until > now && spec.r#override != Override::Auto) {
-                    resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
-                }
+        };
+        let wrong = wanted.as_ref().is_none_or(|spec| {
+            let mut work = Work { world, policies, spec, subject: &mut subject, wanted: &mut resolution.wanted };
+            work.resolve(now);
+            subject.accepted.is_err()
+        });
+        let in_force = if wrong { good.get(&wish.owner).cloned() } else { wanted };
+        if let (true, Some(spec)) = (wrong, &in_force) {
+            // What was asked for before goes on; that it is not what is asked for now stays said.
+            let refused = subject.accepted.clone();
+            let mut work = Work { world, policies, spec, subject: &mut subject, wanted: &mut resolution.wanted };
+            work.resolve(now);
+            subject.accepted = refused;
+        }
+        subject.hold |= wrong;
+        if let Some(spec) = in_force {
+            if let Some(until) = spec.until.filter(|until| *until > now && spec.r#override != Override::Auto) {
+                resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
             }
+            next_good.insert(wish.owner.clone(), spec);
         }
         // A frontend belongs to one service; Kubernetes lets two Services name one external IP.
         for (port, service) in &mut subject.ports {
@@ -187,6 +204,7 @@ pub fn resolve(world: &World, policies: &mut Policies, now: Timestamp, limit: us
         }
         resolution.subjects.push(subject);
     }
+    *good = next_good;
     resolution
 }
 
@@ -242,13 +260,12 @@ impl<'a> Work<'a> {
             match self.port(now, &key, service, port, &backups) {
                 Ok(Some(service)) => drop(self.subject.ports.insert(port.port, service)),
                 Ok(None) => {}
+                Err(Problem::Ref(refusal)) => self.subject.resolved = Err(refusal),
                 Err(Problem::Invalid(message)) => {
                     self.subject.accepted = refuse("Invalid", message);
-                    self.subject.hold = true;
                     self.subject.ports.clear();
                     return Ok(());
                 }
-                Err(Problem::Ref(refusal)) => return Err(refusal),
             }
         }
         Ok(())
@@ -377,7 +394,10 @@ impl<'a> Work<'a> {
         let check = |check: Option<&Check>, key: &Key| -> Result<Option<Check>, Problem> {
             let Some(check) = check else { return Ok(None) };
             let slices = &self.world.endpoints[key];
-            numbered(check, |name| Endpoints::of(slices, Some(name)).port).map(Some).map_err(|name| {
+            // A Service without endpoints has slices without ports: nobody will be asked, so any number does.
+            let nobody = slices.iter().all(|slice| slice.endpoints.is_empty());
+            let number = |name: &str| Endpoints::of(slices, Some(name)).port.or(nobody.then_some(1));
+            numbered(check, number).map(Some).map_err(|name| {
                 Problem::Ref(Refusal {
                     reason: "PortNotFound",
                     message: format!("the check's port {name:?} is no port of Service {key} with endpoints"),
@@ -452,6 +472,15 @@ impl<'a> Work<'a> {
         let cluster = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
         let external = spec.external_ips.iter();
         let balancers = service.status.load_balancer.ingress.iter();
+        // netfilter drops sources out of the range before they are translated; we would be earlier than it.
+        let limited = !spec.load_balancer_source_ranges.is_empty();
+        if limited && !service.status.load_balancer.ingress.is_empty() {
+            let note = "addresses of its load balancer are not protected: it has loadBalancerSourceRanges";
+            if !self.subject.notes.iter().any(|n| n == note) {
+                self.subject.notes.push(note.into());
+            }
+        }
+        let balancers = balancers.filter(|_| !limited);
         // With ipMode Proxy the packets come with the balancer's own idea of a destination.
         let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
         let mut addresses: BTreeSet<SocketAddr> = cluster
@@ -484,7 +513,7 @@ impl<'a> Work<'a> {
                 .name
                 .as_ref()
                 .and_then(|name| by(&Port::Name(name.clone())))
-                .or_else(|| by(&Port::Number(port.port)))
+                .or_else(|| by(&Port::Number(i64::from(port.port))))
                 .or_else(|| if let [only] = ports[..] { Some(only) } else { None }),
         };
         let Some(chosen) = chosen else {
@@ -570,7 +599,7 @@ enum Problem {
 
 fn is_named(port: &ServicePort, wanted: &Port) -> bool {
     match wanted {
-        Port::Number(number) => port.port == *number,
+        Port::Number(number) => i64::from(port.port) == *number,
         Port::Name(name) => port.name.as_ref() == Some(name),
     }
 }
@@ -594,7 +623,7 @@ fn numbered(check: &Check, number: impl Fn(&str) -> Option<u16>) -> Result<Check
     for port in ports.into_iter().flatten() {
         if let Port::Name(name) = port {
             let found = number(name).ok_or_else(|| name.clone())?;
-            *port = Port::Number(i32::from(found));
+            *port = Port::Number(i64::from(found));
         }
     }
     Ok(check)

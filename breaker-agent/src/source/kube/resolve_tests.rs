@@ -9,7 +9,7 @@ use super::{
     api::{CircuitBreaker, ReferenceGrant},
     objects::{EndpointSlice, Service},
     policy::Policies,
-    resolve::{NodeView, Resolution, Subject, World, engine_name, resolve},
+    resolve::{Good, NodeView, Resolution, Subject, World, engine_name, resolve},
     wish::Key,
 };
 use crate::{config, model};
@@ -85,7 +85,7 @@ impl Lab {
     }
 
     fn resolve(&self) -> Resolution {
-        resolve(&self.0, &mut Policies::default(), now(), 1000)
+        resolve(&self.0, &mut Policies::default(), &mut Good::new(), now(), 1000)
     }
 
     fn only(&self) -> Subject {
@@ -438,7 +438,7 @@ fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
     let resolution = lab.resolve();
     assert_eq!(frontends(&resolution.subjects[1].ports[&8080]), ["10.43.0.5:8080"]);
     assert!(resolution.subjects[1].notes[0].contains("10.43.0.1:8080"), "{:?}", resolution.subjects[1].notes);
-    let full = resolve(&lab.0, &mut Policies::default(), now(), 1);
+    let full = resolve(&lab.0, &mut Policies::default(), &mut Good::new(), now(), 1);
     assert!(full.subjects[0].accepted.is_ok());
     assert_eq!(refusal(&full.subjects[1]).0, "TooMany");
 }
@@ -452,4 +452,84 @@ fn names_fit_and_differ() {
     );
     assert!(a.as_str().len() < breaker_common::NAME_LEN && a != b, "{a} {b}");
     assert_eq!(engine_name(&Key::new("lab", "dummy"), 8080).as_str(), "lab/dummy:8080");
+}
+
+#[test]
+fn a_wrong_spec_leaves_the_last_good_one_in_force_on_the_pods_of_now() {
+    let annotated = |lab: &mut Lab, check: &str| {
+        lab.service(
+            "lab",
+            "dummy",
+            json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080 }] }),
+            json!({ "breaker.dev/backup": "backup", "breaker.dev/check": check }),
+        );
+    };
+    let mut good = Good::new();
+    let mut lab = Lab::new();
+    annotated(&mut lab, "/ready");
+    let first = resolve(&lab.0, &mut Policies::default(), &mut good, now(), 1000);
+    annotated(&mut lab, "ready");
+    lab.0.endpoints.insert(Key::new("lab", "dummy"), Vec::new());
+    lab.slice("lab", "dummy", "", 80, json!([{ "addresses": ["10.42.0.8"] }]));
+    for _ in 0..2 {
+        let second = resolve(&lab.0, &mut Policies::default(), &mut good, now(), 1000);
+        let subject = &second.subjects[0];
+        assert!(subject.hold && subject.accepted.is_err() && !subject.pending);
+        assert_eq!(addresses(&subject.ports[&8080].primary), ["10.42.0.8:80"]);
+        assert_eq!(subject.ports[&8080].primary.check, first.subjects[0].ports[&8080].primary.check);
+        assert_eq!(second.wanted, first.wanted);
+    }
+}
+
+#[test]
+fn a_service_without_pods_keeps_its_protection_also_with_a_named_port() {
+    let mut lab = Lab::new().with_breaker(with(|s| s["check"]["httpGet"]["port"] = json!("admin")));
+    for name in ["dummy", "backup"] {
+        lab.0.endpoints.remove(&Key::new("lab", name));
+        lab.slice("lab", name, "", 80, json!([]));
+    }
+    let subject = lab.only();
+    assert_eq!(subject.resolved, Ok(()));
+    assert!(subject.ports[&8080].primary.backends.is_empty(), "which opens the breaker");
+}
+
+#[test]
+fn a_port_that_cannot_be_backed_up_leaves_the_others_alone() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.service(
+        "lab",
+        "dummy",
+        json!({ "clusterIP": "10.43.0.1", "ports": [{ "name": "odd", "port": 1 }, { "name": "http", "port": 8080 }] }),
+        json!({}),
+    );
+    lab.slice("lab", "dummy", "http", 80, json!([{ "addresses": ["10.42.0.1"] }]));
+    lab.service(
+        "lab",
+        "backup",
+        json!({ "clusterIP": "10.43.0.2", "ports": [{ "name": "a", "port": 2 }, { "name": "http", "port": 3 }] }),
+        json!({}),
+    );
+    lab.slice("lab", "backup", "http", 80, json!([{ "addresses": ["10.42.0.3"] }]));
+    let subject = lab.only();
+    assert_eq!(refusal(&subject).0, "PortNotFound");
+    assert_eq!(subject.ports.keys().copied().collect::<Vec<_>>(), [8080]);
+}
+
+#[test]
+fn a_load_balancer_with_source_ranges_is_left_to_netfilter() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.service(
+        "lab",
+        "dummy",
+        json!({ "clusterIP": "10.43.0.1", "loadBalancerSourceRanges": ["192.0.2.0/24"], "ports": [{ "port": 8080 }] }),
+        json!({}),
+    );
+    let key = Key::new("lab", "dummy");
+    let mut service = (*lab.0.services[&key]).clone();
+    service.status =
+        serde_json::from_value(json!({ "loadBalancer": { "ingress": [{ "ip": "203.0.113.9" }] } })).unwrap();
+    lab.0.services.insert(key, Arc::new(service));
+    let subject = lab.only();
+    assert_eq!(frontends(&subject.ports[&8080]), ["10.43.0.1:8080"]);
+    assert!(subject.notes.iter().any(|note| note.contains("loadBalancerSourceRanges")), "{:?}", subject.notes);
 }

@@ -3,26 +3,36 @@
 //!
 //! Services are watched whole, as kube-proxy does (an annotation cannot be selected by); CircuitBreakers and grants, too.
 //! EndpointSlices, of which there are most and which change most, are watched for the Services that are referred to, one
-//! watch a namespace, by label. Of Nodes and Pods only this node's. Everything is trimmed before it is kept.
+//! watch a namespace, by label; of Nodes only this one. Pods are not watched at all: slices have what matters of them.
+//! Everything is trimmed before it is kept.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Debug,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use futures_util::StreamExt as _;
 use kube::{
     Api, Client, Resource, ResourceExt as _,
-    runtime::{WatchStreamExt as _, reflector, watcher},
+    core::DeserializeGuard,
+    runtime::{
+        WatchStreamExt as _,
+        reflector::{self, ObjectRef},
+        utils::Backoff as _,
+        watcher,
+    },
 };
 use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, task::JoinHandle};
 
 use super::{
     api::{CircuitBreaker, ReferenceGrant},
-    objects::{EndpointSlice, Node, Pod, Service},
+    objects::{EndpointSlice, Node, Service},
     resolve::{NodeView, World},
     wish::Key,
 };
@@ -40,7 +50,7 @@ const MOST_NAMES: usize = 64;
 /// A running watch and what it found; ends when dropped.
 pub(super) struct Watch<K: Resource<DynamicType = ()> + 'static> {
     store: reflector::Store<K>,
-    ready: Arc<std::sync::atomic::AtomicBool>,
+    ready: Arc<AtomicBool>,
     task: JoinHandle<()>,
 }
 
@@ -60,32 +70,42 @@ where
         what: String,
         changed: Arc<Notify>,
         trim: impl Fn(&mut K) + Send + 'static,
+        matters: impl Fn(&K, &K) -> bool + Send + 'static,
     ) -> Self {
         let (store, mut writer) = reflector::store::<K>();
-        let ready = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let ready = Arc::new(AtomicBool::new(false));
         let is_ready = ready.clone();
         let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
+        let known = store.clone();
         let task = tokio::spawn(async move {
-            let mut events = std::pin::pin!(
-                watcher(api, config)
-                    .modify(move |object| {
-                        object.managed_fields_mut().clear();
-                        trim(object);
-                    })
-                    .backoff(Patience::default())
-            );
+            let mut events = std::pin::pin!(watcher(api, config).modify(move |object| {
+                object.managed_fields_mut().clear();
+                trim(object);
+            }));
             let mut lost = false;
+            let mut patience = Patience::default();
             while let Some(event) = events.next().await {
                 match event {
                     Ok(event) => {
-                        if lost {
-                            lost = false;
+                        // The start of a list is no success yet.
+                        let good = !matches!(event, watcher::Event::Init);
+                        if good && lost {
                             tracing::info!("the API server tells of {what} again");
                         }
-                        let whole = !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_));
+                        if good {
+                            lost = false;
+                            patience.reset();
+                        }
+                        let whole = match &event {
+                            watcher::Event::Init | watcher::Event::InitApply(_) => false,
+                            watcher::Event::InitDone | watcher::Event::Delete(_) => true,
+                            watcher::Event::Apply(new) => {
+                                known.get(&ObjectRef::from_obj(new)).is_none_or(|old| matters(&old, new))
+                            }
+                        };
                         writer.apply_watcher_event(&event);
                         if whole {
-                            is_ready.store(true, std::sync::atomic::Ordering::Release);
+                            is_ready.store(true, Ordering::Release);
                             changed.notify_one();
                         }
                     }
@@ -93,11 +113,10 @@ where
                         // Said once: what is known goes on, and the watch is started anew.
                         if !lost && !is_expired(&error) {
                             lost = true;
-                            tracing::warn!(
-                                "the API server does not tell of {what}: {}; what is known goes on",
-                                words(&error)
-                            );
+                            let words = words(&error);
+                            tracing::warn!("the API server does not tell of {what}: {words}; what is known goes on");
                         }
+                        tokio::time::sleep(patience.next().unwrap_or_default()).await;
                     }
                 }
             }
@@ -105,9 +124,14 @@ where
         Self { store, ready, task }
     }
 
+    /// What it found, to look at from elsewhere.
+    pub(super) fn store(&self) -> reflector::Store<K> {
+        self.store.clone()
+    }
+
     /// Everything, once the first list was whole.
     pub(super) fn get(&self) -> Option<Vec<Arc<K>>> {
-        self.ready.load(std::sync::atomic::Ordering::Acquire).then(|| self.store.state())
+        self.ready.load(Ordering::Acquire).then(|| self.store.state())
     }
 }
 
@@ -158,16 +182,19 @@ impl kube::runtime::utils::Backoff for Patience {
     }
 }
 
+/// A CircuitBreaker, or why it cannot be understood (one of a later version, say): it must not keep the others from being
+/// heard.
+pub(super) type Guarded = DeserializeGuard<CircuitBreaker>;
+
 /// All watches of an agent.
 pub(super) struct Watches {
     client: Client,
     changed: Arc<Notify>,
     node_name: String,
-    breakers: Watch<CircuitBreaker>,
+    breakers: Watch<Guarded>,
     grants: Watch<ReferenceGrant>,
     services: Watch<Service>,
     nodes: Watch<Node>,
-    pods: Watch<Pod>,
     slices: BTreeMap<String, NamespaceSlices>,
 }
 
@@ -189,31 +216,53 @@ impl Watches {
                 all(),
                 "CircuitBreakers".into(),
                 changed.clone(),
-                |breaker| {
+                |breaker: &mut Guarded| {
                     // The nodes' details are for people; they are most of the object.
-                    if let Some(status) = &mut breaker.status {
+                    if let Some(status) = breaker.0.as_mut().ok().and_then(|breaker| breaker.status.as_mut()) {
                         status.nodes.clear();
                     }
                     breaker.annotations_mut().clear();
+                    if let Err(error) = &breaker.0 {
+                        tracing::warn!(
+                            "CircuitBreaker {} is not understood, and left out: {error}",
+                            breaker.name_any()
+                        );
+                    }
+                },
+                // A status is written for people: nothing follows from it.
+                |old, new| match (&old.0, &new.0) {
+                    (Ok(old), Ok(new)) => {
+                        let key = |b: &CircuitBreaker| (b.uid(), b.metadata.deletion_timestamp.clone());
+                        old.spec != new.spec
+                            || old.metadata.generation != new.metadata.generation
+                            || key(old) != key(new)
+                    }
+                    _ => true,
                 },
             ),
-            grants: Watch::start(Api::all(client.clone()), all(), "ReferenceGrants".into(), changed.clone(), |grant| {
-                grant.annotations_mut().clear();
-            }),
-            services: Watch::start(Api::all(client.clone()), all(), "Services".into(), changed.clone(), trim_service),
+            grants: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "ReferenceGrants".into(),
+                changed.clone(),
+                |grant: &mut ReferenceGrant| grant.annotations_mut().clear(),
+                always,
+            ),
+            services: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "Services".into(),
+                changed.clone(),
+                trim_service,
+                always,
+            ),
             nodes: Watch::start(
                 Api::all(client.clone()),
                 all().fields(&format!("metadata.name={node_name}")),
                 "this Node".into(),
                 changed.clone(),
                 trim_node,
-            ),
-            pods: Watch::start(
-                Api::all(client.clone()),
-                all().fields(&format!("spec.nodeName={node_name}")),
-                "this node's Pods".into(),
-                changed.clone(),
-                trim_pod,
+                |old, new| node_view("", Some(old)) != node_view("", Some(new)),
             ),
             slices: BTreeMap::new(),
             client: client.clone(),
@@ -252,6 +301,7 @@ impl Watches {
                         format!("EndpointSlices of namespace {namespace}"),
                         self.changed.clone(),
                         trim_slice,
+                        always,
                     );
                     // The last one that is whole stands in until the new one is.
                     let before = old.and_then(|old| match old.watch.get() {
@@ -268,10 +318,10 @@ impl Watches {
     /// What is known; `None` until everything was listed once.
     pub(super) fn world(&mut self) -> Option<World> {
         let services = self.services.get()?;
-        let (node, _) = (self.nodes.get()?, self.pods.get()?);
+        let node = self.nodes.get()?;
         let mut world = World {
             node: node_view(&self.node_name, node.first().map(|node| &**node)),
-            breakers: self.breakers.get()?,
+            breakers: self.breakers.get()?.iter().filter_map(|b| Some(Arc::new(b.0.as_ref().ok()?.clone()))).collect(),
             grants: self.grants.get()?,
             services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
             endpoints: HashMap::new(),
@@ -298,11 +348,15 @@ impl Watches {
         Some(world)
     }
 
-    /// Pods of this node in its own network.
-    pub(super) fn host_network_pods(&self) -> usize {
-        let pods = self.pods.get().unwrap_or_default();
-        pods.iter().filter(|pod| pod.spec.host_network).count()
+    /// The CircuitBreakers with what their statuses say, at any moment.
+    pub(super) fn breakers(&self) -> reflector::Store<Guarded> {
+        self.breakers.store()
     }
+}
+
+/// Every change matters.
+pub(super) const fn always<K>(_: &K, _: &K) -> bool {
+    true
 }
 
 fn node_view(name: &str, node: Option<&Node>) -> NodeView {
@@ -334,10 +388,4 @@ fn trim_slice(slice: &mut EndpointSlice) {
 fn trim_node(node: &mut Node) {
     node.annotations_mut().clear();
     node.labels_mut().retain(|name, _| name == "topology.kubernetes.io/zone");
-}
-
-fn trim_pod(pod: &mut Pod) {
-    pod.annotations_mut().clear();
-    pod.labels_mut().clear();
-    pod.metadata.owner_references = None;
 }

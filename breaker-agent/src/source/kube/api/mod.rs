@@ -28,7 +28,7 @@ pub const GROUP: &str = "breaker.dev";
 #[serde(untagged)]
 pub enum Port {
     /// Its number.
-    Number(i32),
+    Number(i64),
     /// Its name.
     Name(String),
 }

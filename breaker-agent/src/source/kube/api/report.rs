@@ -56,8 +56,6 @@ pub struct ReportedAgent {
     /// What hides Services' addresses from the programs, if anything does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub incompatible: Option<String>,
-    /// Pods of this node in its own network (hostNetwork): as clients they are out of reach.
-    pub host_network_pods: i32,
 }
 
 /// A protected port.
@@ -109,9 +107,17 @@ pub struct ReportedTier {
     pub up: i32,
     /// Pods.
     pub total: i32,
+    /// Pods that were not checked yet.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub checking: i32,
     /// Whether it is the one that takes, or would take, the connections.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub active: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's shape")]
+const fn is_zero(number: &i32) -> bool {
+    *number == 0
 }
 
 fn date_time(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
