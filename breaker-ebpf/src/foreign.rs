@@ -6,8 +6,8 @@
 
 use aya_ebpf::{
     btf_maps::{Array, ProgramArray},
-    macros::{btf_map, classifier},
-    programs::TcContext,
+    macros::{btf_map, cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, TcContext},
 };
 
 /// Packets seen by [`foreign_in`] (0) and [`foreign_out`] (1).
@@ -33,6 +33,12 @@ pub fn foreign_in(_ctx: TcContext) -> i32 {
 pub fn foreign_out(_ctx: TcContext) -> i32 {
     count(1);
     aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
+/// Named as a socket load balancer's program is; does nothing.
+#[cgroup_sock_addr(connect4)]
+pub fn cil_sock4_connect(_ctx: SockAddrContext) -> i32 {
+    1
 }
 
 /// What [`wrap`] makes a packet look like, again and again: the kernel does not restore it between the repeats of a

@@ -93,7 +93,12 @@ pub fn try_to_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
 }
 
 #[inline(always)]
-fn to_frontend<const OUTSIDE: bool>(ctx: &TcContext, packet: &Packet<'_>, segment: &Segment, service: u32) -> Result<Verdict, PassReason> {
+fn to_frontend<const OUTSIDE: bool>(
+    ctx: &TcContext,
+    packet: &Packet<'_>,
+    segment: &Segment,
+    service: u32,
+) -> Result<Verdict, PassReason> {
     let switch = service::switch(service).ok_or(PassReason::UnknownService)?;
     if segment.is_syn() {
         return new_connection::<OUTSIDE>(ctx, packet, segment, service, &switch);

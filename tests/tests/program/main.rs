@@ -274,6 +274,60 @@ fn hairpin_a_client_that_is_the_chosen_backup_is_masqueraded() -> Result<()> {
     Ok(())
 }
 
+/// Whichever node the backup is on, its replies must come back to the node and the interface that the client came in by.
+#[test]
+fn a_client_outside_is_masqueraded_on_its_way_to_the_backup() -> Result<()> {
+    let mut rig = rig(Open, "")?;
+    let client: std::net::SocketAddrV4 = "198.51.100.9:7000".parse()?;
+    for segment in [Segment::new(client, vip(10), SYN), Segment::new(client, vip(10), ACK)] {
+        let ran = rig.run("breaker_up", &segment.bytes())?;
+        is(&ran, &moved(&segment, client, pod(BACKUP, 80)));
+        assert_eq!(ran.mark, 0x4000);
+    }
+    let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
+    is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
+    // What goes to a pod itself is nobody's flow here: other nodes' probes would fill the tables.
+    let before = flow_count(&mut rig);
+    let direct = Segment::new(client, pod(BACKUP, 80), SYN).bytes();
+    untouched(&rig.run("breaker_up", &direct)?, &direct, "direct");
+    assert_eq!(flow_count(&mut rig), before);
+    rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], "")?, Closed, 6))?;
+    let closed = Segment::new("198.51.100.9:7001".parse()?, vip(10), SYN).bytes();
+    untouched(&rig.run("breaker_up", &closed)?, &closed, "closed");
+    Ok(())
+}
+
+#[test]
+fn flows_to_a_backend_that_is_gone_are_cut_and_its_packets_are_nobodys() -> Result<()> {
+    let mut rig = rig(Open, "onOpen: Keep,")?;
+    rig.from_pod(&syn(7100))?;
+    let name = breaker_agent::model::ServiceName::new("dummy");
+    assert_eq!(rig.datapath.cut(&name, &|backend| backend == pod(9, 80).into())?, 0);
+    assert_eq!(rig.datapath.cut(&name, &|backend| backend == pod(BACKUP, 80).into())?, 1);
+    assert_eq!(flow_count(&mut rig), 0);
+    let packet = data(7100).bytes();
+    untouched(&rig.run("breaker_in", &packet)?, &packet, "the flow is gone");
+    let reply = Segment::new(pod(BACKUP, 80), pod(CLIENT, 7100), ACK).bytes();
+    untouched(&rig.run("breaker_out", &reply)?, &reply, "its way back, too");
+    Ok(())
+}
+
+/// With Cilium's kube-proxy replacement packets never carry a Service's address: that must be found, and said.
+#[test]
+fn a_socket_load_balancer_is_found() -> Result<()> {
+    use breaker_agent::preflight::socket_load_balancer;
+    assert_eq!(socket_load_balancer(), None);
+    let mut foreign = aya::Ebpf::load(aya::include_bytes_aligned!(env!("FOREIGN_OBJECT")))?;
+    let program: &mut aya::programs::CgroupSockAddr =
+        foreign.program_mut("cil_sock4_connect").context("cil_sock4_connect")?.try_into()?;
+    program.load()?;
+    let found = socket_load_balancer().context("it was not found")?;
+    assert!(found.contains("cil_sock4_conn") && found.contains("connect(2)"), "{found}");
+    drop(foreign);
+    assert_eq!(socket_load_balancer(), None);
+    Ok(())
+}
+
 #[test]
 fn reject_answers_a_syn_with_the_reset_that_connect_believes() -> Result<()> {
     let mut rig = Rig::new()?;
