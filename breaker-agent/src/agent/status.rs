@@ -42,11 +42,17 @@ pub struct ProcessStatus {
 }
 
 impl ProcessStatus {
-    /// Of this process, from /proc/self/stat (proc(5): utime and stime are fields 14 and 15, in ticks; rss is field 24, in
-    /// pages); `None` where that cannot be read.
+    /// Of this process; see [`ProcessStatus::of`].
     #[must_use]
     pub fn of_self() -> Option<Self> {
-        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        Self::of(std::process::id())
+    }
+
+    /// Of a process, from /proc/PID/stat (proc(5): utime and stime are fields 14 and 15, in ticks; rss is field 24, in
+    /// pages); `None` where that cannot be read.
+    #[must_use]
+    pub fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The second field is a name in parentheses that may hold anything.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u32>().ok();

@@ -10,10 +10,9 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Ebpf,
     programs::{
@@ -27,6 +26,7 @@ use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 use serde::Serialize;
 
 use super::{
+    clsact,
     interfaces::Side,
     load::{POD_PROGRAMS, UPLINK_PROGRAMS},
     pins::PinDir,
@@ -233,13 +233,10 @@ pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
             }
         }
         let marker = markers.join(index.to_string());
-        if marker.exists() && no_filters(&name) {
-            let status = Command::new("tc").args(["qdisc", "del", "dev", &name, "clsact"]).status();
-            if !status.is_ok_and(|s| s.success()) {
-                bail!(
-                    "the clsact qdisc on {name} is ours and could not be removed; by hand: tc qdisc del dev {name} clsact"
-                );
-            }
+        if marker.exists() {
+            clsact::remove_if_empty(index).with_context(|| {
+                format!("the clsact qdisc on {name} is ours; to remove it by hand: tc qdisc del dev {name} clsact")
+            })?;
         }
     }
     if let Ok(entries) = fs::read_dir(markers) {
@@ -248,14 +245,6 @@ pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         }
     }
     Ok(count)
-}
-
-/// Whether nobody's filter is on either direction of an interface.
-fn no_filters(name: &str) -> bool {
-    ["ingress", "egress"].iter().all(|direction| {
-        let output = Command::new("tc").args(["filter", "show", "dev", name, direction]).output();
-        output.is_ok_and(|o| o.status.success() && o.stdout.trim_ascii().is_empty())
-    })
 }
 
 /// The interfaces of this network namespace.

@@ -5,6 +5,7 @@
 //! goes the other way round. A backend stays known while a flow to it lives.
 
 mod attach;
+mod clsact;
 mod interfaces;
 mod load;
 mod maps;

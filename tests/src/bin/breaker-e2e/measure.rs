@@ -1,8 +1,12 @@
 //! Rows of the benchmark that need a cluster.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
+use breaker_agent::agent::status::ProcessStatus;
 
 use crate::{
     cluster::{Cluster, NAMESPACE, SYSTEM},
@@ -92,7 +96,71 @@ fn idle(cluster: &Cluster) -> Result<()> {
             row(&format!("{services} services idle, agent's memory"), memory, "MiB", node);
         }
     }
-    cluster.lab(&["delete", "cb,svc", "-l", "many=yes", "--wait=false"]).map(drop)
+    cluster.lab(&["delete", "cb,svc", "-l", "many=yes", "--wait=false"])?;
+    for services in [1, 100, 1000] {
+        let Some((cpu, memory)) = ambassador(services)? else {
+            println!("no haproxy on the PATH: no row for an ambassador");
+            break;
+        };
+        row(
+            &format!("{services} services idle, HAProxy's CPU"),
+            cpu,
+            "% of a core",
+            "one process, checks shared as ours are",
+        );
+        row(&format!("{services} services idle, HAProxy's memory"), memory, "MiB", "on this machine, not in a pod");
+    }
+    Ok(())
+}
+
+/// CPU and memory of HAProxy as the ambassador of as many services, each with a primary and a backup, on this machine's
+/// loopback. Every service tracks the checks of the first, as many services on the same pods share ours.
+fn ambassador(services: usize) -> Result<Option<(f64, f64)>> {
+    const DUMMY: &str = "127.0.0.1:18080";
+    let own = std::env::current_exe().context("find our own binary")?;
+    let dummy = own.with_file_name("dummy-service");
+    let dir = tempfile::tempdir().context("make a directory")?;
+    let file = dir.path().join("haproxy.cfg");
+    let mut text = String::from(
+        "global\n  maxconn 4000\n  nbthread 1\ndefaults\n  mode http\n  timeout connect 1s\n  timeout client 10s\n  timeout server 10s\n\
+         backend pods\n  option httpchk GET /ready\n  default-server check inter 3s fall 1 rise 1\n",
+    );
+    for server in ["p1", "p2", "b1", "b2"] {
+        text.push_str(&format!("  server {server} {DUMMY}\n"));
+    }
+    for i in 0..services {
+        text.push_str(&format!(
+            "listen s{i}\n  bind 127.0.0.1:{}\n  server p1 {DUMMY} track pods/p1\n  server p2 {DUMMY} track pods/p2\n  \
+             server b1 {DUMMY} track pods/b1 backup\n  server b2 {DUMMY} track pods/b2 backup\n",
+            20_000 + i
+        ));
+    }
+    std::fs::write(&file, text).context("write haproxy's configuration")?;
+    let quiet =
+        |command: &mut Command| command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let mut backend = quiet(Command::new(dummy).args(["--listen", DUMMY])).context("start the dummy service")?;
+    let proxy = quiet(Command::new("haproxy").arg("-db").arg("-f").arg(&file));
+    let outcome = match proxy {
+        Err(_) => Ok(None),
+        Ok(mut proxy) => {
+            std::thread::sleep(Duration::from_secs(5));
+            let look = || ProcessStatus::of(proxy.id()).context("haproxy has ended");
+            let outcome = look().and_then(|before| {
+                let start = Instant::now();
+                std::thread::sleep(Duration::from_secs(20));
+                let after = look()?;
+                let cpu = (after.cpu_seconds - before.cpu_seconds) / start.elapsed().as_secs_f64() * 100.0;
+                let bytes = u32::try_from(after.resident_bytes / 1024).unwrap_or(u32::MAX);
+                Ok(Some((cpu, f64::from(bytes) / 1024.0)))
+            });
+            let _ = proxy.kill();
+            let _ = proxy.wait();
+            outcome
+        }
+    };
+    let _ = backend.kill();
+    let _ = backend.wait();
+    outcome
 }
 
 /// CPU over ten seconds and resident memory, as the agent tells of itself.
