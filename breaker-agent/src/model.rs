@@ -232,6 +232,9 @@ pub struct Service {
     pub primary: Tier,
     /// What takes over, in order of preference.
     pub backups: Vec<Tier>,
+    /// How long whoever is in charge while it is closed needs to hear of a new backend of the primary: that long, its being Up
+    /// does not close the breaker. kube-proxy learns of endpoints when we do, and writes its rules a little later.
+    pub settle: Duration,
     /// How it is decided.
     pub breaker: BreakerPolicy,
     /// Whether it is carried out.
@@ -264,6 +267,7 @@ impl Service {
             frontends: Vec::new(),
             primary: nobody("primary"),
             backups: vec![nobody("backup")],
+            settle: Duration::ZERO,
             breaker: BreakerPolicy {
                 open: Duration::ZERO,
                 max_open: Duration::ZERO,

@@ -80,6 +80,8 @@ pub enum CommandError {
 #[derive(Clone, Debug)]
 struct BackendState {
     backend: Backend,
+    /// Since when it is a backend; zero for one that was there from the start.
+    born: Instant,
     health: Health,
     since: Option<Timestamp>,
     last: Option<ProbeResult>,
@@ -468,7 +470,7 @@ impl<D: Datapath> Engine<D> {
         input: impl FnOnce(&mut Breaker, pool::TierHealth) -> Option<Transition>,
     ) {
         let Some(running) = self.services.get_mut(name) else { return };
-        let health = pool::judge(&running.service.primary, &running.healths(0));
+        let health = pool::judge(&running.service.primary, &running.settled_healths(now));
         let Some(transition) = input(&mut running.breaker, health) else { return };
         running.stale = true;
         running.epoch = running.epoch.wrapping_add(1);
@@ -693,7 +695,7 @@ fn shown(plan: &ServicePlan) -> Applied {
 
 impl BackendState {
     const fn new(backend: Backend) -> Self {
-        Self { backend, health: Health::Unknown, since: None, last: None }
+        Self { backend, born: Instant::ZERO, health: Health::Unknown, since: None, last: None }
     }
 
     fn show(&self, checked: bool) -> BackendStatus {
@@ -793,7 +795,7 @@ impl Running {
                         let known = known.filter(|k| same(k).is_some()).or_else(elsewhere);
                         let same = known.and_then(|k| k.iter().find(|b| b.backend.address == backend.address));
                         same.map_or_else(
-                            || BackendState::new(*backend),
+                            || BackendState { born: now.mono, ..BackendState::new(*backend) },
                             |b| BackendState { backend: *backend, ..b.clone() },
                         )
                     })
@@ -842,6 +844,14 @@ impl Running {
             error: self.error.clone(),
             tiers: tiers.collect(),
         }
+    }
+
+    /// The primary's, as they count for the breaker: a pass of a backend that is new says nothing yet.
+    fn settled_healths(&self, now: Now) -> Vec<Health> {
+        let settle = self.service.settle;
+        let new = |b: &BackendState| b.born > Instant::ZERO && now.mono.saturating_sub(b.born) < settle;
+        let health = |b: &BackendState| if b.health == Health::Up && new(b) { Health::Unknown } else { b.health };
+        self.tiers.first().map(|tier| tier.iter().map(health).collect()).unwrap_or_default()
     }
 
     fn active_backup(&self) -> Option<(usize, Vec<Backend>)> {

