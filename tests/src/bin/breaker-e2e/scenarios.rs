@@ -332,6 +332,8 @@ fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
 /// With pods that end as Kubernetes recommends, a rolling update loses nothing; neither may it with breaker.
 fn rolling_updates(cluster: &Cluster) -> Result<String> {
     patch(cluster, QUICK)?;
+    // Forcing it open would reset a request that is under way, as onOpen: Reset says; what is looked at here is the rolling.
+    patch(cluster, r#"{"spec":{"onOpen":"Keep"}}"#)?;
     let gentle = r#"{"spec":{"template":{"spec":{"containers":[{"name":"dummyservice","lifecycle":{"preStop":{"sleep":{"seconds":3}}},"readinessProbe":{"httpGet":{"path":"/alive","port":80},"periodSeconds":1}}]}}}}"#;
     for app in ["dummy-deployment", "backup-deployment"] {
         cluster.lab(&["patch", "deployment", app, "-p", gentle])?;
