@@ -1,7 +1,7 @@
 //! The domain: what is protected, by what, and how. Core and std only; every source (a file, later Kubernetes) ends
 //! here, and nothing behind it knows where it came from.
 
-use std::{fmt, net::SocketAddr, ops::RangeInclusive, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
@@ -36,6 +36,20 @@ pub enum Protocol {
     /// RFC 9293.
     #[serde(rename = "TCP")]
     Tcp,
+    /// RFC 768.
+    #[serde(rename = "UDP")]
+    Udp,
+}
+
+impl Protocol {
+    /// As it is written.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        }
+    }
 }
 
 /// Where clients connect to: a Service's VIP, port and protocol.
@@ -49,11 +63,23 @@ pub struct Frontend {
 
 impl fmt::Display for Frontend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/TCP", self.address)
+        write!(f, "{}/{}", self.address, self.protocol.name())
     }
 }
 
-/// One destination of a tier.
+/// Frontends from which the backends are not reached at the addresses that the tiers name them by: another port of theirs,
+/// or the other IP family.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Route {
+    /// Which of the service's frontends.
+    pub frontends: Vec<Frontend>,
+    /// By the address that a tier names a backend by, the one that it has here. A backend that is not in it cannot be
+    /// reached from these frontends.
+    pub backends: BTreeMap<SocketAddr, SocketAddr>,
+}
+
+/// One destination of a tier. Its address is also its identity, and what is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Backend {
     /// Address and port.
@@ -140,7 +166,7 @@ pub enum CheckAction {
 pub enum EstablishedPolicy {
     /// They go on until they end.
     Keep,
-    /// They are reset at both ends, on their next packet.
+    /// They are reset at both ends, on their next packet. (Datagrams know no reset: their flows are decided anew.)
     Reset,
 }
 
@@ -149,7 +175,7 @@ pub enum EstablishedPolicy {
 pub enum WhenAllUnhealthy {
     /// The primary, such as it is.
     PassThrough,
-    /// A TCP reset at once.
+    /// A TCP reset, or an ICMP "port unreachable", at once.
     Reject,
 }
 
@@ -226,8 +252,11 @@ pub struct FailureWindow {
 pub struct Service {
     /// Its name.
     pub name: ServiceName,
-    /// Where its clients connect to.
+    /// Where its clients connect to. They all have one state, and flip together.
     pub frontends: Vec<Frontend>,
+    /// For frontends that lead to other addresses of the backends; one that is in none leads to those of its family that
+    /// the tiers name.
+    pub routes: Vec<Route>,
     /// What it runs on.
     pub primary: Tier,
     /// What takes over, in order of preference.
@@ -265,6 +294,7 @@ impl Service {
         Self {
             name,
             frontends: Vec::new(),
+            routes: Vec::new(),
             primary: nobody("primary"),
             backups: vec![nobody("backup")],
             settle: Duration::ZERO,
@@ -287,6 +317,22 @@ impl Service {
             when_all_unhealthy: WhenAllUnhealthy::PassThrough,
             on_agent_loss: OnAgentLoss::PassThrough,
         }
+    }
+
+    /// Where a backend is reached from a frontend, if it is.
+    #[must_use]
+    pub fn reach(&self, frontend: &Frontend, backend: SocketAddr) -> Option<SocketAddr> {
+        let address = match self.routes.iter().find(|route| route.frontends.contains(frontend)) {
+            Some(route) => *route.backends.get(&backend)?,
+            None => backend,
+        };
+        (address.is_ipv4() == frontend.address.is_ipv4()).then_some(address)
+    }
+
+    /// All addresses of a backend: its own, and those that routes give it.
+    pub fn addresses(&self, backend: SocketAddr) -> impl Iterator<Item = SocketAddr> + '_ {
+        let others = self.routes.iter().filter_map(move |route| route.backends.get(&backend).copied());
+        std::iter::once(backend).chain(others)
     }
 
     /// Every tier, the primary first.

@@ -108,7 +108,7 @@ numbered! {
     PassReason {
         /// Shorter than its headers say.
         Truncated = 0 => "Truncated",
-        /// A fragment: it has no ports to look at, or the next ones have none.
+        /// A later fragment whose first one was not translated, or not seen: it has no ports to look at.
         Fragment = 1 => "Fragment",
         /// A frontend points to a service that is not there.
         UnknownService = 2 => "UnknownService",
@@ -124,5 +124,9 @@ numbered! {
         RewriteFailed = 7 => "RewriteFailed",
         /// The ring buffer was full: an event was left out, the packet was not.
         EventLost = 8 => "EventLost",
+        /// More or longer IPv6 extension headers than are looked at, or a route that is not at its end.
+        ExtensionHeaders = 9 => "ExtensionHeaders",
+        /// SCTP, which is left to kube-proxy.
+        Sctp = 10 => "Sctp",
     }
 }

@@ -4,13 +4,80 @@ use crate::{BreakerState, EventKind, FlowKind, NONE, StateReason};
 
 /// IPPROTO_TCP (RFC 9293).
 pub const PROTO_TCP: u8 = 6;
+/// IPPROTO_UDP (RFC 768).
+pub const PROTO_UDP: u8 = 17;
 
-/// An IPv4 destination or source: key of `ENDPOINTS4`.
+/// An address as it stands in a packet, in wire order. Every map that is keyed by addresses exists once for each family,
+/// with the family's number at the end of its name.
+pub trait Address: Copy + Eq + Ord + core::hash::Hash + core::fmt::Debug + 'static {
+    /// All zeros.
+    const ZERO: Self;
+    /// 4 or 6.
+    const VERSION: u8;
+}
+
+/// An IPv4 address as it stands in maps. Aligned as the word that the programs take it for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct V4 {
+    /// Wire order.
+    pub bytes: [u8; 4],
+}
+
+/// An IPv6 address as it stands in maps. Aligned as the words that the programs take it for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C, align(4))]
+pub struct V6 {
+    /// Wire order.
+    pub bytes: [u8; 16],
+}
+
+impl V4 {
+    /// From wire order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(bytes: [u8; 4]) -> Self {
+        Self { bytes }
+    }
+}
+
+impl V6 {
+    /// From wire order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(bytes: [u8; 16]) -> Self {
+        Self { bytes }
+    }
+}
+
+impl core::fmt::Debug for V4 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        core::fmt::Display::fmt(&core::net::Ipv4Addr::from(self.bytes), f)
+    }
+}
+
+impl core::fmt::Debug for V6 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        core::fmt::Display::fmt(&core::net::Ipv6Addr::from(self.bytes), f)
+    }
+}
+
+impl Address for V4 {
+    const ZERO: Self = Self::new([0; 4]);
+    const VERSION: u8 = 4;
+}
+
+impl Address for V6 {
+    const ZERO: Self = Self::new([0; 16]);
+    const VERSION: u8 = 6;
+}
+
+/// A destination or source: key of `ENDPOINTS4` and `ENDPOINTS6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
-pub struct EndpointKey4 {
+pub struct EndpointKey<A> {
     /// Address, wire order.
-    pub addr: [u8; 4],
+    pub addr: A,
     /// Port, wire order.
     pub port: [u8; 2],
     /// IP protocol number.
@@ -19,28 +86,45 @@ pub struct EndpointKey4 {
     pub pad: u8,
 }
 
-impl EndpointKey4 {
+impl<A> EndpointKey<A> {
     /// A key from wire-order parts.
     #[inline(always)]
     #[must_use]
-    pub const fn new(addr: [u8; 4], port: [u8; 2], proto: u8) -> Self {
+    pub const fn new(addr: A, port: [u8; 2], proto: u8) -> Self {
         Self { addr, port, proto, pad: 0 }
     }
 }
 
-/// What an address is to us: value of `ENDPOINTS4`. It may be both.
+/// What an address is to us: value of `ENDPOINTS4` and `ENDPOINTS6`. It may be both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct EndpointRole {
     /// The service that it is a frontend of, or [`NONE`].
     pub service: u32,
-    /// The backend that it is, or [`NONE`].
+    /// Index of the frontend's [`Route`]; means nothing without a service.
+    pub route: u32,
+    /// The backend (of the address's family) that it is, or [`NONE`].
     pub backend: u32,
 }
 
 impl EndpointRole {
     /// Neither.
-    pub const NOTHING: Self = Self { service: NONE, backend: NONE };
+    pub const NOTHING: Self = Self { service: NONE, route: NONE, backend: NONE };
+}
+
+/// Where connections to a frontend may go: value of `ROUTES`. A service has one for each family, protocol and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Route {
+    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary): where a selection table starts in `SLOTS`, or
+    /// [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::TABLE_OF_ONE`] and a backend's id, for a table that
+    /// would hold nothing else.
+    pub tables: [[u32; 2]; 2],
+}
+
+impl Route {
+    /// Everything is left to kube-proxy.
+    pub const NOTHING: Self = Self { tables: [[crate::SLOT_PASSTHROUGH; 2]; 2] };
 }
 
 /// The word that everything hangs on: value of `SWITCHES`, read and written as one aligned 64-bit word, so that
@@ -152,12 +236,12 @@ pub struct ServiceRuntime {
     pub half_open_taken: u32,
 }
 
-/// One destination: value of `BACKENDS4`, index = backend id.
+/// One destination: value of `BACKENDS4` and `BACKENDS6`, index = backend id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Backend4 {
+pub struct Backend<A> {
     /// Address, wire order.
-    pub addr: [u8; 4],
+    pub addr: A,
     /// Port, wire order.
     pub port: [u8; 2],
     /// IP protocol number; 0 = the entry is free.
@@ -166,11 +250,12 @@ pub struct Backend4 {
     pub pad: u8,
     /// Bits of [`backend_use`]: set by the programs, cleared by the agent when no flow is left.
     pub in_use: u32,
-    /// Always 0.
-    pub pad2: u32,
+    /// Index of the host-side interface of the pod that it is, if it is on this node and may be reached without the
+    /// stack (`fastPath: PeerRedirect`); 0 = through the stack.
+    pub ifindex: u32,
 }
 
-/// Bits of [`Backend4::in_use`].
+/// Bits of [`Backend::in_use`].
 pub mod backend_use {
     /// Replies of this backend may need translation.
     pub const REDIRECTED: u32 = 1;
@@ -178,14 +263,14 @@ pub mod backend_use {
     pub const DIRECT: u32 = 2;
 }
 
-/// A connection as its client sees it: key of `FLOWS4`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// A connection as its client sees it: key of `FLOWS*` and `PENDING*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
-pub struct FlowKey4 {
+pub struct FlowKey<A> {
     /// Client's address, wire order.
-    pub client: [u8; 4],
+    pub client: A,
     /// Address that the client connects to, wire order.
-    pub vip: [u8; 4],
+    pub vip: A,
     /// Client's port, wire order.
     pub client_port: [u8; 2],
     /// Port that the client connects to, wire order.
@@ -196,12 +281,15 @@ pub struct FlowKey4 {
     pub pad: [u8; 3],
 }
 
-/// The pinned decision for a connection: value of `FLOWS4`. `K` is [`FlowKind`] in the programs.
+/// A tick is 2^30 ns of `CLOCK_MONOTONIC`, a little more than a second: fine enough for flows, and half the size.
+pub const TICK_SHIFT: u32 = 30;
+
+/// The pinned decision for a connection: value of `FLOWS*` and `PENDING*`. `K` is [`FlowKind`] in the programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Flow4<K = FlowKind> {
+pub struct Flow<A, K = FlowKind> {
     /// Where the connection goes, wire order.
-    pub backend: [u8; 4],
+    pub backend: A,
     /// Its port, wire order.
     pub backend_port: [u8; 2],
     /// The client's port as the backend sees it, wire order; another one than the client's only after a collision.
@@ -214,34 +302,34 @@ pub struct Flow4<K = FlowKind> {
     pub epoch: u32,
     /// What was decided.
     pub kind: K,
-    /// Bits of [`tcp_seen`], from the client's packets.
-    pub tcp_seen: u8,
+    /// Bits of [`seen`], from the client's packets.
+    pub seen: u8,
     /// Always 0.
     pub pad: u16,
-    /// When its SYN came.
-    pub created_ns: u64,
-    /// The agent's heartbeat at the last packet of the client (a second's resolution, and no clock to read).
-    pub last_seen_ns: u64,
+    /// When its first packet came, in ticks (see [`TICK_SHIFT`]).
+    pub created_tick: u32,
+    /// The agent's heartbeat at the last packet of the client, in ticks (no clock to read).
+    pub last_seen_tick: u32,
 }
 
-/// Bits of [`Flow4::tcp_seen`] and [`Reverse4::tcp_seen`].
-pub mod tcp_seen {
+/// Bits of [`Flow::seen`] and [`Reverse::seen`].
+pub mod seen {
     /// A FIN passed.
     pub const FIN: u8 = 1;
     /// A RST passed.
     pub const RST: u8 = 2;
-    /// A SYN-ACK passed.
-    pub const SYN_ACK: u8 = 4;
+    /// The backend answered: a SYN-ACK, or any datagram.
+    pub const ANSWERED: u8 = 4;
 }
 
-/// A connection as its backend sees it: key of `REVERSE4`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// A connection as its backend sees it: key of `REVERSE*` and `PENDING_REVERSE*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
-pub struct ReverseKey4 {
+pub struct ReverseKey<A> {
     /// Backend's address, wire order.
-    pub backend: [u8; 4],
+    pub backend: A,
     /// Client's address, wire order.
-    pub client: [u8; 4],
+    pub client: A,
     /// Backend's port, wire order.
     pub backend_port: [u8; 2],
     /// Client's port as the backend sees it, wire order.
@@ -252,24 +340,57 @@ pub struct ReverseKey4 {
     pub pad: [u8; 3],
 }
 
-/// How to translate a reply back: value of `REVERSE4`.
+/// How to translate a reply back: value of `REVERSE*` and `PENDING_REVERSE*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Reverse4 {
+pub struct Reverse<A> {
     /// Address that the client connected to, wire order.
-    pub vip: [u8; 4],
+    pub vip: A,
     /// Its port, wire order.
     pub vip_port: [u8; 2],
     /// The client's own port, wire order.
     pub client_port: [u8; 2],
     /// Index of the service, [`NONE`] for a direct connection.
     pub service: u32,
-    /// Bits of [`tcp_seen`], from the backend's packets.
-    pub tcp_seen: u8,
+    /// Bits of [`seen`], from the backend's packets.
+    pub seen: u8,
     /// Always 0.
     pub pad: [u8; 3],
-    /// The agent's heartbeat at the last packet of the backend.
-    pub last_seen_ns: u64,
+    /// The agent's heartbeat at the last packet of the backend, in ticks.
+    pub last_seen_tick: u32,
+    /// Index of the client's interface, where replies go there without the stack (`fastPath`); 0 = through the stack.
+    pub ifindex: u32,
+}
+
+/// A fragmented packet: key of `FRAGMENTS4` and `FRAGMENTS6` (RFC 791, section 3.2; RFC 8200, section 4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FragmentKey<A> {
+    /// From, wire order, as it came.
+    pub source: A,
+    /// To, wire order, as it came.
+    pub destination: A,
+    /// Identification, wire order; IPv4's two bytes come last.
+    pub id: [u8; 4],
+    /// IPv4's protocol, IPv6's next header after the fragment header.
+    pub proto: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+}
+
+/// What was done to a packet's first fragment: value of `FRAGMENTS4` and `FRAGMENTS6`. The others have no ports; the same
+/// is done to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Fragment<A> {
+    /// What an address was replaced by, wire order.
+    pub addr: A,
+    /// Bits that were set in the packet's mark.
+    pub mark: u32,
+    /// Which address: 0 the source, 1 the destination.
+    pub end: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
 }
 
 /// The agent's sign of life: the one value of `HEARTBEAT`.
@@ -304,6 +425,8 @@ pub struct ServiceCounters {
     pub resets: u64,
     /// Packets translated on their way to a backup, and their way back.
     pub translated: u64,
+    /// ICMP errors about translated packets, translated too.
+    pub icmp_errors: u64,
     /// New connections that needed another source port, because theirs was taken toward the backend.
     pub port_changed: u64,
     /// New connections whose client was the chosen backup itself.
@@ -316,10 +439,11 @@ pub struct ServiceCounters {
     pub failed_open: u64,
 }
 
-/// What the ring buffer carries. `E` is [`EventKind`] in the programs, `u8` in userspace; `R` likewise.
+/// What the ring buffer carries. `E` is [`EventKind`] in the programs, `u8` in userspace; `R` likewise. An IPv4 address is
+/// in its mapped form, `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Event<E = EventKind, R = BreakerState> {
+pub struct Event<E = EventKind, R = BreakerState, A = V6> {
     /// When.
     pub at_ns: u64,
     /// Index of the service.
@@ -327,11 +451,11 @@ pub struct Event<E = EventKind, R = BreakerState> {
     /// The service's epoch.
     pub epoch: u32,
     /// Client's address, wire order; zero where there is none.
-    pub client: [u8; 4],
+    pub client: A,
     /// Address that it connected to, wire order.
-    pub vip: [u8; 4],
-    /// Where it went, wire order.
-    pub backend: [u8; 4],
+    pub vip: A,
+    /// Where it went, wire order; zero for nowhere.
+    pub backend: A,
     /// Client's port, wire order.
     pub client_port: [u8; 2],
     /// Port that it connected to, wire order.
@@ -342,8 +466,10 @@ pub struct Event<E = EventKind, R = BreakerState> {
     pub kind: E,
     /// The state that the programs acted on.
     pub state: R,
+    /// IP protocol number.
+    pub proto: u8,
     /// Always 0.
-    pub pad: u32,
+    pub pad: [u8; 7],
 }
 
 #[cfg(test)]
@@ -351,30 +477,35 @@ mod tests {
     use super::*;
     use core::mem::{align_of, offset_of, size_of};
 
+
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
-        assert_eq!(crate::ABI_VERSION, 1, "check every number below when you raise this");
-        assert_eq!(size_of::<EndpointKey4>(), 8);
-        assert_eq!(size_of::<EndpointRole>(), 8);
+        assert_eq!(crate::ABI_VERSION, 2, "check every number below when you raise this");
+        assert_eq!((size_of::<EndpointKey<V4>>(), size_of::<EndpointKey<V6>>()), (8, 20));
+        assert_eq!(size_of::<EndpointRole>(), 12);
+        assert_eq!(size_of::<Route>(), 16);
         assert_eq!((size_of::<Switch>(), align_of::<Switch>()), (8, 8));
         assert_eq!(size_of::<ServiceRecord>(), 160);
         assert_eq!((size_of::<ServiceRuntime>(), align_of::<ServiceRuntime>()), (8, 8));
-        assert_eq!(size_of::<Backend4>(), 16);
-        assert_eq!(size_of::<FlowKey4>(), 16);
-        assert_eq!(size_of::<Flow4>(), 40);
-        assert_eq!(size_of::<ReverseKey4>(), 16);
-        assert_eq!(size_of::<Reverse4>(), 24);
+        assert_eq!((size_of::<Backend<V4>>(), size_of::<Backend<V6>>()), (16, 28));
+        assert_eq!((size_of::<FlowKey<V4>>(), size_of::<FlowKey<V6>>()), (16, 40));
+        assert_eq!((size_of::<Flow<V4>>(), size_of::<Flow<V6>>()), (32, 44));
+        assert_eq!((size_of::<ReverseKey<V4>>(), size_of::<ReverseKey<V6>>()), (16, 40));
+        assert_eq!((size_of::<Reverse<V4>>(), size_of::<Reverse<V6>>()), (24, 36));
+        assert_eq!((size_of::<FragmentKey<V4>>(), size_of::<FragmentKey<V6>>()), (16, 40));
+        assert_eq!((size_of::<Fragment<V4>>(), size_of::<Fragment<V6>>()), (12, 24));
         assert_eq!(size_of::<Heartbeat>(), 32);
-        assert_eq!(size_of::<ServiceCounters>(), 88);
-        assert_eq!(size_of::<Event>(), 40);
+        assert_eq!(size_of::<ServiceCounters>(), 96);
+        assert_eq!(size_of::<Event>(), 80);
     }
 
     #[test]
     fn userspace_and_programs_agree_on_the_layout() {
         assert_eq!(size_of::<Switch>(), size_of::<Switch<u8>>());
         assert_eq!(size_of::<ServiceRecord>(), size_of::<ServiceRecord<u8>>());
-        assert_eq!(size_of::<Flow4>(), size_of::<Flow4<u8>>());
+        assert_eq!(size_of::<Flow<V4>>(), size_of::<Flow<V4, u8>>());
+        assert_eq!(size_of::<Flow<V6>>(), size_of::<Flow<V6, u8>>());
         assert_eq!(size_of::<Event>(), size_of::<Event<u8, u8>>());
     }
 
@@ -382,9 +513,19 @@ mod tests {
     #[test]
     fn no_implicit_padding() {
         assert_eq!(offset_of!(ServiceRecord, pad) + 2, size_of::<ServiceRecord>());
-        assert_eq!(offset_of!(Flow4, last_seen_ns) + 8, 4 + 2 + 2 + 4 + 4 + 4 + 1 + 1 + 2 + 8 + 8);
-        assert_eq!(offset_of!(Reverse4, last_seen_ns) + 8, 4 + 2 + 2 + 4 + 1 + 3 + 8);
-        assert_eq!(offset_of!(Event, pad) + 4, 8 + 4 + 4 + 4 + 4 + 4 + 2 + 2 + 2 + 1 + 1 + 4);
+        for (address, flow, last) in [
+            (4, size_of::<Flow<V4>>(), offset_of!(Flow<V4>, last_seen_tick)),
+            (16, size_of::<Flow<V6>>(), offset_of!(Flow<V6>, last_seen_tick)),
+        ] {
+            assert_eq!((flow, last + 4), (address + 28, address + 2 + 2 + 4 + 4 + 4 + 1 + 1 + 2 + 4 + 4));
+        }
+        for (address, reverse, last) in [
+            (4, size_of::<Reverse<V4>>(), offset_of!(Reverse<V4>, ifindex)),
+            (16, size_of::<Reverse<V6>>(), offset_of!(Reverse<V6>, ifindex)),
+        ] {
+            assert_eq!((reverse, last + 4), (address + 20, address + 2 + 2 + 4 + 1 + 3 + 4 + 4));
+        }
+        assert_eq!(offset_of!(Event, pad) + 7, 8 + 4 + 4 + 3 * 16 + 2 + 2 + 2 + 1 + 1 + 1 + 7);
     }
 
     #[test]

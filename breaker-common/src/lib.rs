@@ -23,30 +23,39 @@ mod user;
 pub use enums::{BreakerState, EventKind, FlowKind, PassReason, StateReason, UnknownNumber};
 pub use layout::*;
 
-/// Version of everything in this crate. Pins live below a directory named after it (`v1`), so that an agent never
+/// Version of everything in this crate. Pins live below a directory named after it (`v2`), so that an agent never
 /// adopts maps of another layout.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
-/// How many services one node can protect.
-pub const MAX_SERVICES: u32 = 1024;
-/// How many backends (address, port, protocol) one node can know at once, those that drain included.
-pub const MAX_BACKENDS: u32 = 16_384;
-/// How many frontends and backends together.
-pub const MAX_ENDPOINTS: u32 = 32_768;
-/// Default size of each of the two flow tables.
-pub const DEFAULT_MAX_FLOWS: u32 = 65_536;
+/// How many services one node can protect, where the agent does not choose another size when it makes the maps. The same
+/// holds for the other `DEFAULT_`s.
+pub const DEFAULT_SERVICES: u32 = 1024;
+/// How many frontends' routes.
+pub const DEFAULT_ROUTES: u32 = 4096;
+/// How many selection tables.
+pub const DEFAULT_TABLES: u32 = 2048;
+/// How many backends (address, port, protocol) of a family, those that drain included.
+pub const DEFAULT_BACKENDS: u32 = 16_384;
+/// How many frontends and backends of a family together.
+pub const DEFAULT_ENDPOINTS: u32 = 32_768;
+/// How many established flows of a family.
+pub const DEFAULT_FLOWS: u32 = 65_536;
+/// How many flows of a family that no backend has answered yet; the oldest make room.
+pub const DEFAULT_PENDING: u32 = 32_768;
+/// How many fragmented packets of a family under way; the oldest make room.
+pub const DEFAULT_FRAGMENTS: u32 = 4096;
 
 /// Places in one selection table. A prime, as Maglev wants (Eisenbud et al., NSDI 2016, section 3.4); 251 gives a
 /// weight a resolution of 0.4 % in 1 KiB a table.
 pub const SLOTS: u32 = 251;
-/// Selection tables of one service: two tiers in two buffers.
-pub const TABLES_PER_SERVICE: u32 = 4;
-
+/// Where a selection table would start, for one that holds a single backend: this bit and the backend's id. There is no
+/// table then. (The two numbers below, which have this bit too, stand for themselves.)
+pub const TABLE_OF_ONE: u32 = 1 << 31;
 /// Slot content: leave the connection to kube-proxy.
 pub const SLOT_PASSTHROUGH: u32 = u32::MAX;
 /// Slot content: refuse the connection, so that the client knows at once.
 pub const SLOT_REJECT: u32 = u32::MAX - 1;
-/// "No such index" in [`EndpointRole`] and [`Flow4`].
+/// "No such index" in [`EndpointRole`] and [`Flow`].
 pub const NONE: u32 = u32::MAX;
 
 /// The whole of the traffic, in the unit of [`Switch::share`].
@@ -54,12 +63,3 @@ pub const SHARE_ALL: u16 = 1000;
 
 /// kube-proxy's masquerade mark: `1 << masqueradeBit`, where the bit is 14 by default (its `--masquerade-bit`).
 pub const DEFAULT_MASQUERADE_MARK: u32 = 0x4000;
-
-/// Index of a selection table in the map `SLOTS`, in slots.
-///
-/// `buffer` and `tier` are 0 or 1; tier 0 is the primary.
-#[inline(always)]
-#[must_use]
-pub const fn slot_table_start(service: u32, buffer: u32, tier: u32) -> u32 {
-    (service * TABLES_PER_SERVICE + buffer * 2 + tier) * SLOTS
-}

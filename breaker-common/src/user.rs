@@ -4,8 +4,8 @@
 use aya::Pod;
 
 use crate::layout::{
-    Backend4, EndpointKey4, EndpointRole, Flow4, FlowKey4, Heartbeat, Reverse4, ReverseKey4, ServiceCounters,
-    ServiceRecord, ServiceRuntime, Switch,
+    Address, Backend, EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse, ReverseKey,
+    Route, ServiceCounters, ServiceRecord, ServiceRuntime, Switch,
 };
 
 macro_rules! pod {
@@ -16,17 +16,22 @@ macro_rules! pod {
     };
 }
 
-pod!(
-    Backend4,
-    EndpointKey4,
-    EndpointRole,
-    Flow4<u8>,
-    FlowKey4,
-    Heartbeat,
-    Reverse4,
-    ReverseKey4,
-    ServiceCounters,
-    ServiceRecord<u8>,
-    ServiceRuntime,
-    Switch<u8>,
+macro_rules! pod_of_address {
+    ($($type:ty),+ $(,)?) => {
+        // SAFETY: as above, for both kinds of address that there are.
+        $(unsafe impl<A: Address> Pod for $type {})+
+    };
+}
+
+pod!(EndpointRole, Heartbeat, Route, ServiceCounters, ServiceRecord<u8>, ServiceRuntime, Switch<u8>);
+
+pod_of_address!(
+    Backend<A>,
+    EndpointKey<A>,
+    Flow<A, u8>,
+    FlowKey<A>,
+    Fragment<A>,
+    FragmentKey<A>,
+    Reverse<A>,
+    ReverseKey<A>,
 );

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE, btf_maps::Array, helpers::generated::bpf_ktime_get_coarse_ns, macros::btf_map,
 };
-use breaker_common::{Heartbeat, Switch, switch_flags};
+use breaker_common::{Heartbeat, Switch, TICK_SHIFT, switch_flags};
 
 /// One value; the agent maps it into its memory.
 #[btf_map]
@@ -16,10 +16,16 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// The last heartbeat: a clock of a second's resolution that costs an array look-up.
+/// The last heartbeat in ticks: a clock of a second's resolution that costs an array look-up.
 #[inline(always)]
-pub fn beat_ns() -> u64 {
-    HEARTBEAT.get(0).map_or(0, |beat| beat.beat_ns)
+pub fn beat_tick() -> u32 {
+    HEARTBEAT.get(0).map_or(0, |beat| tick(beat.beat_ns))
+}
+
+/// A time in ticks.
+#[inline(always)]
+pub fn tick(ns: u64) -> u32 {
+    (ns >> TICK_SHIFT) as u32
 }
 
 /// Whether the agent's last decision may still be acted on.

@@ -1,11 +1,11 @@
 //! Counters, per CPU: userspace sums them up.
 
 use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
-use breaker_common::{MAX_SERVICES, PassReason, ServiceCounters};
+use breaker_common::{DEFAULT_SERVICES, PassReason, ServiceCounters};
 
 /// Per service.
 #[btf_map]
-static COUNTERS: PerCpuArray<ServiceCounters, { MAX_SERVICES as usize }> = PerCpuArray::new();
+static COUNTERS: PerCpuArray<ServiceCounters, { DEFAULT_SERVICES as usize }> = PerCpuArray::new();
 
 /// Packets that failed open, index = [`PassReason`].
 #[btf_map]

@@ -18,23 +18,42 @@ pub fn replaced(check: u16, old: u64, new: u64) -> u16 {
     !fold((!check) as u64 + (!fold(old)) as u64 + new)
 }
 
+/// The same for UDP, where a checksum of zero means that there is none (RFC 768): it stays, and what would become zero is
+/// written as its other representation.
+#[inline(always)]
+pub fn replaced_udp(check: u16, old: u64, new: u64) -> u16 {
+    if check == 0 {
+        return 0;
+    }
+    match replaced(check, old, new) {
+        0 => 0xffff,
+        check => check,
+    }
+}
+
+/// The number that two bytes are.
+#[inline(always)]
+pub fn word(bytes: [u8; 2]) -> u64 {
+    u16::from_be_bytes(bytes) as u64
+}
+
 /// The sum of four bytes' two words.
 #[inline(always)]
 pub fn words4(bytes: [u8; 4]) -> u64 {
     u16::from_be_bytes([bytes[0], bytes[1]]) as u64 + u16::from_be_bytes([bytes[2], bytes[3]]) as u64
 }
 
-/// The sum of the TCP pseudo header (RFC 9293, section 3.1): addresses, protocol, segment length in bytes.
-#[inline(always)]
-pub fn pseudo4(source: [u8; 4], destination: [u8; 4], proto: u8, length: u16) -> u64 {
-    words4(source) + words4(destination) + proto as u64 + length as u64
-}
-
 /// The kernel's `csum_add`: a 32-bit sum, the carry added back in.
 #[inline(always)]
-fn add32(a: u32, b: u32) -> u32 {
+pub fn add32(a: u32, b: u32) -> u32 {
     let sum = a.wrapping_add(b);
     sum.wrapping_add((sum < b) as u32)
+}
+
+/// The kernel's `csum_sub`.
+#[inline(always)]
+pub fn sub32(a: u32, b: u32) -> u32 {
+    add32(a, !b)
 }
 
 /// The kernel's `~csum_fold`.
@@ -44,15 +63,22 @@ fn fold32(sum: u32) -> u16 {
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// What `inet_proto_csum_replace4` (net/core/utils.c) makes of a complete checksum when an address of the pseudo header
-/// changes; bit by bit, in native byte order of wire words.
+/// What `inet_proto_csum_replace_by_diff` (net/core/utils.c) makes of a complete checksum when the pseudo header changes by
+/// `difference`; bit by bit, in native byte order of wire words.
 #[inline(always)]
-pub fn complete_after(check: u16, from: u32, to: u32) -> u16 {
-    !fold32(add32(add32(!(check as u32), !from), to))
+pub fn complete_after(check: u16, difference: u32) -> u16 {
+    !fold32(add32(difference, !(check as u32)))
 }
 
 /// The same for a partial one (CHECKSUM_PARTIAL), which holds the plain sum of the pseudo header.
 #[inline(always)]
-pub fn partial_after(check: u16, from: u32, to: u32) -> u16 {
-    fold32(add32(add32(check as u32, !from), to))
+pub fn partial_after(check: u16, difference: u32) -> u16 {
+    fold32(add32(difference, check as u32))
+}
+
+/// The sum of a pseudo header (RFC 9293, section 3.1; RFC 8200, section 8.1): the addresses' sums, protocol, length in
+/// bytes of what is behind the IP header.
+#[inline(always)]
+pub fn pseudo(source: u64, destination: u64, proto: u8, length: u16) -> u64 {
+    source + destination + proto as u64 + length as u64
 }

@@ -5,17 +5,27 @@ use aya_ebpf::{
     btf_maps::RingBuf,
     macros::btf_map,
 };
-use breaker_common::{BreakerState, Event, EventKind, Flow4, FlowKey4, PassReason, Switch};
+use breaker_common::{Address as _, BreakerState, Event, EventKind, Flow, FlowKey, PassReason, Switch};
 
-use crate::count;
+use crate::{
+    agent, count,
+    family::{Family, V6},
+};
 
-/// 256 KiB: six thousand events.
+/// 256 KiB: three thousand events.
 #[btf_map]
 static EVENTS: RingBuf<Event, { 256 * 1024 }> = RingBuf::new();
 
-/// Tells of a connection. `flow` is where it went, if anywhere.
-#[inline(always)]
-pub fn send(kind: EventKind, now_ns: u64, service: u32, switch: &Switch<u8>, key: &FlowKey4, flow: Option<&Flow4>) {
+/// Tells of a connection. `flow` is where it went, if anywhere. A function to the kernel too: see [`crate::hook::tc`] on
+/// the stack.
+#[inline(never)]
+pub fn send<A: Family>(
+    kind: EventKind,
+    service: u32,
+    switch: &Switch<u8>,
+    key: &FlowKey<A>,
+    flow: Option<&Flow<A>>,
+) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         count::reason(PassReason::EventLost);
         return;
@@ -25,20 +35,23 @@ pub fn send(kind: EventKind, now_ns: u64, service: u32, switch: &Switch<u8>, key
         2 => BreakerState::HalfOpen,
         _ => BreakerState::Closed,
     };
-    entry.write(Event {
-        at_ns: now_ns,
+    let event: Event<EventKind, BreakerState, V6> = Event {
+        at_ns: agent::now_ns(),
         service,
         epoch: switch.epoch,
-        client: key.client,
-        vip: key.vip,
-        backend: flow.map_or([0; 4], |f| f.backend),
+        client: key.client.mapped(),
+        vip: key.vip.mapped(),
+        backend: flow.map_or(V6::ZERO, |f| f.backend.mapped()),
         client_port: key.client_port,
         vip_port: key.vip_port,
         backend_port: flow.map_or([0; 2], |f| f.backend_port),
         kind,
         state,
-        pad: 0,
-    });
+        proto: key.proto,
+        pad: [0; 7],
+    };
+    // SAFETY: the same type but for the address, which has the same size, alignment and bytes.
+    unsafe { entry.as_mut_ptr().cast::<Event<EventKind, BreakerState, V6>>().write(event) };
     // The agent looks into the ring regularly; only news about a state is worth waking it up.
     let wake = if kind as u8 == EventKind::StateAdopted as u8 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
     entry.submit(wake as u64);

@@ -1,33 +1,26 @@
 //! The pinned decisions: a forward entry by the client's view, a reverse entry by the backend's.
 //!
-//! The forward entry is the truth. The reverse one is derived from it and made again when it is found missing (both
-//! tables are LRU, so either may lose an entry to newer ones when they are full).
+//! Two classes. A flow that no backend has answered yet is *pending*: its tables are LRU, so that a flood of connection
+//! requests pushes out other requests and nothing else. With the client's first packet after an answer it is *kept*: moved
+//! to tables that push nothing out, and that let nothing new in when they are full (then it stays pending, which works as
+//! long as there is no flood).
 //!
-//! Races: two CPUs may handle two packets of one flow at once only if the client sends a SYN again while the first is
-//! still under way; the later write wins in both tables, and a reverse entry of the loser's is removed by userspace.
+//! The forward entry is the truth; the reverse one is derived from it.
+//!
+//! Races: two CPUs may handle two packets of one flow at once only if the client sends its first packet again while the
+//! first is still under way; the later write wins in both tables, and a reverse entry of the loser's is removed by
+//! userspace. Keeping a flow writes the new entries before it removes the old ones: a packet meanwhile finds one of them.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    btf_maps::LruHashMap,
-    macros::btf_map,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use breaker_common::{
-    Backend4, DEFAULT_MAX_FLOWS, Flow4, FlowKey4, FlowKind, NONE, PROTO_TCP, PassReason, Reverse4, ReverseKey4,
-    tcp_seen,
+    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, seen,
 };
 
 use crate::{
-    agent,
+    agent, count,
+    family::Family,
     parse::{Segment, flags},
 };
-
-/// By the client's view.
-#[btf_map]
-static FLOWS4: LruHashMap<FlowKey4, Flow4, { DEFAULT_MAX_FLOWS as usize }> = LruHashMap::new();
-
-/// By the backend's view.
-#[btf_map]
-static REVERSE4: LruHashMap<ReverseKey4, Reverse4, { DEFAULT_MAX_FLOWS as usize }> = LruHashMap::new();
 
 /// How many source ports are tried for a flow whose own is taken.
 const PORT_TRIES: u16 = 16;
@@ -36,136 +29,177 @@ const PORT_FIRST: u16 = 1024;
 
 /// The key of a segment that a client sends.
 #[inline(always)]
-pub fn key(segment: &Segment) -> FlowKey4 {
-    FlowKey4 {
+pub fn key<A: Family>(segment: &Segment<A>) -> FlowKey<A> {
+    FlowKey {
         client: segment.source,
         vip: segment.destination,
         client_port: segment.source_port,
         vip_port: segment.destination_port,
-        proto: PROTO_TCP,
+        proto: segment.proto,
         pad: [0; 3],
     }
 }
 
 /// The key of a segment that a backend sends.
 #[inline(always)]
-pub fn reverse_key(segment: &Segment) -> ReverseKey4 {
-    ReverseKey4 {
+pub fn reverse_key<A: Family>(segment: &Segment<A>) -> ReverseKey<A> {
+    ReverseKey {
         backend: segment.source,
         client: segment.destination,
         backend_port: segment.source_port,
         client_port: segment.destination_port,
-        proto: PROTO_TCP,
+        proto: segment.proto,
         pad: [0; 3],
     }
 }
 
 /// The reverse key that belongs to a flow.
 #[inline(always)]
-fn reverse_key_of(key: &FlowKey4, flow: &Flow4) -> ReverseKey4 {
-    ReverseKey4 {
+fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> {
+    ReverseKey {
         backend: flow.backend,
         client: key.client,
         backend_port: flow.backend_port,
         client_port: flow.source_port,
-        proto: PROTO_TCP,
+        proto: key.proto,
         pad: [0; 3],
     }
 }
 
 #[inline(always)]
-fn reverse_of(key: &FlowKey4, flow: &Flow4) -> Reverse4 {
-    Reverse4 {
+fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> Reverse<A> {
+    Reverse {
         vip: key.vip,
         vip_port: key.vip_port,
         client_port: key.client_port,
         service: flow.service,
-        tcp_seen: 0,
+        seen: 0,
         pad: [0; 3],
-        last_seen_ns: flow.last_seen_ns,
+        last_seen_tick: flow.last_seen_tick,
+        ifindex: 0,
     }
 }
 
 /// Whether a reverse entry is this flow's.
 #[inline(always)]
-fn belongs_to(reverse: &Reverse4, key: &FlowKey4) -> bool {
+fn belongs_to<A: Family>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
     reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
+}
+
+#[inline(always)]
+fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
+    flow.kind as u8 == FlowKind::Passed as u8
 }
 
 /// The decision for a flow, in place.
 #[inline(always)]
-pub fn find(key: &FlowKey4) -> Option<&'static mut Flow4> {
-    // SAFETY: the kernel keeps the memory of an entry alive for the run of the program, even if it is evicted (LRU
-    // entries are preallocated and may be reused meanwhile: the worst case is one packet of a dying entry translated
-    // by the fields of its successor, in a table that overflows, within the microsecond between here and the rewrite).
-    FLOWS4.get_ptr_mut(key).map(|flow| unsafe { &mut *flow })
+pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
+    // SAFETY: the kernel keeps the memory of an entry alive for the run of the program, even if it is removed or evicted
+    // (freed after a grace period, or preallocated and reused meanwhile: the worst case is one packet of a dying entry
+    // translated by the fields of its successor, in a table that overflows, within the microsecond between here and the
+    // rewrite).
+    let found = A::flows().get_ptr_mut(key).or_else(|| A::pending().get_ptr_mut(key));
+    found.map(|flow| unsafe { &mut *flow })
+}
+
+/// The decision for a flow that goes on, in place. A pending one that was answered is kept from now on.
+#[inline(always)]
+pub fn find_going_on<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
+    if A::flows().get_ptr(key).is_none() {
+        keep(key);
+    }
+    find(key)
+}
+
+/// Moves a pending flow that was answered to the tables that push nothing out. A function to the kernel too: see
+/// [`crate::hook::tc`] on the stack.
+#[inline(never)]
+fn keep<A: Family>(key: &FlowKey<A>) {
+    let Some(flow) = A::pending().get_ptr(key) else { return };
+    // SAFETY: as for `find`.
+    let flow = unsafe { &*flow };
+    if is_passed(flow) {
+        // Nobody's reverse entry tells whether it was answered; it has no translation to lose either.
+        match A::flows().insert(key, flow, BPF_ANY as u64) {
+            Ok(()) => drop(A::pending().remove(key)),
+            Err(_) => count::reason(PassReason::FlowTableFull),
+        }
+        return;
+    }
+    let reverse_key = reverse_key_of(key, flow);
+    let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else { return };
+    // SAFETY: as for `find`.
+    let reverse = unsafe { &*reverse };
+    if reverse.seen & seen::ANSWERED == 0 {
+        return;
+    }
+    if A::reverse().insert(&reverse_key, reverse, BPF_ANY as u64).is_err() {
+        return count::reason(PassReason::FlowTableFull);
+    }
+    if A::flows().insert(key, flow, BPF_ANY as u64).is_err() {
+        let _ = A::reverse().remove(&reverse_key);
+        return count::reason(PassReason::FlowTableFull);
+    }
+    let _ = A::pending().remove(key);
+    let _ = A::pending_reverse().remove(&reverse_key);
 }
 
 /// The translation of a reply, in place.
 #[inline(always)]
-pub fn find_reverse(key: &ReverseKey4) -> Option<&'static mut Reverse4> {
+pub fn find_reverse<A: Family>(key: &ReverseKey<A>) -> Option<&'static mut Reverse<A>> {
+    let found = A::reverse().get_ptr_mut(key).or_else(|| A::pending_reverse().get_ptr_mut(key));
     // SAFETY: as for `find`.
-    REVERSE4.get_ptr_mut(key).map(|reverse| unsafe { &mut *reverse })
+    found.map(|reverse| unsafe { &mut *reverse })
 }
 
-/// Notes a client's packet; true when the agent's heart has beaten since its last one.
+/// Notes a client's packet.
 #[inline(always)]
-pub fn touch(flow: &mut Flow4, segment: &Segment) -> bool {
-    flow.tcp_seen |= seen(segment.flags);
-    let beat = agent::beat_ns();
-    let first_of_beat = flow.last_seen_ns != beat;
-    if first_of_beat {
-        flow.last_seen_ns = beat;
+pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
+    flow.seen |= ended_by(segment);
+    let beat = agent::beat_tick();
+    if flow.last_seen_tick != beat {
+        flow.last_seen_tick = beat;
     }
-    first_of_beat
 }
 
 /// Notes a backend's packet.
 #[inline(always)]
-pub fn touch_reverse(reverse: &mut Reverse4, segment: &Segment) {
-    reverse.tcp_seen |= seen(segment.flags);
-    let beat = agent::beat_ns();
-    if reverse.last_seen_ns != beat {
-        reverse.last_seen_ns = beat;
+pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) {
+    const SYN_ACK: u8 = flags::SYN | flags::ACK;
+    let answers = segment.proto != PROTO_TCP || segment.flags & SYN_ACK == SYN_ACK;
+    reverse.seen |= ended_by(segment) | if answers { seen::ANSWERED } else { 0 };
+    let beat = agent::beat_tick();
+    if reverse.last_seen_tick != beat {
+        reverse.last_seen_tick = beat;
     }
 }
 
 #[inline(always)]
-fn seen(bits: u8) -> u8 {
-    let mut seen = 0;
-    if bits & flags::FIN != 0 {
-        seen |= tcp_seen::FIN;
+fn ended_by<A: Family>(segment: &Segment<A>) -> u8 {
+    let mut bits = 0;
+    if segment.flags & flags::FIN != 0 {
+        bits |= seen::FIN;
     }
-    if bits & flags::RST != 0 {
-        seen |= tcp_seen::RST;
+    if segment.flags & flags::RST != 0 {
+        bits |= seen::RST;
     }
-    if bits & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK {
-        seen |= tcp_seen::SYN_ACK;
-    }
-    seen
+    bits
 }
 
-/// Makes a flow's reverse entry again if it is gone.
-#[inline(always)]
-pub fn keep_reverse(key: &FlowKey4, flow: &Flow4) {
-    // An entry that is there stays as it is: what was seen of the backend's packets is in it. Of one that was lost we know
-    // that the backend had answered, or the client would not go on.
-    let reverse = Reverse4 { tcp_seen: tcp_seen::SYN_ACK, ..reverse_of(key, flow) };
-    let _ = REVERSE4.insert(reverse_key_of(key, flow), reverse, BPF_NOEXIST as u64);
-}
-
-/// Forgets what was decided for an earlier connection with the same addresses and ports: a SYN decides anew.
-#[inline(always)]
-pub fn forget(key: &FlowKey4) {
-    if let Some(old) = find(key) {
-        if old.kind as u8 != FlowKind::Passed as u8 {
-            let reverse_key = reverse_key_of(key, old);
-            if find_reverse(&reverse_key).is_some_and(|reverse| belongs_to(reverse, key)) {
-                let _ = REVERSE4.remove(reverse_key);
-            }
+/// Forgets what was decided for an earlier connection with the same addresses and ports: a first packet decides anew. A
+/// function to the kernel too.
+#[inline(never)]
+pub fn forget<A: Family>(key: &FlowKey<A>) {
+    let Some(old) = find(key) else { return };
+    if !is_passed(old) {
+        let reverse_key = reverse_key_of(key, old);
+        if find_reverse(&reverse_key).is_some_and(|reverse| belongs_to(reverse, key)) {
+            let _ = A::reverse().remove(&reverse_key);
+            let _ = A::pending_reverse().remove(&reverse_key);
         }
-        let _ = FLOWS4.remove(key);
     }
+    let _ = A::flows().remove(key);
+    let _ = A::pending().remove(key);
 }
 
 /// Pins "left to kube-proxy".
@@ -173,8 +207,17 @@ pub fn forget(key: &FlowKey4) {
 /// # Errors
 /// [`PassReason::FlowTableFull`].
 #[inline(always)]
-pub fn pin_passed(key: &FlowKey4, service: u32, epoch: u32, now_ns: u64) -> Result<(), PassReason> {
-    let flow = Flow4 {
+pub fn pin_passed<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> Result<(), PassReason> {
+    match pin_passed_in_table(key, service, epoch, now_ns) {
+        PINNED => Ok(()),
+        _ => Err(PassReason::FlowTableFull),
+    }
+}
+
+/// A function to the kernel too.
+#[inline(never)]
+fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> u32 {
+    let flow = Flow {
         backend: key.vip,
         backend_port: key.vip_port,
         source_port: key.client_port,
@@ -182,12 +225,12 @@ pub fn pin_passed(key: &FlowKey4, service: u32, epoch: u32, now_ns: u64) -> Resu
         backend_id: NONE,
         epoch,
         kind: FlowKind::Passed,
-        tcp_seen: 0,
+        seen: 0,
         pad: 0,
-        created_ns: now_ns,
-        last_seen_ns: agent::beat_ns(),
+        created_tick: agent::tick(now_ns),
+        last_seen_tick: agent::beat_tick(),
     };
-    FLOWS4.insert(key, flow, BPF_ANY as u64).map_err(|_| PassReason::FlowTableFull)
+    if A::pending().insert(key, flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
 }
 
 /// Pins a flow to a backend in both tables, under a reverse key that is its own: where the client's port is taken
@@ -198,32 +241,48 @@ pub fn pin_passed(key: &FlowKey4, service: u32, epoch: u32, now_ns: u64) -> Resu
 /// # Errors
 /// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]: nothing is left behind.
 #[inline(always)]
-pub fn pin(key: &FlowKey4, flow: &mut Flow4) -> Result<(), PassReason> {
-    if !claim(key, flow) {
-        flow.source_port = claim_other_port(key, flow);
+pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>) -> Result<(), PassReason> {
+    match pin_in_tables(key, flow) {
+        PINNED => Ok(()),
+        NO_SOURCE_PORT => Err(PassReason::NoSourcePort),
+        _ => Err(PassReason::FlowTableFull),
+    }
+}
+
+const PINNED: u32 = 0;
+const NO_SOURCE_PORT: u32 = 1;
+const TABLE_FULL: u32 = 2;
+
+/// A function to the kernel too, which returns a number.
+#[inline(never)]
+fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
+    let mut reverse_key = reverse_key_of(key, flow);
+    let reverse = reverse_of(key, flow);
+    if !claim(key, &reverse_key, &reverse) {
+        flow.source_port = claim_other_port(key, &mut reverse_key, &reverse);
         if flow.source_port == [0; 2] {
-            return Err(PassReason::NoSourcePort);
+            return NO_SOURCE_PORT;
         }
     }
-    if FLOWS4.insert(key, *flow, BPF_ANY as u64).is_err() {
-        let _ = REVERSE4.remove(reverse_key_of(key, flow));
-        return Err(PassReason::FlowTableFull);
+    if A::pending().insert(key, &*flow, BPF_ANY as u64).is_err() {
+        let _ = A::pending_reverse().remove(&reverse_key);
+        return TABLE_FULL;
     }
-    Ok(())
+    PINNED
 }
 
 /// A flow to a backend, as decided now.
 #[inline(always)]
-pub fn to(
-    backend: &Backend4,
-    key: &FlowKey4,
+pub fn to<A: Family>(
+    backend: &Backend<A>,
+    key: &FlowKey<A>,
     kind: FlowKind,
     service: u32,
     backend_id: u32,
     epoch: u32,
     now_ns: u64,
-) -> Flow4 {
-    Flow4 {
+) -> Flow<A> {
+    Flow {
         backend: backend.addr,
         backend_port: backend.port,
         source_port: key.client_port,
@@ -231,65 +290,74 @@ pub fn to(
         backend_id,
         epoch,
         kind,
-        tcp_seen: 0,
+        seen: 0,
         pad: 0,
-        created_ns: now_ns,
-        last_seen_ns: agent::beat_ns(),
+        created_tick: agent::tick(now_ns),
+        last_seen_tick: agent::beat_tick(),
     }
 }
 
 /// Takes the flow's reverse key, if it is free, its own, or left behind by a flow that is gone.
 #[inline(always)]
-fn claim(key: &FlowKey4, flow: &Flow4) -> bool {
-    let reverse_key = reverse_key_of(key, flow);
-    let reverse = reverse_of(key, flow);
-    if REVERSE4.insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok() {
+fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
+    let kept = A::reverse().get_ptr(reverse_key).is_some();
+    if !kept && A::pending_reverse().insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok() {
         return true;
     }
-    let Some(other) = find_reverse(&reverse_key) else {
+    let Some(other) = find_reverse(reverse_key) else {
         // Gone between the two calls, or the table is full: the second try tells.
-        return REVERSE4.insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok();
+        return A::pending_reverse().insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok();
     };
-    if !belongs_to(other, key) {
-        let owner = FlowKey4 {
-            client: key.client,
-            vip: other.vip,
-            client_port: other.client_port,
-            vip_port: other.vip_port,
-            proto: PROTO_TCP,
-            pad: [0; 3],
-        };
-        let lives = find(&owner).is_some_and(|f| {
-            f.kind as u8 != FlowKind::Passed as u8 && reverse_key_of(&owner, f) == reverse_key && !ended(f, other)
-        });
-        if lives {
-            return false;
-        }
+    if !belongs_to(other, key) && lives(reverse_key, other) {
+        return false;
     }
-    REVERSE4.insert(reverse_key, reverse, BPF_ANY as u64).is_ok()
+    if kept {
+        let _ = A::reverse().remove(reverse_key);
+    }
+    A::pending_reverse().insert(reverse_key, reverse, BPF_ANY as u64).is_ok()
+}
+
+/// Whether the flow that a reverse entry was made for is still there, and not over.
+#[inline(always)]
+fn lives<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
+    let owner = FlowKey {
+        client: reverse_key.client,
+        vip: reverse.vip,
+        client_port: reverse.client_port,
+        vip_port: reverse.vip_port,
+        proto: reverse_key.proto,
+        pad: [0; 3],
+    };
+    find(&owner).is_some_and(|flow| {
+        !is_passed(flow)
+            && flow.backend == reverse_key.backend
+            && flow.backend_port == reverse_key.backend_port
+            && flow.source_port == reverse_key.client_port
+            && !ended(flow, reverse)
+    })
 }
 
 /// Whether a connection is over: reset, or closed from both sides.
 #[inline(always)]
-fn ended(flow: &Flow4, reverse: &Reverse4) -> bool {
+fn ended<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
     let direct = flow.kind as u8 == FlowKind::Direct as u8;
-    (flow.tcp_seen | reverse.tcp_seen) & tcp_seen::RST != 0
-        || flow.tcp_seen & tcp_seen::FIN != 0 && (direct || reverse.tcp_seen & tcp_seen::FIN != 0)
+    (flow.seen | reverse.seen) & seen::RST != 0
+        || flow.seen & seen::FIN != 0 && (direct || reverse.seen & seen::FIN != 0)
 }
 
-/// Looks for a free source port, a few steps around the range from a place that depends on the flow; 0 = none.
+/// Looks for a free source port, a few steps around the range from a place that depends on the flow; 0 = none. The reverse
+/// key is the one that was taken.
 #[inline(always)]
-fn claim_other_port(key: &FlowKey4, flow: &Flow4) -> [u8; 2] {
+fn claim_other_port<A: Family>(key: &FlowKey<A>, reverse_key: &mut ReverseKey<A>, reverse: &Reverse<A>) -> [u8; 2] {
     let own = u16::from_be_bytes(key.client_port);
-    let reverse = reverse_of(key, flow);
     for step in 1..=PORT_TRIES {
         // 7919 is prime and coprime to the size of the range: the steps do not meet.
         let place = (own.wrapping_sub(PORT_FIRST) as u32 + step as u32 * 7919) % (65536 - PORT_FIRST as u32);
-        let port = (PORT_FIRST + place as u16).to_be_bytes();
-        let mut reverse_key = reverse_key_of(key, flow);
-        reverse_key.client_port = port;
-        if REVERSE4.insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok() {
-            return port;
+        reverse_key.client_port = (PORT_FIRST + place as u16).to_be_bytes();
+        if A::reverse().get_ptr(&*reverse_key).is_none()
+            && A::pending_reverse().insert(&*reverse_key, reverse, BPF_NOEXIST as u64).is_ok()
+        {
+            return reverse_key.client_port;
         }
     }
     [0; 2]

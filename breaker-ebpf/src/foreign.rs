@@ -45,11 +45,14 @@ pub fn cil_sock4_connect(_ctx: SockAddrContext) -> i32 {
 /// test run, and a program that rewrites would see its own output.
 #[repr(C)]
 struct Template {
-    /// Source and destination address, source and destination port, as they follow each other on the wire.
-    ends: [u8; 12],
+    /// Source and destination address, source and destination port, as they follow each other on the wire: 12 bytes for
+    /// IPv4, 36 for IPv6.
+    ends: [u8; 36],
     /// TCP flags.
     flags: u8,
-    pad: [u8; 3],
+    /// 4 or 6.
+    version: u8,
+    pad: [u8; 2],
     /// How many flows to take turns with; a power of two, at most 2^17.
     flows: u32,
     /// The turn.
@@ -72,12 +75,21 @@ pub fn wrap(ctx: TcContext) -> i32 {
         template.next = template.next.wrapping_add(1);
         // An odd factor visits all of a power of two, far apart.
         let flow = template.next.wrapping_mul(40_503) & template.flows.wrapping_sub(1);
-        let mut ends = template.ends;
-        ends[3] = ends[3].wrapping_add((flow >> 15) as u8);
         let port = (1024 + (flow & 0x7fff) as u16).to_be_bytes();
-        (ends[8], ends[9]) = (port[0], port[1]);
-        let _ = ctx.store(26, &ends, 0);
-        let _ = ctx.store(47, &template.flags, 0);
+        let ends = &template.ends;
+        if template.version == 4 {
+            let source = [ends[0], ends[1], ends[2], ends[3].wrapping_add((flow >> 15) as u8)];
+            let rest = [ends[4], ends[5], ends[6], ends[7], port[0], port[1], ends[10], ends[11]];
+            let _ = ctx.store(26, &source, 0);
+            let _ = ctx.store(30, &rest, 0);
+            let _ = ctx.store(47, &template.flags, 0);
+        } else {
+            let mut ends = *ends;
+            ends[15] = ends[15].wrapping_add((flow >> 15) as u8);
+            (ends[32], ends[33]) = (port[0], port[1]);
+            let _ = ctx.store(22, &ends, 0);
+            let _ = ctx.store(67, &template.flags, 0);
+        }
         // It returns only if there is nothing to call.
         // SAFETY: context and map are the kernel's.
         unsafe { MEASURED.tail_call(&ctx, 0) };

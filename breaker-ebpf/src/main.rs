@@ -6,11 +6,12 @@
 //! |---|---|
 //! | [`packet`] | bounds-checked access to bytes, checksum helpers: the raw pointers live here |
 //! | [`parse`] | headers to a tuple |
+//! | [`family`] | what differs between IPv4 and IPv6: offsets, sums, maps |
 //! | [`endpoint`] | what an address is to us: frontend, backend, nothing |
 //! | [`service`] | a service's switch and record |
 //! | [`select`] | which tier and which slot a new connection gets |
 //! | [`flow`] | the pinned decisions, forward and reverse |
-//! | [`nat`] | translating there and back |
+//! | [`nat`], [`icmp`], [`fragment`] | translating there and back; errors about it; what has no ports |
 //! | [`reset`] | refusing and resetting |
 //! | [`agent`] | the agent's sign of life |
 //! | [`count`], [`event`] | what is told to userspace |
@@ -18,7 +19,7 @@
 
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![cfg_attr(feature = "strict", deny(warnings))]
 #![allow(internal_features)]
 
@@ -28,9 +29,12 @@ mod count;
 mod csum;
 mod endpoint;
 mod event;
+mod family;
 mod flow;
+mod fragment;
 mod hash;
 mod hook;
+mod icmp;
 mod nat;
 mod packet;
 mod parse;
@@ -44,19 +48,25 @@ use aya_ebpf::{macros::classifier, programs::TcContext};
 /// tc ingress on the host side of a pod's veth: what the pod sends.
 #[classifier]
 pub fn breaker_in(ctx: TcContext) -> i32 {
-    verdict::settle(hook::tc::try_from_pod(&ctx))
+    hook::tc::from_pod(&ctx)
 }
 
 /// tc ingress on a node's uplink: what comes from outside for a Service.
 #[classifier]
 pub fn breaker_up(ctx: TcContext) -> i32 {
-    verdict::settle(hook::tc::try_from_outside(&ctx))
+    hook::tc::from_outside(&ctx)
 }
 
-/// tc egress on the host side of a pod's veth, and on an uplink: what the client gets.
+/// tc egress on the host side of a pod's veth: what the pod gets.
 #[classifier]
 pub fn breaker_out(ctx: TcContext) -> i32 {
-    verdict::settle(hook::tc::try_to_pod(&ctx))
+    hook::tc::to_pod(&ctx)
+}
+
+/// tc egress on a node's uplink: what clients outside get.
+#[classifier]
+pub fn breaker_up_out(ctx: TcContext) -> i32 {
+    hook::tc::to_outside(&ctx)
 }
 
 #[cfg(not(test))]

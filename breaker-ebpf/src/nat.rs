@@ -1,26 +1,55 @@
 //! Translating there (DNAT) and back (revNAT): addresses, ports, the checksums, nothing else.
 
-use breaker_common::PassReason;
-use network_types::{ip::Ipv4Hdr, tcp::TcpHdr};
+use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
+use network_types::{tcp::TcpHdr, udp::UdpHdr};
 
-use crate::{
-    csum,
-    packet::Packet,
-    parse::{L3, Segment},
-};
+use crate::{csum, family::Family, packet::Packet, parse::Segment};
 
-const IP_CHECK: usize = L3 + core::mem::offset_of!(Ipv4Hdr, check);
-const IP_SOURCE: usize = L3 + core::mem::offset_of!(Ipv4Hdr, src_addr);
-const IP_DESTINATION: usize = L3 + core::mem::offset_of!(Ipv4Hdr, dst_addr);
-const TCP_SOURCE: usize = core::mem::offset_of!(TcpHdr, source);
-const TCP_DESTINATION: usize = core::mem::offset_of!(TcpHdr, dest);
+/// TCP's and UDP's headers both begin with the ports.
+const SOURCE_PORT: usize = 0;
+const DESTINATION_PORT: usize = 2;
 pub const TCP_CHECK: usize = core::mem::offset_of!(TcpHdr, check);
+const UDP_CHECK: usize = core::mem::offset_of!(UdpHdr, check);
 
-/// One end of a tuple and its replacement.
-#[derive(Clone, Copy)]
-enum End {
-    Source,
-    Destination,
+/// One end of a tuple.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    Source = 0,
+    Destination = 1,
+}
+
+impl End {
+    /// Where the end's address stands in the IP header.
+    #[inline(always)]
+    pub fn addr_at<A: Family>(self) -> usize {
+        match self {
+            Self::Source => A::SOURCE_AT,
+            Self::Destination => A::DESTINATION_AT,
+        }
+    }
+
+    /// Where the end's port stands in the TCP or UDP header.
+    #[inline(always)]
+    pub fn port_at(self) -> usize {
+        match self {
+            Self::Source => SOURCE_PORT,
+            Self::Destination => DESTINATION_PORT,
+        }
+    }
+
+    #[inline(always)]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
+}
+
+/// Where a protocol's checksum stands in its header.
+#[inline(always)]
+pub fn check_at(proto: u8) -> usize {
+    if proto == PROTO_TCP { TCP_CHECK } else { UDP_CHECK }
 }
 
 /// Sends a segment to another destination; from another source port too, where `source_port` is not the segment's.
@@ -28,10 +57,10 @@ enum End {
 /// # Errors
 /// [`PassReason::RewriteFailed`]: the headers are not where they were parsed, which cannot happen.
 #[inline(always)]
-pub fn to_backend(
+pub fn to_backend<A: Family>(
     packet: &Packet<'_>,
-    segment: &Segment,
-    backend: [u8; 4],
+    segment: &Segment<A>,
+    backend: A,
     backend_port: [u8; 2],
     source_port: [u8; 2],
 ) -> Result<(), PassReason> {
@@ -43,63 +72,74 @@ pub fn to_backend(
 /// # Errors
 /// As for [`to_backend`].
 #[inline(always)]
-pub fn from_backend(
+pub fn from_backend<A: Family>(
     packet: &Packet<'_>,
-    segment: &Segment,
-    vip: [u8; 4],
+    segment: &Segment<A>,
+    vip: A,
     vip_port: [u8; 2],
     client_port: [u8; 2],
 ) -> Result<(), PassReason> {
     replace(packet, segment, End::Source, vip, vip_port, client_port).ok_or(PassReason::RewriteFailed)
 }
 
+/// Replaces an address in the IP header at `l3`, and corrects the header's own checksum. Direct writes only. (The header's
+/// sum stays what it was, so a device's own sum over the packet stays right as well, for IPv4.)
+#[inline(always)]
+pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: End, old: A, new: A) -> Option<()> {
+    if let Some(check_at) = A::CHECK_AT {
+        let check = u16::from_be_bytes(packet.read::<[u8; 2]>(l3 + check_at)?);
+        packet.write(l3 + check_at, csum::replaced(check, old.words(), new.words()).to_be_bytes())?;
+    }
+    packet.write(l3 + end.addr_at::<A>(), new)
+}
+
 /// Replaces address and port at one end, and the port at the other.
 #[inline(always)]
-fn replace(
+fn replace<A: Family>(
     packet: &Packet<'_>,
-    segment: &Segment,
+    segment: &Segment<A>,
     end: End,
-    addr: [u8; 4],
+    addr: A,
     port: [u8; 2],
     other_port: [u8; 2],
 ) -> Option<()> {
-    let (addr_at, port_at, old_addr, old_port, other_at, old_other) = match end {
-        End::Source => {
-            (IP_SOURCE, TCP_SOURCE, segment.source, segment.source_port, TCP_DESTINATION, segment.destination_port)
-        }
-        End::Destination => (
-            IP_DESTINATION,
-            TCP_DESTINATION,
-            segment.destination,
-            segment.destination_port,
-            TCP_SOURCE,
-            segment.source_port,
-        ),
+    let (old_addr, old_port, old_other) = match end {
+        End::Source => (segment.source, segment.source_port, segment.destination_port),
+        End::Destination => (segment.destination, segment.destination_port, segment.source_port),
     };
-    // All direct writes first: the checksum helpers void the pointers. The IP checksum is always complete, and the
-    // header's sum stays what it was, so a device's own sum over the packet stays right as well.
-    let check = u16::from_be_bytes(packet.read::<[u8; 2]>(IP_CHECK)?);
-    let check = csum::replaced(check, csum::words4(old_addr), csum::words4(addr));
-    packet.write(IP_CHECK, check.to_be_bytes())?;
-    packet.write(addr_at, addr)?;
-    packet.write(segment.l4 + port_at, port)?;
+    // All direct writes first: the checksum helpers void the pointers.
+    replace_address(packet, segment.l3(), end, old_addr, addr)?;
+    packet.write(segment.l4() + end.port_at(), port)?;
     let other_changed = old_other != other_port;
     if other_changed {
-        packet.write(segment.l4 + other_at, other_port)?;
+        packet.write(segment.l4() + end.other().port_at(), other_port)?;
     }
-    let check_at = segment.l4 + TCP_CHECK;
+    let check_at = segment.l4() + check_at(segment.proto);
     let before = packet.read::<u16>(check_at)?;
-    packet.pseudo_changed(check_at, old_addr, addr)?;
-    if old_port == port && !other_changed {
+    // UDP without a checksum stays without (RFC 768).
+    if before == 0 && segment.proto == PROTO_UDP {
         return Some(());
     }
-    ports_changed(packet, check_at, before, (old_addr, addr), [(old_port, port), (old_other, other_port)])
+    let difference = old_addr.difference(addr);
+    packet.pseudo_changed(check_at, difference)?;
+    if A::CHECK_AT.is_none() {
+        packet.sum_changed(difference);
+    }
+    if old_port != port || other_changed {
+        ports_changed(packet, check_at, before, difference, [(old_port, port), (old_other, other_port)])?;
+    }
+    // What came out as zero would say that there is none; its other representation is meant (RFC 768). A partial one is
+    // not at its end yet, and the device knows the rule.
+    if segment.proto == PROTO_UDP && packet.read::<u16>(check_at)? == 0 {
+        packet.write(check_at, [0xff_u8; 2])?;
+    }
+    Some(())
 }
 
 /// A port and its replacement.
 type Change = ([u8; 2], [u8; 2]);
 
-/// Tells the TCP checksum that ports changed. A partial checksum does not have them in it, a complete one does; a program
+/// Tells the checksum that ports changed. A partial checksum does not have them in it, a complete one does; a program
 /// cannot ask which it is, but what the helper has just made of the changed address tells, and another call of it costs as
 /// much as all the rest of the translation. Only where both would have come out the same is the helper asked again.
 #[inline(always)]
@@ -107,13 +147,12 @@ fn ports_changed(
     packet: &Packet<'_>,
     check_at: usize,
     before: u16,
-    (from, to): ([u8; 4], [u8; 4]),
+    difference: u32,
     ports: [Change; 2],
 ) -> Option<()> {
     let after = packet.read::<u16>(check_at)?;
-    let (from, to) = (u32::from_ne_bytes(from), u32::from_ne_bytes(to));
-    let complete = csum::complete_after(before, from, to);
-    let partial = csum::partial_after(before, from, to);
+    let complete = csum::complete_after(before, difference);
+    let partial = csum::partial_after(before, difference);
     if complete == partial {
         for (old, new) in ports {
             packet.payload_changed(check_at, old, new)?;
@@ -123,7 +162,7 @@ fn ports_changed(
     if after == partial {
         return Some(());
     }
-    let sum = |ports: [[u8; 2]; 2]| u16::from_be_bytes(ports[0]) as u64 + u16::from_be_bytes(ports[1]) as u64;
-    let (old, new) = (sum([ports[0].0, ports[1].0]), sum([ports[0].1, ports[1].1]));
+    let old = csum::word(ports[0].0) + csum::word(ports[1].0);
+    let new = csum::word(ports[0].1) + csum::word(ports[1].1);
     packet.write(check_at, csum::replaced(u16::from_be(after), old, new).to_be_bytes())
 }

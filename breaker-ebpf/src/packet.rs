@@ -3,9 +3,14 @@
 //! A pointer that this module returned is void after a helper that may move the packet (`bpf_skb_change_tail`,
 //! `bpf_skb_pull_data`, `bpf_l4_csum_replace`, …); the verifier refuses a program that forgets it.
 
+use core::arch::asm;
+
 use aya_ebpf::{
-    bindings::BPF_F_PSEUDO_HDR,
-    helpers::{bpf_clone_redirect, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_pull_data},
+    bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    helpers::{
+        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
+        bpf_skb_pull_data,
+    },
     programs::TcContext,
 };
 
@@ -18,6 +23,12 @@ impl<'a> Packet<'a> {
     #[inline(always)]
     pub fn new(ctx: &'a TcContext) -> Self {
         Self { ctx }
+    }
+
+    /// The context, for what wants one.
+    #[inline(always)]
+    pub fn context(&self) -> &TcContext {
+        self.ctx
     }
 
     /// The whole length in bytes, data outside of the linear part included.
@@ -44,25 +55,32 @@ impl<'a> Packet<'a> {
     /// A pointer to a `T` at `offset` in the linear part, or `None` where it does not end there.
     #[inline(always)]
     pub fn at<T>(&self, offset: usize) -> Option<*mut T> {
-        let start = self.ctx.data();
-        if start + offset + size_of::<T>() > self.ctx.data_end() {
+        let mut start = self.ctx.data() + offset;
+        // The compiler must not take this sum apart again: the verifier knows the bounds of the very pointer that was
+        // compared, and of no other that happens to come to the same.
+        // SAFETY: a register to itself. (No instruction at all would leave a line of debug information about nothing, which
+        // the kernel refuses.)
+        unsafe { asm!("{0} = {0}", inout(reg) start, options(pure, nomem, nostack)) };
+        if start + size_of::<T>() > self.ctx.data_end() {
             return None;
         }
-        Some((start + offset) as *mut T)
+        Some(start as *mut T)
     }
 
-    /// Copies a `T` out of the linear part.
+    /// Copies a `T` out of the linear part. The compiler is told that it is aligned, and may well be wrong: it takes a byte
+    /// at a time otherwise. Loads and stores in a packet need no alignment where the kernel has
+    /// CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS (x86-64, arm64, …), and elsewhere the verifier refuses them.
     #[inline(always)]
     pub fn read<T: Copy>(&self, offset: usize) -> Option<T> {
-        // SAFETY: `at` checked the bounds; packed and byte-array types only, the read is unaligned anyway.
-        self.at::<T>(offset).map(|p| unsafe { p.read_unaligned() })
+        // SAFETY: `at` checked the bounds; any bytes are a value; see above on alignment.
+        self.at::<T>(offset).map(|p| unsafe { *p })
     }
 
     /// Writes a `T` into the linear part (writable: the verifier puts a prologue before such programs).
     #[inline(always)]
     pub fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
-        // SAFETY: `at` checked the bounds.
-        self.at::<T>(offset).map(|p| unsafe { p.write_unaligned(value) })
+        // SAFETY: `at` checked the bounds; as for `read`.
+        self.at::<T>(offset).map(|p| unsafe { *p = value })
     }
 
     /// Brings the first `len` bytes into the linear part.
@@ -81,19 +99,37 @@ impl<'a> Packet<'a> {
         (ret == 0).then_some(())
     }
 
-    /// Tells the TCP checksum at `offset` that four bytes of the pseudo header changed (an address). The helper knows
-    /// whether the checksum is complete, or left to the device (CHECKSUM_PARTIAL: only the pseudo header is in it), or
-    /// whether the device's own sum must follow (CHECKSUM_COMPLETE).
+    /// Tells the TCP or UDP checksum at `offset` that the pseudo header changed by `difference` (see
+    /// [`crate::family::Family::difference`]). The helper knows whether the checksum is complete, or left to the device
+    /// (CHECKSUM_PARTIAL: only the pseudo header is in it), or whether the device's own sum must follow
+    /// (CHECKSUM_COMPLETE).
     #[inline(always)]
-    pub fn pseudo_changed(&self, offset: usize, from: [u8; 4], to: [u8; 4]) -> Option<()> {
-        let (from, to) = (u32::from_ne_bytes(from) as u64, u32::from_ne_bytes(to) as u64);
+    pub fn pseudo_changed(&self, offset: usize, difference: u32) -> Option<()> {
         // SAFETY: as for `pull`.
-        let ret =
-            unsafe { bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, from, to, BPF_F_PSEUDO_HDR as u64 | 4) };
+        let ret = unsafe {
+            bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, 0, difference as u64, BPF_F_PSEUDO_HDR as u64)
+        };
         (ret == 0).then_some(())
     }
 
-    /// Tells the TCP checksum at `offset` that two bytes under it changed (a port).
+    /// Adds to the device's own sum over the packet (CHECKSUM_COMPLETE), where it made one. IPv6 has no header checksum
+    /// that would make up for a changed address, and [`Packet::pseudo_changed`] reckons with one (kernel commit
+    /// ead7f9b8de65 has the story).
+    #[inline(always)]
+    pub fn sum_changed(&self, difference: u32) {
+        // SAFETY: as for `pull`. It fails where there is no such sum, and then there is nothing to do.
+        let _ = unsafe { bpf_csum_update(self.ctx.skb.skb, difference) };
+    }
+
+    /// Makes room between the Ethernet and the IP header.
+    #[inline(always)]
+    pub fn make_room(&self, len: u32) -> Option<()> {
+        // SAFETY: as for `pull`.
+        let ret = unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, BPF_ADJ_ROOM_MAC, 0) };
+        (ret == 0).then_some(())
+    }
+
+    /// Tells the TCP or UDP checksum at `offset` that two bytes under it changed (a port).
     #[inline(always)]
     pub fn payload_changed(&self, offset: usize, from: [u8; 2], to: [u8; 2]) -> Option<()> {
         let (from, to) = (u16::from_ne_bytes(from) as u64, u16::from_ne_bytes(to) as u64);

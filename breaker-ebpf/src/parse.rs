@@ -1,13 +1,18 @@
-//! Headers to a tuple: Ethernet, IPv4, TCP. Everything else is not ours (yet) and goes on untouched.
+//! Headers to a tuple: Ethernet and its VLAN tags, IPv4 and IPv6, TCP and UDP, ICMP errors, fragments.
 
-use breaker_common::{PROTO_TCP, PassReason};
+use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
     tcp::TcpHdr,
+    udp::UdpHdr,
 };
 
-use crate::packet::Packet;
+use crate::{
+    count,
+    family::{Family, V4, V6},
+    packet::Packet,
+};
 
 /// TCP flags as they stand in byte 13 of the header (RFC 9293, section 3.1).
 pub mod flags {
@@ -17,23 +22,76 @@ pub mod flags {
     pub const ACK: u8 = 0x10;
 }
 
-/// What we know of a segment after parsing. Addresses and ports in wire order, offsets from the Ethernet header.
+/// Where a program sits.
 #[derive(Clone, Copy)]
-pub struct Segment {
-    pub source: [u8; 4],
-    pub destination: [u8; 4],
-    pub source_port: [u8; 2],
-    pub destination_port: [u8; 2],
-    /// Where the TCP header starts: 34 without IP options.
-    pub l4: usize,
-    pub flags: u8,
+pub enum Hook {
+    Ingress = 0,
+    Egress = 1,
 }
 
-impl Segment {
-    /// A place to parse into.
+/// What a packet is to us.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing that we look at.
+    Other,
+    /// A TCP segment or UDP datagram, or its first fragment.
+    Transport,
+    /// A later fragment: addresses, and no ports.
+    LaterFragment,
+    /// An ICMP error; `l4` is where its header starts.
+    IcmpError,
+}
+
+/// What we know of a packet after parsing. Addresses and ports in wire order.
+///
+/// It lives in a map of one value for each CPU and hook, not on the stack: there is little of that, and the verifier, which
+/// follows every value on the stack along every way through the headers, gives up before the end. What comes out of a map
+/// is just a number to it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Segment<A> {
+    pub source: A,
+    pub destination: A,
+    pub source_port: [u8; 2],
+    pub destination_port: [u8; 2],
+    /// As in [`breaker_common::FragmentKey`]; means something for fragments only.
+    pub fragment_id: [u8; 4],
+    pub fragment_proto: u8,
+    /// Whether later fragments follow: 0 or 1.
+    pub more: u8,
+    /// IP protocol number of what is at `l4`.
+    pub proto: u8,
+    /// TCP flags; 0 for UDP.
+    pub flags: u8,
+    l3: u32,
+    l4: u32,
+}
+
+impl<A: Family> Segment<A> {
+    /// This CPU's place to parse into, for a hook. A packet that we send back from one hook may pass the other one before
+    /// the first is done.
     #[inline(always)]
-    pub fn empty() -> Self {
-        Self { source: [0; 4], destination: [0; 4], source_port: [0; 2], destination_port: [0; 2], l4: 0, flags: 0 }
+    pub fn place(hook: Hook) -> Option<&'static mut Self> {
+        let place = A::segments().get_ptr_mut(hook as u32)?;
+        // SAFETY: this CPU's own, and a hook's programs do not interrupt themselves (they run with softirqs off).
+        Some(unsafe { &mut *place })
+    }
+
+    /// Where the IP header starts, from the Ethernet header on: 14 without VLAN tags in the packet.
+    #[inline(always)]
+    pub fn l3(&self) -> usize {
+        (self.l3 & 0x1f) as usize
+    }
+
+    /// Where the TCP, UDP or ICMP header starts, from the Ethernet header on.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        (self.l4 & 0x1ff) as usize
+    }
+
+    #[inline(always)]
+    pub fn is_tcp(&self) -> bool {
+        self.proto == PROTO_TCP
     }
 
     /// A connection request: SYN without ACK. (With RST or FIN beside it, it is none: hosts drop those.)
@@ -54,67 +112,220 @@ impl Segment {
     }
 }
 
-/// Where the IPv4 header starts.
+/// Where the IP header starts, without VLAN tags in the packet.
 pub const L3: usize = EthHdr::LEN;
-/// Longest headers that we look at: Ethernet, IPv4 and TCP, each IP and TCP with all options.
-const LONGEST: u32 = (EthHdr::LEN + 60 + 60) as u32;
+/// VLAN tags that may stand in a packet (one more is in the kernel's own notes: it takes the outer one off).
+const TAGS: usize = 2;
+const TAG_LEN: usize = 4;
+/// IPv6 extension headers that are walked.
+const EXTENSIONS: usize = 6;
+/// Bytes of them that are walked.
+const EXTENSIONS_LEN: usize = 256;
+/// Longest headers that we look at: Ethernet, IPv4 or IPv6, TCP, each with all options that we walk.
+const LONGEST: u32 = (EthHdr::LEN + TAGS * TAG_LEN + 40 + EXTENSIONS_LEN + 60) as u32;
 
-/// Parses a packet into `segment`. `Ok(false)`: not IPv4 or not TCP, nothing to count.
-///
-/// The caller brings the place because a value that some paths leave undefined ends up as a register that the verifier
-/// refuses to see spilled.
+/// IP protocol numbers (iana.org/assignments/protocol-numbers).
+mod proto {
+    pub const HOP_BY_HOP: u8 = 0;
+    pub const ROUTING: u8 = 43;
+    pub const FRAGMENT: u8 = 44;
+    pub const AUTHENTICATION: u8 = 51;
+    pub const DESTINATION: u8 = 60;
+    pub const SCTP: u8 = 132;
+}
+
+/// The network layer of a frame, and where it starts. `TAGGED`: VLAN tags in the packet are stepped over; there are none on
+/// a pod's interface.
+#[inline(always)]
+pub fn network<const TAGGED: bool>(packet: &Packet<'_>, l3: &mut usize) -> Option<EtherType> {
+    let eth = packet.read::<EthHdr>(0)?;
+    let mut kind = eth.ether_type;
+    let mut at = L3;
+    if TAGGED {
+        for _ in 0..TAGS {
+            if kind != EtherType::Ieee8021q as u16 && kind != EtherType::Ieee8021ad as u16 {
+                break;
+            }
+            let tag = packet.read::<[u16; 2]>(at)?;
+            kind = tag[1];
+            at += TAG_LEN;
+        }
+    }
+    *l3 = at;
+    if kind == EtherType::Ipv4 as u16 {
+        Some(EtherType::Ipv4)
+    } else if kind == EtherType::Ipv6 as u16 {
+        Some(EtherType::Ipv6)
+    } else {
+        None
+    }
+}
+
+/// Parses what is at `l3` into `segment`.
 ///
 /// # Errors
-/// [`PassReason::Truncated`] and [`PassReason::Fragment`].
+/// [`PassReason::Truncated`], [`PassReason::ExtensionHeaders`].
 #[inline(always)]
-pub fn ipv4_tcp(packet: &Packet<'_>, segment: &mut Segment) -> Result<bool, PassReason> {
-    match linear(packet, segment) {
+pub fn at<A: Family>(packet: &Packet<'_>, l3: usize, segment: &mut Segment<A>) -> Result<Kind, PassReason> {
+    match A::parse(packet, l3, segment) {
         // The headers may lie outside of the linear part: fetch them, once.
         Err(PassReason::Truncated) => {
             let want = if packet.len() < LONGEST { packet.len() } else { LONGEST };
             packet.pull(want).ok_or(PassReason::Truncated)?;
-            linear(packet, segment)
+            A::parse(packet, l3, segment)
         }
         outcome => outcome,
     }
 }
 
+/// See [`Family::parse`].
 #[inline(always)]
-fn linear(packet: &Packet<'_>, segment: &mut Segment) -> Result<bool, PassReason> {
-    let Some(eth) = packet.read::<EthHdr>(0) else { return Err(PassReason::Truncated) };
-    if eth.ether_type != EtherType::Ipv4 as u16 {
-        return Ok(false);
-    }
-    let Some(ip) = packet.at::<Ipv4Hdr>(L3) else { return Err(PassReason::Truncated) };
+pub fn ipv4(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V4>) -> Result<Kind, PassReason> {
+    let Some(ip) = packet.at::<Ipv4Hdr>(l3) else { return Err(PassReason::Truncated) };
     // SAFETY: `at` checked the bounds; the header is bytes only, so any alignment and any value will do.
     let ip = unsafe { &*ip };
-    if ip.proto != PROTO_TCP {
-        return Ok(false);
-    }
-    // More fragments, or an offset: RFC 791 section 3.1.
-    if u16::from_be_bytes(ip.frags) & 0x3fff != 0 {
-        return Err(PassReason::Fragment);
+    if !is_ours::<V4>(ip.proto) {
+        return Ok(other(ip.proto));
     }
     // Length of the header in bytes; the mask tells the verifier that it is 60 at the most.
     let ihl = ((ip.vihl & 0x0f) as usize * 4) & 0x3c;
     if ip.vihl >> 4 != 4 || ihl < Ipv4Hdr::LEN {
         return Err(PassReason::Truncated);
     }
-    // A total length that ends before the ports: what follows is padding, not a header.
-    if (u16::from_be_bytes(ip.tot_len) as usize) < ihl + TcpHdr::LEN {
+    let ends = packet.read::<[V4; 2]>(l3 + V4::SOURCE_AT);
+    let Some([source, destination]) = ends else { return Err(PassReason::Truncated) };
+    (segment.source, segment.destination) = (source, destination);
+    segment.proto = ip.proto;
+    segment.l3 = l3 as u32;
+    // RFC 791, section 3.1: more fragments, and the offset of this one.
+    let fragment = u16::from_be_bytes(ip.frags);
+    segment.more = (fragment & 0x2000 != 0) as u8;
+    segment.fragment_id = [0, 0, ip.id[0], ip.id[1]];
+    segment.fragment_proto = ip.proto;
+    if fragment & 0x1fff != 0 {
+        return Ok(Kind::LaterFragment);
+    }
+    // What follows the total length is padding, not a header.
+    let length = u16::from_be_bytes(ip.tot_len) as usize;
+    let Some(rest) = length.checked_sub(ihl) else { return Err(PassReason::Truncated) };
+    transport(packet, l3 + ihl, rest, segment)
+}
+
+/// See [`Family::parse`].
+#[inline(always)]
+pub fn ipv6(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V6>) -> Result<Kind, PassReason> {
+    let Some(ip) = packet.at::<[u8; 40]>(l3) else { return Err(PassReason::Truncated) };
+    // SAFETY: `at` checked the bounds; any bytes are a value.
+    let ip = unsafe { &*ip };
+    if ip[0] >> 4 != 6 {
         return Err(PassReason::Truncated);
     }
-    let l4 = L3 + ihl;
-    let Some(tcp) = packet.at::<[u8; TcpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
-    // SAFETY: as above.
-    let tcp = unsafe { &*tcp };
-    *segment = Segment {
-        source: ip.src_addr,
-        destination: ip.dst_addr,
-        source_port: [tcp[0], tcp[1]],
-        destination_port: [tcp[2], tcp[3]],
-        l4,
-        flags: tcp[13],
+    let mut next = ip[6];
+    let length = u16::from_be_bytes([ip[4], ip[5]]) as usize;
+    segment.l3 = l3 as u32;
+    segment.more = 0;
+    let ends = packet.read::<[V6; 2]>(l3 + V6::SOURCE_AT);
+    let Some([source, destination]) = ends else { return Err(PassReason::Truncated) };
+    (segment.source, segment.destination) = (source, destination);
+    let mut behind = 0;
+    for _ in 0..EXTENSIONS {
+        if is_ours::<V6>(next) || !is_extension(next) {
+            break;
+        }
+        let Some(header) = packet.read::<[u8; 8]>(l3 + 40 + behind) else { return Err(PassReason::Truncated) };
+        match next {
+            proto::FRAGMENT => {
+                // RFC 8200, section 4.5.
+                let fragment = u16::from_be_bytes([header[2], header[3]]);
+                segment.more = (fragment & 1) as u8;
+                segment.fragment_id = [header[4], header[5], header[6], header[7]];
+                segment.fragment_proto = header[0];
+                if fragment & 0xfff8 != 0 {
+                    return Ok(Kind::LaterFragment);
+                }
+                behind += 8;
+            }
+            // RFC 4302, section 2.2: in words, and two less.
+            proto::AUTHENTICATION => behind += (header[1] as usize + 2) * 4,
+            // RFC 8200, section 4.4: the destination in the header is not the last one, and the checksum is about the last.
+            proto::ROUTING if header[3] != 0 => return Err(PassReason::ExtensionHeaders),
+            _ => behind += (header[1] as usize + 1) * 8,
+        }
+        if behind > EXTENSIONS_LEN {
+            return Err(PassReason::ExtensionHeaders);
+        }
+        next = header[0];
+    }
+    if !is_ours::<V6>(next) {
+        return if is_extension(next) { Err(PassReason::ExtensionHeaders) } else { Ok(other(next)) };
+    }
+    segment.proto = next;
+    let Some(rest) = length.checked_sub(behind) else { return Err(PassReason::Truncated) };
+    transport(packet, l3 + 40 + behind, rest, segment)
+}
+
+#[inline(always)]
+fn is_extension(next: u8) -> bool {
+    matches!(
+        next,
+        proto::HOP_BY_HOP | proto::ROUTING | proto::FRAGMENT | proto::AUTHENTICATION | proto::DESTINATION
+    )
+}
+
+/// Whether we look at a protocol.
+#[inline(always)]
+fn is_ours<A: Family>(next: u8) -> bool {
+    next == PROTO_TCP || next == PROTO_UDP || next == A::ICMP
+}
+
+/// A protocol that we do not look at.
+#[inline(always)]
+fn other(next: u8) -> Kind {
+    if next == proto::SCTP {
+        count::reason(PassReason::Sctp);
+    }
+    Kind::Other
+}
+
+/// Parses the header at `l4`; `rest` bytes are in the packet from there on, by what the IP header says.
+#[inline(always)]
+fn transport<A: Family>(
+    packet: &Packet<'_>,
+    l4: usize,
+    rest: usize,
+    segment: &mut Segment<A>,
+) -> Result<Kind, PassReason> {
+    segment.l4 = l4 as u32;
+    let ports = if segment.proto == PROTO_TCP {
+        let Some(tcp) = packet.at::<[u8; TcpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
+        if rest < TcpHdr::LEN {
+            return Err(PassReason::Truncated);
+        }
+        // SAFETY: `at` checked the bounds; any bytes are a value.
+        let tcp = unsafe { &*tcp };
+        segment.flags = tcp[13];
+        [tcp[0], tcp[1], tcp[2], tcp[3]]
+    } else {
+        // UDP's and ICMP's headers are as long as each other.
+        let Some(header) = packet.at::<[u8; UdpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
+        if rest < UdpHdr::LEN {
+            return Err(PassReason::Truncated);
+        }
+        // SAFETY: as above.
+        let header = unsafe { &*header };
+        if segment.proto == A::ICMP {
+            return Ok(if is_error::<A>(header[0]) { Kind::IcmpError } else { Kind::Other });
+        }
+        segment.flags = 0;
+        [header[0], header[1], header[2], header[3]]
     };
-    Ok(true)
+    segment.source_port = [ports[0], ports[1]];
+    segment.destination_port = [ports[2], ports[3]];
+    Ok(Kind::Transport)
+}
+
+/// Whether an ICMP type quotes the packet that it is about, and tells of an error (RFC 792, RFC 4443 section 2.1).
+#[inline(always)]
+fn is_error<A: Family>(kind: u8) -> bool {
+    if A::VERSION == 4 { matches!(kind, 3 | 4 | 11 | 12) } else { matches!(kind, 1..=4) }
 }

@@ -1,18 +1,21 @@
-//! Refusing a connection request and resetting an established connection.
+//! Refusing a new connection or datagram, and resetting an established connection.
 //!
-//! The packet itself is turned into the reset: cut behind its headers, flags, numbers and addresses written anew.
-//! IP options stay where they are, so that nothing moves.
+//! TCP: the packet itself is turned into the reset: cut behind its headers, flags, numbers and addresses written anew. IP
+//! options and extension headers stay where they are, so that nothing moves.
 //!
 //! Sequence numbers. To a SYN: RST+ACK that acknowledges its sequence number plus its length (RFC 9293, section
 //! 3.5.2, rule 1). To an established client: the sequence number that it expects next is what it acknowledged last
 //! (RFC 5961, section 3.2, accepts nothing else at once). To the peer: the client's own next sequence number.
+//!
+//! UDP: the packet is cut behind its ports and quoted in an ICMP "port unreachable" from the address that it was for.
 
 use breaker_common::{PROTO_TCP, PassReason};
-use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr};
+use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
     csum,
-    nat::TCP_CHECK,
+    family::{Family, V4},
+    nat::{End, TCP_CHECK},
     packet::Packet,
     parse::{L3, Segment, flags},
 };
@@ -32,11 +35,11 @@ struct Numbers {
 }
 
 /// One reset to write.
-struct Reset {
+struct Reset<A> {
     sender: [u8; 6],
     receiver: [u8; 6],
-    source: [u8; 4],
-    destination: [u8; 4],
+    source: A,
+    destination: A,
     source_port: [u8; 2],
     destination_port: [u8; 2],
     sequence: u32,
@@ -44,8 +47,8 @@ struct Reset {
 }
 
 /// Where the other end of a connection to be reset is.
-pub struct Peer {
-    pub addr: [u8; 4],
+pub struct Peer<A> {
+    pub addr: A,
     pub port: [u8; 2],
     /// The client's port as the peer knows it.
     pub source_port: [u8; 2],
@@ -56,9 +59,19 @@ pub struct Peer {
 /// # Errors
 /// [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn refuse(packet: &Packet<'_>, segment: &Segment) -> Result<i32, PassReason> {
+pub fn refuse_segment<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<i32, PassReason> {
     let numbers = shorten(packet, segment).ok_or(PassReason::RewriteFailed)?;
-    write(packet, segment.l4, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)?;
+    write(packet, segment, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)?;
+    Ok(packet.send_back())
+}
+
+/// Answers a datagram with an ICMP error; the value is the verdict for the kernel.
+///
+/// # Errors
+/// [`PassReason::RewriteFailed`].
+#[inline(always)]
+pub fn refuse_datagram<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<i32, PassReason> {
+    unreachable(packet, segment).ok_or(PassReason::RewriteFailed)?;
     Ok(packet.send_back())
 }
 
@@ -68,9 +81,9 @@ pub fn refuse(packet: &Packet<'_>, segment: &Segment) -> Result<i32, PassReason>
 /// # Errors
 /// [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn both_ends(packet: &Packet<'_>, segment: &Segment, peer: &Peer) -> Result<(), PassReason> {
+pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Peer<A>) -> Result<(), PassReason> {
     let numbers = shorten(packet, segment).ok_or(PassReason::RewriteFailed)?;
-    write(packet, segment.l4, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)?;
+    write(packet, segment, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)?;
     // A veth whose queue is full drops the copy; the peer is told all the same, and the client asks again.
     let _ = packet.send_copy_back();
     let onward = Reset {
@@ -83,11 +96,11 @@ pub fn both_ends(packet: &Packet<'_>, segment: &Segment, peer: &Peer) -> Result<
         sequence: numbers.sequence,
         acknowledgment: numbers.acknowledgment,
     };
-    write(packet, segment.l4, &onward).ok_or(PassReason::RewriteFailed)
+    write(packet, segment, &onward).ok_or(PassReason::RewriteFailed)
 }
 
 #[inline(always)]
-fn to_client(segment: &Segment, numbers: &Numbers) -> Reset {
+fn to_client<A: Family>(segment: &Segment<A>, numbers: &Numbers) -> Reset<A> {
     Reset {
         sender: numbers.receiver,
         receiver: numbers.sender,
@@ -100,21 +113,29 @@ fn to_client(segment: &Segment, numbers: &Numbers) -> Reset {
     }
 }
 
+/// The IP header's own length field: where it stands, and how much of the packet before the TCP header it counts.
+#[inline(always)]
+fn length_field<A: Family>(segment: &Segment<A>) -> (usize, usize) {
+    let headers = segment.l4() - segment.l3();
+    if A::VERSION == 4 { (segment.l3() + 2, headers) } else { (segment.l3() + 4, headers - A::HEADER) }
+}
+
 /// Reads the numbers and cuts the packet behind a TCP header without options.
 #[inline(always)]
-fn shorten(packet: &Packet<'_>, segment: &Segment) -> Option<Numbers> {
+fn shorten<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<Numbers> {
     let eth = packet.read::<EthHdr>(0)?;
-    let ip = packet.read::<Ipv4Hdr>(L3)?;
-    let tcp = packet.read::<[u8; TcpHdr::LEN]>(segment.l4)?;
+    let (length_at, counted) = length_field(segment);
+    let length = u16::from_be_bytes(packet.read::<[u8; 2]>(length_at)?) as u32;
+    let tcp = packet.read::<[u8; TcpHdr::LEN]>(segment.l4())?;
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
     let acknowledgment =
         if segment.flags & flags::ACK != 0 { u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]]) } else { 0 };
     // What the segment takes up in sequence space: its payload, its SYN, its FIN (RFC 9293, section 3.4).
-    let headers = (segment.l4 - L3) as u32 + ((tcp[12] >> 4) as u32) * 4;
-    let payload = (u16::from_be_bytes(ip.tot_len) as u32).saturating_sub(headers);
+    let headers = counted as u32 + ((tcp[12] >> 4) as u32) * 4;
+    let payload = length.saturating_sub(headers);
     let syn = (segment.flags & flags::SYN != 0) as u32;
     let fin = (segment.flags & flags::FIN != 0) as u32;
-    packet.cut((segment.l4 + TcpHdr::LEN) as u32)?;
+    packet.cut((segment.l4() + TcpHdr::LEN) as u32)?;
     Some(Numbers {
         sequence,
         acknowledgment,
@@ -124,24 +145,45 @@ fn shorten(packet: &Packet<'_>, segment: &Segment) -> Option<Numbers> {
     })
 }
 
+/// Writes the length, the addresses and, where there is one, the header's checksum. Options, if any, did not change: the
+/// checksum follows from the fields that did.
+#[inline(always)]
+fn write_ip<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, total: u16, source: A, destination: A) -> Option<()> {
+    let (length_at, _) = length_field(segment);
+    let (source_at, destination_at) =
+        (segment.l3() + End::Source.addr_at::<A>(), segment.l3() + End::Destination.addr_at::<A>());
+    if let Some(check_at) = A::CHECK_AT {
+        let check = packet.read::<[u8; 2]>(segment.l3() + check_at)?;
+        let old = csum::word(packet.read::<[u8; 2]>(length_at)?)
+            + packet.read::<A>(source_at)?.words()
+            + packet.read::<A>(destination_at)?.words();
+        let new = total as u64 + source.words() + destination.words();
+        let check = csum::replaced(u16::from_be_bytes(check), old, new);
+        packet.write(segment.l3() + check_at, check.to_be_bytes())?;
+    }
+    packet.write(length_at, total.to_be_bytes())?;
+    packet.write(source_at, source)?;
+    packet.write(destination_at, destination)
+}
+
 /// Writes a reset over the headers.
 #[inline(always)]
-fn write(packet: &Packet<'_>, l4: usize, reset: &Reset) -> Option<()> {
+fn write<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
+    write_all(packet, segment, reset).then_some(())
+}
+
+/// A function to the kernel too, which returns whether it could.
+#[inline(never)]
+fn write_all<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset<A>) -> bool {
+    try_write(packet, segment, reset).is_some()
+}
+
+#[inline(always)]
+fn try_write<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
     let eth = packet.read::<EthHdr>(0)?;
     packet.write(0, EthHdr { dst_addr: reset.receiver, src_addr: reset.sender, ether_type: eth.ether_type })?;
-
-    let old = packet.read::<Ipv4Hdr>(L3)?;
-    let total = ((l4 - L3) + TcpHdr::LEN) as u16;
-    let mut ip = old;
-    ip.tot_len = total.to_be_bytes();
-    ip.src_addr = reset.source;
-    ip.dst_addr = reset.destination;
-    // Options, if any, did not change: the checksum follows from the fields that did.
-    let before = u16::from_be_bytes(old.tot_len) as u64 + csum::words4(old.src_addr) + csum::words4(old.dst_addr);
-    let after = total as u64 + csum::words4(reset.source) + csum::words4(reset.destination);
-    ip.check = csum::replaced(u16::from_be_bytes(old.check), before, after).to_be_bytes();
-    packet.write(L3, ip)?;
-
+    let (_, counted) = length_field(segment);
+    write_ip(packet, segment, (counted + TcpHdr::LEN) as u16, reset.source, reset.destination)?;
     let s = reset.sequence.to_be_bytes();
     let a = reset.acknowledgment.to_be_bytes();
     let (sp, dp) = (reset.source_port, reset.destination_port);
@@ -168,27 +210,81 @@ fn write(packet: &Packet<'_>, l4: usize, reset: &Reset) -> Option<()> {
         0,
         0,
     ];
-    packet.write(l4, header)?;
-    write_checksum(packet, l4, reset)
+    packet.write(segment.l4(), header)?;
+    write_checksum(packet, segment.l4(), reset)
 }
 
 /// Writes the TCP checksum: the whole one, or only the pseudo header's sum where the device adds the rest
 /// (CHECKSUM_PARTIAL, the rule on a veth). A program cannot ask which it is, but the helper for a changed port knows:
 /// it leaves a partial checksum alone and changes any other.
 #[inline(always)]
-fn write_checksum(packet: &Packet<'_>, l4: usize, reset: &Reset) -> Option<()> {
+fn write_checksum<A: Family>(packet: &Packet<'_>, l4: usize, reset: &Reset<A>) -> Option<()> {
     const PROBE: [u8; 2] = [0x12, 0x34];
     let at = l4 + TCP_CHECK;
     packet.write(at, PROBE)?;
     packet.payload_changed(at, [0, 0], [0, 1])?;
     let partial = packet.read::<[u8; 2]>(at)? == PROBE;
-    let pseudo = csum::pseudo4(reset.source, reset.destination, PROTO_TCP, TcpHdr::LEN as u16);
+    let pseudo = csum::pseudo(reset.source.words(), reset.destination.words(), PROTO_TCP, TcpHdr::LEN as u16);
     let check = if partial {
         csum::fold(pseudo)
     } else {
-        let ports = u16::from_be_bytes(reset.source_port) as u64 + u16::from_be_bytes(reset.destination_port) as u64;
+        let ports = csum::word(reset.source_port) + csum::word(reset.destination_port);
         let numbers = csum::words4(reset.sequence.to_be_bytes()) + csum::words4(reset.acknowledgment.to_be_bytes());
         !csum::fold(pseudo + ports + numbers + (5 << 12) + (flags::RST | flags::ACK) as u64)
     };
     packet.write(at, check.to_be_bytes())
+}
+
+/// Bytes of an ICMP header.
+const ICMP: usize = 8;
+/// Bytes of a refused datagram that are quoted behind its IP header (RFC 792); RFC 4443 wants as much as fits, and no host
+/// needs more than the ports.
+const QUOTED: usize = UdpHdr::LEN;
+
+/// Turns a datagram into an ICMP "port unreachable" about itself. One with VLAN tags or IPv6 extension headers is not
+/// refused, but passed.
+#[inline(always)]
+fn unreachable<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<()> {
+    if segment.l3() != L3 || (A::VERSION == 6 && segment.l4() != L3 + A::HEADER) {
+        return None;
+    }
+    let (client, vip) = (segment.source, segment.destination);
+    let eth = packet.read::<EthHdr>(0)?;
+    let quote = (segment.l4() - L3 + QUOTED) as u16;
+    let udp = packet.read::<[u8; QUOTED]>(segment.l4())?;
+    // Of the quoted header: an IPv4 header sums up to nothing by itself, options and all.
+    let quoted_header = if A::VERSION == 4 {
+        0
+    } else {
+        let first = packet.read::<[u8; 8]>(L3)?;
+        csum::words4([first[0], first[1], first[2], first[3]])
+            + csum::words4([first[4], first[5], first[6], first[7]])
+            + client.words()
+            + vip.words()
+    };
+    let quoted = quoted_header
+        + csum::words4([udp[0], udp[1], udp[2], udp[3]])
+        + csum::words4([udp[4], udp[5], udp[6], udp[7]]);
+    packet.cut((segment.l4() + QUOTED) as u32)?;
+    packet.make_room((A::HEADER + ICMP) as u32)?;
+    packet.write(0, EthHdr { dst_addr: eth.src_addr, src_addr: eth.dst_addr, ether_type: eth.ether_type })?;
+    let icmp_length = ICMP as u16 + quote;
+    // Type and code: RFC 792 "port unreachable"; RFC 4443, section 3.1.
+    let (kind, code) = if A::VERSION == 4 { (3, 3) } else { (1, 4) };
+    let under = if A::VERSION == 4 { 0 } else { csum::pseudo(client.words(), vip.words(), A::ICMP, icmp_length) };
+    let check = !csum::fold(under + csum::word([kind, code]) + quoted);
+    let c = check.to_be_bytes();
+    packet.write(L3 + A::HEADER, [kind, code, c[0], c[1], 0, 0, 0, 0])?;
+    if A::VERSION == 4 {
+        let t = (V4::HEADER as u16 + icmp_length).to_be_bytes();
+        // Precedence "internetwork control" as RFC 1812 section 4.3.2.5 wants, don't fragment, 64 hops.
+        packet.write(L3, [0x45, 0xc0, t[0], t[1], 0, 0, 0x40, 0, 64, A::ICMP, 0, 0])?;
+        let sum = csum::word([0x45, 0xc0]) + csum::word(t) + 0x4000 + csum::word([64, A::ICMP]);
+        packet.write(L3 + 10, (!csum::fold(sum + vip.words() + client.words())).to_be_bytes())?;
+    } else {
+        let l = icmp_length.to_be_bytes();
+        packet.write(L3, [0x60, 0, 0, 0, l[0], l[1], A::ICMP, 64])?;
+    }
+    packet.write(L3 + A::SOURCE_AT, vip)?;
+    packet.write(L3 + A::DESTINATION_AT, client)
 }

@@ -1,11 +1,11 @@
 //! A service's switch (which way connections go), its record and what the programs keep for it.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
-use breaker_common::{MAX_SERVICES, ServiceRecord, ServiceRuntime, Switch};
+use breaker_common::{DEFAULT_SERVICES, ServiceRecord, ServiceRuntime, Switch};
 
 use crate::atomic;
 
-const SERVICES_LEN: usize = MAX_SERVICES as usize;
+const SERVICES_LEN: usize = DEFAULT_SERVICES as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
 /// One word a service; the agent maps it into its memory and stores whole words.

@@ -1,7 +1,7 @@
 //! Packets, built and read by etherparse, independently of our own code; and the programs to put them through
 //! (BPF_PROG_TEST_RUN).
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
@@ -12,13 +12,15 @@ use breaker_agent::{
     config,
     datapath::{
         Datapath as _,
-        kernel::{KernelDatapath, PinDir, load},
+        kernel::{KernelDatapath, PinDir, Sizes, load},
         plan::{Decision, ServicePlan},
     },
     model::{Backend, Override, Service},
 };
 use breaker_common::{BreakerState, StateReason};
-use etherparse::{EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv4Options, TcpHeader, TcpOptions};
+use etherparse::{
+    EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv4Options, Ipv6Header, TcpHeader, TcpOptions, UdpHeader,
+};
 
 use crate::lab::world::World;
 
@@ -41,9 +43,9 @@ pub const REDIRECT: u32 = 7;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// From.
-    pub source: SocketAddrV4,
+    pub source: SocketAddr,
     /// To.
-    pub destination: SocketAddrV4,
+    pub destination: SocketAddr,
     /// Bits of [`flags`].
     pub flags: u8,
     /// Sequence number.
@@ -66,7 +68,7 @@ pub const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 4], [2, 0, 0, 0, 0, 1]);
 impl Segment {
     /// A segment without payload and options.
     #[must_use]
-    pub const fn new(source: SocketAddrV4, destination: SocketAddrV4, flags: u8) -> Self {
+    pub const fn new(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
         Self {
             source,
             destination,
@@ -95,49 +97,238 @@ impl Segment {
         (tcp.fin, tcp.syn, tcp.rst, tcp.psh) = (has(1), has(2), has(4), has(8));
         (tcp.ack, tcp.urg, tcp.ece, tcp.cwr) = (has(16), has(32), has(64), has(128));
         tcp.options = TcpOptions::try_from_slice(&self.tcp_options).unwrap_or_default();
-        let length = u16::try_from(tcp.header_len() + self.payload.len()).unwrap_or(u16::MAX);
-        let (source, destination) = (self.source.ip().octets(), self.destination.ip().octets());
-        let mut ip = Ipv4Header::new(length, 64, IpNumber::TCP, source, destination).unwrap_or_default();
-        ip.options = Ipv4Options::try_from(&*self.ip_options).unwrap_or_default();
-        let _ = ip.set_payload_len(usize::from(length));
-        ip.dont_fragment = true;
-        ip.identification = 4711;
-        ip.header_checksum = ip.calc_header_checksum();
-        tcp.checksum = tcp.calc_checksum_ipv4(&ip, &self.payload).unwrap_or(0);
-        let eth = Ethernet2Header { source: self.macs.0, destination: self.macs.1, ether_type: EtherType::IPV4 };
+        let mut rest = Vec::new();
+        let length = tcp.header_len() + self.payload.len();
+        let ip = Ip::new(self.source, self.destination, IpNumber::TCP, length, &self.ip_options);
+        tcp.checksum = match &ip {
+            Ip::V4(ip) => tcp.calc_checksum_ipv4(ip, &self.payload),
+            Ip::V6(ip) => tcp.calc_checksum_ipv6(ip, &self.payload),
+        }
+        .unwrap_or(0);
         // Writing to a Vec does not fail.
-        let mut bytes = Vec::new();
-        let _ = eth.write(&mut bytes);
-        let _ = ip.write_raw(&mut bytes);
-        let _ = tcp.write(&mut bytes);
-        bytes.extend_from_slice(&self.payload);
-        bytes
+        let _ = tcp.write(&mut rest);
+        rest.extend_from_slice(&self.payload);
+        ip.frame(self.macs, &rest)
     }
 
-    /// Reads a frame, and checks both checksums by computing them anew.
+    /// Reads a frame, and checks all checksums by computing them anew.
     ///
     /// # Errors
     /// Not a TCP segment, or a wrong checksum.
     pub fn read(bytes: &[u8]) -> Result<Self> {
-        let (eth, rest) = Ethernet2Header::from_slice(bytes).context("Ethernet")?;
-        let (ip, rest) = Ipv4Header::from_slice(rest).context("IPv4")?;
-        ensure!(ip.header_checksum == ip.calc_header_checksum(), "the IP checksum is wrong: {ip:?}");
-        let length = ip.payload_len().context("the total length is too short")?;
-        ensure!(rest.len() == usize::from(length), "{} bytes after the IP header, which says {length}", rest.len());
+        let (macs, ip, rest) = Ip::read(bytes)?;
+        ensure!(ip.proto() == IpNumber::TCP, "this is {:?}", ip.proto());
         let (tcp, payload) = TcpHeader::from_slice(rest).context("TCP")?;
-        let expected = tcp.calc_checksum_ipv4(&ip, payload).context("checksum")?;
+        let expected = match &ip {
+            Ip::V4(ip) => tcp.calc_checksum_ipv4(ip, payload),
+            Ip::V6(ip) => tcp.calc_checksum_ipv6(ip, payload),
+        }
+        .context("checksum")?;
         ensure!(tcp.checksum == expected, "the TCP checksum is {:#06x} instead of {expected:#06x}", tcp.checksum);
+        let (source, destination) = ip.ends();
         Ok(Self {
-            source: SocketAddrV4::new(ip.source.into(), tcp.source_port),
-            destination: SocketAddrV4::new(ip.destination.into(), tcp.destination_port),
-            flags: bytes[14 + ip.header_len() + 13],
+            source: SocketAddr::new(source, tcp.source_port),
+            destination: SocketAddr::new(destination, tcp.destination_port),
+            flags: rest[13],
             sequence: tcp.sequence_number,
             acknowledgment: tcp.acknowledgment_number,
             payload: payload.to_vec(),
-            ip_options: ip.options.to_vec(),
+            ip_options: ip.options(),
             tcp_options: tcp.options.to_vec(),
-            macs: (eth.source, eth.destination),
+            macs,
         })
+    }
+}
+
+/// A UDP datagram in an Ethernet frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Datagram {
+    /// From.
+    pub source: SocketAddr,
+    /// To.
+    pub destination: SocketAddr,
+    /// Payload.
+    pub payload: Vec<u8>,
+    /// Without a checksum, as IPv4 allows.
+    pub unchecked: bool,
+    /// Sender's and receiver's MAC addresses.
+    pub macs: ([u8; 6], [u8; 6]),
+}
+
+impl Datagram {
+    /// With a checksum.
+    #[must_use]
+    pub fn new(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Self {
+        Self { source, destination, payload: payload.to_vec(), unchecked: false, macs: MACS }
+    }
+
+    /// As bytes, checksums and all.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        let (source_port, destination_port) = (self.source.port(), self.destination.port());
+        let length = u16::try_from(8 + self.payload.len()).unwrap_or(u16::MAX);
+        let mut udp = UdpHeader { source_port, destination_port, length, checksum: 0 };
+        let ip = Ip::new(self.source, self.destination, IpNumber::UDP, usize::from(length), &[]);
+        if !self.unchecked {
+            udp.checksum = udp_checksum(&udp, &ip, &self.payload).unwrap_or(0);
+        }
+        let mut rest = udp.to_bytes().to_vec();
+        rest.extend_from_slice(&self.payload);
+        ip.frame(self.macs, &rest)
+    }
+
+    /// Reads a frame, and checks all checksums by computing them anew.
+    ///
+    /// # Errors
+    /// Not a UDP datagram, or a wrong checksum.
+    pub fn read(bytes: &[u8]) -> Result<Self> {
+        let (macs, ip, rest) = Ip::read(bytes)?;
+        ensure!(ip.proto() == IpNumber::UDP, "this is {:?}", ip.proto());
+        let (udp, payload) = UdpHeader::from_slice(rest).context("UDP")?;
+        if udp.checksum != 0 {
+            let expected = udp_checksum(&udp, &ip, payload)?;
+            ensure!(udp.checksum == expected, "the UDP checksum is {:#06x} instead of {expected:#06x}", udp.checksum);
+        }
+        let (source, destination) = ip.ends();
+        Ok(Self {
+            source: SocketAddr::new(source, udp.source_port),
+            destination: SocketAddr::new(destination, udp.destination_port),
+            payload: payload.to_vec(),
+            unchecked: udp.checksum == 0,
+            macs,
+        })
+    }
+}
+
+fn udp_checksum(udp: &UdpHeader, ip: &Ip, payload: &[u8]) -> Result<u16> {
+    let sum = match ip {
+        Ip::V4(ip) => udp.calc_checksum_ipv4(ip, payload),
+        Ip::V6(ip) => udp.calc_checksum_ipv6(ip, payload),
+    };
+    Ok(sum.context("checksum")?)
+}
+
+/// Whether an ICMP message behind an IP header has the right checksum (RFC 792; RFC 4443, section 2.3).
+#[must_use]
+pub fn icmp_is_valid(ip: &Ip, message: &[u8]) -> bool {
+    match ip {
+        Ip::V4(_) => {
+            let sum = message.chunks(2).fold(0_u32, |sum, c| {
+                sum + u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]))
+            });
+            let folded = (sum & 0xffff) + (sum >> 16);
+            (folded & 0xffff) + (folded >> 16) == 0xffff
+        }
+        Ip::V6(ip) => etherparse::Icmpv6Slice::from_slice(message)
+            .is_ok_and(|icmp| icmp.is_checksum_valid(ip.source, ip.destination)),
+    }
+}
+
+/// An IP header of either family.
+#[derive(Clone, Debug)]
+pub enum Ip {
+    /// RFC 791.
+    V4(Ipv4Header),
+    /// RFC 8200, without extension headers.
+    V6(Ipv6Header),
+}
+
+impl Ip {
+    /// For `length` bytes behind it; options for IPv4 only.
+    #[must_use]
+    pub fn new(source: SocketAddr, destination: SocketAddr, proto: IpNumber, length: usize, options: &[u8]) -> Self {
+        let length = u16::try_from(length).unwrap_or(u16::MAX);
+        match (source.ip(), destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let ends = (source.octets(), destination.octets());
+                let mut ip = Ipv4Header::new(length, 64, proto, ends.0, ends.1).unwrap_or_default();
+                ip.options = Ipv4Options::try_from(options).unwrap_or_default();
+                let _ = ip.set_payload_len(usize::from(length));
+                ip.dont_fragment = true;
+                ip.identification = 4711;
+                ip.header_checksum = ip.calc_header_checksum();
+                Self::V4(ip)
+            }
+            (source, destination) => {
+                let octets = |ip: IpAddr| match ip {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                    IpAddr::V6(ip) => ip.octets(),
+                };
+                Self::V6(Ipv6Header {
+                    payload_length: length,
+                    next_header: proto,
+                    hop_limit: 64,
+                    source: octets(source),
+                    destination: octets(destination),
+                    ..Ipv6Header::default()
+                })
+            }
+        }
+    }
+
+    /// A frame around it and what is behind it.
+    #[must_use]
+    pub fn frame(&self, macs: ([u8; 6], [u8; 6]), rest: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let ether_type = match self {
+            Self::V4(_) => EtherType::IPV4,
+            Self::V6(_) => EtherType::IPV6,
+        };
+        // Writing to a Vec does not fail.
+        let _ = Ethernet2Header { source: macs.0, destination: macs.1, ether_type }.write(&mut bytes);
+        let _ = match self {
+            Self::V4(ip) => ip.write_raw(&mut bytes),
+            Self::V6(ip) => ip.write(&mut bytes),
+        };
+        bytes.extend_from_slice(rest);
+        bytes
+    }
+
+    /// Reads a frame up to the end of its IP header, and checks the header's checksum and length: the MAC addresses, the
+    /// header, and what is behind it.
+    ///
+    /// # Errors
+    /// Not IP, or a wrong checksum or length.
+    #[expect(clippy::type_complexity, reason = "three parts of a frame")]
+    pub fn read(bytes: &[u8]) -> Result<(([u8; 6], [u8; 6]), Self, &[u8])> {
+        let (eth, rest) = Ethernet2Header::from_slice(bytes).context("Ethernet")?;
+        let (ip, rest, length) = if eth.ether_type == EtherType::IPV6 {
+            let (ip, rest) = Ipv6Header::from_slice(rest).context("IPv6")?;
+            let length = ip.payload_length;
+            (Self::V6(ip), rest, length)
+        } else {
+            let (ip, rest) = Ipv4Header::from_slice(rest).context("IPv4")?;
+            ensure!(ip.header_checksum == ip.calc_header_checksum(), "the IP checksum is wrong: {ip:?}");
+            let length = ip.payload_len().context("the total length is too short")?;
+            (Self::V4(ip), rest, length)
+        };
+        ensure!(rest.len() == usize::from(length), "{} bytes after the IP header, which says {length}", rest.len());
+        Ok(((eth.source, eth.destination), ip, rest))
+    }
+
+    /// The protocol behind it.
+    #[must_use]
+    pub const fn proto(&self) -> IpNumber {
+        match self {
+            Self::V4(ip) => ip.protocol,
+            Self::V6(ip) => ip.next_header,
+        }
+    }
+
+    /// Source and destination.
+    #[must_use]
+    pub fn ends(&self) -> (IpAddr, IpAddr) {
+        match self {
+            Self::V4(ip) => (ip.source.into(), ip.destination.into()),
+            Self::V6(ip) => (ip.source.into(), ip.destination.into()),
+        }
+    }
+
+    fn options(&self) -> Vec<u8> {
+        match self {
+            Self::V4(ip) => ip.options.to_vec(),
+            Self::V6(_) => Vec::new(),
+        }
     }
 }
 
@@ -172,17 +363,17 @@ impl Rig {
     /// # Errors
     /// No root, or what the kernel said.
     pub fn new() -> Result<Self> {
-        Self::with_flows(breaker_common::DEFAULT_MAX_FLOWS)
+        Self::with_sizes(&Sizes::for_memory(1024))
     }
 
-    /// Loads the programs, with flow tables of a size.
+    /// Loads the programs, with maps of these sizes.
     ///
     /// # Errors
     /// As for [`Rig::new`].
-    pub fn with_flows(max_flows: u32) -> Result<Self> {
+    pub fn with_sizes(sizes: &Sizes) -> Result<Self> {
         let world = World::new(0)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;
-        let loaded = load(&pins, max_flows, breaker_common::DEFAULT_MASQUERADE_MARK, None)?;
+        let loaded = load(&pins, sizes, breaker_common::DEFAULT_MASQUERADE_MARK, None)?;
         let mut datapath = KernelDatapath::new(loaded.maps);
         datapath.beat(std::time::Duration::ZERO, 0);
         Ok(Self { datapath, programs: loaded.programs, _pins: pins, _world: world })
@@ -240,6 +431,22 @@ impl Rig {
         self.run("breaker_out", &segment.bytes())
     }
 
+    /// A datagram or any other packet that a pod sends.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn raw_from_pod(&mut self, packet: &[u8]) -> Result<Ran> {
+        self.run("breaker_in", packet)
+    }
+
+    /// A datagram or any other packet that a pod gets.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn raw_to_pod(&mut self, packet: &[u8]) -> Result<Ran> {
+        self.run("breaker_out", packet)
+    }
+
     /// Puts a plan into force.
     ///
     /// # Errors
@@ -253,14 +460,27 @@ impl Rig {
 ///
 /// # Errors
 /// A configuration that is wrong.
-pub fn service(name: &str, vip: SocketAddrV4, backups: &[SocketAddrV4], extra: &str) -> Result<Service> {
-    let backends: Vec<String> =
-        backups.iter().map(|b| format!("{{address: {}, port: {}}}", b.ip(), b.port())).collect();
+pub fn service(name: &str, vip: SocketAddr, backups: &[SocketAddr], extra: &str) -> Result<Service> {
+    service_with(name, &[(vip, "TCP")], backups, extra)
+}
+
+/// The same, with several frontends.
+///
+/// # Errors
+/// As for [`service`].
+pub fn service_with(
+    name: &str,
+    frontends: &[(SocketAddr, &str)],
+    backups: &[SocketAddr],
+    extra: &str,
+) -> Result<Service> {
+    let place = |a: &SocketAddr| format!("address: \"{}\", port: {}", a.ip(), a.port());
+    let backends: Vec<String> = backups.iter().map(|b| format!("{{{}}}", place(b))).collect();
+    let frontends: Vec<String> =
+        frontends.iter().map(|(f, protocol)| format!("{{{}, protocol: {protocol}}}", place(f))).collect();
     let text = format!(
-        "services: [{{name: {name}, frontends: [{{address: {}, port: {}}}], {extra} primary: {{backends: []}}, \
-         backups: [{{backends: [{}]}}]}}]",
-        vip.ip(),
-        vip.port(),
+        "services: [{{name: {name}, frontends: [{}], {extra} primary: {{backends: []}}, backups: [{{backends: [{}]}}]}}]",
+        frontends.join(", "),
         backends.join(", ")
     );
     let parsed = config::parse(std::path::Path::new("rig"), &text);
@@ -300,12 +520,24 @@ pub fn plan_with(
 
 /// An address of the rig's pods: 10.42.0.`host`.
 #[must_use]
-pub const fn pod(host: u8, port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::new(10, 42, 0, host), port)
+pub const fn pod(host: u8, port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 42, 0, host)), port)
 }
 
 /// A VIP of the rig: 10.43.0.`host`:8080.
 #[must_use]
-pub const fn vip(host: u8) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::new(10, 43, 0, host), 8080)
+pub const fn vip(host: u8) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 43, 0, host)), 8080)
+}
+
+/// An IPv6 address of the rig's pods: fd42::`host`.
+#[must_use]
+pub const fn pod6(host: u8, port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, host as u16)), port)
+}
+
+/// An IPv6 VIP of the rig: fd43::`host`, port 8080.
+#[must_use]
+pub const fn vip6(host: u8) -> SocketAddr {
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd43, 0, 0, 0, 0, 0, 0, host as u16)), 8080)
 }

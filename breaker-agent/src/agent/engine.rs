@@ -732,8 +732,9 @@ impl Running {
         };
         // The backends that took the traffic are taken to be well until a probe says otherwise: to send new connections
         // back to a failed primary meanwhile would be worse.
-        let trusted =
-            |tier: usize, backend: &Backend| tier > 0 && adopted.is_some_and(|a| a.backup.contains(&backend.address));
+        let trusted = |tier: usize, backend: &Backend| {
+            tier > 0 && adopted.is_some_and(|a| service.addresses(backend.address).any(|b| a.backup.contains(&b)))
+        };
         let state = |tier: usize, backend: &Backend| BackendState {
             health: if trusted(tier, backend) { Health::Up } else { Health::Unknown },
             ..BackendState::new(*backend)
@@ -881,7 +882,7 @@ impl Running {
             return ServicePlan::new(&service, decision, &[]);
         }
         let mut plan = ServicePlan::new(&self.service, decision, &backup);
-        plan.frontends.extend(&self.lingering);
+        plan.linger(&self.lingering);
         plan
     }
 
@@ -900,7 +901,8 @@ impl Running {
 /// The backups' destinations, those that drain included.
 fn known_backends(service: &Service) -> BTreeSet<SocketAddr> {
     let tiers = service.backups.iter();
-    tiers.flat_map(|t| t.backends.iter().map(|b| b.address).chain(t.draining.iter().copied())).collect()
+    let own = tiers.flat_map(|t| t.backends.iter().map(|b| b.address).chain(t.draining.iter().copied()));
+    own.flat_map(|backend| service.addresses(backend)).collect()
 }
 
 fn timestamp(unix_ns: u64) -> Option<Timestamp> {

@@ -1,7 +1,7 @@
 //! The whole loop but for its sockets: a fake datapath, time as an argument, scripted probes.
 
 use super::*;
-use crate::{check::CheckCode, config, datapath::fake::FakeDatapath};
+use crate::{check::CheckCode, config, datapath::fake::FakeDatapath, model::Protocol};
 use breaker_common::StateReason;
 use std::path::Path;
 
@@ -54,7 +54,7 @@ fn the_lab_fails_over_and_comes_back() {
     probe(&mut e, 20, 0, CheckCode::L7Ok);
     probe(&mut e, 3000, 0, CheckCode::L7Sts);
     assert_eq!(state(&e), (Open, 2));
-    assert_eq!(applied(&e).backends(), vec!["10.42.0.3:80".parse().unwrap()]);
+    assert_eq!(applied(&e).backends(), [("10.42.0.3:80".parse().unwrap(), Protocol::Tcp)].into());
     assert_eq!(applied(&e).decision.reason, StateReason::HttpStatus);
     probe(&mut e, 9000, 0, CheckCode::L7Ok);
     assert_eq!(state(&e), (Closed, 3));
@@ -153,7 +153,7 @@ fn a_service_that_goes_waits_for_its_flows() {
     e.datapath_mut().alive.insert(ServiceName::new("dummy"), 3);
     e.configure(at(1000), Vec::new());
     assert_eq!(state(&e).0, Closed);
-    assert!(applied(&e).decision.draining && !applied(&e).frontends.is_empty());
+    assert!(applied(&e).decision.draining && applied(&e).frontends().count() > 0);
     assert!(e.status(at(1000)).is_empty());
     e.tick(at(4000));
     assert!(!e.datapath().applied.is_empty());

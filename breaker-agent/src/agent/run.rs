@@ -27,7 +27,7 @@ use crate::{
     control::{self, Request},
     datapath::{
         Datapath as _,
-        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, Wanted, has_tcx, load, watch_interfaces},
+        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, Sizes, Wanted, has_tcx, load, watch_interfaces},
     },
     model::Service,
     preflight,
@@ -46,6 +46,15 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// The least between two looks at what the others might want to know.
 const TELL: Duration = Duration::from_millis(100);
+
+/// How large the maps are to be.
+fn sizes(config: &AgentConfig) -> Sizes {
+    let by_memory = Sizes::default();
+    let sizes = config
+        .max_services
+        .map_or(by_memory, |services| Sizes::for_services(services).with_flows(by_memory.flows));
+    config.max_flows.map_or(sizes, |flows| sizes.with_flows(flows))
+}
 
 /// Where services come from.
 #[derive(Clone, Debug)]
@@ -89,7 +98,8 @@ pub async fn run(options: Options) -> Result<()> {
     );
     let pins = PinDir::open(&config.pin_path)?;
     let adopted = pins.adopted();
-    let loaded = load(&pins, config.max_flows, config.masquerade_mark, options.program_log)?;
+    let sizes = sizes(&config);
+    let loaded = load(&pins, &sizes, config.masquerade_mark, options.program_log)?;
     if let Some(logger) = loaded.logger {
         carry_log(logger);
     }
@@ -106,7 +116,9 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let (source, services) = match options.origin {
         Origin::File { path, text, services } => (Source::File(FileSource::watch(&path, text)?), Some(services)),
-        Origin::Kubernetes(place) => {
+        Origin::Kubernetes(mut place) => {
+            // Some are left for those that leave.
+            place.room = (engine.datapath().sizes().services as usize).saturating_sub(16).max(1);
             let client = kube::client(place.kubeconfig.as_deref()).await?;
             (Source::Kubernetes(Box::new(KubeSource::start(&client, &place))), None)
         }

@@ -212,7 +212,7 @@ pub fn main() -> ExitCode {
         let started = match place {
             None => options_of_file(config.unwrap_or_default(), detach, program_log),
             Some((Some(node), namespace, kubeconfig)) if !node.is_empty() => {
-                options_of_cluster(config, Place { node, namespace, kubeconfig }, detach, program_log)
+                options_of_cluster(config, Place { node, namespace, kubeconfig, room: 0 }, detach, program_log)
             }
             Some(_) => Err(vec!["--node-name is missing (in a pod: NODE_NAME from fieldRef spec.nodeName)".into()]),
         };

@@ -48,8 +48,10 @@ pub struct AgentConfig {
     pub attach: AttachMode,
     /// How long the programs act on the agent's last word; zero = for ever.
     pub lease: Duration,
-    /// Entries in each flow table.
-    pub max_flows: u32,
+    /// How many services there is room for; `None`: by the node's memory.
+    pub max_services: Option<u32>,
+    /// How many established flows of each IP family there is room for; `None`: by the node's memory.
+    pub max_flows: Option<u32>,
     /// kube-proxy's masquerade mark.
     pub masquerade_mark: u32,
 }
@@ -65,7 +67,7 @@ impl PartialEq for AgentConfig {
                 c.interface_globs.clone(),
                 c.attach,
                 c.lease,
-                c.max_flows,
+                (c.max_services, c.max_flows),
                 c.masquerade_mark,
             )
         };

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use breaker_common::{DEFAULT_MASQUERADE_MARK, DEFAULT_MAX_FLOWS, MAX_SERVICES, NAME_LEN};
+use breaker_common::{DEFAULT_MASQUERADE_MARK, NAME_LEN};
 use globset::{Glob, GlobSetBuilder};
 use serde_saphyr::{Location, Spanned};
 
@@ -28,6 +28,9 @@ pub const DEFAULT_SOCKET: &str = "/run/breaker/breaker.sock";
 const DAY: u64 = 86_400_000;
 
 /// Collects problems; a field that has one gets its default, so that the next problem is found too.
+/// What one node can be told to protect.
+const MOST_SERVICES: u32 = 65_536;
+
 struct Problems<'a> {
     file: &'a Path,
     found: Vec<ConfigError>,
@@ -85,13 +88,17 @@ impl Problems<'_> {
         let port = self.port(port, &format!("{field}.port"));
         let field = format!("{field}.address");
         let mut refuse = |why: &str| {
-            self.add(address.referenced, &field, format!("{:?} {why}; allowed: an IPv4 address", address.value));
+            self.add(address.referenced, &field, format!("{:?} {why}; allowed: an IP address of a host", address.value));
             IpAddr::from([127, 0, 0, 1])
         };
+        let no_host = |ip: &IpAddr| match ip {
+            IpAddr::V4(ip) => ip.is_broadcast(),
+            // What is written in the mapped form stands in no packet; a link-local address is nothing without an interface.
+            IpAddr::V6(ip) => ip.to_ipv4_mapped().is_some() || ip.is_unicast_link_local(),
+        };
         let ip = match address.value.parse::<IpAddr>() {
-            Ok(ip @ IpAddr::V4(v4)) if !v4.is_unspecified() && !v4.is_multicast() && !v4.is_broadcast() => ip,
-            Ok(IpAddr::V4(_)) => refuse("is no address of a host"),
-            Ok(IpAddr::V6(_)) => refuse("is IPv6, which is not supported yet"),
+            Ok(ip) if ip.is_unspecified() || ip.is_multicast() || no_host(&ip) => refuse("is no address of a host"),
+            Ok(ip) => ip,
             Err(_) => refuse("is no IP address"),
         };
         SocketAddr::new(ip, port)
@@ -101,13 +108,10 @@ impl Problems<'_> {
 pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<ConfigError>> {
     let mut problems = Problems { file, found: Vec::new() };
     let agent = agent(&mut problems, raw.agent);
-    if raw.services.value.len() > MAX_SERVICES as usize {
+    let most = agent.max_services.unwrap_or(MOST_SERVICES);
+    if raw.services.value.len() > most as usize {
         let count = raw.services.value.len();
-        problems.add(
-            raw.services.referenced,
-            "services",
-            format!("{count} are too many; allowed: up to {MAX_SERVICES}"),
-        );
+        problems.add(raw.services.referenced, "services", format!("{count} are too many; allowed: up to {most}"));
     }
     let mut names = BTreeMap::new();
     let mut frontends = BTreeMap::new();
@@ -183,7 +187,8 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
         interface_globs: raw.interfaces.into_iter().map(|glob| glob.value).collect(),
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),
         lease: Duration::from_secs(problems.number(raw.lease_seconds.as_ref(), "agent.leaseSeconds", 60, 0..=86_400)),
-        max_flows: problems.u32(raw.max_flows.as_ref(), "agent.maxFlows", DEFAULT_MAX_FLOWS, 1024..=4_194_304),
+        max_services: raw.max_services.map(|n| problems.u32(Some(&n), "agent.maxServices", 1, 16..=MOST_SERVICES)),
+        max_flows: raw.max_flows.map(|n| problems.u32(Some(&n), "agent.maxFlows", 1, 1024..=4_194_304)),
         masquerade_mark: problems.u32(
             raw.masquerade_mark.as_ref(),
             "agent.masqueradeMark",
@@ -207,10 +212,10 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
         .map(|(i, frontend)| {
             let field = format!("{path}.frontends[{i}]");
             let protocol = frontend.protocol.as_ref();
-            let tcp = [("TCP", Protocol::Tcp)];
+            let known = [("TCP", Protocol::Tcp), ("UDP", Protocol::Udp)];
             Frontend {
                 address: problems.address(&frontend.address, &frontend.port, &field),
-                protocol: problems.word(protocol, &format!("{field}.protocol"), &tcp, Protocol::Tcp),
+                protocol: problems.word(protocol, &format!("{field}.protocol"), &known, Protocol::Tcp),
             }
         })
         .collect();
@@ -271,6 +276,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
     Service {
         name: ServiceName::new(&raw.name.value),
         frontends,
+        routes: Vec::new(),
         primary,
         backups,
         settle: Duration::ZERO,

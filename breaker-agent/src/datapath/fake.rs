@@ -71,7 +71,7 @@ impl Datapath for FakeDatapath {
     }
 
     fn sweep(&mut self, _idle: Option<Duration>) -> Result<Sweep, DatapathError> {
-        Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum() })
+        Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum(), ..Sweep::default() })
     }
 
     fn cut(&mut self, _name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError> {

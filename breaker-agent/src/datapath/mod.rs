@@ -16,7 +16,7 @@ use std::{
 use breaker_common::{BreakerState, EventKind, FlowKind, PassReason, ServiceCounters, StateReason};
 use serde::Serialize;
 
-use crate::model::{Frontend, Override, ServiceName};
+use crate::model::{Frontend, Override, Protocol, ServiceName};
 use plan::ServicePlan;
 
 /// What the datapath could not do. The text names the map or program and the kernel's answer.
@@ -65,6 +65,8 @@ pub struct FlowView {
     pub frontend: SocketAddr,
     /// Where it goes.
     pub backend: SocketAddr,
+    /// Under which protocol.
+    pub protocol: Protocol,
     /// The client's port toward the backend.
     pub source_port: u16,
     /// What was decided.
@@ -110,8 +112,12 @@ fn event_label<S: serde::Serializer>(kind: &EventKind, s: S) -> Result<S::Ok, S:
 pub struct Sweep {
     /// Flows on a backup that live, by service.
     pub redirected: BTreeMap<ServiceName, usize>,
-    /// Entries in the forward table, finished ones removed.
+    /// Entries in the forward tables, finished ones removed.
     pub entries: usize,
+    /// Those of them that nothing pushes out, in the fuller one of the two families' tables.
+    pub established: usize,
+    /// How full that table is.
+    pub pressure_percent: u8,
 }
 
 /// What the engine needs of the datapath.

@@ -1,13 +1,17 @@
 //! What the datapath should be for one service: pure, from the domain and the breaker's decision.
 
-use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
-use breaker_common::{BreakerState, SLOTS, StateReason, switch_flags};
+use breaker_common::{BreakerState, StateReason, switch_flags};
 
 use crate::{
     maglev::{self, Candidate},
     model::{
-        Backend, EstablishedPolicy, Frontend, Mode, OnAgentLoss, Override, Service, ServiceName, WhenAllUnhealthy,
+        Backend, EstablishedPolicy, Frontend, Mode, OnAgentLoss, Override, Protocol, Service, ServiceName,
+        WhenAllUnhealthy,
     },
 };
 
@@ -19,11 +23,49 @@ pub enum Slot {
     /// Refuse.
     Reject,
     /// Send it there.
-    Backend(SocketAddrV4),
+    Backend(SocketAddr),
 }
 
-/// A selection table: [`SLOTS`] places.
-pub type SlotTable = Vec<Slot>;
+/// A selection table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SlotTable {
+    /// The same in every place.
+    All(Slot),
+    /// [`breaker_common::SLOTS`] places.
+    Places(Vec<Slot>),
+}
+
+impl SlotTable {
+    /// What is in its places.
+    #[must_use]
+    pub fn slots(&self) -> &[Slot] {
+        match self {
+            Self::All(slot) => std::slice::from_ref(slot),
+            Self::Places(slots) => slots,
+        }
+    }
+}
+
+/// Where connections to some frontends of one family and protocol may go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RoutePlan {
+    /// Where clients connect to.
+    pub frontends: Vec<Frontend>,
+    /// Of all of them.
+    pub protocol: Protocol,
+    /// Tables for the two tiers: primary, backup.
+    pub slots: [SlotTable; 2],
+}
+
+impl RoutePlan {
+    /// The distinct backends that the tables name.
+    pub fn backends(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        self.slots.iter().flat_map(SlotTable::slots).filter_map(|slot| match slot {
+            Slot::Backend(address) => Some(*address),
+            Slot::PassThrough | Slot::Reject => None,
+        })
+    }
+}
 
 /// The decision of a moment, as the breaker and the operator made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +93,8 @@ pub struct Decision {
 pub struct ServicePlan {
     /// The service.
     pub name: ServiceName,
-    /// Where its clients connect to.
-    pub frontends: Vec<Frontend>,
-    /// Tables for the two tiers: primary, backup.
-    pub slots: [SlotTable; 2],
+    /// By family, protocol and what the frontends lead to.
+    pub routes: Vec<RoutePlan>,
     /// The decision.
     pub decision: Decision,
     /// Bits of [`switch_flags`], but for the buffer, which is the kernel's own affair.
@@ -69,8 +109,7 @@ impl ServicePlan {
     pub fn new(service: &Service, decision: Decision, backup: &[Backend]) -> Self {
         Self {
             name: service.name.clone(),
-            frontends: service.frontends.clone(),
-            slots: [vec![Slot::PassThrough; SLOTS as usize], backup_slots(service, backup)],
+            routes: routes(service, backup),
             flags: flags(service, &decision, !backup.is_empty()),
             decision,
             half_open_limit: service.breaker.half_open_connections,
@@ -79,38 +118,72 @@ impl ServicePlan {
 
     /// The distinct backends that the tables name.
     #[must_use]
-    pub fn backends(&self) -> Vec<SocketAddrV4> {
-        let mut backends: Vec<_> = self
-            .slots
-            .iter()
-            .flatten()
-            .filter_map(|slot| match slot {
-                Slot::Backend(address) => Some(*address),
-                Slot::PassThrough | Slot::Reject => None,
-            })
-            .collect();
-        backends.sort_unstable();
-        backends.dedup();
-        backends
+    pub fn backends(&self) -> BTreeSet<(SocketAddr, Protocol)> {
+        self.routes.iter().flat_map(|route| route.backends().map(|address| (address, route.protocol))).collect()
     }
+
+    /// Every frontend.
+    pub fn frontends(&self) -> impl Iterator<Item = &Frontend> {
+        self.routes.iter().flat_map(|route| &route.frontends)
+    }
+
+    /// Adds frontends whose flows go on, and whose new connections are left to kube-proxy.
+    pub fn linger(&mut self, frontends: &[Frontend]) {
+        for frontend in frontends {
+            let nothing = [SlotTable::All(Slot::PassThrough), SlotTable::All(Slot::PassThrough)];
+            let same = |route: &&mut RoutePlan| {
+                route.slots == nothing && is_kin(&route.frontends[0], frontend) && !route.frontends.contains(frontend)
+            };
+            match self.routes.iter_mut().find(same) {
+                Some(route) => route.frontends.push(*frontend),
+                None => self.routes.push(RoutePlan {
+                    frontends: vec![*frontend],
+                    protocol: frontend.protocol,
+                    slots: nothing,
+                }),
+            }
+        }
+    }
+}
+
+/// Whether two frontends are of one family and protocol.
+fn is_kin(a: &Frontend, b: &Frontend) -> bool {
+    a.protocol == b.protocol && a.address.is_ipv4() == b.address.is_ipv4()
+}
+
+/// Frontends that lead to the same addresses of the same backends share a route.
+fn routes(service: &Service, backup: &[Backend]) -> Vec<RoutePlan> {
+    let group = |frontend: &Frontend| service.routes.iter().position(|route| route.frontends.contains(frontend));
+    let mut routes: Vec<(Option<usize>, RoutePlan)> = Vec::new();
+    for frontend in &service.frontends {
+        let group = group(frontend);
+        match routes.iter_mut().find(|(of, route)| *of == group && is_kin(&route.frontends[0], frontend)) {
+            Some((_, route)) => route.frontends.push(*frontend),
+            None => {
+                let reachable: Vec<Backend> = backup
+                    .iter()
+                    .filter_map(|b| Some(Backend { address: service.reach(frontend, b.address)?, ..*b }))
+                    .collect();
+                let slots = [SlotTable::All(Slot::PassThrough), backup_slots(service, &reachable)];
+                routes.push((group, RoutePlan { frontends: vec![*frontend], protocol: frontend.protocol, slots }));
+            }
+        }
+    }
+    routes.into_iter().map(|(_, route)| route).collect()
 }
 
 fn backup_slots(service: &Service, backup: &[Backend]) -> SlotTable {
     let candidates: Vec<Candidate> =
         backup.iter().map(|b| Candidate { key: identity(b.address), weight: b.weight }).collect();
-    let nothing = match service.when_all_unhealthy {
-        WhenAllUnhealthy::PassThrough => Slot::PassThrough,
-        WhenAllUnhealthy::Reject => Slot::Reject,
-    };
+    if let [only] = backup {
+        return SlotTable::All(Slot::Backend(only.address));
+    }
     match maglev::fill(&candidates) {
-        Some(table) => table
-            .iter()
-            .map(|&i| match backup[i].address {
-                SocketAddr::V4(address) => Slot::Backend(address),
-                SocketAddr::V6(_) => nothing,
-            })
-            .collect(),
-        None => vec![nothing; SLOTS as usize],
+        Some(table) => SlotTable::Places(table.iter().map(|&i| Slot::Backend(backup[i].address)).collect()),
+        None => SlotTable::All(match service.when_all_unhealthy {
+            WhenAllUnhealthy::PassThrough => Slot::PassThrough,
+            WhenAllUnhealthy::Reject => Slot::Reject,
+        }),
     }
 }
 
@@ -153,6 +226,7 @@ fn flags(service: &Service, decision: &Decision, backup_usable: bool) -> u8 {
 mod tests {
     use super::*;
     use crate::config;
+    use breaker_common::SLOTS;
     use std::path::Path;
 
     fn service(extra: &str) -> Service {
@@ -204,18 +278,71 @@ mod tests {
     #[test]
     fn an_unusable_backup_is_never_redirected_to() {
         let pass = ServicePlan::new(&service(""), decision(BreakerState::Open, 0, false), &[]);
-        assert!(pass.slots[1].iter().all(|slot| *slot == Slot::PassThrough));
+        assert_eq!(pass.routes[0].slots[1], SlotTable::All(Slot::PassThrough));
         let reject = service("whenAllUnhealthy: Reject,");
         let reject = ServicePlan::new(&reject, decision(BreakerState::Open, 0, false), &[]);
-        assert!(reject.slots[1].iter().all(|slot| *slot == Slot::Reject));
+        assert_eq!(reject.routes[0].slots[1], SlotTable::All(Slot::Reject));
         assert!(reject.backends().is_empty());
+    }
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
     }
 
     #[test]
     fn slots_name_known_backends_only() {
         let service = service("");
-        let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &service.backups[0].backends);
-        assert_eq!(plan.backends(), vec!["10.42.0.3:80".parse().unwrap()]);
-        assert_eq!(plan.slots[1].len(), SLOTS as usize);
+        let backend = service.backups[0].backends[0];
+        let two = [backend, Backend { address: address("10.42.0.4:80"), ..backend }];
+        let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &two);
+        let expected = [address("10.42.0.3:80"), address("10.42.0.4:80")].map(|a| (a, Protocol::Tcp));
+        assert_eq!(plan.backends(), expected.into());
+        assert_eq!(plan.routes[0].slots[1].slots().len(), SLOTS as usize);
+    }
+
+    #[test]
+    fn every_frontend_leads_to_the_backends_of_its_family_and_port() {
+        let mut service = service("");
+        let frontend = |text: &str, protocol| Frontend { address: address(text), protocol };
+        let second = frontend("10.43.0.1:443", Protocol::Tcp);
+        let other_family = frontend("[fd43::1]:80", Protocol::Tcp);
+        let datagrams = frontend("10.43.0.1:53", Protocol::Udp);
+        service.frontends.extend([second, other_family, datagrams, frontend("10.43.0.9:80", Protocol::Tcp)]);
+        let own = address("10.42.0.3:80");
+        let route = |frontend, to: &str| crate::model::Route {
+            frontends: vec![frontend],
+            backends: [(own, address(to))].into(),
+        };
+        service.routes = vec![route(second, "10.42.0.3:8443"), route(other_family, "[fd42::3]:80")];
+        let backup = service.backups[0].backends.clone();
+        let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &backup);
+        let shown: Vec<_> = plan.routes.iter().map(|r| (r.frontends.len(), r.protocol, r.slots[1].clone())).collect();
+        let to = |text: &str| SlotTable::All(Slot::Backend(address(text)));
+        assert_eq!(
+            shown,
+            [
+                (2, Protocol::Tcp, to("10.42.0.3:80")),
+                (1, Protocol::Tcp, to("10.42.0.3:8443")),
+                (1, Protocol::Tcp, to("[fd42::3]:80")),
+                (1, Protocol::Udp, to("10.42.0.3:80")),
+            ]
+        );
+        // A backend that has no address there is not reached.
+        service.routes[1].backends.clear();
+        let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &backup);
+        assert_eq!(plan.routes[2].slots[1], SlotTable::All(Slot::PassThrough));
+    }
+
+    #[test]
+    fn what_lingers_is_left_to_kube_proxy() {
+        let service = service("");
+        let mut plan =
+            ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &service.backups[0].backends);
+        let old = ["10.43.0.7:80", "10.43.0.8:80", "[fd43::7]:80"]
+            .map(|text| Frontend { address: address(text), protocol: Protocol::Tcp });
+        plan.linger(&old);
+        assert_eq!(plan.routes.iter().map(|r| r.frontends.len()).collect::<Vec<_>>(), [1, 2, 1]);
+        assert_eq!(plan.routes[1].slots[1], SlotTable::All(Slot::PassThrough));
+        assert_eq!(plan.frontends().count(), 4);
     }
 }

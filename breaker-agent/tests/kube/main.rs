@@ -55,7 +55,7 @@ async fn lab() -> Double {
 }
 
 fn source(double: &Double) -> KubeSource {
-    let place = Place { node: "node1".into(), namespace: "breaker-system".into(), kubeconfig: None };
+    let place = Place { node: "node1".into(), namespace: "breaker-system".into(), kubeconfig: None, room: 1000 };
     KubeSource::start(&double.client(), &place)
 }
 

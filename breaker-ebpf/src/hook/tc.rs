@@ -1,6 +1,6 @@
 //! Both directions of the host side of a pod's veth.
 //!
-//! From the pod (tc ingress): is it for a frontend? → a SYN: decide, pin, translate → another segment: what was
+//! From the pod (tc ingress): is it for a frontend? → a first packet: decide, pin, translate → another one: what was
 //! decided for its flow.
 //!
 //! To the pod (tc egress): is it from a backend that has flows of ours? → translate back.
@@ -11,20 +11,31 @@
 //! On an uplink the same, for clients outside: their flows are masqueraded on the way to the backup, whichever node it is
 //! on, so that its replies come back to this node and this interface. kube-proxy does so too (externalTrafficPolicy:
 //! Cluster).
+//!
+//! Besides, both ways: ICMP errors about translated packets, and later fragments of translated packets.
+//!
+//! Functions that return an action (`i32`) are functions to the kernel, too, and are not inlined: a frame each, because all
+//! of it together would not fit into the 512 bytes of stack that a program has. For the same reason they are called one
+//! after the other, not one by the other: [`from_client`] has their order.
 
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use breaker_common::{
-    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow4, FlowKey4, FlowKind, NONE, PassReason, SLOT_PASSTHROUGH,
-    SLOT_REJECT, Switch, backend_use, switch_flags, tcp_seen,
+    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow, FlowKey, FlowKind, NONE, PassReason, ReverseKey,
+    SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, seen, switch_flags,
 };
+use network_types::eth::EtherType;
 
 use crate::{
-    agent, count, endpoint, event, flow, nat,
+    agent, count, endpoint, event,
+    family::{Family, V4, V6},
+    flow, fragment,
+    icmp::{self, Quote},
+    nat::{self, End},
     packet::Packet,
-    parse::{self, Segment},
+    parse::{self, Hook, Kind, Segment},
     reset, select, service,
-    verdict::Verdict,
+    verdict::{self, Step, Verdict},
 };
 
 /// kube-proxy's masquerade mark; the loader sets it to what the node uses.
@@ -33,27 +44,119 @@ static MASQUERADE_MARK: aya_ebpf::Global<u32> = aya_ebpf::Global::new(DEFAULT_MA
 
 /// A packet that a pod sends.
 #[inline(always)]
-pub fn try_from_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
-    try_from_client::<false>(ctx)
+pub fn from_pod(ctx: &TcContext) -> i32 {
+    by_family::<false>(ctx, from_client::<V4, false>, from_client::<V6, false>)
 }
 
 /// A packet that comes in by an uplink.
 #[inline(always)]
-pub fn try_from_outside(ctx: &TcContext) -> Result<Verdict, PassReason> {
-    try_from_client::<true>(ctx)
+pub fn from_outside(ctx: &TcContext) -> i32 {
+    by_family::<true>(ctx, from_client::<V4, true>, from_client::<V6, true>)
+}
+
+/// A packet that a pod gets.
+#[inline(always)]
+pub fn to_pod(ctx: &TcContext) -> i32 {
+    by_family::<false>(ctx, to_client::<V4>, to_client::<V6>)
+}
+
+/// A packet that leaves by an uplink.
+#[inline(always)]
+pub fn to_outside(ctx: &TcContext) -> i32 {
+    by_family::<true>(ctx, to_client::<V4>, to_client::<V6>)
+}
+
+/// `TAGGED`: there may be VLAN tags.
+#[inline(always)]
+fn by_family<const TAGGED: bool>(
+    ctx: &TcContext,
+    v4: impl FnOnce(&Packet<'_>, usize) -> i32,
+    v6: impl FnOnce(&Packet<'_>, usize) -> i32,
+) -> i32 {
+    let packet = Packet::new(ctx);
+    let mut l3 = 0;
+    match parse::network::<TAGGED>(&packet, &mut l3) {
+        Some(EtherType::Ipv4) => v4(&packet, l3),
+        Some(EtherType::Ipv6) => v6(&packet, l3),
+        _ => verdict::settle(Ok(Verdict::Next)),
+    }
+}
+
+/// What is known of a client's packet, from one function to the next.
+struct Case<A> {
+    service: u32,
+    route: u32,
+    /// The backend whose own address it is for.
+    backend: u32,
+    /// The service's switch, as a word.
+    switch: u64,
+    /// Where the packet is to go: the backend, or the other end of the connection that is reset.
+    peer: reset::Peer<A>,
 }
 
 /// `OUTSIDE`: the way back must be led past us.
-#[inline(always)]
-fn try_from_client<const OUTSIDE: bool>(ctx: &TcContext) -> Result<Verdict, PassReason> {
-    let packet = Packet::new(ctx);
-    let mut segment = Segment::empty();
-    if !parse::ipv4_tcp(&packet, &mut segment)? {
-        return Ok(Verdict::Next);
+#[inline(never)]
+fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
+    let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
+    let peer = reset::Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2] };
+    let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
+    let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
+    if action == Step::Decide as i32 {
+        action = decide(packet, segment, &mut case);
     }
-    let Some(role) = endpoint::find(segment.destination, segment.destination_port) else { return Ok(Verdict::Next) };
+    if action == Step::Translate as i32 {
+        action = translate_first::<A, OUTSIDE>(packet, segment, &case);
+    }
+    if action == Step::Refuse as i32 {
+        action = if segment.is_tcp() { refuse_segment(packet, segment) } else { refuse_datagram(packet, segment) };
+    }
+    if action == Step::Reset as i32 {
+        action = reset_both(packet, segment, &case);
+    }
+    if action == Step::Error as i32 {
+        action = error_from_client(packet, segment);
+    }
+    if action == Step::Direct as i32 {
+        action = to_backend_directly(packet, segment, case.backend);
+    }
+    action
+}
+
+/// What is it? Most packets' way ends here.
+#[inline(never)]
+fn look<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    l3: usize,
+    segment: &mut Segment<A>,
+    case: &mut Case<A>,
+) -> i32 {
+    verdict::settle(try_look::<A, OUTSIDE>(packet, l3, segment, case))
+}
+
+#[inline(never)]
+fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
+    verdict::settle(try_to_client::<A>(packet, l3))
+}
+
+#[inline(always)]
+fn try_look<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    l3: usize,
+    segment: &mut Segment<A>,
+    case: &mut Case<A>,
+) -> Result<Verdict, PassReason> {
+    match parse::at(packet, l3, segment)? {
+        Kind::Other => return Ok(Verdict::Next),
+        Kind::LaterFragment => return follow(packet, segment),
+        Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
+        Kind::Transport => {}
+    }
+    let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else {
+        return Ok(Verdict::Next);
+    };
     if let Some(service) = endpoint::index(role.service) {
-        return to_frontend::<OUTSIDE>(ctx, &packet, &segment, service);
+        (case.service, case.route) = (service, role.route);
+        return to_frontend::<A, OUTSIDE>(packet, segment, case);
     }
     // From outside, what goes to a pod itself is other nodes' business (their probes above all): it is masqueraded by nobody
     // here, so it shares no reverse key with what is.
@@ -61,92 +164,192 @@ fn try_from_client<const OUTSIDE: bool>(ctx: &TcContext) -> Result<Verdict, Pass
         return Ok(Verdict::Next);
     }
     if let Some(backend) = endpoint::index(role.backend) {
-        return to_backend_directly(&packet, &segment, backend);
+        case.backend = backend;
+        return Ok(Verdict::Then(Step::Direct));
     }
     Ok(Verdict::Next)
 }
 
-/// A packet that a pod gets.
 #[inline(always)]
-pub fn try_to_pod(ctx: &TcContext) -> Result<Verdict, PassReason> {
-    let packet = Packet::new(ctx);
-    let mut segment = Segment::empty();
-    if !parse::ipv4_tcp(&packet, &mut segment)? {
+fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, PassReason> {
+    let Some(segment) = Segment::<A>::place(Hook::Egress) else { return Ok(Verdict::Next) };
+    match parse::at(packet, l3, segment)? {
+        Kind::Other => return Ok(Verdict::Next),
+        Kind::LaterFragment => return follow(packet, segment),
+        Kind::IcmpError => return Ok(Verdict::Settled(error_to_client(packet, segment))),
+        Kind::Transport => {}
+    }
+    if !has_flows(segment.source, segment.source_port, segment.proto) {
         return Ok(Verdict::Next);
     }
-    let Some(role) = endpoint::find(segment.source, segment.source_port) else { return Ok(Verdict::Next) };
-    let Some(backend) = endpoint::index(role.backend) else { return Ok(Verdict::Next) };
-    if select::backend_in_use(backend) == 0 {
-        return Ok(Verdict::Next);
-    }
-    let Some(reverse) = flow::find_reverse(&flow::reverse_key(&segment)) else { return Ok(Verdict::Next) };
-    flow::touch_reverse(reverse, &segment);
+    let Some(reverse) = flow::find_reverse(&flow::reverse_key(segment)) else { return Ok(Verdict::Next) };
+    flow::touch_reverse(reverse, segment);
     if reverse.vip == segment.source
         && reverse.vip_port == segment.source_port
         && reverse.client_port == segment.destination_port
     {
         return Ok(Verdict::Next);
     }
-    nat::from_backend(&packet, &segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
+    fragment::note(segment, End::Source, reverse.vip, 0);
+    nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
     count::service(reverse.service, |c| c.translated += 1);
     Ok(Verdict::Next)
 }
 
+/// Whether an address is a backend whose packets need a look into the flow tables.
 #[inline(always)]
-fn to_frontend<const OUTSIDE: bool>(
-    ctx: &TcContext,
-    packet: &Packet<'_>,
-    segment: &Segment,
-    service: u32,
-) -> Result<Verdict, PassReason> {
-    let switch = service::switch(service).ok_or(PassReason::UnknownService)?;
-    if segment.is_syn() {
-        return new_connection::<OUTSIDE>(ctx, packet, segment, service, &switch);
-    }
-    // Closed and settled: no flow of ours can exist, so nothing needs to be looked up.
-    if !switch.has(switch_flags::TRACK) {
+fn has_flows<A: Family>(addr: A, port: [u8; 2], proto: u8) -> bool {
+    let backend = endpoint::find(addr, port, proto).and_then(|role| endpoint::index(role.backend));
+    backend.is_some_and(|backend| select::backend_in_use::<A>(backend) != 0)
+}
+
+/// A fragment without ports: as its first one.
+#[inline(always)]
+fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
+    fragment::follow(packet, segment)?;
+    Ok(Verdict::Next)
+}
+
+/// An error that a router or the backend tells a client of: it quotes what the client sent, as we translated it.
+#[inline(never)]
+fn error_to_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(try_error_to_client(packet, segment))
+}
+
+#[inline(always)]
+fn try_error_to_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
+    let mut quote = Quote::<A>::empty();
+    if icmp::read(packet, segment, &mut quote).is_none()
+        || !has_flows(quote.destination, quote.destination_port, quote.proto)
+    {
         return Ok(Verdict::Next);
     }
-    let key = flow::key(segment);
-    match flow::find(&key) {
-        Some(flow) => established::<OUTSIDE>(packet, segment, service, &switch, &key, flow),
-        None => unseen(packet, segment, service, &switch, &key),
+    let key = ReverseKey {
+        backend: quote.destination,
+        client: quote.source,
+        backend_port: quote.destination_port,
+        client_port: quote.source_port,
+        proto: quote.proto,
+        pad: [0; 3],
+    };
+    let Some(reverse) = flow::find_reverse(&key) else { return Ok(Verdict::Next) };
+    let service = reverse.service;
+    let change = icmp::Change {
+        end: End::Destination,
+        addr: reverse.vip,
+        port: reverse.vip_port,
+        other_port: reverse.client_port,
+    };
+    icmp::translate(packet, segment, &quote, &change)?;
+    count::service(service, |c| c.icmp_errors += 1);
+    Ok(Verdict::Next)
+}
+
+/// An error that a client tells a backend of: it quotes what the backend sent, as we translated it.
+#[inline(never)]
+fn error_from_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(try_error_from_client(packet, segment))
+}
+
+#[inline(always)]
+fn try_error_from_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
+    let mut quote = Quote::<A>::empty();
+    if icmp::read(packet, segment, &mut quote).is_none() {
+        return Ok(Verdict::Next);
+    }
+    let role = endpoint::find(quote.source, quote.source_port, quote.proto);
+    let Some(service) = role.and_then(|role| endpoint::index(role.service)) else { return Ok(Verdict::Next) };
+    let key = FlowKey {
+        client: quote.destination,
+        vip: quote.source,
+        client_port: quote.destination_port,
+        vip_port: quote.source_port,
+        proto: quote.proto,
+        pad: [0; 3],
+    };
+    let Some(flow) = flow::find(&key) else { return Ok(Verdict::Next) };
+    if flow.kind as u8 != FlowKind::Redirected as u8 {
+        return Ok(Verdict::Next);
+    }
+    let change =
+        icmp::Change { end: End::Source, addr: flow.backend, port: flow.backend_port, other_port: flow.source_port };
+    icmp::translate(packet, segment, &quote, &change)?;
+    count::service(service, |c| c.icmp_errors += 1);
+    Ok(Verdict::Next)
+}
+
+#[inline(always)]
+fn to_frontend<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    case: &mut Case<A>,
+) -> Result<Verdict, PassReason> {
+    let switch = service::switch(case.service).ok_or(PassReason::UnknownService)?;
+    case.switch = switch.to_word();
+    // Closed and settled: no flow of ours can exist, so nothing needs to be looked up.
+    if !switch.has(switch_flags::TRACK) && !switch.has(switch_flags::DRY_RUN) {
+        return closed(segment, case.service, &switch);
+    }
+    if segment.is_syn() {
+        return Ok(Verdict::Then(Step::Decide));
+    }
+    if !switch.has(switch_flags::TRACK) {
+        return Ok(if segment.is_tcp() { Verdict::Next } else { Verdict::Then(Step::Decide) });
+    }
+    match flow::find_going_on(&flow::key(segment)) {
+        // A datagram's flow holds for its service's epoch only: with the next one a client may be somewhere else.
+        Some(flow) if segment.is_tcp() || flow.epoch == switch.epoch => {
+            established::<A, OUTSIDE>(packet, segment, &switch, case, flow)
+        }
+        None if segment.is_tcp() => unseen(segment, &switch, case),
+        _ => Ok(Verdict::Then(Step::Decide)),
     }
 }
 
-/// A SYN always decides anew: ports get used again, and a client that got no answer must be able to move.
+/// A packet for a service that is closed, and has been for long enough.
 #[inline(always)]
-fn new_connection<const OUTSIDE: bool>(
-    ctx: &TcContext,
+fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) -> Result<Verdict, PassReason> {
+    if segment.is_syn() {
+        if service::adopt(service, switch.epoch) {
+            event::send(EventKind::StateAdopted, service, switch, &flow::key(segment), None);
+        }
+        count::service(service, |c| c.new_primary += 1);
+    }
+    Ok(Verdict::Next)
+}
+
+/// A SYN always decides anew: ports get used again, and a client that got no answer must be able to move. So does a
+/// datagram of a flow that is not known, or was decided in another epoch.
+#[inline(never)]
+fn decide<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> i32 {
+    verdict::settle(try_decide(packet, segment, case))
+}
+
+#[inline(always)]
+fn try_decide<A: Family>(
     packet: &Packet<'_>,
-    segment: &Segment,
-    service: u32,
-    switch: &Switch<u8>,
+    segment: &Segment<A>,
+    case: &mut Case<A>,
 ) -> Result<Verdict, PassReason> {
+    let (service, switch) = (case.service, Switch::from_word(case.switch));
     let key = flow::key(segment);
     let now_ns = agent::now_ns();
     if service::adopt(service, switch.epoch) {
-        event::send(EventKind::StateAdopted, now_ns, service, switch, &key, None);
+        event::send(EventKind::StateAdopted, service, &switch, &key, None);
     }
     let dry_run = switch.has(switch_flags::DRY_RUN);
-    let tracked = switch.has(switch_flags::TRACK);
-    if !tracked && !dry_run {
-        // Closed and settled: nothing to decide.
-        count::service(service, |c| c.new_primary += 1);
-        return Ok(Verdict::Next);
-    }
-    if tracked {
+    if switch.has(switch_flags::TRACK) {
         flow::forget(&key);
     }
-    if !agent::decision_holds(switch, now_ns) {
+    if !agent::decision_holds(&switch, now_ns) {
         count::reason(PassReason::AgentLost);
         count::service(service, |c| {
             c.agent_lost += 1;
             c.new_primary += 1;
         });
-        return pass_and_pin(service, switch, &key, now_ns);
+        return pass_and_pin(service, &switch, &key, now_ns);
     }
-    let choice = select::choose(service, switch, &key);
+    let choice = select::choose(service, case.route, &switch, &key);
     if dry_run {
         let would_move = choice.slot != SLOT_PASSTHROUGH;
         count::service(service, |c| {
@@ -161,63 +364,90 @@ fn new_connection<const OUTSIDE: bool>(
                 c.new_primary += 1;
                 c.half_open += choice.trial as u64;
             });
-            pass_and_pin(service, switch, &key, now_ns)
+            pass_and_pin(service, &switch, &key, now_ns)
         }
         SLOT_REJECT => {
             count::service(service, |c| c.rejected += 1);
-            event::send(EventKind::Rejected, now_ns, service, switch, &key, None);
-            Ok(Verdict::Redirect(reset::refuse(packet, segment)?))
+            event::send(EventKind::Rejected, service, &switch, &key, None);
+            Ok(Verdict::Then(Step::Refuse))
         }
-        id => redirect::<OUTSIDE>(ctx, packet, segment, service, switch, &key, id, now_ns),
+        id => redirect(packet, case, &switch, &key, id, now_ns),
     }
 }
 
 /// Sends a new connection to a backend.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the packet's whole story so far")]
-fn redirect<const OUTSIDE: bool>(
-    ctx: &TcContext,
+fn redirect<A: Family>(
     packet: &Packet<'_>,
-    segment: &Segment,
-    service: u32,
+    case: &mut Case<A>,
     switch: &Switch<u8>,
-    key: &FlowKey4,
+    key: &FlowKey<A>,
     id: u32,
     now_ns: u64,
 ) -> Result<Verdict, PassReason> {
-    let Some(backend) = select::backend(id) else {
+    let service = case.service;
+    let Some(backend) = select::backend::<A>(id) else {
         return fail_open(service, switch, key, now_ns, PassReason::UnknownBackend);
     };
     let mut flow = flow::to(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
     if let Err(reason) = flow::pin(key, &mut flow) {
         return fail_open(service, switch, key, now_ns, reason);
     }
-    select::mark_in_use(id, backend_use::REDIRECTED);
+    select::mark_in_use::<A>(id, backend_use::REDIRECTED);
+    debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
+    event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
     let hairpin = key.client == flow.backend;
-    if hairpin || OUTSIDE {
-        // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
-        packet.add_mark(MASQUERADE_MARK.load());
-    }
-    debug!(ctx, "moved {:i}:{} to {:i}", key.client, u16::from_be_bytes(key.client_port), flow.backend);
-    event::send(EventKind::FlowMoved, now_ns, service, switch, key, Some(&flow));
     let port_changed = flow.source_port != key.client_port;
     count::service(service, |c| {
         c.new_backup += 1;
-        c.translated += 1;
         c.hairpin += hairpin as u64;
         c.port_changed += port_changed as u64;
     });
-    nat::to_backend(packet, segment, flow.backend, flow.backend_port, flow.source_port)?;
+    case.peer = peer_of(&flow);
+    Ok(Verdict::Then(Step::Translate))
+}
+
+/// Where a flow goes.
+#[inline(always)]
+fn peer_of<A: Family>(flow: &Flow<A>) -> reset::Peer<A> {
+    reset::Peer { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port }
+}
+
+#[inline(never)]
+fn translate_first<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    case: &Case<A>,
+) -> i32 {
+    verdict::settle(translate::<A, OUTSIDE>(packet, segment, case.service, &case.peer))
+}
+
+/// Sends a packet of a redirected flow on its way.
+#[inline(always)]
+fn translate<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    service: u32,
+    to: &reset::Peer<A>,
+) -> Result<Verdict, PassReason> {
+    // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
+    let mark = if OUTSIDE || segment.source == to.addr { MASQUERADE_MARK.load() } else { 0 };
+    if mark != 0 {
+        packet.add_mark(mark);
+    }
+    fragment::note(segment, End::Destination, to.addr, mark);
+    nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
+    count::service(service, |c| c.translated += 1);
     Ok(Verdict::Next)
 }
 
 /// Leaves a new connection that should have moved to kube-proxy. That is pinned too, if there is room: its next segment
 /// must not be taken for one from before.
 #[inline(always)]
-fn fail_open(
+fn fail_open<A: Family>(
     service: u32,
     switch: &Switch<u8>,
-    key: &FlowKey4,
+    key: &FlowKey<A>,
     now_ns: u64,
     reason: PassReason,
 ) -> Result<Verdict, PassReason> {
@@ -229,58 +459,51 @@ fn fail_open(
 /// Leaves a new connection to kube-proxy. While the breaker is not closed that is a decision like another, and pinned:
 /// what is established later on the primary and not pinned is from before, and the policy for it may be a reset.
 #[inline(always)]
-fn pass_and_pin(service: u32, switch: &Switch<u8>, key: &FlowKey4, now_ns: u64) -> Result<Verdict, PassReason> {
+fn pass_and_pin<A: Family>(
+    service: u32,
+    switch: &Switch<u8>,
+    key: &FlowKey<A>,
+    now_ns: u64,
+) -> Result<Verdict, PassReason> {
     if switch.state != BreakerState::Closed as u8 {
         flow::pin_passed(key, service, switch.epoch, now_ns)?;
     }
     Ok(Verdict::Next)
 }
 
-/// A segment of a flow that we decided: it stays where it is, unless the policy for the other side says reset.
+/// A packet of a flow that we decided: it stays where it is, unless the policy for the other side says reset.
 #[inline(always)]
-fn established<const OUTSIDE: bool>(
+fn established<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
-    segment: &Segment,
-    service: u32,
+    segment: &Segment<A>,
     switch: &Switch<u8>,
-    key: &FlowKey4,
-    flow: &mut Flow4,
+    case: &mut Case<A>,
+    flow: &mut Flow<A>,
 ) -> Result<Verdict, PassReason> {
-    let first_of_beat = flow::touch(flow, segment);
+    flow::touch(flow, segment);
     let redirected = flow.kind as u8 == FlowKind::Redirected as u8;
-    if redirected && (OUTSIDE || key.client == flow.backend) {
-        packet.add_mark(MASQUERADE_MARK.load());
-    }
     let policy = if redirected { switch_flags::RESET_BACKUP } else { switch_flags::RESET_PRIMARY };
     if switch.has(policy)
         && flow.epoch != switch.epoch
         && !segment.is_rst()
         && agent::decision_holds(switch, agent::now_ns())
     {
-        flow.tcp_seen |= tcp_seen::RST;
-        let peer = reset::Peer { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port };
-        return reset_both(packet, segment, service, switch, key, &peer);
+        flow.seen |= seen::RST;
+        case.peer = peer_of(flow);
+        return Ok(Verdict::Then(Step::Reset));
     }
     if !redirected {
         return Ok(Verdict::Next);
     }
-    if first_of_beat {
-        flow::keep_reverse(key, flow);
-    }
-    let (backend, backend_port, source_port) = (flow.backend, flow.backend_port, flow.source_port);
-    nat::to_backend(packet, segment, backend, backend_port, source_port)?;
-    count::service(service, |c| c.translated += 1);
-    Ok(Verdict::Next)
+    translate::<A, OUTSIDE>(packet, segment, case.service, &peer_of(flow))
 }
 
 /// A segment of a flow that we did not see from its SYN: never rewritten, only passed or, by policy, reset.
 #[inline(always)]
-fn unseen(
-    packet: &Packet<'_>,
-    segment: &Segment,
-    service: u32,
+fn unseen<A: Family>(
+    segment: &Segment<A>,
     switch: &Switch<u8>,
-    key: &FlowKey4,
+    case: &mut Case<A>,
 ) -> Result<Verdict, PassReason> {
     if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() {
         return Ok(Verdict::Next);
@@ -288,51 +511,72 @@ fn unseen(
     if !agent::decision_holds(switch, agent::now_ns()) {
         return Err(PassReason::AgentLost);
     }
-    let peer =
+    case.peer =
         reset::Peer { addr: segment.destination, port: segment.destination_port, source_port: segment.source_port };
-    reset_both(packet, segment, service, switch, key, &peer)
+    Ok(Verdict::Then(Step::Reset))
 }
 
-#[inline(always)]
-fn reset_both(
-    packet: &Packet<'_>,
-    segment: &Segment,
-    service: u32,
-    switch: &Switch<u8>,
-    key: &FlowKey4,
-    peer: &reset::Peer,
-) -> Result<Verdict, PassReason> {
-    count::service(service, |c| c.resets += 1);
-    event::send(EventKind::FlowReset, agent::now_ns(), service, switch, key, None);
-    reset::both_ends(packet, segment, peer)?;
-    Ok(Verdict::Next)
+#[inline(never)]
+fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &Case<A>) -> i32 {
+    count::service(case.service, |c| c.resets += 1);
+    let switch = Switch::from_word(case.switch);
+    event::send(EventKind::FlowReset, case.service, &switch, &flow::key(segment), None);
+    verdict::settle(reset::both_ends(packet, segment, &case.peer).map(|()| Verdict::Next))
+}
+
+#[inline(never)]
+fn refuse_segment<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(reset::refuse_segment(packet, segment).map(Verdict::Redirect))
+}
+
+#[inline(never)]
+fn refuse_datagram<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(reset::refuse_datagram(packet, segment).map(Verdict::Redirect))
 }
 
 /// A client's own connection to a backend. It takes part only so that it never shares a reverse key with a flow of a
 /// frontend: whoever comes second gets another source port.
+#[inline(never)]
+fn to_backend_directly<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, id: u32) -> i32 {
+    verdict::settle(try_to_backend_directly(packet, segment, id))
+}
+
 #[inline(always)]
-fn to_backend_directly(packet: &Packet<'_>, segment: &Segment, id: u32) -> Result<Verdict, PassReason> {
+fn try_to_backend_directly<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    id: u32,
+) -> Result<Verdict, PassReason> {
+    let in_use = select::backend_in_use::<A>(id);
+    // A datagram does not say that it is the first one; it matters only where flows of a frontend come, too.
+    if !segment.is_tcp() && in_use == 0 {
+        return Ok(Verdict::Next);
+    }
     let key = flow::key(segment);
-    let source_port = if segment.is_syn() {
-        flow::forget(&key);
-        let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
-        let mut flow = flow::to(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
-        flow::pin(&key, &mut flow)?;
-        if flow.source_port == key.client_port {
-            return Ok(Verdict::Next);
+    // Without a changed port only a connection's end matters: then its reverse key is free again.
+    if segment.is_tcp() && !segment.is_syn() && in_use & backend_use::DIRECT == 0 && !segment.ends() {
+        return Ok(Verdict::Next);
+    }
+    let known = if segment.is_syn() { None } else { flow::find(&key) };
+    let source_port = match known {
+        Some(flow) => {
+            flow::touch(flow, segment);
+            flow.source_port
         }
-        select::mark_in_use(id, backend_use::DIRECT);
-        flow.source_port
-    } else {
-        // Without a changed port only its end matters: then its reverse key is free again.
-        if select::backend_in_use(id) & backend_use::DIRECT == 0 && !segment.ends() {
-            return Ok(Verdict::Next);
+        None if segment.is_tcp() && !segment.is_syn() => return Ok(Verdict::Next),
+        None => {
+            flow::forget(&key);
+            let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
+            let mut flow = flow::to(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
+            flow::pin(&key, &mut flow)?;
+            if flow.source_port != key.client_port {
+                select::mark_in_use::<A>(id, backend_use::DIRECT);
+            }
+            flow.source_port
         }
-        let Some(flow) = flow::find(&key) else { return Ok(Verdict::Next) };
-        flow::touch(flow, segment);
-        flow.source_port
     };
     if source_port != key.client_port {
+        fragment::note(segment, End::Destination, key.vip, 0);
         nat::to_backend(packet, segment, key.vip, key.vip_port, source_port)?;
     }
     Ok(Verdict::Next)

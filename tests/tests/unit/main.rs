@@ -8,7 +8,7 @@ mod csum;
 #[path = "../../../breaker-ebpf/src/hash.rs"]
 mod hash;
 
-use breaker_common::{FlowKey4, SLOTS};
+use breaker_common::SLOTS;
 use proptest::prelude::*;
 
 /// RFC 1071 from scratch, over bytes.
@@ -36,8 +36,7 @@ proptest! {
 
     #[test]
     fn shares_and_slots_are_in_range(client in any::<[u8; 4]>(), port in any::<[u8; 2]>(), seed in any::<u32>()) {
-        let key = FlowKey4 { client, vip: [10, 43, 0, 1], client_port: port, vip_port: [0, 80], proto: 6, pad: [0; 3] };
-        let hash = hash::flow4(&key, seed);
+        let hash = hash::flow(u64::from(u32::from_ne_bytes(client)), 7, port, [0, 80], 6, seed);
         prop_assert!(hash::permille(hash) < 1000 && hash::slot(hash) < SLOTS);
     }
 }
@@ -45,19 +44,12 @@ proptest! {
 /// One client's ports spread evenly over slots and shares, and two services do not move the same ones.
 #[test]
 fn one_clients_connections_spread() {
-    let key = |port: u16| FlowKey4 {
-        client: [10, 42, 0, 4],
-        vip: [10, 43, 0, 10],
-        client_port: port.to_be_bytes(),
-        vip_port: [0x1f, 0x90],
-        proto: 6,
-        pad: [0; 3],
-    };
+    let hash = |port: u16, seed| hash::flow(0x0a2a_0004, 0x0a2b_000a, port.to_be_bytes(), [0x1f, 0x90], 6, seed);
     let mut slots = vec![0u32; SLOTS as usize];
     let mut half = 0;
     let mut both = 0;
     for port in 32768..60999u16 {
-        let (a, b) = (hash::flow4(&key(port), 1), hash::flow4(&key(port), 2));
+        let (a, b) = (hash(port, 1), hash(port, 2));
         slots[hash::slot(a) as usize] += 1;
         half += u32::from(hash::permille(a) < 500);
         both += u32::from(hash::permille(a) < 500 && hash::permille(b) < 500);

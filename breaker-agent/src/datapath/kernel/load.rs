@@ -9,8 +9,9 @@ use aya::{
 use aya_log::EbpfLogger;
 
 use super::{
-    maps::{Maps, PINNED},
+    maps::{Maps, pinned},
     pins::PinDir,
+    sizes::Sizes,
 };
 
 /// The object that `build.rs` built.
@@ -19,9 +20,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
 /// Names of the programs of a pod's interface, egress first: as they are attached.
 pub(super) const POD_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
 /// Names of the programs of an uplink.
-pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_up"];
-/// All of them.
-const PROGRAMS: [&str; 3] = ["breaker_out", "breaker_in", "breaker_up"];
+pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_up_out", "breaker_up"];
 
 /// Programs in the kernel, and their maps.
 #[expect(missing_debug_implementations, reason = "the logger has none")]
@@ -40,20 +39,23 @@ pub struct Loaded {
 ///
 /// # Errors
 /// What the kernel said, the verifier's log included.
-pub fn load(pins: &PinDir, max_flows: u32, masquerade_mark: u32, log_level: Option<log::Level>) -> Result<Loaded> {
+pub fn load(pins: &PinDir, sizes: &Sizes, masquerade_mark: u32, log_level: Option<log::Level>) -> Result<Loaded> {
     let level: u8 = log_level.map_or(0, |level| u8::try_from(level as usize).unwrap_or(0));
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(VerifierLogLevel::default())
         .override_global("AYA_LOG_LEVEL", &level, true)
-        .override_global("MASQUERADE_MARK", &masquerade_mark, true)
-        .map_max_entries("FLOWS4", max_flows)
-        .map_max_entries("REVERSE4", max_flows);
-    for (name, ..) in PINNED {
+        .override_global("MASQUERADE_MARK", &masquerade_mark, true);
+    for (name, ..) in pinned() {
         loader.map_pin_path(name, pins.map(name));
+        let shared = sizes.shared().into_iter().find(|(of, _)| *of == name);
+        let family = || sizes.by_name().into_iter().find(|(of, _)| name.trim_end_matches(['4', '6']) == *of);
+        if let Some((_, entries)) = shared.or_else(family) {
+            loader.map_max_entries(name, entries);
+        }
     }
     let mut programs = loader.load(OBJECT).context("load the maps into the kernel")?;
-    for name in PROGRAMS {
+    for name in POD_PROGRAMS.into_iter().chain(UPLINK_PROGRAMS) {
         let program: &mut SchedClassifier = programs
             .program_mut(name)
             .with_context(|| format!("the object has no program {name}"))?

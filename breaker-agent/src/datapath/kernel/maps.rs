@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap as StdHashMap,
-    net::{SocketAddr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     sync::atomic::Ordering,
     time::Duration,
@@ -11,44 +11,157 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
-    ABI_VERSION, Backend4, EndpointKey4, EndpointRole, Event, Flow4, FlowKey4, Heartbeat, MAX_BACKENDS, MAX_SERVICES,
-    PassReason, Reverse4, ReverseKey4, ServiceCounters, ServiceRecord, Switch,
+    ABI_VERSION, Address, Backend, EndpointKey, EndpointRole, Event, Flow, FlowKey, Fragment, FragmentKey, Heartbeat,
+    PassReason, Reverse, ReverseKey, Route, SLOTS, ServiceCounters, ServiceRecord, Switch, V4,
+    V6,
 };
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::mmap::SharedArray;
-use crate::{datapath::PacketEvent, model::ServiceName};
+use super::{mmap::SharedArray, sizes::Sizes};
+use crate::{
+    datapath::PacketEvent,
+    model::{Protocol, ServiceName},
+};
 
-/// A map's name, and the sizes of its keys and values: what a pin must look like to be adopted.
-pub(super) const PINNED: &[(&str, usize, usize)] = &[
-    ("ENDPOINTS4", size_of::<EndpointKey4>(), size_of::<EndpointRole>()),
+const fn of_family<A: Address>(names: [&'static str; 7]) -> [(&'static str, usize, usize); 7] {
+    [
+        (names[0], size_of::<EndpointKey<A>>(), size_of::<EndpointRole>()),
+        (names[1], 4, size_of::<Backend<A>>()),
+        (names[2], size_of::<FlowKey<A>>(), size_of::<Flow<A>>()),
+        (names[3], size_of::<ReverseKey<A>>(), size_of::<Reverse<A>>()),
+        (names[4], size_of::<FlowKey<A>>(), size_of::<Flow<A>>()),
+        (names[5], size_of::<ReverseKey<A>>(), size_of::<Reverse<A>>()),
+        (names[6], size_of::<FragmentKey<A>>(), size_of::<Fragment<A>>()),
+    ]
+}
+
+const V4_NAMES: [&str; 7] =
+    ["ENDPOINTS4", "BACKENDS4", "FLOWS4", "REVERSE4", "PENDING4", "PENDING_REVERSE4", "FRAGMENTS4"];
+const V6_NAMES: [&str; 7] =
+    ["ENDPOINTS6", "BACKENDS6", "FLOWS6", "REVERSE6", "PENDING6", "PENDING_REVERSE6", "FRAGMENTS6"];
+
+const SHARED: [(&str, usize, usize); 9] = [
     ("SWITCHES", 4, size_of::<Switch>()),
     ("SERVICES", 4, size_of::<ServiceRecord>()),
+    ("ROUTES", 4, size_of::<Route>()),
     ("RUNTIME", 4, 8),
     ("SLOTS", 4, 4),
-    ("BACKENDS4", 4, size_of::<Backend4>()),
-    ("FLOWS4", size_of::<FlowKey4>(), size_of::<Flow4>()),
-    ("REVERSE4", size_of::<ReverseKey4>(), size_of::<Reverse4>()),
     ("HEARTBEAT", 4, size_of::<Heartbeat>()),
     ("COUNTERS", 4, size_of::<ServiceCounters>()),
     ("REASONS", 4, 8),
     ("EVENTS", 0, 0),
 ];
 
+/// Every map's name, and the sizes of its keys and values: what a pin must look like to be adopted.
+pub(super) fn pinned() -> impl Iterator<Item = (&'static str, usize, usize)> {
+    SHARED.into_iter().chain(of_family::<V4>(V4_NAMES)).chain(of_family::<V6>(V6_NAMES))
+}
+
+/// A family's addresses, as userspace handles them.
+pub(super) trait Net: Address {
+    fn ip(self) -> IpAddr;
+    fn of(maps: &Maps) -> &FamilyMaps<Self>;
+    fn of_mut(maps: &mut Maps) -> &mut FamilyMaps<Self>;
+
+    /// With a port in wire order.
+    fn socket(self, port: [u8; 2]) -> SocketAddr {
+        SocketAddr::new(self.ip(), u16::from_be_bytes(port))
+    }
+}
+
+impl Net for V4 {
+    fn ip(self) -> IpAddr {
+        IpAddr::from(self.bytes)
+    }
+
+    fn of(maps: &Maps) -> &FamilyMaps<Self> {
+        &maps.v4
+    }
+
+    fn of_mut(maps: &mut Maps) -> &mut FamilyMaps<Self> {
+        &mut maps.v4
+    }
+}
+
+impl Net for V6 {
+    fn ip(self) -> IpAddr {
+        IpAddr::from(self.bytes)
+    }
+
+    fn of(maps: &Maps) -> &FamilyMaps<Self> {
+        &maps.v6
+    }
+
+    fn of_mut(maps: &mut Maps) -> &mut FamilyMaps<Self> {
+        &mut maps.v6
+    }
+}
+
+/// The protocol's number in packets and maps.
+pub(super) const fn number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => breaker_common::PROTO_TCP,
+        Protocol::Udp => breaker_common::PROTO_UDP,
+    }
+}
+
+/// The reverse of [`number`].
+pub(super) const fn protocol(number: u8) -> Option<Protocol> {
+    match number {
+        breaker_common::PROTO_TCP => Some(Protocol::Tcp),
+        breaker_common::PROTO_UDP => Some(Protocol::Udp),
+        _ => None,
+    }
+}
+
+/// The maps that are keyed by one family's addresses.
+pub struct FamilyMaps<A: Address> {
+    pub(super) endpoints: HashMap<MapData, EndpointKey<A>, EndpointRole>,
+    pub(super) backends: Array<MapData, Backend<A>>,
+    backend_words: SharedArray,
+    pub(super) flows: HashMap<MapData, FlowKey<A>, Flow<A, u8>>,
+    pub(super) reverse: HashMap<MapData, ReverseKey<A>, Reverse<A>>,
+    pub(super) pending: HashMap<MapData, FlowKey<A>, Flow<A, u8>>,
+    pub(super) pending_reverse: HashMap<MapData, ReverseKey<A>, Reverse<A>>,
+    room: (u32, u32),
+}
+
+impl<A: Address> FamilyMaps<A> {
+    fn open(open: &mut impl FnMut(&str) -> Result<Map>, names: [&str; 7]) -> Result<Self> {
+        let backends = array(open(names[1])?, names[1])?;
+        let backend_words = shared(&backends, size_of::<Backend<A>>())?;
+        let (flows, pending) = (open(names[2])?, open(names[4])?);
+        Ok(Self {
+            room: (room(&flows)?, room(&pending)?),
+            endpoints: typed(open(names[0])?, names[0])?,
+            backends: typed(Map::Array(backends), names[1])?,
+            backend_words,
+            flows: typed(flows, names[2])?,
+            reverse: typed(open(names[3])?, names[3])?,
+            pending: typed(pending, names[4])?,
+            pending_reverse: typed(open(names[5])?, names[5])?,
+        })
+    }
+
+    pub(super) fn clear_in_use(&self, id: u32) {
+        self.backend_words.store32(id, std::mem::offset_of!(Backend<A>, in_use), 0);
+    }
+}
+
 /// All maps of the datapath, open.
 pub struct Maps {
-    pub(super) endpoints: HashMap<MapData, EndpointKey4, EndpointRole>,
+    pub(super) v4: FamilyMaps<V4>,
+    pub(super) v6: FamilyMaps<V6>,
     pub(super) services: Array<MapData, ServiceRecord<u8>>,
+    pub(super) routes: Array<MapData, Route>,
     pub(super) slots: Array<MapData, u32>,
-    pub(super) backends: Array<MapData, Backend4>,
-    pub(super) flows: HashMap<MapData, FlowKey4, Flow4<u8>>,
-    pub(super) reverse: HashMap<MapData, ReverseKey4, Reverse4>,
+    /// As they are, which may differ from what is configured: maps of an earlier agent keep their sizes.
+    pub(super) sizes: Sizes,
     counters: PerCpuArray<MapData, ServiceCounters>,
     reasons: PerCpuArray<MapData, u64>,
     events: RingBuf<MapData>,
     switches: SharedArray,
-    backend_words: SharedArray,
     heartbeat: SharedArray,
 }
 
@@ -58,39 +171,65 @@ impl std::fmt::Debug for Maps {
     }
 }
 
+fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(map: Map, name: &str) -> Result<T> {
+    T::try_from(map).with_context(|| format!("the map {name} is of another type"))
+}
+
+fn array(map: Map, name: &str) -> Result<MapData> {
+    match map {
+        Map::Array(data) => Ok(data),
+        other => anyhow::bail!("the map {name} is no array: {other:?}"),
+    }
+}
+
+/// How many entries a table of flows may have.
+fn room(map: &Map) -> Result<u32> {
+    match map {
+        Map::HashMap(data) | Map::LruHashMap(data) => entries(data),
+        other => anyhow::bail!("a table of flows is of another type: {other:?}"),
+    }
+}
+
+fn entries(map: &MapData) -> Result<u32> {
+    Ok(map.info().context("ask for a map's size")?.max_entries())
+}
+
+fn shared(map: &MapData, value_size: usize) -> Result<SharedArray> {
+    SharedArray::new(map.fd().as_fd(), value_size, entries(map)?)
+}
+
 impl Maps {
     /// Opens every map through `open`, which knows where a map of that name is.
     ///
     /// # Errors
     /// A map that is missing, of another type, or cannot be mapped into memory.
     pub fn open(mut open: impl FnMut(&str) -> Result<Map>) -> Result<Self> {
-        fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(map: Map, name: &str) -> Result<T> {
-            T::try_from(map).with_context(|| format!("the map {name} is of another type"))
-        }
-        fn data(map: Map, name: &str) -> Result<MapData> {
-            match map {
-                Map::Array(data) => Ok(data),
-                other => anyhow::bail!("the map {name} is no array: {other:?}"),
-            }
-        }
-        let shared = |map: &MapData, size: usize, entries: u32| SharedArray::new(map.fd().as_fd(), size, entries);
-        let switches = data(open("SWITCHES")?, "SWITCHES")?;
-        let heartbeat = data(open("HEARTBEAT")?, "HEARTBEAT")?;
-        let backends = data(open("BACKENDS4")?, "BACKENDS4")?;
-        let backend_words = shared(&backends, size_of::<Backend4>(), MAX_BACKENDS)?;
+        let switches = array(open("SWITCHES")?, "SWITCHES")?;
+        let heartbeat = array(open("HEARTBEAT")?, "HEARTBEAT")?;
+        let routes = array(open("ROUTES")?, "ROUTES")?;
+        let slots = array(open("SLOTS")?, "SLOTS")?;
+        let v4 = FamilyMaps::<V4>::open(&mut open, V4_NAMES)?;
+        let v6 = FamilyMaps::<V6>::open(&mut open, V6_NAMES)?;
+        let sizes = Sizes {
+            services: entries(&switches)?,
+            routes: entries(&routes)?,
+            tables: entries(&slots)? / SLOTS,
+            backends: v4.backends.len(),
+            flows: v4.room.0,
+            pending: v4.room.1,
+        };
         Ok(Self {
-            endpoints: typed(open("ENDPOINTS4")?, "ENDPOINTS4")?,
+            v4,
+            v6,
             services: typed(open("SERVICES")?, "SERVICES")?,
-            slots: typed(open("SLOTS")?, "SLOTS")?,
-            backends: typed(Map::Array(backends), "BACKENDS4")?,
-            flows: typed(open("FLOWS4")?, "FLOWS4")?,
-            reverse: typed(open("REVERSE4")?, "REVERSE4")?,
+            routes: typed(Map::Array(routes), "ROUTES")?,
+            slots: typed(Map::Array(slots), "SLOTS")?,
+            sizes,
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
             reasons: typed(open("REASONS")?, "REASONS")?,
             events: typed(open("EVENTS")?, "EVENTS")?,
-            switches: shared(&switches, size_of::<Switch>(), MAX_SERVICES)?,
-            backend_words,
-            heartbeat: shared(&heartbeat, size_of::<Heartbeat>(), 1)?,
+            switches: shared(&switches, size_of::<Switch>())?,
+            heartbeat: shared(&heartbeat, size_of::<Heartbeat>())?,
         })
     }
 
@@ -103,10 +242,6 @@ impl Maps {
     /// Throws a service's switch: one store.
     pub fn set_switch(&self, index: u32, switch: Switch<u8>) {
         self.switches.store(index, 0, switch.to_word());
-    }
-
-    pub(super) fn clear_in_use(&self, id: u32) {
-        self.backend_words.store32(id, std::mem::offset_of!(Backend4, in_use), 0);
     }
 
     pub(super) fn beat(&self, lease: Duration, unix_ns: u64) {
@@ -200,8 +335,8 @@ fn decode(bytes: &[u8]) -> Option<(u32, PacketEvent)> {
     }
     let four = |at: usize| <[u8; 4]>::try_from(&bytes[at..at + 4]).unwrap_or_default();
     let two = |at: usize| <[u8; 2]>::try_from(&bytes[at..at + 2]).unwrap_or_default();
-    let socket =
-        |addr: usize, port: usize| SocketAddr::V4(SocketAddrV4::new(four(addr).into(), u16::from_be_bytes(two(port))));
+    let ip = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&bytes[at..at + 16]).unwrap_or_default()).to_canonical();
+    let socket = |addr: usize, port: usize| SocketAddr::new(ip(addr), u16::from_be_bytes(two(port)));
     let backend = socket(offset_of!(Raw, backend), offset_of!(Raw, backend_port));
     let event = PacketEvent {
         service: ServiceName::new(""),
@@ -222,6 +357,7 @@ fn add(a: ServiceCounters, b: &ServiceCounters) -> ServiceCounters {
         half_open: a.half_open + b.half_open,
         resets: a.resets + b.resets,
         translated: a.translated + b.translated,
+        icmp_errors: a.icmp_errors + b.icmp_errors,
         port_changed: a.port_changed + b.port_changed,
         hairpin: a.hairpin + b.hairpin,
         dry_run: a.dry_run + b.dry_run,

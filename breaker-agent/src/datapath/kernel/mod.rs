@@ -12,23 +12,25 @@ mod maps;
 mod mmap;
 mod offline;
 mod pins;
+mod places;
+mod sizes;
 mod sweep;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    net::{SocketAddr, SocketAddrV4},
+    net::SocketAddr,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use breaker_common::{
-    Backend4, EndpointKey4, EndpointRole, MAX_BACKENDS, MAX_SERVICES, NAME_LEN, NONE, PROTO_TCP, PassReason,
-    SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS, ServiceCounters, ServiceRecord, Switch, slot_table_start, switch_flags,
+    Backend, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT,
+    SLOTS, ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, V4, V6, switch_flags,
 };
 
 use super::{
     Adopted, Datapath, DatapathError, FlowView, PacketEvent, Sweep,
-    plan::{ServicePlan, Slot, SlotTable},
+    plan::{RoutePlan, ServicePlan, Slot, SlotTable},
 };
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 
@@ -36,16 +38,31 @@ pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
 pub use interfaces::{InterfaceChange, Side, Wanted, watch as watch_interfaces};
 pub use load::{Loaded, load};
 pub use maps::Maps;
+use maps::{Net, number};
 pub use offline::{Leftover, read as read_offline};
 pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};
+use places::Places;
+pub use sizes::Sizes;
+
+/// A backend as the maps know it.
+type Destination = (SocketAddr, Protocol);
 
 /// A service that has a place in the maps.
 #[derive(Debug)]
 struct Installed {
     index: u32,
+    routes: Vec<InstalledRoute>,
+}
+
+/// A route that has a place in the maps.
+#[derive(Clone, Debug)]
+struct InstalledRoute {
+    index: u32,
     frontends: Vec<Frontend>,
-    /// What the buffer in force holds; `None` after adoption, when it is not known.
+    /// What the tables in force hold; `None` after adoption, when it is not known.
     slots: Option<[SlotTable; 2]>,
+    /// Where they are, as the map has it.
+    tables: [u32; 2],
 }
 
 /// See the module.
@@ -53,104 +70,229 @@ struct Installed {
 pub struct KernelDatapath {
     maps: Maps,
     services: BTreeMap<ServiceName, Installed>,
-    /// Backend ids by address.
-    backends: HashMap<SocketAddrV4, u32>,
+    /// Backend ids.
+    backends: HashMap<Destination, u32>,
     /// Backends that a service's tables name, by service.
-    named: BTreeMap<ServiceName, BTreeSet<SocketAddrV4>>,
+    named: BTreeMap<ServiceName, BTreeSet<Destination>>,
+    service_places: Places,
+    route_places: Places,
+    table_places: Places,
+    backend_places: [Places; 2],
 }
 
 impl KernelDatapath {
     /// On maps that are loaded or adopted.
     #[must_use]
     pub fn new(maps: Maps) -> Self {
-        Self { maps, services: BTreeMap::new(), backends: HashMap::new(), named: BTreeMap::new() }
+        let sizes = maps.sizes;
+        Self {
+            maps,
+            services: BTreeMap::new(),
+            backends: HashMap::new(),
+            named: BTreeMap::new(),
+            service_places: Places::new("services", sizes.services),
+            route_places: Places::new("routes", sizes.routes),
+            table_places: Places::new("selection tables", sizes.tables),
+            backend_places: ["IPv4 backends", "IPv6 backends"].map(|what| Places::new(what, sizes.backends)),
+        }
     }
 
-    fn free_index(&self) -> Result<u32> {
-        let taken: BTreeSet<u32> = self.services.values().map(|s| s.index).collect();
-        (0..MAX_SERVICES).find(|i| !taken.contains(i)).with_context(|| format!("all {MAX_SERVICES} places are taken"))
+    /// How large the maps are.
+    #[must_use]
+    pub const fn sizes(&self) -> &Sizes {
+        &self.maps.sizes
+    }
+
+    fn backend_places(&mut self, address: SocketAddr) -> &mut Places {
+        &mut self.backend_places[usize::from(address.is_ipv6())]
     }
 
     /// The id of a backend; a new one gets its entries first.
-    fn backend_id(&mut self, address: SocketAddrV4) -> Result<u32> {
-        if let Some(id) = self.backends.get(&address) {
+    fn backend_id(&mut self, destination: Destination) -> Result<u32> {
+        if let Some(id) = self.backends.get(&destination) {
             return Ok(*id);
         }
-        let taken: BTreeSet<u32> = self.backends.values().copied().collect();
-        let id = (0..MAX_BACKENDS).find(|i| !taken.contains(i));
-        let id = id.with_context(|| format!("all {MAX_BACKENDS} backends are taken"))?;
-        let backend = Backend4 {
-            addr: address.ip().octets(),
-            port: address.port().to_be_bytes(),
-            proto: PROTO_TCP,
-            pad: 0,
-            in_use: 0,
-            pad2: 0,
+        let id = self.backend_places(destination.0).take()?;
+        let written = match destination.0 {
+            SocketAddr::V4(v4) => self.write_backend(V4::new(v4.ip().octets()), destination, id),
+            SocketAddr::V6(v6) => self.write_backend(V6::new(v6.ip().octets()), destination, id),
         };
-        self.maps.backends.set(id, backend, 0).with_context(|| format!("write backend {address}"))?;
-        let key = endpoint_key(address);
-        let role = self.maps.endpoints.get(&key, 0).unwrap_or(EndpointRole::NOTHING);
-        self.maps
-            .endpoints
-            .insert(key, EndpointRole { backend: id, ..role }, 0)
-            .with_context(|| format!("write the endpoint of backend {address}"))?;
-        self.backends.insert(address, id);
+        if let Err(error) = written {
+            self.backend_places(destination.0).give_back(id);
+            return Err(error);
+        }
+        self.backends.insert(destination, id);
         Ok(id)
     }
 
+    fn write_backend<A: Net>(&mut self, addr: A, (address, protocol): Destination, id: u32) -> Result<()> {
+        let port = address.port().to_be_bytes();
+        let backend = Backend { addr, port, proto: number(protocol), pad: 0, in_use: 0, ifindex: 0 };
+        A::of_mut(&mut self.maps).backends.set(id, backend, 0).with_context(|| format!("write backend {address}"))?;
+        self.change_role((address, protocol), |role| role.backend = id)
+    }
+
     /// Forgets a backend that no table names and no flow uses.
-    fn retire(&mut self, address: SocketAddrV4, id: u32) -> Result<()> {
-        self.change_role(address, |role| role.backend = NONE)?;
-        let nobody = Backend4 { addr: [0; 4], port: [0; 2], proto: 0, pad: 0, in_use: 0, pad2: 0 };
-        self.maps.backends.set(id, nobody, 0).with_context(|| format!("clear backend {address}"))?;
-        self.backends.remove(&address);
+    fn retire(&mut self, destination: Destination, id: u32) -> Result<()> {
+        self.change_role(destination, |role| role.backend = NONE)?;
+        match destination.0 {
+            SocketAddr::V4(_) => self.clear_backend::<V4>(destination, id)?,
+            SocketAddr::V6(_) => self.clear_backend::<V6>(destination, id)?,
+        }
+        self.backends.remove(&destination);
+        self.backend_places(destination.0).give_back(id);
         Ok(())
     }
 
+    fn clear_backend<A: Net>(&mut self, (address, _): Destination, id: u32) -> Result<()> {
+        let nobody = Backend { addr: A::ZERO, port: [0; 2], proto: 0, pad: 0, in_use: 0, ifindex: 0 };
+        A::of_mut(&mut self.maps).backends.set(id, nobody, 0).with_context(|| format!("clear backend {address}"))
+    }
+
     /// Changes what an address is to the programs; an entry that is nothing any more goes.
-    fn change_role(&mut self, address: SocketAddrV4, change: impl FnOnce(&mut EndpointRole)) -> Result<()> {
-        let key = endpoint_key(address);
-        let mut role = self.maps.endpoints.get(&key, 0).unwrap_or(EndpointRole::NOTHING);
+    fn change_role(&mut self, at: Destination, change: impl FnOnce(&mut EndpointRole)) -> Result<()> {
+        match at.0 {
+            SocketAddr::V4(v4) => self.change_role_of(V4::new(v4.ip().octets()), at, change),
+            SocketAddr::V6(v6) => self.change_role_of(V6::new(v6.ip().octets()), at, change),
+        }
+    }
+
+    fn change_role_of<A: Net>(
+        &mut self,
+        addr: A,
+        (address, protocol): Destination,
+        change: impl FnOnce(&mut EndpointRole),
+    ) -> Result<()> {
+        let endpoints = &mut A::of_mut(&mut self.maps).endpoints;
+        let key = EndpointKey::new(addr, address.port().to_be_bytes(), number(protocol));
+        let mut role = endpoints.get(&key, 0).unwrap_or(EndpointRole::NOTHING);
         change(&mut role);
         if role == EndpointRole::NOTHING {
-            return match self.maps.endpoints.remove(&key) {
+            return match endpoints.remove(&key) {
                 Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
                 Err(error) => Err(error).with_context(|| format!("remove the endpoint {address}")),
             };
         }
-        self.maps.endpoints.insert(key, role, 0).with_context(|| format!("write the endpoint {address}"))
+        endpoints.insert(key, role, 0).with_context(|| format!("write the endpoint {address}"))
     }
 
-    fn write_slots(&mut self, index: u32, buffer: u32, tables: &[SlotTable; 2]) -> Result<()> {
-        for (tier, table) in (0u32..).zip(tables) {
-            let start = slot_table_start(index, buffer, tier);
-            for (offset, slot) in (0..SLOTS).zip(table) {
-                let value = match slot {
-                    Slot::PassThrough => SLOT_PASSTHROUGH,
-                    Slot::Reject => SLOT_REJECT,
-                    Slot::Backend(address) => self.backend_id(*address)?,
-                };
-                self.maps
-                    .slots
-                    .set(start + offset, value, 0)
-                    .with_context(|| format!("write slot {}", start + offset))?;
+    /// Writes a selection table, and returns what a route says of it.
+    fn write_table(&mut self, protocol: Protocol, table: &SlotTable) -> Result<u32> {
+        let value = |slot: &Slot, datapath: &mut Self| match slot {
+            Slot::PassThrough => Ok(SLOT_PASSTHROUGH),
+            Slot::Reject => Ok(SLOT_REJECT),
+            Slot::Backend(address) => datapath.backend_id((*address, protocol)),
+        };
+        let slots = match table {
+            SlotTable::All(slot @ Slot::Backend(_)) => return Ok(TABLE_OF_ONE | value(slot, self)?),
+            SlotTable::All(slot) => return value(slot, self),
+            SlotTable::Places(slots) => slots,
+        };
+        let values = slots.iter().map(|slot| value(slot, self)).collect::<Result<Vec<u32>>>()?;
+        let place = self.table_places.take()?;
+        for (slot, value) in (place * SLOTS..).zip(values) {
+            if let Err(error) = self.maps.slots.set(slot, value, 0) {
+                self.table_places.give_back(place);
+                return Err(error).with_context(|| format!("write slot {slot}"));
             }
         }
-        Ok(())
+        Ok(place * SLOTS)
+    }
+
+    /// Gives a table's place back, if it has one. Packets that read the route before may be reading it.
+    fn drop_table(&mut self, start: u32) {
+        if start & TABLE_OF_ONE == 0 {
+            self.table_places.give_back_later(start / SLOTS);
+        }
+    }
+
+    /// The routes of a plan with the places that they have or get, and with their new tables written. Which of a service's
+    /// routes is which goes by the frontends that it has in common with an earlier one.
+    fn place_routes(&mut self, plan: &ServicePlan, old: &[InstalledRoute]) -> Result<Vec<InstalledRoute>> {
+        let mut left: Vec<&InstalledRoute> = old.iter().collect();
+        let mut placed = Vec::new();
+        let outcome = plan.routes.iter().try_for_each(|route| {
+            let same = left.iter().position(|o| o.frontends.iter().any(|f| route.frontends.contains(f)));
+            let known = same.map(|at| left.swap_remove(at));
+            placed.push(self.place_route(route, known)?);
+            Ok(())
+        });
+        if let Err(error) = outcome {
+            // Nothing points to what is new yet.
+            for route in &placed {
+                self.give_up(route, old);
+            }
+            return Err(error);
+        }
+        Ok(placed)
+    }
+
+    fn place_route(&mut self, route: &RoutePlan, known: Option<&InstalledRoute>) -> Result<InstalledRoute> {
+        let mut tables = [SLOT_PASSTHROUGH; 2];
+        for (tier, table) in route.slots.iter().enumerate() {
+            let same = known.filter(|k| k.slots.as_ref().is_some_and(|slots| slots[tier] == *table));
+            let written = match same {
+                Some(known) => Ok(known.tables[tier]),
+                None => self.write_table(route.protocol, table),
+            };
+            match written {
+                Ok(start) => tables[tier] = start,
+                Err(error) => {
+                    if tier > 0 && known.is_none_or(|k| k.tables[0] != tables[0]) {
+                        self.drop_table(tables[0]);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        let index = match known {
+            Some(known) => known.index,
+            None => self.route_places.take()?,
+        };
+        let frontends = route.frontends.clone();
+        Ok(InstalledRoute { index, frontends, slots: Some(route.slots.clone()), tables })
+    }
+
+    /// Gives back the places of a route that never came into force.
+    fn give_up(&mut self, route: &InstalledRoute, old: &[InstalledRoute]) {
+        let known = old.iter().find(|o| o.index == route.index);
+        for (tier, start) in route.tables.into_iter().enumerate() {
+            if known.is_none_or(|k| k.tables[tier] != start) {
+                self.drop_table(start);
+            }
+        }
+        if known.is_none() {
+            self.route_places.give_back(route.index);
+        }
+    }
+
+    fn write_route(&mut self, index: u32, tables: [[u32; 2]; 2]) -> Result<()> {
+        self.maps.routes.set(index, Route { tables }, 0).with_context(|| format!("write route {index}"))
     }
 
     fn try_apply(&mut self, plan: &ServicePlan) -> Result<()> {
-        let known = self.services.contains_key(&plan.name);
-        let index = match self.services.get(&plan.name) {
-            Some(installed) => installed.index,
-            None => self.free_index()?,
+        let (index, old) = match self.services.get(&plan.name) {
+            Some(installed) => (installed.index, installed.routes.clone()),
+            None => (self.service_places.take()?, Vec::new()),
         };
-        let before = if known { self.maps.switch(index) } else { Switch::from_word(0) };
+        let outcome = self.apply_at(plan, index, &old);
+        if outcome.is_err() && !self.services.contains_key(&plan.name) {
+            self.service_places.give_back(index);
+        }
+        outcome
+    }
 
-        let same_slots = self.services.get(&plan.name).and_then(|s| s.slots.as_ref()) == Some(&plan.slots);
-        let buffer = if same_slots { before.buffer() } else { 1 - before.buffer() };
-        if !same_slots {
-            self.write_slots(index, buffer, &plan.slots)?;
+    fn apply_at(&mut self, plan: &ServicePlan, index: u32, old: &[InstalledRoute]) -> Result<()> {
+        let known = self.services.contains_key(&plan.name);
+        let before = if known { self.maps.switch(index) } else { Switch::from_word(0) };
+        let routes = self.place_routes(plan, old)?;
+        let changed = routes.iter().any(|new| old.iter().any(|o| o.index == new.index && o.tables != new.tables));
+        let buffer = if changed { 1 - before.buffer() } else { before.buffer() };
+        for route in &routes {
+            // What is in force stays in its buffer until the switch is thrown.
+            let in_force = old.iter().find(|o| o.index == route.index).map_or(route.tables, |o| o.tables);
+            let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
+            self.write_route(route.index, if changed { tables } else { [route.tables; 2] })?;
         }
         self.maps.services.set(index, record(plan, index), 0).context("write the service's record")?;
 
@@ -162,57 +304,104 @@ impl KernelDatapath {
         let switch = Switch { epoch: decision.epoch, share: decision.share, state: decision.state as u8, flags };
         self.maps.set_switch(index, switch);
 
-        let installed =
-            self.services.entry(plan.name.clone()).or_insert(Installed { index, frontends: Vec::new(), slots: None });
-        installed.slots = Some(plan.slots.clone());
-        let old = installed.frontends.clone();
-        for frontend in plan.frontends.iter().filter(|f| !old.contains(f)) {
-            self.change_role(v4(frontend)?, |role| role.service = index)?;
+        // From here on the new routes are in force, whatever fails below and is tried again.
+        for gone in old {
+            let stays = routes.iter().find(|r| r.index == gone.index);
+            for (tier, start) in gone.tables.into_iter().enumerate() {
+                if stays.is_none_or(|s| s.tables[tier] != start) {
+                    self.drop_table(start);
+                }
+            }
         }
-        for frontend in old.iter().filter(|f| !plan.frontends.contains(f)) {
-            self.change_role(v4(frontend)?, |role| leave(role, index))?;
+        let wanted: BTreeMap<Frontend, u32> =
+            routes.iter().flat_map(|route| route.frontends.iter().map(|f| (*f, route.index))).collect();
+        let had: BTreeMap<Frontend, u32> =
+            old.iter().flat_map(|route| route.frontends.iter().map(|f| (*f, route.index))).collect();
+        // Until their roles are written, frontends count as those of the routes that they were of.
+        let mut installed = routes.clone();
+        for route in &mut installed {
+            route.frontends.retain(|f| had.get(f) == Some(&route.index));
         }
-        if let Some(installed) = self.services.get_mut(&plan.name) {
-            installed.frontends.clone_from(&plan.frontends);
+        let leaving: Vec<&InstalledRoute> = old.iter().filter(|o| !routes.iter().any(|r| r.index == o.index)).collect();
+        installed.extend(leaving.iter().map(|route| InstalledRoute {
+            slots: Some([SlotTable::All(Slot::PassThrough), SlotTable::All(Slot::PassThrough)]),
+            tables: [SLOT_PASSTHROUGH; 2],
+            ..(*route).clone()
+        }));
+        self.services.insert(plan.name.clone(), Installed { index, routes: installed });
+        self.named.insert(plan.name.clone(), plan.backends());
+        for (frontend, route) in wanted.iter().filter(|(f, route)| had.get(f) != Some(route)) {
+            self.change_role((frontend.address, frontend.protocol), |role| {
+                (role.service, role.route) = (index, *route);
+            })?;
         }
-        self.named.insert(plan.name.clone(), plan.backends().into_iter().collect());
+        for frontend in had.keys().filter(|f| !wanted.contains_key(f)) {
+            self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
+        }
+        for route in &leaving {
+            self.write_route(route.index, Route::NOTHING.tables)?;
+            self.route_places.give_back_later(route.index);
+        }
+        for route in routes.iter().filter(|_| changed) {
+            self.write_route(route.index, [route.tables; 2])?;
+        }
+        self.services.insert(plan.name.clone(), Installed { index, routes });
         Ok(())
     }
 
     fn try_remove(&mut self, name: &ServiceName) -> Result<()> {
         let Some(installed) = self.services.get(name) else { return Ok(()) };
-        let index = installed.index;
-        for frontend in installed.frontends.clone() {
-            self.change_role(v4(&frontend)?, |role| leave(role, index))?;
+        let (index, routes) = (installed.index, installed.routes.clone());
+        for frontend in routes.iter().flat_map(|route| &route.frontends) {
+            self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
         }
         self.maps.set_switch(index, Switch::from_word(0));
-        self.maps
-            .services
-            .set(index, ServiceRecord { name: [0; NAME_LEN], ..record_of_nobody() }, 0)
-            .context("clear the record")?;
+        self.maps.services.set(index, record_of_nobody(), 0).context("clear the record")?;
         self.maps.clear_counters(index)?;
+        for route in routes {
+            self.write_route(route.index, Route::NOTHING.tables)?;
+            self.route_places.give_back_later(route.index);
+            for start in route.tables {
+                self.drop_table(start);
+            }
+        }
+        self.service_places.give_back_later(index);
         self.services.remove(name);
         self.named.remove(name);
         Ok(())
     }
 
     fn try_adopt(&mut self) -> Result<Vec<Adopted>> {
-        for id in 0..MAX_BACKENDS {
-            let backend = self.maps.backends.get(&id, 0).context("read the backends")?;
-            if backend.proto != 0 {
-                let address = SocketAddrV4::new(backend.addr.into(), u16::from_be_bytes(backend.port));
-                self.backends.insert(address, id);
-            }
-        }
+        self.adopt_backends::<V4>()?;
+        self.adopt_backends::<V6>()?;
         let mut frontends = frontends(&self.maps)?;
         let mut adopted = Vec::new();
-        for index in 0..MAX_SERVICES {
+        for index in 0..self.maps.sizes.services {
             let record = self.maps.services.get(&index, 0).context("read the records")?;
-            let Some(mut service) = adopt_record(&record, self.maps.switch(index)) else { continue };
-            let frontends = frontends.remove(&index).unwrap_or_default();
-            service.frontends.clone_from(&frontends);
-            service.backup = self.named_by(index, 1)?;
-            self.services.insert(service.name.clone(), Installed { index, frontends, slots: None });
+            let switch = self.maps.switch(index);
+            let Some(mut service) = adopt_record(&record, switch) else { continue };
+            self.service_places.claim(index);
+            let mut routes: BTreeMap<u32, InstalledRoute> = BTreeMap::new();
+            for (frontend, route) in frontends.remove(&index).unwrap_or_default() {
+                service.frontends.push(frontend);
+                if let Some(known) = routes.get_mut(&route) {
+                    known.frontends.push(frontend);
+                    continue;
+                }
+                self.route_places.claim(route);
+                let tables = self.maps.routes.get(&route, 0).context("read the routes")?.tables;
+                let in_force = tables[switch.buffer() as usize];
+                for start in in_force.into_iter().filter(|start| start & TABLE_OF_ONE == 0) {
+                    self.table_places.claim(start / SLOTS);
+                }
+                service.backup.extend(self.named_by(frontend.address, in_force[1])?);
+                routes.insert(
+                    route,
+                    InstalledRoute { index: route, frontends: vec![frontend], slots: None, tables: in_force },
+                );
+            }
+            let routes = routes.into_values().collect();
+            self.services.insert(service.name.clone(), Installed { index, routes });
             // What its tables name is not known before the first plan; until then every backend counts as named.
             self.named.insert(service.name.clone(), self.backends.keys().copied().collect());
             adopted.push(service);
@@ -220,16 +409,30 @@ impl KernelDatapath {
         Ok(adopted)
     }
 
-    /// Backends that a table in force names.
-    fn named_by(&self, index: u32, tier: u32) -> Result<BTreeSet<SocketAddr>> {
-        let by_id: HashMap<u32, SocketAddrV4> = self.backends.iter().map(|(address, id)| (*id, *address)).collect();
-        let start = slot_table_start(index, self.maps.switch(index).buffer(), tier);
-        let mut named = BTreeSet::new();
-        for slot in start..start + SLOTS {
-            let id = self.maps.slots.get(&slot, 0).context("read the slots")?;
-            named.extend(by_id.get(&id).map(|address| SocketAddr::V4(*address)));
+    fn adopt_backends<A: Net>(&mut self) -> Result<()> {
+        for id in 0..self.maps.sizes.backends {
+            let backend = A::of(&self.maps).backends.get(&id, 0).context("read the backends")?;
+            if let Some(protocol) = maps::protocol(backend.proto) {
+                let address = backend.addr.socket(backend.port);
+                self.backend_places(address).claim(id);
+                self.backends.insert((address, protocol), id);
+            }
         }
-        Ok(named)
+        Ok(())
+    }
+
+    /// Backends that a table names, of the family of `like`.
+    fn named_by(&self, like: SocketAddr, start: u32) -> Result<BTreeSet<SocketAddr>> {
+        let mut ids = BTreeSet::new();
+        if start & TABLE_OF_ONE == 0 {
+            for slot in start..start + SLOTS {
+                ids.insert(self.maps.slots.get(&slot, 0).context("read the slots")?);
+            }
+        } else if start < SLOT_REJECT {
+            ids.insert(start & !TABLE_OF_ONE);
+        }
+        let of_family = self.backends.iter().filter(|((address, _), _)| address.is_ipv4() == like.is_ipv4());
+        Ok(of_family.filter(|(_, id)| ids.contains(id)).map(|((address, _), _)| *address).collect())
     }
 
     fn index(&self, name: &ServiceName) -> Result<u32, DatapathError> {
@@ -238,22 +441,25 @@ impl KernelDatapath {
     }
 
     /// Clears the marks of backends that no flow uses, and forgets those that no table names either.
-    fn settle_backends(&mut self, in_use: &BTreeSet<SocketAddrV4>, entries: &BTreeSet<SocketAddrV4>) -> Result<()> {
-        let named: BTreeSet<SocketAddrV4> = self.named.values().flatten().copied().collect();
+    fn settle_backends(&mut self, in_use: &BTreeSet<Destination>, entries: &BTreeSet<Destination>) -> Result<()> {
+        let named: BTreeSet<Destination> = self.named.values().flatten().copied().collect();
         // A mark is cleared only where no new flow can come: no service that looks into the tables names the backend.
-        let tracked: BTreeSet<SocketAddrV4> = self
+        let tracked: BTreeSet<Destination> = self
             .services
             .iter()
             .filter(|(_, s)| self.maps.switch(s.index).has(switch_flags::TRACK))
             .flat_map(|(name, _)| self.named.get(name).into_iter().flatten().copied())
             .collect();
-        let known: Vec<_> = self.backends.iter().map(|(address, id)| (*address, *id)).collect();
-        for (address, id) in known {
-            if !in_use.contains(&address) && !tracked.contains(&address) {
-                self.maps.clear_in_use(id);
+        let known: Vec<_> = self.backends.iter().map(|(destination, id)| (*destination, *id)).collect();
+        for (destination, id) in known {
+            if !in_use.contains(&destination) && !tracked.contains(&destination) {
+                match destination.0 {
+                    SocketAddr::V4(_) => self.maps.v4.clear_in_use(id),
+                    SocketAddr::V6(_) => self.maps.v6.clear_in_use(id),
+                }
             }
-            if !named.contains(&address) && !in_use.contains(&address) && !entries.contains(&address) {
-                self.retire(address, id)?;
+            if !named.contains(&destination) && !in_use.contains(&destination) && !entries.contains(&destination) {
+                self.retire(destination, id)?;
             }
         }
         Ok(())
@@ -275,6 +481,10 @@ impl Datapath for KernelDatapath {
 
     fn beat(&mut self, lease: Duration, unix_ns: u64) {
         self.maps.beat(lease, unix_ns);
+        // No program runs as long as that.
+        for places in [&mut self.service_places, &mut self.route_places, &mut self.table_places] {
+            places.turn();
+        }
     }
 
     fn counters(&self, name: &ServiceName) -> Result<ServiceCounters, DatapathError> {
@@ -312,19 +522,8 @@ impl Datapath for KernelDatapath {
 /// The address is no frontend of this service any more; it may be another's already.
 fn leave(role: &mut EndpointRole, index: u32) {
     if role.service == index {
-        role.service = NONE;
+        (role.service, role.route) = (NONE, NONE);
     }
-}
-
-fn v4(frontend: &Frontend) -> Result<SocketAddrV4> {
-    match frontend.address {
-        SocketAddr::V4(address) => Ok(address),
-        SocketAddr::V6(address) => Err(anyhow!("{address} is IPv6, which the programs do not know yet")),
-    }
-}
-
-fn endpoint_key(address: SocketAddrV4) -> EndpointKey4 {
-    EndpointKey4::new(address.ip().octets(), address.port().to_be_bytes(), PROTO_TCP)
 }
 
 fn record_of_nobody() -> ServiceRecord<u8> {
@@ -365,16 +564,21 @@ fn record(plan: &ServicePlan, index: u32) -> ServiceRecord<u8> {
     }
 }
 
-/// Every service's frontends, by its index.
-fn frontends(maps: &Maps) -> Result<HashMap<u32, Vec<Frontend>>> {
-    let mut frontends: HashMap<u32, Vec<Frontend>> = HashMap::new();
-    for entry in maps.endpoints.iter() {
-        let (key, role) = entry.context("read the endpoints")?;
-        if role.service != NONE {
-            let address = SocketAddrV4::new(key.addr.into(), u16::from_be_bytes(key.port)).into();
-            frontends.entry(role.service).or_default().push(Frontend { address, protocol: Protocol::Tcp });
+/// Every service's frontends and their routes, by its index.
+fn frontends(maps: &Maps) -> Result<HashMap<u32, Vec<(Frontend, u32)>>> {
+    fn of<A: Net>(maps: &Maps, frontends: &mut HashMap<u32, Vec<(Frontend, u32)>>) -> Result<()> {
+        for entry in A::of(maps).endpoints.iter() {
+            let (key, role) = entry.context("read the endpoints")?;
+            if let (false, Some(protocol)) = (role.service == NONE, maps::protocol(key.proto)) {
+                let frontend = Frontend { address: key.addr.socket(key.port), protocol };
+                frontends.entry(role.service).or_default().push((frontend, role.route));
+            }
         }
+        Ok(())
     }
+    let mut frontends = HashMap::new();
+    of::<V4>(maps, &mut frontends)?;
+    of::<V6>(maps, &mut frontends)?;
     Ok(frontends)
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use breaker_common::{Heartbeat, MAX_SERVICES, PassReason, ServiceCounters};
+use breaker_common::{Heartbeat, PassReason, ServiceCounters};
 
 use super::{adopt_record, load, maps::monotonic_ns, pins};
 use crate::datapath::Adopted;
@@ -34,10 +34,11 @@ pub fn read(root: &Path) -> Result<Option<Leftover>> {
     let heartbeat = maps.heartbeat();
     let mut frontends = super::frontends(&maps)?;
     let mut services = Vec::new();
-    for index in 0..MAX_SERVICES {
+    for index in 0..maps.sizes.services {
         let record = maps.services.get(&index, 0).context("read the records")?;
         if let Some(mut service) = adopt_record(&record, maps.switch(index)) {
-            service.frontends = frontends.remove(&index).unwrap_or_default();
+            let of = frontends.remove(&index).unwrap_or_default();
+            service.frontends = of.into_iter().map(|(frontend, _)| frontend).collect();
             services.push((service, maps.counters(index)?));
         }
     }

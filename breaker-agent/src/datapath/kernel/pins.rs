@@ -17,7 +17,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{attach, maps::PINNED};
+use super::{attach, maps::pinned};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -204,8 +204,8 @@ fn versions(root: &Path) -> Vec<String> {
 fn check_whole(root: &Path) -> Result<bool, PinError> {
     let broken = |problem: String| PinError::Broken { path: version_dir(root), root: root.to_owned(), problem };
     let missing: Vec<&str> =
-        PINNED.iter().map(|(name, ..)| *name).filter(|name| !map_path(root, name).exists()).collect();
-    if missing.len() == PINNED.len() {
+        pinned().map(|(name, ..)| name).filter(|name| !map_path(root, name).exists()).collect();
+    if missing.len() == pinned().count() {
         let links = fs::read_dir(version_dir(root).join("links")).is_ok_and(|mut links| links.next().is_some());
         return if links { Err(broken("there are links, but no maps".into())) } else { Ok(false) };
     }
@@ -214,7 +214,7 @@ fn check_whole(root: &Path) -> Result<bool, PinError> {
     if !missing.is_empty() && !in_use("links") && !in_use("clsact") {
         // A first start that did not get to its end: no program can be running on these.
         tracing::warn!("{} holds some of the maps and no links: starting anew", version_dir(root).display());
-        for (name, ..) in PINNED {
+        for (name, ..) in pinned() {
             let _ = fs::remove_file(map_path(root, name));
         }
         return Ok(false);
@@ -222,11 +222,11 @@ fn check_whole(root: &Path) -> Result<bool, PinError> {
     if !missing.is_empty() {
         return Err(broken(format!("these maps are missing: {}", missing.join(", "))));
     }
-    for (name, key, value) in PINNED {
+    for (name, key, value) in pinned() {
         let info = MapInfo::from_pin(map_path(root, name))
             .map_err(|error| broken(format!("the map {name} cannot be opened: {error}")))?;
         let found = (info.key_size() as usize, info.value_size() as usize);
-        if *key > 0 && found != (*key, *value) {
+        if key > 0 && found != (key, value) {
             return Err(broken(format!(
                 "the map {name} has keys and values of {}+{} bytes instead of {key}+{value}",
                 found.0, found.1

@@ -1,16 +1,19 @@
 //! Going through the flow tables: finished flows leave, the others are counted.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    net::{SocketAddr, SocketAddrV4},
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::MapError;
-use breaker_common::{Flow4, FlowKey4, FlowKind, Reverse4, ReverseKey4, tcp_seen};
+use aya::maps::{HashMap as BpfMap, MapData, MapError};
+use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, seen};
 
-use super::maps::{Maps, monotonic_ns};
+use super::{
+    Destination,
+    maps::{FamilyMaps, Maps, Net, monotonic_ns, protocol},
+};
 use crate::{
     datapath::{FlowView, Sweep},
     model::ServiceName,
@@ -21,134 +24,178 @@ use crate::{
 const LINGER: Duration = Duration::from_secs(10);
 /// How long a SYN that nobody answered is remembered: Linux gives up after 127 s (tcp_syn_retries = 6).
 const UNANSWERED: Duration = Duration::from_secs(130);
-
 /// How long a direct connection to a backend is remembered: its packets are not looked at.
 const DIRECT: Duration = Duration::from_secs(300);
+/// How long a datagram's flow is remembered without a packet, before and after there was an answer: as conntrack does
+/// (nf_conntrack_udp_timeout, nf_conntrack_udp_timeout_stream).
+const DATAGRAM: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(120)];
 
 /// What was found.
+#[derive(Default)]
 pub(super) struct Found {
     pub sweep: Sweep,
     /// Backends that live flows are on.
-    pub redirected_to: BTreeSet<SocketAddrV4>,
+    pub redirected_to: BTreeSet<Destination>,
     /// Backends that any entry names.
-    pub all_to: BTreeSet<SocketAddrV4>,
+    pub all_to: BTreeSet<Destination>,
 }
 
-/// Goes through both tables. See [`crate::datapath::Datapath::sweep`].
+/// Goes through all tables. See [`crate::datapath::Datapath::sweep`].
 pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Option<Duration>) -> Result<Found> {
-    let now = monotonic_ns();
-    let mut found = Found { sweep: Sweep::default(), redirected_to: BTreeSet::new(), all_to: BTreeSet::new() };
-    let mut over = Vec::new();
-    let mut claimed = BTreeSet::new();
-    for entry in maps.flows.iter() {
-        // An entry that left while we looked is no error, and neither is a walk that the kernel made start anew.
-        let (key, flow) = match entry {
-            Ok(entry) => entry,
-            Err(MapError::KeyNotFound) => continue,
-            Err(error) => return Err(error).context("read the flows"),
-        };
-        let reverse_key = reverse_key(&key, &flow);
-        let redirected = flow.kind == FlowKind::Redirected as u8;
-        let passed = flow.kind == FlowKind::Passed as u8;
-        let theirs = if passed { None } else { maps.reverse.get(&reverse_key, 0).ok() };
-        let reverse = theirs.filter(|reverse| belongs_to(reverse, &key));
-        // Its reverse key was given to another flow: whoever holds it now came later, so this one has ended.
-        let superseded = theirs.is_some() && reverse.is_none();
-        if superseded
-            || is_over(&flow, key.client_port, reverse.as_ref(), now, idle)
-            || !(names.contains_key(&flow.service) || !redirected && !passed)
-        {
-            over.push((key, flow, (!passed).then_some(reverse_key)));
-            continue;
-        }
-        found.sweep.entries += 1;
-        if !passed {
-            let backend = SocketAddrV4::new(flow.backend.into(), u16::from_be_bytes(flow.backend_port));
-            found.all_to.insert(backend);
-            claimed.insert(reverse_bytes(&reverse_key));
-            // A direct connection needs its backend's packets looked at only if its port was changed.
-            if redirected || flow.source_port != key.client_port {
-                found.redirected_to.insert(backend);
-            }
-        }
-        if redirected && let Some(name) = names.get(&flow.service) {
-            *found.sweep.redirected.entry(name.clone()).or_default() += 1;
-        }
-    }
-    for (key, flow, reverse_key) in over {
-        // The walk took its time, and ports get used again: what is there now may be another connection.
-        if maps.flows.get(&key, 0).ok().is_none_or(|now| now != flow) {
-            continue;
-        }
-        ignore_missing(maps.flows.remove(&key)).context("remove a flow")?;
-        if let Some(reverse_key) = reverse_key
-            && maps.reverse.get(&reverse_key, 0).is_ok_and(|reverse| belongs_to(&reverse, &key))
-        {
-            ignore_missing(maps.reverse.remove(&reverse_key)).context("remove a reverse entry")?;
-        }
-    }
-    remove_orphans(maps, &claimed, now)?;
+    let mut found = Found::default();
+    sweep_family::<V4>(maps, names, idle, &mut found)?;
+    sweep_family::<V6>(maps, names, idle, &mut found)?;
+    let sizes = maps.sizes;
+    let part = |used: usize, size: u32| {
+        u8::try_from((used * 100).div_ceil(size.max(1) as usize).min(100)).unwrap_or(100)
+    };
+    found.sweep.pressure_percent = part(found.sweep.established, sizes.flows);
     Ok(found)
 }
 
+fn sweep_family<A: Net>(
+    maps: &mut Maps,
+    names: &HashMap<u32, ServiceName>,
+    idle: Option<Duration>,
+    found: &mut Found,
+) -> Result<()> {
+    let now = monotonic_ns();
+    let mut over = Vec::new();
+    let mut claimed = BTreeSet::new();
+    let mut established = 0;
+    let family = A::of(maps);
+    for (kept, table) in [(true, &family.flows), (false, &family.pending)] {
+        for entry in table.iter() {
+            let Some((key, flow)) = entry_of(entry).context("read the flows")? else { continue };
+            let reverse_key = reverse_key(&key, &flow);
+            let redirected = flow.kind == FlowKind::Redirected as u8;
+            let passed = flow.kind == FlowKind::Passed as u8;
+            let theirs = if passed { None } else { reverse_of(family, &reverse_key) };
+            let reverse = theirs.filter(|reverse| belongs_to(reverse, &key));
+            // Its reverse key was given to another flow: whoever holds it now came later, so this one has ended.
+            let superseded = theirs.is_some() && reverse.is_none();
+            if superseded
+                || is_over(&key, &flow, reverse.as_ref(), now, idle)
+                || !(names.contains_key(&flow.service) || !redirected && !passed)
+            {
+                over.push((key, flow, (!passed).then_some(reverse_key)));
+                continue;
+            }
+            found.sweep.entries += 1;
+            established += usize::from(kept);
+            if let (false, Some(protocol)) = (passed, protocol(key.proto)) {
+                let backend = (flow.backend.socket(flow.backend_port), protocol);
+                found.all_to.insert(backend);
+                claimed.insert(reverse_key);
+                // A direct connection needs its backend's packets looked at only if its port was changed.
+                if redirected || flow.source_port != key.client_port {
+                    found.redirected_to.insert(backend);
+                }
+            }
+            if redirected && let Some(name) = names.get(&flow.service) {
+                *found.sweep.redirected.entry(name.clone()).or_default() += 1;
+            }
+        }
+    }
+    found.sweep.established = found.sweep.established.max(established);
+    let family = A::of_mut(maps);
+    for (key, flow, reverse_key) in over {
+        // The walk took its time, and ports get used again: what is there now may be another connection.
+        if flow_of(family, &key).is_none_or(|now| now != flow) {
+            continue;
+        }
+        remove_flow(family, &key)?;
+        if let Some(reverse_key) = reverse_key
+            && reverse_of(family, &reverse_key).is_some_and(|reverse| belongs_to(&reverse, &key))
+        {
+            remove_reverse(family, &reverse_key)?;
+        }
+    }
+    remove_orphans(family, &claimed, now)
+}
+
 /// Removes a service's flows to some backends.
-pub(super) fn cut(maps: &mut Maps, service: u32, doomed_backend: &dyn Fn(SocketAddr) -> bool) -> Result<usize> {
+pub(super) fn cut(maps: &mut Maps, service: u32, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize> {
+    Ok(cut_family::<V4>(maps, service, doomed)? + cut_family::<V6>(maps, service, doomed)?)
+}
+
+fn cut_family<A: Net>(maps: &mut Maps, service: u32, doomed_backend: &dyn Fn(SocketAddr) -> bool) -> Result<usize> {
     let mut doomed = Vec::new();
-    for entry in maps.flows.iter() {
-        let (key, flow) = match entry {
-            Ok(entry) => entry,
-            Err(MapError::KeyNotFound) => continue,
-            Err(error) => return Err(error).context("read the flows"),
-        };
-        let backend = SocketAddr::from((flow.backend, u16::from_be_bytes(flow.backend_port)));
-        if flow.service == service && flow.kind == FlowKind::Redirected as u8 && doomed_backend(backend) {
-            doomed.push((key, flow));
+    let family = A::of_mut(maps);
+    for table in [&family.flows, &family.pending] {
+        for entry in table.iter() {
+            let Some((key, flow)) = entry_of(entry).context("read the flows")? else { continue };
+            let backend = flow.backend.socket(flow.backend_port);
+            if flow.service == service && flow.kind == FlowKind::Redirected as u8 && doomed_backend(backend) {
+                doomed.push((key, flow));
+            }
         }
     }
     for (key, flow) in &doomed {
         // Ports get used again: what is there now may be a younger connection to somebody else.
-        if maps.flows.get(key, 0).is_ok_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port)
-        {
-            ignore_missing(maps.flows.remove(key)).context("remove a flow")?;
+        if flow_of(family, key).is_some_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port) {
+            remove_flow(family, key)?;
         }
         let reverse_key = reverse_key(key, flow);
-        if maps.reverse.get(&reverse_key, 0).is_ok_and(|reverse| belongs_to(&reverse, key)) {
-            ignore_missing(maps.reverse.remove(&reverse_key)).context("remove a reverse entry")?;
+        if reverse_of(family, &reverse_key).is_some_and(|reverse| belongs_to(&reverse, key)) {
+            remove_reverse(family, &reverse_key)?;
         }
     }
     Ok(doomed.len())
 }
 
-/// Reverse entries that no forward entry claims: left by a SYN that was decided twice at once, or by an eviction.
-fn remove_orphans(maps: &mut Maps, claimed: &BTreeSet<[u8; 16]>, now: u64) -> Result<()> {
+/// Reverse entries that no forward entry claims: left by a first packet that was decided twice at once, or by an eviction.
+fn remove_orphans<A: Net>(family: &mut FamilyMaps<A>, claimed: &BTreeSet<ReverseKey<A>>, now: u64) -> Result<()> {
     let mut orphans = Vec::new();
-    for entry in maps.reverse.iter() {
-        let (key, reverse) = match entry {
-            Ok(entry) => entry,
-            Err(MapError::KeyNotFound) => continue,
-            Err(error) => return Err(error).context("read the reverse entries"),
-        };
-        // A young one may belong to a flow that came while we looked.
-        if !claimed.contains(&reverse_bytes(&key)) && age(now, reverse.last_seen_ns) > LINGER {
-            orphans.push(key);
+    for table in [&family.reverse, &family.pending_reverse] {
+        for entry in table.iter() {
+            let Some((key, reverse)) = entry_of(entry).context("read the reverse entries")? else { continue };
+            // A young one may belong to a flow that came while we looked.
+            if !claimed.contains(&key) && age(now, reverse.last_seen_tick) > LINGER {
+                orphans.push(key);
+            }
         }
     }
-    for key in orphans {
-        ignore_missing(maps.reverse.remove(&key)).context("remove a reverse entry")?;
-    }
-    Ok(())
+    orphans.iter().try_for_each(|key| remove_reverse(family, key))
 }
 
-fn ignore_missing(outcome: Result<(), MapError>) -> Result<(), MapError> {
-    match outcome {
+/// An entry that left while we looked is no error, and neither is a walk that the kernel made start anew.
+fn entry_of<K, V>(entry: Result<(K, V), MapError>) -> Result<Option<(K, V)>, MapError> {
+    match entry {
+        Ok(entry) => Ok(Some(entry)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn flow_of<A: Net>(family: &FamilyMaps<A>, key: &FlowKey<A>) -> Option<Flow<A, u8>> {
+    family.flows.get(key, 0).or_else(|_| family.pending.get(key, 0)).ok()
+}
+
+fn reverse_of<A: Net>(family: &FamilyMaps<A>, key: &ReverseKey<A>) -> Option<Reverse<A>> {
+    family.reverse.get(key, 0).or_else(|_| family.pending_reverse.get(key, 0)).ok()
+}
+
+fn remove_flow<A: Net>(family: &mut FamilyMaps<A>, key: &FlowKey<A>) -> Result<()> {
+    remove(&mut family.flows, key).and_then(|()| remove(&mut family.pending, key)).context("remove a flow")
+}
+
+fn remove_reverse<A: Net>(family: &mut FamilyMaps<A>, key: &ReverseKey<A>) -> Result<()> {
+    remove(&mut family.reverse, key)
+        .and_then(|()| remove(&mut family.pending_reverse, key))
+        .context("remove a reverse entry")
+}
+
+fn remove<K: aya::Pod, V: aya::Pod>(table: &mut BpfMap<MapData, K, V>, key: &K) -> Result<(), MapError> {
+    match table.remove(key) {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
 }
 
-fn reverse_key(key: &FlowKey4, flow: &Flow4<u8>) -> ReverseKey4 {
-    ReverseKey4 {
+fn reverse_key<A: Net>(key: &FlowKey<A>, flow: &Flow<A, u8>) -> ReverseKey<A> {
+    ReverseKey {
         backend: flow.backend,
         client: key.client,
         backend_port: flow.backend_port,
@@ -158,45 +205,39 @@ fn reverse_key(key: &FlowKey4, flow: &Flow4<u8>) -> ReverseKey4 {
     }
 }
 
-fn reverse_bytes(key: &ReverseKey4) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..4].copy_from_slice(&key.backend);
-    bytes[4..8].copy_from_slice(&key.client);
-    bytes[8..10].copy_from_slice(&key.backend_port);
-    bytes[10..12].copy_from_slice(&key.client_port);
-    bytes[12] = key.proto;
-    bytes
-}
-
 /// Whether a reverse entry is this flow's.
-fn belongs_to(reverse: &Reverse4, key: &FlowKey4) -> bool {
+fn belongs_to<A: Net>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
     reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
 }
 
-fn age(now: u64, then: u64) -> Duration {
-    Duration::from_nanos(now.saturating_sub(then))
+/// How long ago a tick was, at least.
+fn age(now_ns: u64, tick: u32) -> Duration {
+    Duration::from_nanos(now_ns.saturating_sub((u64::from(tick) + 1) << TICK_SHIFT))
 }
 
 /// Whether a flow's entries may go.
-fn is_over(
-    flow: &Flow4<u8>,
-    client_port: [u8; 2],
-    reverse: Option<&Reverse4>,
+fn is_over<A: Net>(
+    key: &FlowKey<A>,
+    flow: &Flow<A, u8>,
+    reverse: Option<&Reverse<A>>,
     now: u64,
     idle: Option<Duration>,
 ) -> bool {
-    let last = flow.last_seen_ns.max(flow.created_ns).max(reverse.map_or(0, |r| r.last_seen_ns));
+    let last = flow.last_seen_tick.max(flow.created_tick).max(reverse.map_or(0, |r| r.last_seen_tick));
     let age = age(now, last);
-    let back = reverse.map_or(0, |r| r.tcp_seen);
-    if ended(flow.tcp_seen, back, flow.kind) {
+    let back = reverse.map_or(0, |r| r.seen);
+    let answered = back & seen::ANSWERED != 0;
+    if key.proto == PROTO_UDP {
+        return age > DATAGRAM[usize::from(answered)];
+    }
+    if ended(flow.seen, back, flow.kind) {
         return age > LINGER;
     }
-    let unanswered = reverse.is_some() && back & tcp_seen::SYN_ACK == 0 && flow.kind == FlowKind::Redirected as u8;
-    if unanswered {
+    if reverse.is_some() && !answered && flow.kind == FlowKind::Redirected as u8 {
         return age > UNANSWERED;
     }
     // A direct connection whose port was left alone is noted only so that nobody takes its reverse key.
-    if flow.kind == FlowKind::Direct as u8 && flow.source_port == client_port {
+    if flow.kind == FlowKind::Direct as u8 && flow.source_port == key.client_port {
         return age > DIRECT;
     }
     idle.is_some_and(|idle| age > idle)
@@ -204,48 +245,47 @@ fn is_over(
 
 /// Reset, or closed from both sides. Of a passed flow only one side is seen.
 fn ended(forward: u8, back: u8, kind: u8) -> bool {
-    let fin = forward & tcp_seen::FIN != 0;
-    (forward | back) & tcp_seen::RST != 0 || fin && (back & tcp_seen::FIN != 0 || kind != FlowKind::Redirected as u8)
+    let fin = forward & seen::FIN != 0;
+    (forward | back) & seen::RST != 0 || fin && (back & seen::FIN != 0 || kind != FlowKind::Redirected as u8)
 }
 
 /// The flows of a service, youngest first.
 pub(super) fn list(maps: &Maps, service: u32, limit: usize) -> Result<Vec<FlowView>> {
+    let mut flows = list_family::<V4>(maps, service);
+    flows.extend(list_family::<V6>(maps, service));
+    flows.sort_by_key(|flow| (flow.age_seconds, flow.client));
+    flows.truncate(limit);
+    Ok(flows)
+}
+
+fn list_family<A: Net>(maps: &Maps, service: u32) -> Vec<FlowView> {
     let now = monotonic_ns();
-    let mut by_age: BTreeMap<(u64, Vec<u8>), FlowView> = BTreeMap::new();
-    for entry in maps.flows.iter() {
-        let Ok((key, flow)) = entry else { continue };
-        if flow.service != service {
-            continue;
-        }
-        let reverse = maps.reverse.get(&reverse_key(&key, &flow), 0).ok().filter(|r| belongs_to(r, &key));
-        let back = reverse.map_or(0, |r| r.tcp_seen);
-        let passed = flow.kind == FlowKind::Passed as u8;
-        let socket = |addr: [u8; 4], port: [u8; 2]| SocketAddr::from((addr, u16::from_be_bytes(port)));
-        let Ok(kind) = FlowKind::try_from(flow.kind) else { continue };
-        let view = FlowView {
-            client: socket(key.client, key.client_port),
-            frontend: socket(key.vip, key.vip_port),
-            backend: socket(flow.backend, flow.backend_port),
+    let family = A::of(maps);
+    let entries = family.flows.iter().chain(family.pending.iter()).flatten();
+    let view = |(key, flow): (FlowKey<A>, Flow<A, u8>)| {
+        let reverse = reverse_of(family, &reverse_key(&key, &flow)).filter(|r| belongs_to(r, &key));
+        let back = reverse.map_or(0, |r| r.seen);
+        Some(FlowView {
+            client: key.client.socket(key.client_port),
+            frontend: key.vip.socket(key.vip_port),
+            backend: flow.backend.socket(flow.backend_port),
+            protocol: protocol(key.proto)?,
             source_port: u16::from_be_bytes(flow.source_port),
-            kind,
+            kind: FlowKind::try_from(flow.kind).ok()?,
             epoch: flow.epoch,
-            age_seconds: age(now, flow.created_ns).as_secs(),
-            phase: if ended(flow.tcp_seen, back, flow.kind) {
+            age_seconds: age(now, flow.created_tick).as_secs(),
+            phase: if ended(flow.seen, back, flow.kind) {
                 "ended"
-            } else if passed {
+            } else if flow.kind == FlowKind::Passed as u8 {
                 "passed"
-            } else if back & tcp_seen::SYN_ACK == 0 {
+            } else if back & seen::ANSWERED == 0 {
                 "unanswered"
-            } else if (flow.tcp_seen | back) & tcp_seen::FIN != 0 {
+            } else if (flow.seen | back) & seen::FIN != 0 {
                 "closing"
             } else {
                 "established"
             },
-        };
-        by_age.insert((now.saturating_sub(flow.created_ns), reverse_bytes(&reverse_key(&key, &flow)).to_vec()), view);
-        if by_age.len() > limit {
-            by_age.pop_last();
-        }
-    }
-    Ok(by_age.into_values().collect())
+        })
+    };
+    entries.filter(|(_, flow)| flow.service == service).filter_map(view).collect()
 }

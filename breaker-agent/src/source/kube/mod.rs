@@ -104,10 +104,9 @@ pub struct Place {
     pub namespace: String,
     /// A kubeconfig; the pod's service account without one.
     pub kubeconfig: Option<std::path::PathBuf>,
+    /// How many Services the node has room for.
+    pub room: usize,
 }
-
-/// How many ports a node has room for: some are left for those that leave.
-const ROOM: usize = breaker_common::MAX_SERVICES as usize - 16;
 
 /// A client for where we are.
 ///
@@ -171,7 +170,7 @@ impl KubeSource {
         let published = Published::new(watches.breakers());
         let ending = CancellationToken::new();
         let tasks = vec![
-            tokio::spawn(follow(watches, changed, updates_in)),
+            tokio::spawn(follow(watches, changed, updates_in, place.room)),
             tokio::spawn(report::publish(client.clone(), facts_out, published.clone())),
         ];
         let (namespace, node) = (place.namespace.clone(), place.node.clone());
@@ -209,7 +208,12 @@ impl KubeSource {
 }
 
 /// From the API to updates, for ever.
-async fn follow(mut watches: Watches, changed: Arc<Notify>, updates: channel::Sender<Arc<Update>>) {
+async fn follow(
+    mut watches: Watches,
+    changed: Arc<Notify>,
+    updates: channel::Sender<Arc<Update>>,
+    room: usize,
+) {
     let mut policies = Policies::default();
     let mut good = Good::new();
     let mut next: Option<Timestamp> = None;
@@ -224,7 +228,7 @@ async fn follow(mut watches: Watches, changed: Arc<Notify>, updates: channel::Se
         }
         sleep(GATHER).await;
         let Some(world) = watches.world() else { continue };
-        let mut resolution = resolve(&world, &mut policies, &mut good, Timestamp::now(), ROOM);
+        let mut resolution = resolve(&world, &mut policies, &mut good, Timestamp::now(), room);
         policies.turn();
         next = resolution.next;
         watches.want(&resolution.wanted);

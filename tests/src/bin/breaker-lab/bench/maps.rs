@@ -1,7 +1,7 @@
 //! What changing the maps costs: a flip, and a whole new set of slots, with few and with many services.
 
 use std::{
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr},
     time::Instant,
 };
 
@@ -23,7 +23,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     let services: Vec<Service> = (0..1000u16)
         .map(|n| {
             let [high, low] = n.to_be_bytes();
-            let vip = SocketAddrV4::new(Ipv4Addr::new(10, 43, high, low), 8080);
+            let vip = SocketAddr::new(Ipv4Addr::new(10, 43, high, low).into(), 8080);
             service(&format!("s{n}"), vip, &[pod(3, 80), pod(5, 80)], "")
         })
         .collect::<Result<_>>()?;

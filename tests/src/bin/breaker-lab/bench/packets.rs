@@ -1,17 +1,20 @@
 //! Nanoseconds a packet spends in the program (BPF_PROG_TEST_RUN), the cost of an empty one behind the same wrapper
 //! taken off.
 
+use std::net::{IpAddr, SocketAddr};
+
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, TestRun as _,
     maps::{Array, MapData, ProgramArray},
     programs::{SchedClassifier, TestRunOptions},
 };
+use breaker_agent::datapath::kernel::Sizes;
 use breaker_common::BreakerState::{Closed, Open};
 use breaker_tests::packets::{
     Rig, Segment,
     flags::{ACK, SYN},
-    plan, plan_with, pod, service, vip,
+    plan, plan_with, pod, pod6, service, vip, vip6,
 };
 
 use super::{Row, median, spread};
@@ -26,9 +29,10 @@ const MANY: u32 = 65_536;
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Template {
-    ends: [u8; 12],
+    ends: [u8; 36],
     flags: u8,
-    pad: [u8; 3],
+    version: u8,
+    pad: [u8; 2],
     flows: u32,
     next: u32,
 }
@@ -46,28 +50,14 @@ struct Bench {
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut bench = Bench::new()?;
-    let plain = service("dummy", vip(10), &[pod(3, 80)], "")?;
-    let closed = plan_with(&plain, Closed, 1, 1000, false, &plain.backups[0].backends);
-    let client = |destination, flags| Segment::new(pod(4, 1024), destination, flags);
-    let mut rows = Vec::new();
-    bench.rig.apply(&closed)?;
-    rows.push(bench.row("no service", &client(pod(9, 9), ACK), 1, "≤ 40")?);
-    rows.push(bench.row("closed", &client(vip(10), ACK), 1, "≤ 60")?);
-    bench.rig.apply(&plan(&plain, Open, 2))?;
-    for (flows, established, new) in [
-        (1, "open established, 1 flow", "open new, 1 flow"),
-        (MANY, "open established, 64k flows", "open new, 64k flows"),
-    ] {
-        bench.pin(&client(vip(10), SYN), flows)?;
-        rows.push(bench.row(established, &client(vip(10), ACK), flows, if flows == 1 { "≤ 100" } else { "" })?);
-        rows.push(bench.row(new, &client(vip(10), SYN), flows, "")?);
-    }
+    let mut rows = bench.family("", pod, vip)?;
+    rows.extend(bench.family(", IPv6", pod6, vip6)?);
     Ok(rows)
 }
 
 impl Bench {
     fn new() -> Result<Self> {
-        let rig = Rig::with_flows(2 * MANY)?;
+        let rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(4 * MANY))?;
         let mut foreign = Ebpf::load(FOREIGN).context("load the wrapper")?;
         for name in ["wrap", "empty"] {
             let program: &mut SchedClassifier = foreign.program_mut(name).context(name)?.try_into()?;
@@ -78,13 +68,42 @@ impl Bench {
         Ok(Self { rig, foreign, measured, template })
     }
 
+    /// One family's rows.
+    fn family(
+        &mut self,
+        suffix: &str,
+        pod: impl Fn(u8, u16) -> SocketAddr,
+        vip: impl Fn(u8) -> SocketAddr,
+    ) -> Result<Vec<Row>> {
+        let plain = service(&format!("dummy{}", suffix.len()), vip(10), &[pod(3, 80)], "")?;
+        let closed = plan_with(&plain, Closed, 1, 1000, false, &plain.backups[0].backends);
+        let client = |destination, flags| Segment::new(pod(4, 1024), destination, flags);
+        let mut rows = Vec::new();
+        self.rig.apply(&closed)?;
+        rows.push(self.row(&format!("no service{suffix}"), &client(pod(9, 9), ACK), 1, "≤ 40")?);
+        rows.push(self.row(&format!("closed{suffix}"), &client(vip(10), ACK), 1, "≤ 60")?);
+        self.rig.apply(&plan(&plain, Open, 2))?;
+        for (flows, count, aim) in [(1, "1 flow", "≤ 100"), (MANY, "64k flows", "≤ 330")] {
+            self.establish(pod(4, 1024), vip(10), pod(3, 80), flows)?;
+            rows.push(self.row(&format!("open established, {count}{suffix}"), &client(vip(10), ACK), flows, aim)?);
+            rows.push(self.row(&format!("open new, {count}{suffix}"), &client(vip(10), SYN), flows, "")?);
+        }
+        Ok(rows)
+    }
+
     fn prepare(&mut self, segment: &Segment, flows: u32) -> Result<()> {
-        let mut ends = [0; 12];
-        ends[..4].copy_from_slice(&segment.source.ip().octets());
-        ends[4..8].copy_from_slice(&segment.destination.ip().octets());
-        ends[8..10].copy_from_slice(&segment.source.port().to_be_bytes());
-        ends[10..].copy_from_slice(&segment.destination.port().to_be_bytes());
-        Ok(self.template.set(0, Template { ends, flags: segment.flags, pad: [0; 3], flows, next: 0 }, 0)?)
+        let octets = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        let mut bytes = octets(segment.source.ip());
+        bytes.extend(octets(segment.destination.ip()));
+        bytes.extend(segment.source.port().to_be_bytes());
+        bytes.extend(segment.destination.port().to_be_bytes());
+        let mut ends = [0; 36];
+        ends[..bytes.len()].copy_from_slice(&bytes);
+        let version = if segment.source.is_ipv4() { 4 } else { 6 };
+        Ok(self.template.set(0, Template { ends, flags: segment.flags, version, pad: [0; 2], flows, next: 0 }, 0)?)
     }
 
     /// Nanoseconds per packet through the wrapper, and ours or nothing behind it.
@@ -100,10 +119,22 @@ impl Bench {
         Ok(result.duration.as_secs_f64() * 1e9)
     }
 
-    /// Decides every flow once.
-    fn pin(&mut self, syn: &Segment, flows: u32) -> Result<()> {
-        self.prepare(syn, flows)?;
-        self.time(true, &syn.bytes(), flows.max(2)).map(drop)
+    /// Lets every flow that the wrapper takes turns with be established: what is not answered is kept apart.
+    fn establish(&mut self, client: SocketAddr, vip: SocketAddr, backup: SocketAddr, flows: u32) -> Result<()> {
+        self.prepare(&Segment::new(client, vip, SYN), flows)?;
+        self.time(true, &Segment::new(client, vip, SYN).bytes(), flows.max(2))?;
+        for flow in 0..flows {
+            let mut ip = client.ip();
+            let part = u8::try_from(flow >> 15).unwrap_or(u8::MAX);
+            match &mut ip {
+                IpAddr::V4(ip) => *ip = (u32::from(*ip) + u32::from(part)).into(),
+                IpAddr::V6(ip) => *ip = (u128::from(*ip) + u128::from(part)).into(),
+            }
+            let client = SocketAddr::new(ip, 1024 + u16::try_from(flow & 0x7fff).unwrap_or(0));
+            self.rig.to_pod(&Segment::new(backup, client, SYN | ACK))?;
+            self.rig.from_pod(&Segment::new(client, vip, ACK))?;
+        }
+        Ok(())
     }
 
     fn row(&mut self, name: &str, segment: &Segment, flows: u32, aim: &'static str) -> Result<Row> {

@@ -1,0 +1,275 @@
+//! What differs between IPv4 and IPv6, in one place: where addresses stand in a packet, how they are summed and hashed, and
+//! which maps are theirs. Everything else in the programs is generic over [`Family`].
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    macros::btf_map,
+};
+use breaker_common::{
+    self as common, Address, Backend, DEFAULT_BACKENDS, DEFAULT_ENDPOINTS, DEFAULT_FLOWS, DEFAULT_FRAGMENTS, DEFAULT_PENDING,
+    EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, PassReason, Reverse, ReverseKey,
+};
+
+use crate::{
+    csum,
+    packet::Packet,
+    parse::{self, Kind, Segment},
+};
+
+/// An IPv4 address as the word that it is in memory: what a map has as bytes, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct V4(u32);
+
+/// An IPv6 address as the words that it is in memory. (As bytes the compiler would take it apart, and its pieces would not
+/// fit on the stack.)
+#[derive(Clone, Copy, Debug, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct V6([u32; 4]);
+
+impl PartialEq for V6 {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let (a, b) = (self.0, other.0);
+        (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
+    }
+}
+
+impl Address for V4 {
+    const ZERO: Self = Self(0);
+    const VERSION: u8 = 4;
+}
+
+impl Address for V6 {
+    const ZERO: Self = Self([0; 4]);
+    const VERSION: u8 = 6;
+}
+
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+
+/// Frontends and backends by address, port and protocol.
+pub type Endpoints<A> = HashMap<EndpointKey<A>, EndpointRole, { DEFAULT_ENDPOINTS as usize }, NO_PREALLOC>;
+/// Destinations by id.
+pub type Backends<A> = Array<Backend<A>, { DEFAULT_BACKENDS as usize }, MMAPABLE>;
+/// Established flows: nothing pushes them out.
+pub type Flows<A> = HashMap<FlowKey<A>, Flow<A>, { DEFAULT_FLOWS as usize }, NO_PREALLOC>;
+pub type Reverses<A> = HashMap<ReverseKey<A>, Reverse<A>, { DEFAULT_FLOWS as usize }, NO_PREALLOC>;
+/// Flows that no backend has answered yet: a flood of connection requests pushes out other requests only.
+pub type PendingFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, { DEFAULT_PENDING as usize }>;
+pub type PendingReverses<A> = LruHashMap<ReverseKey<A>, Reverse<A>, { DEFAULT_PENDING as usize }>;
+/// Fragmented packets under way.
+pub type Fragments<A> = LruHashMap<FragmentKey<A>, Fragment<A>, { DEFAULT_FRAGMENTS as usize }>;
+
+/// Where packets are parsed into.
+pub type Segments<A> = PerCpuArray<Segment<A>, 2>;
+
+#[btf_map]
+static SEGMENTS4: Segments<V4> = Segments::new();
+#[btf_map]
+static SEGMENTS6: Segments<V6> = Segments::new();
+
+#[btf_map]
+static ENDPOINTS4: Endpoints<common::V4> = Endpoints::new();
+#[btf_map]
+static BACKENDS4: Backends<common::V4> = Backends::new();
+#[btf_map]
+static FLOWS4: Flows<common::V4> = Flows::new();
+#[btf_map]
+static REVERSE4: Reverses<common::V4> = Reverses::new();
+#[btf_map]
+static PENDING4: PendingFlows<common::V4> = PendingFlows::new();
+#[btf_map]
+static PENDING_REVERSE4: PendingReverses<common::V4> = PendingReverses::new();
+#[btf_map]
+static FRAGMENTS4: Fragments<common::V4> = Fragments::new();
+
+#[btf_map]
+static ENDPOINTS6: Endpoints<common::V6> = Endpoints::new();
+#[btf_map]
+static BACKENDS6: Backends<common::V6> = Backends::new();
+#[btf_map]
+static FLOWS6: Flows<common::V6> = Flows::new();
+#[btf_map]
+static REVERSE6: Reverses<common::V6> = Reverses::new();
+#[btf_map]
+static PENDING6: PendingFlows<common::V6> = PendingFlows::new();
+#[btf_map]
+static PENDING_REVERSE6: PendingReverses<common::V6> = PendingReverses::new();
+#[btf_map]
+static FRAGMENTS6: Fragments<common::V6> = Fragments::new();
+
+/// An address family of the packet path.
+pub trait Family: Address {
+    /// Where the source address stands in the IP header.
+    const SOURCE_AT: usize;
+    /// Where the destination address stands in the IP header.
+    const DESTINATION_AT: usize;
+    /// Length of the IP header without options and extension headers.
+    const HEADER: usize;
+    /// Where the header's own checksum stands, if the family has one.
+    const CHECK_AT: Option<usize>;
+    /// Protocol number of its ICMP.
+    const ICMP: u8;
+
+    /// Parses the IP header at `l3`, and what follows.
+    ///
+    /// # Errors
+    /// See [`parse::at`].
+    fn parse(packet: &Packet<'_>, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason>;
+    /// The sum of its 16-bit words, most significant byte first.
+    fn words(self) -> u64;
+    /// The difference to another address as the kernel's checksum helpers want it: a 32-bit one's complement sum in
+    /// native order.
+    fn difference(self, to: Self) -> u32;
+    /// For the flow hash.
+    fn folded(self) -> u64;
+    /// As an IPv6 address, IPv4 in its mapped form.
+    fn mapped(self) -> V6;
+
+    fn segments() -> &'static Segments<Self>;
+    fn endpoints() -> &'static Endpoints<Self>;
+    fn backends() -> &'static Backends<Self>;
+    fn flows() -> &'static Flows<Self>;
+    fn reverse() -> &'static Reverses<Self>;
+    fn pending() -> &'static PendingFlows<Self>;
+    fn pending_reverse() -> &'static PendingReverses<Self>;
+    fn fragments() -> &'static Fragments<Self>;
+}
+
+macro_rules! maps {
+    ($endpoints:ident $backends:ident $flows:ident $reverse:ident $pending:ident $pending_reverse:ident $fragments:ident) => {
+        #[inline(always)]
+        fn endpoints() -> &'static Endpoints<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $endpoints).cast() }
+        }
+        #[inline(always)]
+        fn backends() -> &'static Backends<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $backends).cast() }
+        }
+        #[inline(always)]
+        fn flows() -> &'static Flows<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $flows).cast() }
+        }
+        #[inline(always)]
+        fn reverse() -> &'static Reverses<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $reverse).cast() }
+        }
+        #[inline(always)]
+        fn pending() -> &'static PendingFlows<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $pending).cast() }
+        }
+        #[inline(always)]
+        fn pending_reverse() -> &'static PendingReverses<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $pending_reverse).cast() }
+        }
+        #[inline(always)]
+        fn fragments() -> &'static Fragments<Self> {
+            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
+            // alignment and the bytes of the address in the map.
+            unsafe { &*(&raw const $fragments).cast() }
+        }
+    };
+}
+
+impl Family for V4 {
+    const SOURCE_AT: usize = 12;
+    const DESTINATION_AT: usize = 16;
+    const HEADER: usize = 20;
+    const CHECK_AT: Option<usize> = Some(10);
+    const ICMP: u8 = 1;
+
+    #[inline(always)]
+    fn parse(packet: &Packet<'_>, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
+        parse::ipv4(packet, l3, segment)
+    }
+
+    #[inline(always)]
+    fn words(self) -> u64 {
+        csum::words4(self.0.to_ne_bytes())
+    }
+
+    #[inline(always)]
+    fn difference(self, to: Self) -> u32 {
+        csum::sub32(to.0, self.0)
+    }
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        self.0 as u64
+    }
+
+    #[inline(always)]
+    fn mapped(self) -> V6 {
+        V6([0, 0, 0x0000_ffff_u32.to_be(), self.0])
+    }
+
+    #[inline(always)]
+    fn segments() -> &'static Segments<Self> {
+        &SEGMENTS4
+    }
+
+    maps!(ENDPOINTS4 BACKENDS4 FLOWS4 REVERSE4 PENDING4 PENDING_REVERSE4 FRAGMENTS4);
+}
+
+impl Family for V6 {
+    const SOURCE_AT: usize = 8;
+    const DESTINATION_AT: usize = 24;
+    const HEADER: usize = 40;
+    const CHECK_AT: Option<usize> = None;
+    const ICMP: u8 = 58;
+
+    #[inline(always)]
+    fn parse(packet: &Packet<'_>, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
+        parse::ipv6(packet, l3, segment)
+    }
+
+    #[inline(always)]
+    fn words(self) -> u64 {
+        // Each word's halves, summed in memory's order, are the wire's sum with its bytes swapped (RFC 1071, section 2.B).
+        let sum: u64 = self.0.into_iter().map(|word| (word & 0xffff) as u64 + (word >> 16) as u64).sum();
+        u16::from_be(csum::fold(sum)) as u64
+    }
+
+    #[inline(always)]
+    fn difference(self, to: Self) -> u32 {
+        let (from, to) = (self.0, to.0);
+        let mut sum = 0;
+        for i in 0..4 {
+            sum = csum::add32(sum, csum::sub32(to[i], from[i]));
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        let q = self.0;
+        (((q[0] as u64) << 32) | q[1] as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ (((q[2] as u64) << 32) | q[3] as u64)
+    }
+
+    #[inline(always)]
+    fn mapped(self) -> V6 {
+        self
+    }
+
+    #[inline(always)]
+    fn segments() -> &'static Segments<Self> {
+        &SEGMENTS6
+    }
+
+    maps!(ENDPOINTS6 BACKENDS6 FLOWS6 REVERSE6 PENDING6 PENDING_REVERSE6 FRAGMENTS6);
+}

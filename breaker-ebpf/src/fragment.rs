@@ -1,0 +1,59 @@
+//! Later fragments have no ports: what was done to the first one is done to them.
+//!
+//! Noted is a first fragment that was translated. A later one that comes before its first, or whose note was pushed out of
+//! the bounded table, goes on as it came, counted; the receiver then misses a part, and the sender sends again.
+
+use aya_ebpf::bindings::BPF_ANY;
+use breaker_common::{Fragment, FragmentKey, PassReason};
+
+use crate::{
+    family::Family,
+    nat::{self, End},
+    packet::Packet,
+    parse::Segment,
+};
+
+#[inline(always)]
+fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
+    FragmentKey {
+        source: segment.source,
+        destination: segment.destination,
+        id: segment.fragment_id,
+        proto: segment.fragment_proto,
+        pad: [0; 3],
+    }
+}
+
+/// Notes what was done to a packet, if more of it follows.
+#[inline(always)]
+pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32) {
+    if segment.more != 0 {
+        let value = Fragment { addr, mark, end: end as u8, pad: [0; 3] };
+        // A note that finds no room: the later fragments fail open.
+        let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
+    }
+}
+
+/// Does to a later fragment what was done to the first.
+///
+/// # Errors
+/// [`PassReason::Fragment`] where nothing is noted, [`PassReason::RewriteFailed`].
+#[inline(always)]
+pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<(), PassReason> {
+    // SAFETY: the value is copied out at once.
+    let found = unsafe { A::fragments().get(key(segment)) }.copied();
+    let Some(first) = found else { return Err(PassReason::Fragment) };
+    let (end, old) = if first.end == End::Source as u8 {
+        (End::Source, segment.source)
+    } else {
+        (End::Destination, segment.destination)
+    };
+    nat::replace_address(packet, segment.l3(), end, old, first.addr).ok_or(PassReason::RewriteFailed)?;
+    if A::CHECK_AT.is_none() {
+        packet.sum_changed(old.difference(first.addr));
+    }
+    if first.mark != 0 {
+        packet.add_mark(first.mark);
+    }
+    Ok(())
+}

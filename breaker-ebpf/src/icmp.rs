@@ -1,0 +1,166 @@
+//! ICMP errors about translated packets: the quoted header is translated as the packet was, the other way round, so that
+//! the host that gets the error knows its own packet again (path MTU discovery above all; RFC 1191, RFC 8201, RFC 5508
+//! section 7.2).
+
+use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
+
+use crate::{
+    csum,
+    family::Family,
+    nat::{self, End},
+    packet::Packet,
+    parse::Segment,
+};
+
+/// Bytes of an ICMP header, before the quote.
+const HEADER: usize = 8;
+const CHECK_AT: usize = 2;
+
+/// The packet that an error quotes.
+#[derive(Clone, Copy)]
+pub struct Quote<A> {
+    pub source: A,
+    pub destination: A,
+    pub source_port: [u8; 2],
+    pub destination_port: [u8; 2],
+    pub proto: u8,
+    l3: usize,
+    l4: usize,
+}
+
+impl<A: Family> Quote<A> {
+    /// A place to read into.
+    #[inline(always)]
+    pub fn empty() -> Self {
+        Self {
+            source: A::ZERO,
+            destination: A::ZERO,
+            source_port: [0; 2],
+            destination_port: [0; 2],
+            proto: 0,
+            l3: 0,
+            l4: 0,
+        }
+    }
+}
+
+/// Reads the quote of an error; `None` where it is not of TCP or UDP, or has no ports.
+#[inline(always)]
+pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Quote<A>) -> Option<()> {
+    let l3 = segment.l4() + HEADER;
+    // The quote lies behind what parsing made linear.
+    if packet.at::<[u8; 48]>(l3).is_none() {
+        let want = (l3 + A::HEADER + 40 + 8) as u32;
+        packet.pull(if packet.len() < want { packet.len() } else { want })?;
+    }
+    // Two bytes at a time: the verifier learns nothing from a comparison about one.
+    let first = packet.read::<[u8; 2]>(l3)?[0];
+    if first >> 4 != A::VERSION {
+        return None;
+    }
+    let (length, proto) = if A::VERSION == 4 {
+        // A later fragment has no ports.
+        let fragment = u16::from_be_bytes(packet.read::<[u8; 2]>(l3 + 6)?);
+        if fragment & 0x1fff != 0 {
+            return None;
+        }
+        (((first & 0x0f) as usize * 4) & 0x3c, packet.read::<[u8; 2]>(l3 + 8)?[1])
+    } else {
+        (A::HEADER, packet.read::<[u8; 2]>(l3 + 6)?[0])
+    };
+    if length < A::HEADER || (proto != PROTO_TCP && proto != PROTO_UDP) {
+        return None;
+    }
+    let l4 = l3 + length;
+    let ports = packet.read::<[u8; 4]>(l4)?;
+    *quote = Quote {
+        source: packet.read::<A>(l3 + A::SOURCE_AT)?,
+        destination: packet.read::<A>(l3 + A::DESTINATION_AT)?,
+        source_port: [ports[0], ports[1]],
+        destination_port: [ports[2], ports[3]],
+        proto,
+        l3,
+        l4,
+    };
+    Some(())
+}
+
+/// What becomes of one end of a quote, and of the port at the other.
+#[derive(Clone, Copy)]
+pub struct Change<A> {
+    pub end: End,
+    pub addr: A,
+    pub port: [u8; 2],
+    pub other_port: [u8; 2],
+}
+
+/// Translates the quote, and the error's own address at the other end, where it is the quote's.
+///
+/// # Errors
+/// [`PassReason::RewriteFailed`].
+#[inline(always)]
+pub fn translate<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    quote: &Quote<A>,
+    change: &Change<A>,
+) -> Result<(), PassReason> {
+    try_translate(packet, segment, quote, change).ok_or(PassReason::RewriteFailed)
+}
+
+#[inline(always)]
+fn try_translate<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    quote: &Quote<A>,
+    change: &Change<A>,
+) -> Option<()> {
+    let (old_addr, old_port, old_other) = match change.end {
+        End::Source => (quote.source, quote.source_port, quote.destination_port),
+        End::Destination => (quote.destination, quote.destination_port, quote.source_port),
+    };
+    // What leaves the sum under the error's checksum, and what comes into it.
+    let (mut old, mut new) = (old_addr.words(), change.addr.words());
+    if let Some(at) = A::CHECK_AT {
+        let check = packet.read::<[u8; 2]>(quote.l3 + at)?;
+        old += csum::word(check);
+        new += csum::replaced(u16::from_be_bytes(check), old_addr.words(), change.addr.words()) as u64;
+    }
+    nat::replace_address(packet, quote.l3, change.end, old_addr, change.addr)?;
+    let ports_old = csum::word(old_port) + csum::word(old_other);
+    let ports_new = csum::word(change.port) + csum::word(change.other_port);
+    packet.write(quote.l4 + change.end.port_at(), change.port)?;
+    packet.write(quote.l4 + change.end.other().port_at(), change.other_port)?;
+    old += ports_old;
+    new += ports_new;
+    // Eight bytes behind the header are quoted at least, which UDP's checksum is in; TCP's may be.
+    let check_at = quote.l4 + nat::check_at(quote.proto);
+    if let Some(check) = packet.read::<[u8; 2]>(check_at) {
+        let number = u16::from_be_bytes(check);
+        let (gone, come) = (old_addr.words() + ports_old, change.addr.words() + ports_new);
+        let number = if quote.proto == PROTO_UDP {
+            csum::replaced_udp(number, gone, come)
+        } else {
+            csum::replaced(number, gone, come)
+        };
+        packet.write(check_at, number.to_be_bytes())?;
+        old += csum::word(check);
+        new += number as u64;
+    }
+    // An error of the host itself comes from, or goes to, the address that is translated.
+    let (outer, outer_addr) = match change.end {
+        End::Source => (End::Destination, segment.destination),
+        End::Destination => (End::Source, segment.source),
+    };
+    if outer_addr == old_addr {
+        nat::replace_address(packet, segment.l3(), outer, old_addr, change.addr)?;
+        // ICMPv6's checksum has the addresses under it (RFC 4443, section 2.3).
+        if A::CHECK_AT.is_none() {
+            old += old_addr.words();
+            new += change.addr.words();
+        }
+    }
+    let at = segment.l4() + CHECK_AT;
+    let check = u16::from_be_bytes(packet.read::<[u8; 2]>(at)?);
+    packet.write(at, csum::replaced(check, old, new).to_be_bytes())
+}

@@ -1,0 +1,213 @@
+//! ICMP errors about translated packets, and later fragments of them.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use breaker_agent::datapath::Datapath as _;
+use breaker_common::{BreakerState::Open, PassReason};
+use breaker_tests::packets::{
+    Datagram, Ip, MACS, Rig, Segment,
+    flags::{ACK, SYN},
+    icmp_is_valid, plan, pod, pod6, service_with, vip, vip6,
+};
+use etherparse::IpNumber;
+
+use super::{moved, reason, untouched};
+
+const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr, SocketAddr); 2] = [
+    (pod(4, 5000), vip(10), pod(3, 80), pod(200, 0)),
+    (pod6(4, 5000), vip6(10), pod6(3, 80), pod6(200, 0)),
+];
+
+fn rig(vip: SocketAddr, backup: SocketAddr) -> Result<Rig> {
+    let mut rig = Rig::new()?;
+    rig.apply(&plan(&service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "")?, Open, 5))?;
+    Ok(rig)
+}
+
+/// "Too big" from one host to another, about a packet (a frame, of which the network part is quoted).
+fn too_big(from: SocketAddr, to: SocketAddr, about: &[u8], quoted: usize) -> Vec<u8> {
+    let quote = &about[14..(14 + quoted).min(about.len())];
+    let v4 = from.is_ipv4();
+    let mut icmp = if v4 { vec![3, 4, 0, 0, 0, 0, 5, 0] } else { vec![2, 0, 0, 0, 0, 0, 5, 0] };
+    icmp.extend(quote);
+    let proto = if v4 { IpNumber::ICMP } else { IpNumber::IPV6_ICMP };
+    let ip = Ip::new(from, to, proto, icmp.len(), &[]);
+    let pseudo = match &ip {
+        Ip::V4(_) => Vec::new(),
+        Ip::V6(ip) => {
+            let mut bytes = [ip.source, ip.destination].concat();
+            bytes.extend(u32::try_from(icmp.len()).unwrap().to_be_bytes());
+            bytes.extend([0, 0, 0, 58]);
+            bytes
+        }
+    };
+    let sum: u32 = pseudo
+        .chunks(2)
+        .chain(icmp.chunks(2))
+        .map(|c| u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)])))
+        .sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let check = !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap();
+    icmp[2..4].copy_from_slice(&check.to_be_bytes());
+    ip.frame(MACS, &icmp)
+}
+
+/// The error in a frame: its ends, and what it quotes; its checksums are right.
+fn read(frame: &[u8]) -> Result<((std::net::IpAddr, std::net::IpAddr), Vec<u8>)> {
+    let (_, ip, rest) = Ip::read(frame)?;
+    anyhow::ensure!(icmp_is_valid(&ip, rest), "the ICMP checksum is wrong");
+    Ok((ip.ends(), rest[8..].to_vec()))
+}
+
+#[test]
+fn the_client_knows_its_packet_in_an_error_about_it() -> Result<()> {
+    for (client, vip, backup, router) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let segment = Segment::new(client, vip, SYN);
+        let datagram = Datagram::new(client, vip, b"a question of some length");
+        for (sent, whole) in [(segment.bytes(), 60), (datagram.bytes(), 60), (segment.bytes(), 28), (datagram.bytes(), 28)]
+        {
+            let quoted = if vip.is_ipv4() { whole } else { whole + 20 };
+            let translated = rig.raw_from_pod(&sent)?.bytes;
+            for from in [router, backup] {
+                let ran = rig.raw_to_pod(&too_big(from, client, &translated, quoted))?;
+                let ((source, destination), quote) = read(&ran.bytes)?;
+                let expected = &sent[14..(14 + quoted).min(sent.len())];
+                assert_eq!(quote, expected, "{from} {quoted}");
+                // Its own address it gets to see for the backup's, and any other as it is.
+                assert_eq!(source, if from == backup { vip.ip() } else { router.ip() });
+                assert_eq!(destination, client.ip());
+            }
+        }
+        let name = breaker_agent::model::ServiceName::new("dummy");
+        assert_eq!(rig.datapath.counters(&name)?.icmp_errors, 8);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_backend_knows_its_packet_in_a_clients_error() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        rig.raw_from_pod(&Datagram::new(client, vip, b"?").bytes())?;
+        let answer = Datagram::new(backup, client, b"an answer that nobody waits for").bytes();
+        let got = rig.raw_to_pod(&answer)?.bytes;
+        let ran = rig.raw_from_pod(&too_big(client, vip, &got, 48))?;
+        let (ends, quote) = read(&ran.bytes)?;
+        assert_eq!(ends, (client.ip(), backup.ip()));
+        assert_eq!(quote, &answer[14..(14 + 48).min(answer.len())]);
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_about_others_are_untouched() -> Result<()> {
+    for (client, vip, backup, router) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        rig.raw_from_pod(&Datagram::new(client, vip, b"?").bytes())?;
+        let other = SocketAddr::new(client.ip(), 5001);
+        let about = |from, to| Datagram::new(from, to, b"something").bytes();
+        for packet in [
+            too_big(router, client, &about(other, backup), 48),
+            too_big(router, client, &about(client, router), 48),
+            // A quote that ends before the ports.
+            too_big(router, client, &about(client, backup), if vip.is_ipv4() { 22 } else { 42 }),
+        ] {
+            untouched(&rig.raw_to_pod(&packet)?, &packet, "not ours");
+        }
+        let echo = {
+            let mut packet = too_big(client, vip, &about(client, vip), 40);
+            packet[if vip.is_ipv4() { 34 } else { 54 }] = if vip.is_ipv4() { 8 } else { 128 };
+            packet
+        };
+        untouched(&rig.raw_from_pod(&echo)?, &echo, "an echo request");
+    }
+    Ok(())
+}
+
+/// A datagram in two fragments, as frames.
+fn fragments(datagram: &Datagram, first: usize) -> [Vec<u8>; 2] {
+    let whole = datagram.bytes();
+    let piece = |range: std::ops::Range<usize>, offset: usize, more: bool| {
+        let v4 = datagram.source.is_ipv4();
+        let header = if v4 { 34 } else { 54 };
+        let body = &whole[header + range.start..header + range.end];
+        let mut packet = whole[..header].to_vec();
+        let field = u16::try_from(offset).unwrap() | if v4 { 0x2000 * u16::from(more) } else { u16::from(more) };
+        if v4 {
+            packet[16..18].copy_from_slice(&u16::try_from(20 + body.len()).unwrap().to_be_bytes());
+            let field = (field & 0x2000) | ((field & 0x1fff) / 8);
+            packet[20..22].copy_from_slice(&field.to_be_bytes());
+            packet[24..26].copy_from_slice(&[0, 0]);
+            let (ip, _) = etherparse::Ipv4Header::from_slice(&packet[14..]).unwrap();
+            packet[24..26].copy_from_slice(&ip.calc_header_checksum().to_be_bytes());
+        } else {
+            packet[18..20].copy_from_slice(&u16::try_from(8 + body.len()).unwrap().to_be_bytes());
+            packet[20] = 44;
+            packet.extend([17, 0]);
+            packet.extend(field.to_be_bytes());
+            packet.extend([0, 1, 2, 3]);
+        }
+        packet.extend(body);
+        packet
+    };
+    let length = whole.len() - if datagram.source.is_ipv4() { 34 } else { 54 };
+    [piece(0..first, 0, true), piece(first..length, first, false)]
+}
+
+#[test]
+fn later_fragments_follow_their_first() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let question = Datagram::new(client, vip, &[5; 200]);
+        let [first, second] = fragments(&question, 64);
+        untouched(&rig.raw_from_pod(&second)?, &second, "before its first");
+        assert_eq!(reason(&rig, PassReason::Fragment), 1);
+        let [expected_first, expected_second] = fragments(&Datagram { destination: backup, ..question.clone() }, 64);
+        assert_eq!(rig.raw_from_pod(&first)?.bytes, expected_first);
+        assert_eq!(rig.raw_from_pod(&second)?.bytes, expected_second);
+        // And back.
+        let answer = Datagram::new(backup, client, &[6; 200]);
+        let [first, second] = fragments(&answer, 128);
+        let [expected_first, expected_second] = fragments(&Datagram { source: vip, ..answer }, 128);
+        assert_eq!(rig.raw_to_pod(&first)?.bytes, expected_first);
+        assert_eq!(rig.raw_to_pod(&second)?.bytes, expected_second);
+    }
+    Ok(())
+}
+
+/// A flood of connection requests pushes out nobody who is established.
+#[test]
+fn a_flood_of_requests_pushes_out_requests_only() -> Result<()> {
+    use breaker_agent::datapath::kernel::Sizes;
+    let (client, vip, backup, _) = FAMILIES[0];
+    let mut rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(1024))?;
+    rig.apply(&plan(&service_with("dummy", &[(vip, "TCP")], &[backup], "")?, Open, 5))?;
+    let port = |n: u16| SocketAddr::new(client.ip(), 2000 + n);
+    for n in 0..300 {
+        rig.from_pod(&Segment::new(port(n), vip, SYN))?;
+        rig.to_pod(&Segment::new(backup, port(n), SYN | ACK))?;
+        rig.from_pod(&Segment::new(port(n), vip, ACK))?;
+    }
+    for n in 0..40_000_u16 {
+        let address = std::net::Ipv4Addr::from(0x0a2a_8000 + u32::from(n));
+        rig.from_pod(&Segment::new(SocketAddr::new(address.into(), 7), vip, SYN))?;
+    }
+    for n in 0..300 {
+        let data = Segment::new(port(n), vip, ACK).data(5, 6, b"x");
+        super::is(&rig.from_pod(&data)?, &moved(&data, port(n), backup));
+        let reply = Segment::new(backup, port(n), ACK).data(6, 5, b"y");
+        super::is(&rig.to_pod(&reply)?, &moved(&reply, vip, port(n)));
+    }
+    // Full: what comes now waits among the requests, and works all the same.
+    for n in 300..1300 {
+        rig.from_pod(&Segment::new(port(n), vip, SYN))?;
+        rig.to_pod(&Segment::new(backup, port(n), SYN | ACK))?;
+        let ack = Segment::new(port(n), vip, ACK);
+        super::is(&rig.from_pod(&ack)?, &moved(&ack, port(n), backup));
+    }
+    assert!(reason(&rig, PassReason::FlowTableFull) > 0);
+    assert_eq!(rig.datapath.sweep(None)?.pressure_percent, 100);
+    Ok(())
+}
