@@ -105,9 +105,11 @@ pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
 /// The decision for a flow that goes on, in place. A pending one that was answered is kept from now on.
 #[inline(always)]
 pub fn find_going_on<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
-    if A::flows().get_ptr(key).is_none() {
-        keep(key);
+    if let Some(flow) = A::flows().get_ptr_mut(key) {
+        // SAFETY: as for `find`.
+        return Some(unsafe { &mut *flow });
     }
+    keep(key);
     find(key)
 }
 

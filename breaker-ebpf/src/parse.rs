@@ -3,7 +3,6 @@
 use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
 use network_types::{
     eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
     tcp::TcpHdr,
     udp::UdpHdr,
 };
@@ -178,55 +177,85 @@ pub fn at<A: Family>(packet: &Packet<'_>, l3: usize, segment: &mut Segment<A>) -
     }
 }
 
+/// An IPv4 header (RFC 791, section 3.1), with its fields as they are best read. Numbers are in wire order.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Ipv4 {
+    version_and_length: u8,
+    tos: u8,
+    total_length: u16,
+    id: [u8; 2],
+    fragment: u16,
+    ttl: u8,
+    proto: u8,
+    check: u16,
+    source: V4,
+    destination: V4,
+}
+
 /// See [`Family::parse`].
 #[inline(always)]
 pub fn ipv4(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V4>) -> Result<Kind, PassReason> {
-    let Some(ip) = packet.at::<Ipv4Hdr>(l3) else { return Err(PassReason::Truncated) };
-    // SAFETY: `at` checked the bounds; the header is bytes only, so any alignment and any value will do.
+    let Some(ip) = packet.at::<Ipv4>(l3) else { return Err(PassReason::Truncated) };
+    // SAFETY: `at` checked the bounds; any bytes are a value; `Packet::read` has the word on alignment.
     let ip = unsafe { &*ip };
     if !is_ours::<V4>(ip.proto) {
         return Ok(other(ip.proto));
     }
     // Length of the header in bytes; the mask tells the verifier that it is 60 at the most.
-    let ihl = ((ip.vihl & 0x0f) as usize * 4) & 0x3c;
-    if ip.vihl >> 4 != 4 || ihl < Ipv4Hdr::LEN {
+    let ihl = ((ip.version_and_length & 0x0f) as usize * 4) & 0x3c;
+    if ip.version_and_length >> 4 != 4 || ihl < size_of::<Ipv4>() {
         return Err(PassReason::Truncated);
     }
-    let ends = packet.read::<[V4; 2]>(l3 + V4::SOURCE_AT);
-    let Some([source, destination]) = ends else { return Err(PassReason::Truncated) };
-    (segment.source, segment.destination) = (source, destination);
+    segment.source = ip.source;
+    segment.destination = ip.destination;
     segment.proto = ip.proto;
     segment.l3 = l3 as u32;
-    // RFC 791, section 3.1: more fragments, and the offset of this one.
-    let fragment = u16::from_be_bytes(ip.frags);
-    segment.more = (fragment & 0x2000 != 0) as u8;
-    segment.fragment_id = [0, 0, ip.id[0], ip.id[1]];
-    segment.fragment_proto = ip.proto;
-    if fragment & 0x1fff != 0 {
-        return Ok(Kind::LaterFragment);
+    let fragment = u16::from_be(ip.fragment);
+    segment.more = 0;
+    // More fragments, or the offset of this one.
+    if fragment & 0x3fff != 0 {
+        segment.more = (fragment & 0x2000 != 0) as u8;
+        segment.fragment_id = [0, 0, ip.id[0], ip.id[1]];
+        segment.fragment_proto = ip.proto;
+        if fragment & 0x1fff != 0 {
+            return Ok(Kind::LaterFragment);
+        }
     }
+    let total_length = ip.total_length;
     // What follows the total length is padding, not a header.
-    let length = u16::from_be_bytes(ip.tot_len) as usize;
+    let length = u16::from_be(total_length) as usize;
     let Some(rest) = length.checked_sub(ihl) else { return Err(PassReason::Truncated) };
     transport(packet, l3 + ihl, rest, segment)
+}
+
+/// An IPv6 header (RFC 8200, section 3), as [`Ipv4`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Ipv6 {
+    version: [u8; 4],
+    length: u16,
+    next: u8,
+    hop_limit: u8,
+    source: V6,
+    destination: V6,
 }
 
 /// See [`Family::parse`].
 #[inline(always)]
 pub fn ipv6(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V6>) -> Result<Kind, PassReason> {
-    let Some(ip) = packet.at::<[u8; 40]>(l3) else { return Err(PassReason::Truncated) };
-    // SAFETY: `at` checked the bounds; any bytes are a value.
+    let Some(ip) = packet.at::<Ipv6>(l3) else { return Err(PassReason::Truncated) };
+    // SAFETY: as for IPv4.
     let ip = unsafe { &*ip };
-    if ip[0] >> 4 != 6 {
+    if ip.version[0] >> 4 != 6 {
         return Err(PassReason::Truncated);
     }
-    let mut next = ip[6];
-    let length = u16::from_be_bytes([ip[4], ip[5]]) as usize;
+    let mut next = ip.next;
+    let length = u16::from_be(ip.length) as usize;
     segment.l3 = l3 as u32;
     segment.more = 0;
-    let ends = packet.read::<[V6; 2]>(l3 + V6::SOURCE_AT);
-    let Some([source, destination]) = ends else { return Err(PassReason::Truncated) };
-    (segment.source, segment.destination) = (source, destination);
+    segment.source = ip.source;
+    segment.destination = ip.destination;
     let mut behind = 0;
     for _ in 0..EXTENSIONS {
         if is_ours::<V6>(next) || !is_extension(next) {

@@ -100,7 +100,12 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
     let peer = reset::Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2] };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
-    let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
+    // IPv4's frame has room for both.
+    let mut action = if A::VERSION == 4 {
+        verdict::settle(try_look::<A, OUTSIDE>(packet, l3, segment, &mut case))
+    } else {
+        look::<A, OUTSIDE>(packet, l3, segment, &mut case)
+    };
     if action == Step::Decide as i32 {
         action = decide(packet, segment, &mut case);
     }
