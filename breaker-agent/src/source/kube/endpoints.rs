@@ -17,12 +17,38 @@ pub struct Endpoint {
     pub node: Option<String>,
     /// Its zone.
     pub zone: Option<String>,
+    /// What is the same for all addresses and ports of a pod: its uid or, where a slice does not say, the address.
+    pub pod: String,
     ready: bool,
     serving: bool,
     terminating: bool,
 }
 
-/// A Service's endpoints for one port, IPv4 only so far.
+/// An IP family, as an EndpointSlice has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// RFC 791.
+    V4,
+    /// RFC 8200.
+    V6,
+}
+
+impl Family {
+    /// An address's.
+    #[must_use]
+    pub const fn of(address: SocketAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    const fn address_type(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+}
+
+/// A Service's endpoints for one port, of one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Endpoints {
     /// The pods' port, if a slice has it.
@@ -31,16 +57,16 @@ pub struct Endpoints {
 }
 
 impl Endpoints {
-    /// Of the port with this name (`None` and the empty one are the same: a Service's only port needs no name).
+    /// Of the port with this name and protocol (`None` and the empty name are the same: a Service's only port needs none).
     #[must_use]
-    pub fn of(slices: &[Arc<EndpointSlice>], port_name: Option<&str>) -> Self {
+    pub fn of(slices: &[Arc<EndpointSlice>], port_name: Option<&str>, protocol: &str, family: Family) -> Self {
         let mut found = Self::default();
         // An endpoint may be in two slices for a moment, while it is moved.
         let mut by_address: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-        for slice in slices.iter().filter(|slice| slice.address_type == "IPv4") {
+        for slice in slices.iter().filter(|slice| slice.address_type == family.address_type()) {
             let name = |p: &&SlicePort| {
                 p.name.as_deref().unwrap_or_default() == port_name.unwrap_or_default()
-                    && p.protocol.as_deref().unwrap_or("TCP") == "TCP"
+                    && p.protocol.as_deref().unwrap_or("TCP") == protocol
             };
             let Some(port) = slice.ports.iter().find(name).and_then(|p| u16::try_from(p.port?).ok()) else {
                 continue;
@@ -57,6 +83,7 @@ impl Endpoints {
                     address,
                     node: endpoint.node_name.clone(),
                     zone: endpoint.zone.clone(),
+                    pod: endpoint.target_ref.as_ref().and_then(|r| r.uid.clone()).unwrap_or_else(|| ip.to_string()),
                     ready,
                     serving: conditions.serving.unwrap_or(ready),
                     terminating: conditions.terminating.unwrap_or(false),
@@ -111,6 +138,10 @@ mod tests {
         )
     }
 
+    fn v4(slices: &[Arc<EndpointSlice>], name: Option<&str>) -> Endpoints {
+        Endpoints::of(slices, name, "TCP", Family::V4)
+    }
+
     fn addresses<'a>(endpoints: impl Iterator<Item = &'a Endpoint>) -> Vec<String> {
         endpoints.map(|e| e.address.to_string()).collect()
     }
@@ -123,7 +154,7 @@ mod tests {
             {"addresses": ["10.0.0.3"], "conditions": {"ready": false, "serving": false, "terminating": false}},
             {"addresses": ["10.0.0.4"]},
         ]));
-        let endpoints = Endpoints::of(&[slice], None);
+        let endpoints = v4(&[slice], None);
         assert_eq!(addresses(endpoints.usable()), ["10.0.0.1:80", "10.0.0.4:80"]);
         assert_eq!(addresses(endpoints.draining()), ["10.0.0.2:80", "10.0.0.3:80"]);
     }
@@ -134,15 +165,15 @@ mod tests {
             {"addresses": ["10.0.0.2"], "conditions": {"ready": false, "serving": true, "terminating": true}},
             {"addresses": ["10.0.0.3"], "conditions": {"ready": false, "serving": false, "terminating": true}},
         ]));
-        assert_eq!(addresses(Endpoints::of(&[slice], None).usable()), ["10.0.0.2:80"]);
+        assert_eq!(addresses(v4(&[slice], None).usable()), ["10.0.0.2:80"]);
     }
 
     #[test]
     fn a_port_goes_by_its_name_and_a_copy_in_another_slice_counts_once() {
         let one = slice(serde_json::json!([{"addresses": ["10.0.0.1"], "conditions": {"ready": false}}]));
         let two = slice(serde_json::json!([{"addresses": ["10.0.0.1"]}]));
-        let endpoints = Endpoints::of(&[one.clone(), two], Some(""));
+        let endpoints = v4(&[one.clone(), two], Some(""));
         assert_eq!(addresses(endpoints.usable()), ["10.0.0.1:80"]);
-        assert_eq!(Endpoints::of(&[one], Some("metrics")), Endpoints::default());
+        assert_eq!(v4(&[one], Some("metrics")), Endpoints::default());
     }
 }

@@ -118,6 +118,16 @@ pub struct SliceEndpoint {
     pub node_name: Option<String>,
     /// Where that is.
     pub zone: Option<String>,
+    /// The pod that it is.
+    pub target_ref: Option<TargetRef>,
+}
+
+/// What an endpoint stands for.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct TargetRef {
+    /// Unique in space and time.
+    pub uid: Option<String>,
 }
 
 /// How an endpoint is; absent means ready, serving as ready, not terminating.

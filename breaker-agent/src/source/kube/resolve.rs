@@ -14,7 +14,7 @@ use kube::ResourceExt as _;
 
 use super::{
     api::{Backup, Check, CircuitBreaker, CircuitBreakerSpec, GROUP, Override, Port, ReferenceGrant, Topology},
-    endpoints::{Endpoint, Endpoints},
+    endpoints::{Endpoint, Endpoints, Family},
     objects::{EndpointSlice, Service, ServicePort},
     policy::Policies,
     wish::{self, Key, Owner, OwnerKind, Wish},
@@ -261,19 +261,83 @@ impl<'a> Work<'a> {
             self.subject.pending = true;
             return Ok(());
         }
+        match self.legs(now, &key, service, &ports, &backups) {
+            Ok(legs) => {
+                if let Some((port, service)) = self.join(&key, legs) {
+                    self.subject.ports.insert(port, service);
+                }
+            }
+            Err(message) => self.subject.accepted = refuse("Invalid", message),
+        }
+        Ok(())
+    }
+
+    /// Every port in every family, those with TCP first: what is checked is a pod's first port.
+    fn legs(
+        &mut self,
+        now: Timestamp,
+        key: &Key,
+        service: &Service,
+        ports: &[&ServicePort],
+        backups: &[Found<'_>],
+    ) -> Result<Vec<Leg>, String> {
+        let mut ports = ports.to_vec();
+        ports.sort_by_key(|port| port.protocol() != "TCP");
+        let families = if service.spec.cluster_ip.contains(':') {
+            [Family::V6, Family::V4]
+        } else {
+            [Family::V4, Family::V6]
+        };
+        let checked = self.spec.check.as_ref().is_some_and(|check| !names_a_port(check));
+        if checked && ports.first().is_some_and(|port| port.protocol() != "TCP") {
+            return Err(format!(
+                "check: no TCP port of Service {key} is protected, so nothing says which one is asked; allowed: a check with a port"
+            ));
+        }
+        let mut legs = Vec::new();
         for port in ports {
-            match self.port(now, &key, service, port, &backups) {
-                Ok(Some(service)) => drop(self.subject.ports.insert(port.port, service)),
-                Ok(None) => {}
-                Err(Problem::Ref(refusal)) => self.subject.resolved = Err(refusal),
-                Err(Problem::Invalid(message)) => {
-                    self.subject.accepted = refuse("Invalid", message);
-                    self.subject.ports.clear();
-                    return Ok(());
+            for family in families {
+                match self.leg(now, key, service, port, family, backups) {
+                    Ok(leg) => legs.extend(leg),
+                    // A port that cannot be backed up leaves the others alone.
+                    Err(Problem::Ref(refusal)) => self.subject.resolved = Err(refusal),
+                    Err(Problem::Invalid(message)) => return Err(message),
                 }
             }
         }
-        Ok(())
+        Ok(legs)
+    }
+
+    /// One service of all legs. The first one whose pods are there gives the backends their addresses; what the others call
+    /// them is in routes.
+    fn join(&mut self, key: &Key, mut legs: Vec<Leg>) -> Option<(i32, model::Service)> {
+        if legs.is_empty() {
+            self.note(format!("Service {key} has no address yet"));
+            return None;
+        }
+        let first = legs.iter().position(|leg| !leg.service.primary.backends.is_empty()).unwrap_or(0);
+        let base = legs.remove(first);
+        let mut service = base.service;
+        let identities: HashMap<&str, SocketAddr> =
+            base.pods.iter().map(|(address, pod)| (pod.as_str(), *address)).collect();
+        for leg in &legs {
+            let backends = leg
+                .pods
+                .iter()
+                .filter_map(|(address, pod)| Some((*identities.get(pod.as_str())?, *address)))
+                .collect::<BTreeMap<_, _>>();
+            let backups = service.backups.iter().flat_map(|tier| &tier.backends);
+            let named = backups.clone().filter(|b| backends.contains_key(&b.address)).count();
+            if named < backups.count() {
+                let shown: Vec<String> = leg.service.frontends.iter().map(ToString::to_string).collect();
+                let note = format!("not all pods of the backups can be reached from {}", shown.join(", "));
+                self.note(note);
+            }
+            service.frontends.extend(&leg.service.frontends);
+            service.routes.push(model::Route { frontends: leg.service.frontends.clone(), backends });
+        }
+        service.name = engine_name(key, base.port);
+        Some((base.port, service))
     }
 
     /// The ports to protect.
@@ -293,38 +357,40 @@ impl<'a> Work<'a> {
             return refuse("Headless", message);
         }
         let all = spec.ports.as_slice();
-        let tcp = |port: &&ServicePort| port.protocol() == "TCP";
         let Some(wanted) = &self.spec.service.ports else {
-            let others: Vec<String> =
-                all.iter().filter(|port| !tcp(port)).map(|port| format!("{}/{}", port.port, port.protocol())).collect();
+            let others: Vec<String> = all
+                .iter()
+                .filter(|port| protocol_of(port).is_none())
+                .map(|port| format!("{}/{}", port.port, port.protocol()))
+                .collect();
             if !others.is_empty() {
-                self.subject.notes.push(format!("not protected, TCP only so far: {}", others.join(", ")));
+                self.subject.notes.push(format!("not protected, TCP and UDP only: {}", others.join(", ")));
             }
-            let ports: Vec<_> = all.iter().filter(tcp).collect();
+            let ports: Vec<_> = all.iter().filter(|port| protocol_of(port).is_some()).collect();
             if ports.is_empty() {
-                return refuse("ProtocolNotSupported", format!("Service {key} has no TCP port"));
+                return refuse("ProtocolNotSupported", format!("Service {key} has no TCP or UDP port"));
             }
             return Ok(ports);
         };
-        wanted
-            .iter()
-            .map(|wanted| {
-                let Some(port) = all.iter().find(|port| is_named(port, wanted)) else {
-                    return refuse(
-                        "PortNotFound",
-                        format!("Service {key} has no port {wanted}; it has {}", names_of(all)),
-                    );
-                };
-                if !tcp(&port) {
-                    let protocol = port.protocol();
-                    return refuse(
-                        "ProtocolNotSupported",
-                        format!("port {wanted} of Service {key} is {protocol}; allowed so far: TCP"),
-                    );
-                }
-                Ok(port)
-            })
-            .collect()
+        let mut chosen = Vec::new();
+        for wanted in wanted {
+            let named: Vec<_> = all.iter().filter(|port| is_named(port, wanted)).collect();
+            if named.is_empty() {
+                let message = format!("Service {key} has no port {wanted}; it has {}", names_of(all));
+                return refuse("PortNotFound", message);
+            }
+            // A number may be a TCP and a UDP port.
+            let known: Vec<_> = named.iter().filter(|port| protocol_of(port).is_some()).copied().collect();
+            if known.is_empty() {
+                let message = format!(
+                    "port {wanted} of Service {key} is {}; allowed: TCP, UDP",
+                    named.first().map_or("", |port| port.protocol())
+                );
+                return refuse("ProtocolNotSupported", message);
+            }
+            chosen.extend(known);
+        }
+        Ok(chosen)
     }
 
     /// The backups that exist and may be used. What is wrong with the others goes to `resolved`.
@@ -377,21 +443,22 @@ impl<'a> Work<'a> {
         })
     }
 
-    /// One protected port; `None` where it has no address of a family that is handled.
-    fn port(
+    /// One protected port in one family; `None` where the Service has no address of the family.
+    fn leg(
         &mut self,
         now: Timestamp,
         key: &Key,
         service: &Service,
         port: &ServicePort,
+        family: Family,
         backups: &[Found<'_>],
-    ) -> Result<Option<model::Service>, Problem> {
-        let frontends = self.frontends(service, port);
+    ) -> Result<Option<Leg>, Problem> {
+        let Some(protocol) = protocol_of(port) else { return Ok(None) };
+        let frontends = self.frontends(service, port, protocol, family);
         if frontends.is_empty() {
-            self.subject.notes.push(format!("port {} has no IPv4 address", port.port));
             return Ok(None);
         }
-        let primary = Endpoints::of(&self.world.endpoints[key], port.name.as_deref());
+        let primary = Endpoints::of(&self.world.endpoints[key], port.name.as_deref(), protocol.name(), family);
         let override_ = match self.spec.until {
             Some(until) if until <= now => Override::Auto,
             _ => self.spec.r#override,
@@ -401,7 +468,8 @@ impl<'a> Work<'a> {
             let slices = &self.world.endpoints[key];
             // A Service without endpoints has slices without ports: nobody will be asked, so any number does.
             let nobody = slices.iter().all(|slice| slice.endpoints.is_empty());
-            let number = |name: &str| Endpoints::of(slices, Some(name)).port.or(nobody.then_some(1));
+            let of = |name: &str, family| Endpoints::of(slices, Some(name), "TCP", family).port;
+            let number = |name: &str| of(name, Family::V4).or(of(name, Family::V6)).or(nobody.then_some(1));
             numbered(check, number).map(Some).map_err(|name| {
                 Problem::Ref(Refusal {
                     reason: "PortNotFound",
@@ -433,26 +501,27 @@ impl<'a> Work<'a> {
             self.policies.get(self.spec, override_, primary_check.as_ref(), &checks).map_err(Problem::Invalid)?;
         let avoid: BTreeSet<SocketAddr> =
             primary.all().map(|e| e.address).chain(frontends.iter().map(|f| f.address)).collect();
+        let mut pods: BTreeMap<SocketAddr, String> = primary.all().map(|e| (e.address, e.pod.clone())).collect();
         let mut backup_tiers = Vec::new();
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
             let mut pools = Vec::new();
             for found in members {
-                let endpoints = self.backup_endpoints(found, port)?;
+                let endpoints = self.backup_endpoints(found, port, protocol, family)?;
+                pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
                 let shared = endpoints.all().filter(|e| avoid.contains(&e.address)).count();
                 if shared > 0 {
                     let note = format!(
                         "{shared} pods of {} are pods of the primary too, and are left out as backup",
                         found.key
                     );
-                    self.subject.notes.push(note);
+                    self.note(note);
                 }
                 pools.push((found, endpoints.without(&avoid)));
             }
             let name = members.iter().map(|found| self.shown(&found.key)).collect::<Vec<_>>().join("+");
             backup_tiers.extend(self.split(&name, &pools, model));
         }
-        Ok(Some(model::Service {
-            name: engine_name(key, port.port),
+        let service = model::Service {
             frontends,
             primary: Tier {
                 name: self.shown(key),
@@ -463,7 +532,15 @@ impl<'a> Work<'a> {
             backups: backup_tiers,
             settle: SETTLE,
             ..template.as_ref().clone()
-        }))
+        };
+        Ok(Some(Leg { port: port.port, service, pods }))
+    }
+
+    /// Something to tell, once.
+    fn note(&mut self, note: String) {
+        if !self.subject.notes.contains(&note) {
+            self.subject.notes.push(note);
+        }
     }
 
     /// A Service's name as this one's owner would write it.
@@ -472,7 +549,13 @@ impl<'a> Work<'a> {
     }
 
     /// Where clients connect to.
-    fn frontends(&mut self, service: &Service, port: &ServicePort) -> Vec<Frontend> {
+    fn frontends(
+        &mut self,
+        service: &Service,
+        port: &ServicePort,
+        protocol: Protocol,
+        family: Family,
+    ) -> Vec<Frontend> {
         let spec = &service.spec;
         let number = u16::try_from(port.port).unwrap_or_default();
         let cluster = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
@@ -481,10 +564,7 @@ impl<'a> Work<'a> {
         // netfilter drops sources out of the range before they are translated; we would be earlier than it.
         let limited = !spec.load_balancer_source_ranges.is_empty();
         if limited && !service.status.load_balancer.ingress.is_empty() {
-            let note = "addresses of its load balancer are not protected: it has loadBalancerSourceRanges";
-            if !self.subject.notes.iter().any(|n| n == note) {
-                self.subject.notes.push(note.into());
-            }
+            self.note("addresses of its load balancer are not protected: it has loadBalancerSourceRanges".into());
         }
         let balancers = balancers.filter(|_| !limited);
         // With ipMode Proxy the packets come with the balancer's own idea of a destination.
@@ -498,20 +578,20 @@ impl<'a> Work<'a> {
         if let Some(node_port) = port.node_port.and_then(|p| u16::try_from(p).ok()).filter(|p| *p > 0) {
             addresses.extend(self.world.node.addresses.iter().map(|ip| SocketAddr::new(*ip, node_port)));
         }
-        if addresses.iter().any(SocketAddr::is_ipv6) {
-            let note = "IPv6 addresses of the Service are not protected yet: their packets pass untouched";
-            if !self.subject.notes.iter().any(|n| n == note) {
-                self.subject.notes.push(note.into());
-            }
-        }
-        let v4 = addresses.into_iter().filter(SocketAddr::is_ipv4);
-        v4.map(|address| Frontend { address, protocol: Protocol::Tcp }).collect()
+        let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
+        ours.map(|address| Frontend { address, protocol }).collect()
     }
 
     /// A backup's endpoints for a protected port.
-    fn backup_endpoints(&self, found: &Found<'_>, port: &ServicePort) -> Result<Endpoints, Problem> {
+    fn backup_endpoints(
+        &self,
+        found: &Found<'_>,
+        port: &ServicePort,
+        protocol: Protocol,
+        family: Family,
+    ) -> Result<Endpoints, Problem> {
         let ports: Vec<&ServicePort> =
-            found.service.spec.ports.iter().filter(|port| port.protocol() == "TCP").collect();
+            found.service.spec.ports.iter().filter(|port| port.protocol() == protocol.name()).collect();
         let by = |wanted: &Port| ports.iter().find(|p| is_named(p, wanted)).copied();
         let chosen = match &found.wish.port {
             Some(wanted) => by(wanted),
@@ -529,10 +609,14 @@ impl<'a> Work<'a> {
             );
             return Err(Problem::Ref(Refusal {
                 reason: "PortNotFound",
-                message: format!("Service {} has no TCP port that could stand in for {wanted}", found.key),
+                message: format!(
+                    "Service {} has no {} port that could stand in for {wanted}",
+                    found.key,
+                    protocol.name()
+                ),
             }));
         };
-        Ok(Endpoints::of(&self.world.endpoints[&found.key], chosen.name.as_deref()))
+        Ok(Endpoints::of(&self.world.endpoints[&found.key], chosen.name.as_deref(), protocol.name(), family))
     }
 
     /// A priority's endpoints, as one tier or, where the near ones are preferred, as several.
@@ -598,6 +682,15 @@ fn shares(pools: &[(&&Found<'_>, Endpoints)], wanted: impl Fn(&Endpoint) -> bool
         .collect()
 }
 
+/// A Service's port in one family.
+struct Leg {
+    port: i32,
+    /// As if it were the only one; without a name.
+    service: model::Service,
+    /// The pods behind the addresses, those of primary and backups, those that drain included.
+    pods: BTreeMap<SocketAddr, String>,
+}
+
 enum Problem {
     Ref(Refusal),
     Invalid(String),
@@ -608,6 +701,21 @@ fn is_named(port: &ServicePort, wanted: &Port) -> bool {
         Port::Number(number) => i64::from(port.port) == *number,
         Port::Name(name) => port.name.as_ref() == Some(name),
     }
+}
+
+fn protocol_of(port: &ServicePort) -> Option<Protocol> {
+    match port.protocol() {
+        "TCP" => Some(Protocol::Tcp),
+        "UDP" => Some(Protocol::Udp),
+        _ => None,
+    }
+}
+
+/// Whether a check says which port it asks.
+fn names_a_port(check: &Check) -> bool {
+    check.http_get.as_ref().is_some_and(|action| action.port.is_some())
+        || check.tcp_socket.as_ref().is_some_and(|action| action.port.is_some())
+        || check.grpc.as_ref().is_some_and(|action| action.port.is_some())
 }
 
 fn names_of(ports: &[ServicePort]) -> String {

@@ -189,12 +189,12 @@ fn what_refers_to_nothing_is_named() {
                 lab.service(
                     "lab",
                     "dummy",
-                    json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "UDP" }] }),
+                    json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "SCTP" }] }),
                     json!({}),
                 );
             }),
             spec(),
-            "no TCP port",
+            "no TCP or UDP port",
         ),
     ];
     for (reason, change, spec, words) in rows {
@@ -265,15 +265,69 @@ fn every_address_of_a_service_is_a_frontend() {
     let subject = lab.only();
     assert_eq!(
         frontends(&subject.ports[&8080]),
-        ["10.43.0.1:8080", "192.0.2.1:30080", "198.51.100.7:8080", "203.0.113.9:8080"]
+        ["10.43.0.1:8080", "192.0.2.1:30080", "198.51.100.7:8080", "203.0.113.9:8080", "[fd43::1]:8080"]
     );
-    assert!(subject.notes.iter().any(|note| note.contains("IPv6")), "{:?}", subject.notes);
+    let note = "not all pods of the backups can be reached from [fd43::1]:8080/TCP";
+    assert!(subject.notes.iter().any(|n| n == note), "{:?}", subject.notes);
+}
+
+/// Both families and all ports are one service, whose pods are known by one address each.
+#[test]
+fn both_families_and_all_ports_have_one_state() {
+    let mut lab = Lab::new().with_breaker(spec());
+    let ports = json!([{ "name": "dns", "port": 53, "protocol": "UDP" }, { "name": "http", "port": 8080 }]);
+    let dual = |ips: [&str; 2]| json!({ "clusterIP": ips[0], "clusterIPs": ips, "ports": ports });
+    lab.0.endpoints.clear();
+    for (name, ips, pods) in [
+        ("dummy", ["10.43.0.1", "fd43::1"], ["10.42.0.1", "fd42::1"]),
+        ("backup", ["10.43.0.2", "fd43::2"], ["10.42.0.3", "fd42::3"]),
+    ] {
+        lab.service("lab", name, dual(ips), json!({}));
+        for (family, pod) in ["IPv4", "IPv6"].into_iter().zip(pods) {
+            let slice: EndpointSlice = serde_json::from_value(json!({
+                "metadata": { "namespace": "lab", "name": format!("{name}-{family}") }, "addressType": family,
+                "ports": [{ "name": "dns", "port": 5353, "protocol": "UDP" }, { "name": "http", "port": 80, "protocol": "TCP" }],
+                "endpoints": [{ "addresses": [pod], "targetRef": { "uid": name } }],
+            }))
+            .unwrap();
+            lab.0.endpoints.entry(Key::new("lab", name)).or_default().push(Arc::new(slice));
+        }
+    }
+    let subject = lab.only();
+    assert_eq!((subject.resolved.clone(), subject.notes.clone()), (Ok(()), vec![]));
+    assert_eq!(subject.ports.len(), 1);
+    let service = &subject.ports[&8080];
+    assert_eq!(
+        frontends(service),
+        ["10.43.0.1:8080", "[fd43::1]:8080", "10.43.0.1:53", "[fd43::1]:53"],
+        "what is checked comes first"
+    );
+    assert_eq!(addresses(&service.primary), ["10.42.0.1:80"]);
+    assert_eq!(addresses(&service.backups[0]), ["10.42.0.3:80"]);
+    let reached: Vec<String> = service
+        .frontends
+        .iter()
+        .map(|f| service.reach(f, "10.42.0.3:80".parse().unwrap()).unwrap().to_string())
+        .collect();
+    assert_eq!(reached, ["10.42.0.3:80", "[fd42::3]:80", "10.42.0.3:5353", "[fd42::3]:5353"]);
+}
+
+#[test]
+fn a_check_of_datagrams_only_must_say_its_port() {
+    let udp = json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "UDP" }] });
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.service("lab", "dummy", udp.clone(), json!({}));
+    assert_eq!(refusal(&lab.only()).0, "Invalid");
+    let mut lab = Lab::new().with_breaker(with(|s| s["check"]["httpGet"]["port"] = json!(8080)));
+    lab.service("lab", "dummy", udp, json!({}));
+    // Refused for the backup's sake only: it has no UDP port here.
+    assert_eq!(refusal(&lab.only()).0, "PortNotFound");
 }
 
 #[test]
 fn ports_are_found_by_name_by_number_or_by_being_the_only_one() {
     let mut lab = Lab::new().with_breaker(with(|s| s["check"]["httpGet"]["port"] = json!("admin")));
-    lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "name": "http", "port": 8080 }, { "name": "admin", "port": 9000 }, { "name": "dns", "port": 53, "protocol": "UDP" }] }), json!({}));
+    lab.service("lab", "dummy", json!({ "clusterIP": "10.43.0.1", "ports": [{ "name": "http", "port": 8080 }, { "name": "admin", "port": 9000 }] }), json!({}));
     lab.0.endpoints.remove(&Key::new("lab", "dummy"));
     lab.slice("lab", "dummy", "http", 80, json!([{ "addresses": ["10.42.0.1"] }]));
     lab.slice("lab", "dummy", "admin", 9001, json!([{ "addresses": ["10.42.0.1"] }]));
@@ -288,18 +342,19 @@ fn ports_are_found_by_name_by_number_or_by_being_the_only_one() {
     lab.slice("lab", "backup", "admin", 9002, json!([{ "addresses": ["10.42.0.3"] }]));
     let subject = lab.only();
     assert_eq!(subject.resolved, Ok(()));
-    assert_eq!(subject.ports.keys().copied().collect::<Vec<_>>(), [8080, 9000]);
-    assert_eq!(addresses(&subject.ports[&8080].primary), ["10.42.0.1:80"]);
-    assert_eq!(addresses(&subject.ports[&8080].backups[0]), ["10.42.0.3:81"]);
-    assert_eq!(addresses(&subject.ports[&9000].backups[0]), ["10.42.0.3:9002"]);
-    assert!(subject.notes.iter().any(|note| note.contains("53/UDP")), "{:?}", subject.notes);
+    assert_eq!(subject.ports.keys().copied().collect::<Vec<_>>(), [8080], "one state, under its first port");
+    let service = &subject.ports[&8080];
+    assert_eq!(addresses(&service.primary), ["10.42.0.1:80"]);
+    assert_eq!(addresses(&service.backups[0]), ["10.42.0.3:81"]);
+    let admin = service.frontends.iter().find(|f| f.address.port() == 9000).unwrap();
+    assert_eq!(service.reach(admin, "10.42.0.3:81".parse().unwrap()), "10.42.0.3:9002".parse().ok());
     // A name in the check is the pods' number of it, each tier's own.
     let port = |tier: &model::Tier| match &tier.check.as_ref().unwrap().action {
         model::CheckAction::HttpGet { port, .. } => *port,
         _ => None,
     };
-    assert_eq!(port(&subject.ports[&8080].primary), Some(9001));
-    assert_eq!(port(&subject.ports[&8080].backups[0]), Some(9002));
+    assert_eq!(port(&service.primary), Some(9001));
+    assert_eq!(port(&service.backups[0]), Some(9002));
 }
 
 #[test]
