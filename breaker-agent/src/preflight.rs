@@ -166,7 +166,7 @@ pub fn socket_load_balancer() -> Option<String> {
     let found = names.find(|name| SOCKET_LB.iter().any(|known| name.starts_with(known)))?;
     Some(format!(
         "the program {found} translates Services' addresses in connect(2), before there is a packet to redirect; \
-         with Cilium, set socketLB.hostNamespaceOnly=true"
+         with Cilium, socketLB.hostNamespaceOnly=true leaves pods' connections alone (whether it is set cannot be told from here)"
     ))
 }
 

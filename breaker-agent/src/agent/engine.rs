@@ -23,7 +23,7 @@ use crate::{
     },
     health::Health,
     model::{Backend, EstablishedPolicy, Frontend, Override, Service, ServiceName},
-    pool,
+    pool::{self, TierHealth},
 };
 
 /// The two clocks: one that never goes back, for deciding; the world's, for people.
@@ -116,6 +116,8 @@ struct Running {
     lingering: Vec<Frontend>,
     /// Taken over from an earlier agent: flows to backends that are not known here are to end, whichever they were.
     only_known: bool,
+    /// When the last new backend of the primary is new no longer.
+    settles_at: Option<Instant>,
     /// Backends of a backup that are gone, whose flows are to go with them.
     gone: BTreeSet<SocketAddr>,
     /// The last write failed, so what is in the maps is not quite what was applied before it.
@@ -276,6 +278,9 @@ impl<D: Datapath> Engine<D> {
         for name in &names {
             self.settle_override(now, name);
             self.react(now, name, |breaker, _| breaker.tick(now.mono));
+            if self.services.get_mut(name).is_some_and(|running| running.has_settled(now)) {
+                self.react(now, name, |breaker, health| breaker.set_primary(now.mono, health));
+            }
         }
         if now.mono >= self.next_sweep {
             self.sweep(now);
@@ -293,7 +298,8 @@ impl<D: Datapath> Engine<D> {
             let override_ = running
                 .override_until
                 .map(|until| now.mono + Duration::try_from(until.duration_since(now.unix)).unwrap_or(Duration::ZERO));
-            for deadline in [running.breaker.next_deadline(), running.retry_at, ramp, override_].into_iter().flatten() {
+            let deadlines = [running.breaker.next_deadline(), running.retry_at, ramp, override_, running.settles_at];
+            for deadline in deadlines.into_iter().flatten() {
                 next = next.min(deadline);
             }
         }
@@ -470,7 +476,7 @@ impl<D: Datapath> Engine<D> {
         input: impl FnOnce(&mut Breaker, pool::TierHealth) -> Option<Transition>,
     ) {
         let Some(running) = self.services.get_mut(name) else { return };
-        let health = pool::judge(&running.service.primary, &running.settled_healths(now));
+        let health = running.primary_health(now);
         let Some(transition) = input(&mut running.breaker, health) else { return };
         running.stale = true;
         running.epoch = running.epoch.wrapping_add(1);
@@ -759,6 +765,7 @@ impl Running {
             retry_at: None,
             leaving: false,
             lingering: Vec::new(),
+            settles_at: None,
             gone: BTreeSet::new(),
             only_known: adopted.is_some(),
             dirty: false,
@@ -803,6 +810,8 @@ impl Running {
                     .collect()
             })
             .collect();
+        let newest = self.tiers.first().into_iter().flatten().map(|b| b.born).max();
+        self.settles_at = newest.filter(|born| *born > Instant::ZERO).map(|born| born + service.settle);
         let (before, after) = (known_backends(&self.service), known_backends(&service));
         self.gone.extend(before.difference(&after));
         self.gone.retain(|address| !after.contains(address));
@@ -812,6 +821,15 @@ impl Running {
         let before = std::mem::replace(&mut self.service, service).frontends;
         self.lingering.extend(before);
         self.lingering.retain(|frontend| !self.service.frontends.contains(frontend));
+    }
+
+    /// Whether the primary's new backends are new no longer, since the last question.
+    fn has_settled(&mut self, now: Now) -> bool {
+        let settled = self.settles_at.is_some_and(|at| at <= now.mono);
+        if settled {
+            self.settles_at = None;
+        }
+        settled
     }
 
     fn healths(&self, tier: usize) -> Vec<Health> {
@@ -847,12 +865,20 @@ impl Running {
         }
     }
 
-    /// The primary's, as they count for the breaker: a pass of a backend that is new says nothing yet.
-    fn settled_healths(&self, now: Now) -> Vec<Health> {
+    /// The primary's, as it counts for the breaker: that a backend which is new is well says nothing yet.
+    fn primary_health(&self, now: Now) -> TierHealth {
         let settle = self.service.settle;
         let new = |b: &BackendState| b.born > Instant::ZERO && now.mono.saturating_sub(b.born) < settle;
+        let primary = &self.service.primary;
+        let tier = self.tiers.first().map(Vec::as_slice).unwrap_or_default();
         let health = |b: &BackendState| if b.health == Health::Up && new(b) { Health::Unknown } else { b.health };
-        self.tiers.first().map(|tier| tier.iter().map(health).collect()).unwrap_or_default()
+        let judged = pool::judge(primary, &tier.iter().map(health).collect::<Vec<_>>());
+        let old = tier.iter().filter(|b| !new(b)).count();
+        // Without a check all count as Up, as soon as they are no longer new.
+        if judged == TierHealth::Up && primary.check.is_none() && old < primary.min_healthy.clamp(1, tier.len().max(1)) {
+            return TierHealth::Unknown;
+        }
+        judged
     }
 
     fn active_backup(&self) -> Option<(usize, Vec<Backend>)> {

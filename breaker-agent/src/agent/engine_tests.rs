@@ -351,6 +351,33 @@ fn a_new_pod_that_is_well_closes_only_once_kube_proxy_had_its_time() {
     probe(&mut e, 5100, 0, CheckCode::L7Ok);
     probe(&mut e, 6900, 0, CheckCode::L7Ok);
     assert_eq!(state(&e).0, Open);
-    probe(&mut e, 7100, 0, CheckCode::L7Ok);
+    e.tick(at(6900));
+    assert_eq!((state(&e).0, e.next_deadline(at(6900))), (Open, at(7000).mono), "it does not wait for the next probe");
+    e.tick(at(7000));
+    assert_eq!(state(&e).0, Closed);
+}
+
+/// The same where nothing is checked: an endpoint that shows is well, once it is known everywhere.
+#[test]
+fn a_new_pod_of_an_unchecked_primary_has_to_settle_too() {
+    let with = |backends: bool| {
+        let mut services = services("");
+        services[0].settle = Duration::from_secs(2);
+        services[0].primary.check = None;
+        if !backends {
+            services[0].primary.backends.clear();
+        }
+        services
+    };
+    let mut e = Engine::new(FakeDatapath::default(), at(0)).unwrap();
+    e.configure(at(0), with(true));
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Closed);
+    e.configure(at(1000), with(false));
+    assert_eq!(state(&e).0, Open);
+    e.configure(at(5000), with(true));
+    e.tick(at(6900));
+    assert_eq!(state(&e).0, Open);
+    e.tick(at(7000));
     assert_eq!(state(&e).0, Closed);
 }

@@ -41,6 +41,8 @@ use crate::{
 const BEAT: Duration = Duration::from_secs(1);
 /// How often the ring buffer is looked into without being woken.
 const LOOK: Duration = Duration::from_millis(500);
+/// Heartbeats between two looks for a socket load balancer.
+const LOOK_AROUND: u32 = 30;
 /// The least between two looks at what time alone changes.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -136,6 +138,7 @@ pub async fn run(options: Options) -> Result<()> {
         service_count: None,
         update: Arc::default(),
         incompatible: preflight::socket_load_balancer(),
+        beats: 0,
         handover: None,
         unreported: true,
         reported_changes: 0,
@@ -232,6 +235,7 @@ struct Agent {
     update: Arc<Update>,
     /// What hides VIPs from the programs.
     incompatible: Option<String>,
+    beats: u32,
     /// Until when the last word is to hold without us.
     handover: Option<Duration>,
     /// Something that others might want to know has changed.
@@ -326,6 +330,12 @@ impl Agent {
     }
 
     fn beat(&mut self) {
+        self.beats = self.beats.wrapping_add(1);
+        if self.beats.is_multiple_of(LOOK_AROUND) {
+            let found = preflight::socket_load_balancer();
+            self.unreported |= found != self.incompatible;
+            self.incompatible = found;
+        }
         let unix_ns = u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0);
         let now = self.clock.now().mono;
         let mut lease = self.config.lease;

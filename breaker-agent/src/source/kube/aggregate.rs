@@ -51,10 +51,11 @@ impl<'a> News<'a> {
         news
     }
 
-    fn of(&self, owner: &Owner) -> BTreeMap<usize, Vec<&'a ReportedService>> {
+    /// What is said of this very object: not of an earlier one with its name.
+    fn of(&self, owner: &Owner, uid: &str) -> BTreeMap<usize, Vec<&'a ReportedService>> {
         let key = (owner.kind.label(), owner.key.namespace.as_str(), owner.key.name.as_str());
         let mut by_node: BTreeMap<usize, Vec<&ReportedService>> = BTreeMap::new();
-        for (index, service) in self.by_owner.get(&key).into_iter().flatten() {
+        for (index, service) in self.by_owner.get(&key).into_iter().flatten().filter(|(_, s)| s.uid == uid) {
             by_node.entry(*index).or_default().push(service);
         }
         by_node
@@ -117,7 +118,7 @@ pub fn status(
     old: Option<&CircuitBreakerStatus>,
     now: Timestamp,
 ) -> CircuitBreakerStatus {
-    let by_node = news.of(&subject.owner);
+    let by_node = news.of(&subject.owner, &subject.uid);
     let mut nodes: Vec<(NodeStatus, &Vec<&ReportedService>)> =
         by_node.iter().map(|(index, ports)| (node_status(news.nodes[*index], ports), ports)).collect();
     let live = || nodes.iter().filter(|(node, _)| node.state != "Unknown" && !node.state.is_empty());
@@ -246,13 +247,17 @@ fn conditions(
     let resolved =
         verdict("ResolvedRefs", &subject.resolved, "Resolved", short(&format!("the Services are there{notes}")));
     let agents = format!("on {programmed} of {expected} nodes");
-    let nothing = subject.accepted.is_err() || (subject.resolved.is_err() && subject.ports.is_empty());
+    let refused = subject.accepted.is_err() || subject.resolved.is_err();
+    let nothing = refused && subject.ports.is_empty();
     let in_kernel = match () {
         () if nothing && programmed == 0 => {
             ("Programmed", "False", "NotResolved".to_owned(), "nothing is redirected".to_owned())
         }
         () if expected == 0 => ("Programmed", "Unknown", "NoAgents".into(), "no node reports".into()),
         () if programmed == expected => ("Programmed", "True", "Programmed".into(), agents),
+        () if subject.accepted.is_err() && !subject.ports.is_empty() => {
+            ("Programmed", "False", "EarlierGeneration".into(), "what was asked for before goes on".into())
+        }
         () => ("Programmed", "False", "Pending".into(), agents),
     };
     let degraded = degraded.map_or_else(

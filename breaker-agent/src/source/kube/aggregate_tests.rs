@@ -32,6 +32,7 @@ fn port(state: &str, since: i64) -> ReportedService {
         kind: "CircuitBreaker".into(),
         namespace: "lab".into(),
         name: "cb".into(),
+        uid: "u".into(),
         port: 8080,
         desired_generation: 2,
         applied_generation: 2,
@@ -89,6 +90,15 @@ fn programmed_means_this_generation_on_every_node() {
     assert_eq!(condition_of(&status, "Programmed"), pair("False", "Pending"));
     let message = &status.conditions.iter().find(|c| c.type_ == "Programmed").unwrap().message;
     assert_eq!(message, "on 1 of 3 nodes");
+}
+
+/// What nodes say of an object that had this name before is not about this one.
+#[test]
+fn an_object_that_is_made_again_is_another() {
+    let before = ReportedService { uid: "its predecessor".into(), ..port("Open", 0) };
+    let news = [node("a", true, vec![before])];
+    let status = status(&subject(), &News::new(&news), None, at(9));
+    assert_eq!((status.state.as_deref(), status.counts.programmed), (None, 0));
 }
 
 #[test]

@@ -34,6 +34,10 @@ pub struct ServiceSpec {
     /// More addresses.
     #[serde(rename = "externalIPs")]
     pub external_ips: Vec<String>,
+    /// Local: clients in the cluster are sent to pods of their own node only.
+    pub internal_traffic_policy: Option<String>,
+    /// Local: clients outside are sent to pods of the node that they came to only, and keep their address.
+    pub external_traffic_policy: Option<String>,
     /// Who may use its load balancer; everybody if empty.
     pub load_balancer_source_ranges: Vec<String>,
     /// Its ports.

@@ -57,6 +57,7 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
                 kind: subject.owner.kind.label().to_owned(),
                 namespace: subject.owner.key.namespace.clone(),
                 name: subject.owner.key.name.clone(),
+                uid: subject.uid.clone(),
                 port: *port,
                 desired_generation: subject.generation,
                 applied_generation,

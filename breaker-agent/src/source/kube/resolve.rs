@@ -295,6 +295,14 @@ impl<'a> Work<'a> {
             ));
         }
         let mut legs = Vec::new();
+        for (policy, field) in [
+            (&service.spec.internal_traffic_policy, "internalTrafficPolicy"),
+            (&service.spec.external_traffic_policy, "externalTrafficPolicy"),
+        ] {
+            if policy.as_deref() == Some("Local") {
+                self.note(format!("{field}: Local is not kept while it is open: backups on any node take over"));
+            }
+        }
         for port in ports {
             for family in families {
                 match self.leg(now, key, service, port, family, backups) {

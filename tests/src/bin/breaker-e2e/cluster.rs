@@ -110,12 +110,17 @@ impl Cluster {
         self.get(NAMESPACE, &format!("cb/{name}"), "")
     }
 
-    /// Addresses of ready pods of a Deployment that are not about to end.
+    /// Running pods of a Deployment that are not about to end.
     pub fn pods(&self, app: &str) -> Result<Vec<Pod>> {
         let pods = self.get(NAMESPACE, "pods", &format!("app={app}"))?;
         let found =
             pods["items"].as_array().into_iter().flatten().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
-        let pod = |pod: &Value| Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned() });
+        let pod = |pod: &Value| {
+            let ips = pod["status"]["podIPs"].as_array().into_iter().flatten();
+            let ips = ips.filter_map(|ip| Some(ip["ip"].as_str()?.to_owned())).collect();
+            (pod["status"]["phase"] == "Running").then_some(())?;
+            Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned(), ips })
+        };
         Ok(found.filter_map(pod).collect())
     }
 
@@ -204,6 +209,22 @@ impl Cluster {
         Ok(())
     }
 
+    /// What `kubectl breaker` prints: the binary, as a plugin.
+    pub fn plugin(&self) -> Result<String> {
+        let breaker = std::env::current_exe()?.with_file_name("breaker");
+        let plugin = std::env::temp_dir().join(format!("{}-kubectl", std::process::id()));
+        std::fs::create_dir_all(&plugin)?;
+        let path = plugin.join("kubectl-breaker");
+        std::fs::copy(&breaker, &path).with_context(|| format!("copy {}", breaker.display()))?;
+        let output = Command::new(&path).env("KUBECONFIG", &self.kubeconfig).stdin(Stdio::null()).output();
+        std::fs::remove_dir_all(&plugin)?;
+        let output = output.context("start kubectl-breaker")?;
+        if !output.status.success() {
+            bail!("kubectl breaker: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Power off, or on.
     pub fn power(&self, node: &str, on: bool) -> Result<()> {
         let (stop, start) = self.hooks.node.as_ref().context("no --stop-node")?;
@@ -257,7 +278,10 @@ impl Cluster {
 /// A pod of the lab.
 #[derive(Clone, Debug)]
 pub struct Pod {
+    /// Its first address.
     pub ip: String,
+    /// All of them.
+    pub ips: Vec<String>,
 }
 
 /// A command of the cluster's owner.

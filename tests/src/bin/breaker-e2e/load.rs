@@ -69,8 +69,8 @@ impl<'a> Load<'a> {
 
     /// Ends it; what it was told.
     pub fn end(self) -> Result<Told> {
-        // Whatever is under way gets its answer first.
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        // Whatever is under way gets its answer first, or none: a line is printed at a request's end.
+        std::thread::sleep(std::time::Duration::from_millis(2300));
         self.told()
     }
 }

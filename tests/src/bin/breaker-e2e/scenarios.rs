@@ -42,6 +42,7 @@ fn needs_api(cluster: &Cluster) -> Option<&'static str> {
 pub const ALL: &[Scenario] = &[
     Scenario { name: "lab", skip: always, play: lab },
     Scenario { name: "lab-from-lan", skip: needs_lan, play: lab_from_lan },
+    Scenario { name: "families-and-datagrams", skip: always, play: families_and_datagrams },
     Scenario { name: "refused-by-kubectl", skip: always, play: refused_by_kubectl },
     Scenario { name: "edit-override-delete", skip: always, play: edit_override_delete },
     Scenario { name: "primary-pods-deleted", skip: always, play: primary_pods_deleted },
@@ -160,8 +161,12 @@ fn lab(cluster: &Cluster) -> Result<String> {
     cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
     cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup")?;
     let table = cluster.lab(&["get", "cb", "dummy"])?;
-    for word in ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "HttpStatus", "0%"] {
+    for word in ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "2/2", " 0%"] {
         ensure!(table.contains(word), "kubectl get cb does not show {word}:\n{table}");
+    }
+    let plugin = cluster.plugin()?;
+    for word in cluster.nodes.iter().map(String::as_str).chain(["dummy", "Open"]) {
+        ensure!(plugin.contains(word), "kubectl breaker does not show {word}:\n{plugin}");
     }
     cluster.fake_error("dummy-deployment", false)?;
     answered_by("the primary's answer to a pod again", &primary, from_pod)?;
@@ -196,6 +201,74 @@ fn lab_from_lan(cluster: &Cluster) -> Result<String> {
     cluster.fake_error("dummy-deployment", false)?;
     everywhere(&primary, "the primary")?;
     Ok(format!("by port 8080 and NodePort {node_port} of {} nodes: primary, backup, primary", nodes.len()))
+}
+
+/// A dual-stack Service with a port for connections and one for datagrams: all of it flips together.
+fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
+    for (name, app) in [("dual", "dummy-deployment"), ("dual-backup", "backup-deployment")] {
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": name },
+            "spec": {
+                "type": "NodePort", "ipFamilyPolicy": "PreferDualStack", "selector": { "app": app },
+                "ports": [
+                    { "name": "http", "port": 8080, "targetPort": 80 },
+                    { "name": "datagrams", "port": 5353, "targetPort": 80, "protocol": "UDP" },
+                ],
+            },
+        });
+        cluster.apply(&service.to_string())?;
+    }
+    let breaker = json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "dual" },
+        "spec": {
+            "service": { "name": "dual" }, "backups": [{ "name": "dual-backup" }],
+            "check": { "httpGet": { "path": "/ready" }, "periodMillis": 100, "failureThreshold": 3 },
+        },
+    });
+    cluster.apply(&breaker.to_string())?;
+    cluster.wait_programmed("dual")?;
+    cluster.wait_state("dual", "Closed")?;
+    let addresses = |app: &str| -> Result<Vec<String>> {
+        let shown = |ip: String| if ip.contains(':') { format!("[{ip}]") } else { ip };
+        Ok(cluster.pods(app)?.into_iter().flat_map(|pod| pod.ips).map(shown).collect())
+    };
+    let (primary, backup) = (addresses("dummy-deployment")?, addresses("backup-deployment")?);
+    let service = cluster.get(NAMESPACE, "svc/dual", "")?;
+    let vips: Vec<String> = service["spec"]["clusterIPs"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|ip| ip.as_str())
+        .map(|ip| if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() })
+        .collect();
+    let urls: Vec<String> =
+        vips.iter().flat_map(|vip| [format!("http://{vip}:8080/"), format!("udp://{vip}:5353")]).collect();
+    let all = |who: &str, pods: &[String]| -> Result<()> {
+        for url in &urls {
+            answered_by(&format!("{who}'s answer by {url}"), pods, || cluster.ask("client", url))?;
+        }
+        Ok(())
+    };
+    all("the primary", &primary)?;
+    // One socket, all the time: what kube-proxy alone leaves on the old pod for as long as it keeps asking.
+    let socket = Load::start(cluster, "load", &cluster.nodes[0], &urls[1])?;
+    cluster.fake_error("dummy-deployment", true)?;
+    all("the backup", &backup)?;
+    let from = now();
+    wait_for("the socket's datagrams to be answered by the backup", Duration::from_secs(10), || {
+        let by = socket.told()?.answered_by(from, now());
+        Ok((!by.is_empty() && by.iter().all(|ip| backup.contains(ip))).then_some(()))
+    })?;
+    cluster.fake_error("dummy-deployment", false)?;
+    all("the primary", &primary)?;
+    let from = now();
+    wait_for("the socket's datagrams to be answered by the primary", Duration::from_secs(10), || {
+        let by = socket.told()?.answered_by(from, now());
+        Ok((!by.is_empty() && by.iter().all(|ip| primary.contains(ip))).then_some(()))
+    })?;
+    drop(socket);
+    cluster.lab(&["delete", "cb/dual", "svc/dual", "svc/dual-backup"])?;
+    Ok(format!("{}: primary, backup, primary; a socket's datagrams move, too", urls.join(", ")))
 }
 
 /// `kubectl apply` itself refuses nonsense and names the field.
@@ -235,6 +308,8 @@ fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
             "at least openMillis",
         ),
         (with(&|s| s["chekc"] = json!({})), "spec.chekc", "unknown field"),
+        (with(&|s| s["service"]["ports"] = json!([99_999])), "spec.service.ports", "1 to 65535"),
+        (with(&|s| s["service"]["ports"] = json!([""])), "spec.service.ports", "or its name"),
     ];
     let count = rows.len();
     for (manifest, field, words) in rows {
@@ -602,9 +677,14 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     let load = Load::start(cluster, "load", &alive, &url)?;
     let off = now();
     cluster.power(&dead, false)?;
-    wait_for("the backup to answer", Duration::from_secs(20), || {
+    let backup = ips(cluster, "backup-deployment")?;
+    // A request that hangs is told of at its end, two seconds later: all of the outage is told once as long has passed since
+    // the backup answered first.
+    wait_for("the backup to answer", Duration::from_secs(30), || {
         let told = load.told()?;
-        Ok((told.requests.iter().filter(|r| r.at > off).rev().take(50).filter(|r| r.ok).count() == 50).then_some(()))
+        let by_backup = |r: &&crate::load::Request| r.ok && backup.iter().any(|ip| r.words.contains(&format!("{ip}:")));
+        let first = told.requests.iter().filter(|r| r.at > off).filter(by_backup).map(|r| r.at).min();
+        Ok(first.is_some_and(|first| now() > first + 5000).then_some(()))
     })?;
     let outage = load.told()?.recovery(off, u128::MAX)?;
     ensure!(outage < 15_000, "it took {outage} ms, Kubernetes alone takes 40 s");

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream, UdpSocket},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -13,24 +13,46 @@ use anyhow::{Context as _, Result, bail};
 pub struct Target {
     address: SocketAddr,
     path: String,
+    datagrams: bool,
 }
 
 impl Target {
-    /// From `http://ADDRESS:PORT/PATH`.
+    /// From `http://ADDRESS:PORT/PATH` or `udp://ADDRESS:PORT`.
     pub fn parse(url: &str) -> Result<Self> {
+        let datagrams = url.starts_with("udp://");
         let rest = url
             .strip_prefix("http://")
-            .with_context(|| format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH"))?;
+            .or_else(|| url.strip_prefix("udp://"))
+            .with_context(|| format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH, udp://ADDRESS:PORT"))?;
         let slash = rest.find('/').unwrap_or(rest.len());
         let (authority, path) = rest.split_at(slash);
-        let with_port = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
+        let with_port = if authority.rsplit(']').next().is_some_and(|end| end.contains(':')) { authority.to_owned() } else { format!("{authority}:80") };
         let address = with_port.parse().with_context(|| format!("{authority:?} is no address and port"))?;
-        Ok(Self { address, path: if path.is_empty() { "/".into() } else { path.to_owned() } })
+        Ok(Self { address, datagrams, path: if path.is_empty() { "/".into() } else { path.to_owned() } })
     }
+}
+
+/// A socket for datagrams to a target.
+fn socket_to(target: &Target) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind(if target.address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).context("bind")?;
+    socket.connect(target.address).context("connect")?;
+    Ok(socket)
+}
+
+/// A datagram there, and the next one back.
+fn exchange(socket: &UdpSocket, timeout: Duration) -> Result<String> {
+    socket.set_read_timeout(Some(timeout))?;
+    socket.send(b"?").context("send")?;
+    let mut buffer = [0; 1500];
+    let length = socket.recv(&mut buffer).context("receive")?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
 }
 
 /// One request on a connection of its own; the status and the body.
 pub fn ask(target: &Target, method: &str, timeout: Duration) -> Result<(u16, String)> {
+    if target.datagrams {
+        return Ok((200, exchange(&socket_to(target)?, timeout)?));
+    }
     let started = Instant::now();
     let left = || timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
     let mut stream = TcpStream::connect_timeout(&target.address, left()).context("connect")?;
@@ -65,6 +87,19 @@ pub fn ask(target: &Target, method: &str, timeout: Duration) -> Result<(u16, Str
 pub fn keep_asking(target: &Target, every: Duration, timeout: Duration) -> Result<()> {
     let start = Instant::now();
     let mut number = 0_u32;
+    let socket = if target.datagrams { Some(socket_to(target)?) } else { None };
+    while let Some(socket) = &socket {
+        std::thread::sleep((every * number).saturating_sub(start.elapsed()));
+        number += 1;
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let began = Instant::now();
+        let outcome = exchange(socket, timeout);
+        let took = began.elapsed().as_millis();
+        match outcome {
+            Ok(body) => println!("{at} {took} ok {body}"),
+            Err(error) => println!("{at} {took} failed {}", format!("{error:#}").replace('\n', " ")),
+        }
+    }
     loop {
         let due = every * number;
         std::thread::sleep(due.saturating_sub(start.elapsed()));

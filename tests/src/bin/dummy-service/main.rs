@@ -6,6 +6,7 @@
 //! | `GET /ready` | 200 `OK FROM <local address>` | 503 `BUSY FROM <local address>` |
 //! | `GET /` | 200 `SOMERESPONSE FROM <local address>` | after 30 s 503 `ERROR FROM <local address>` |
 //! | `POST /fakeerrormodeon`, `POST /fakeerrormodeoff` | 200 | 200 |
+//! | any datagram on the same port | `SOMERESPONSE FROM <local address>` | silence |
 
 mod client;
 
@@ -27,15 +28,15 @@ use axum::{
     serve::IncomingStream,
 };
 use clap::{Parser, Subcommand};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UdpSocket};
 
 use client::Target;
 
 /// The lab's service, and clients for it.
 #[derive(Parser)]
 struct Cli {
-    /// Where to listen.
-    #[arg(long, default_value = "0.0.0.0:80")]
+    /// Where to listen, for connections and datagrams; both IP families on `[::]`.
+    #[arg(long, default_value = "[::]:80")]
     listen: SocketAddr,
     #[command(subcommand)]
     command: Option<Command>,
@@ -45,7 +46,7 @@ struct Cli {
 enum Command {
     /// One request: prints the body; fails unless the status is 200.
     Ask {
-        /// http://ADDRESS:PORT/PATH
+        /// http://ADDRESS:PORT/PATH, or udp://ADDRESS:PORT for a datagram
         url: String,
         /// GET or POST.
         #[arg(long, default_value = "GET")]
@@ -56,7 +57,7 @@ enum Command {
     },
     /// Requests until told to end, a line for each.
     Load {
-        /// http://ADDRESS:PORT/PATH
+        /// http://ADDRESS:PORT/PATH, each on a connection of its own; udp://ADDRESS:PORT, all from one socket
         url: String,
         /// Milliseconds from one to the next.
         #[arg(long, default_value_t = 20)]
@@ -86,8 +87,13 @@ struct Local(SocketAddr);
 
 impl Connected<IncomingStream<'_, TcpListener>> for Local {
     fn connect_info(stream: IncomingStream<'_, TcpListener>) -> Self {
-        Self(stream.io().local_addr().unwrap_or_else(|_| ([0, 0, 0, 0], 0).into()))
+        Self(canonical(stream.io().local_addr().unwrap_or_else(|_| ([0, 0, 0, 0], 0).into())))
     }
+}
+
+/// IPv4 as such, on a socket of both families.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 type Mode = Arc<AtomicBool>;
@@ -146,15 +152,42 @@ fn end_on_sigterm() -> Result<()> {
 #[tokio::main(flavor = "current_thread")]
 async fn serve(listen: SocketAddr) -> Result<()> {
     end_on_sigterm()?;
-    let listener = TcpListener::bind(listen).await.with_context(|| format!("listen on {listen}"))?;
+    let (listener, socket) = match bind(listen).await {
+        // A host without IPv6.
+        Err(_) if listen.ip() == std::net::Ipv6Addr::UNSPECIFIED => bind(([0, 0, 0, 0], listen.port()).into()).await,
+        bound => bound,
+    }
+    .with_context(|| format!("listen on {listen}"))?;
+    let mode = Mode::default();
+    tokio::spawn(datagrams(socket, mode.clone()));
     let app = Router::new()
         .route("/alive", get(|| async { "OK" }))
         .route("/ready", get(ready))
         .route("/", get(root))
         .route("/fakeerrormodeon", post(|State(mode): State<Mode>| async move { mode.store(true, Ordering::SeqCst) }))
         .route("/fakeerrormodeoff", post(|State(mode): State<Mode>| async move { mode.store(false, Ordering::SeqCst) }))
-        .with_state(Mode::default());
+        .with_state(mode);
     axum::serve(listener, app.into_make_service_with_connect_info::<Local>()).await.context("serve")
+}
+
+async fn bind(listen: SocketAddr) -> std::io::Result<(TcpListener, UdpSocket)> {
+    Ok((TcpListener::bind(listen).await?, UdpSocket::bind(listen).await?))
+}
+
+/// Answers datagrams.
+async fn datagrams(socket: UdpSocket, mode: Mode) {
+    let mut buffer = [0; 1500];
+    while let Ok((_, from)) = socket.recv_from(&mut buffer).await {
+        if mode.load(Ordering::SeqCst) {
+            continue;
+        }
+        // Which of our addresses it came to, a datagram does not say; it is the one that an answer leaves from.
+        let port = socket.local_addr().map_or(0, |at| at.port());
+        let own = std::net::UdpSocket::bind(if from.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })
+            .and_then(|socket| socket.connect(from).and_then(|()| socket.local_addr()));
+        let at = own.map_or(from, |own| SocketAddr::new(own.ip().to_canonical(), port));
+        let _ = socket.send_to(format!("SOMERESPONSE FROM {at}").as_bytes(), from).await;
+    }
 }
 
 async fn ready(State(mode): State<Mode>, ConnectInfo(Local(at)): ConnectInfo<Local>) -> (StatusCode, String) {

@@ -68,7 +68,10 @@ pub struct ReportedService {
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// The Service's port.
+    /// Its uid: one that is made again under the same name is another.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+    /// The Service's port; of several protected ones the first, which stands for all.
     pub port: i32,
     /// The generation that the agent works with (of a Service: 0).
     pub desired_generation: i64,
