@@ -44,6 +44,12 @@ impl Agent {
         self.dir.join("lab.yaml")
     }
 
+    /// What is pinned of a kind: maps, links.
+    #[must_use]
+    pub fn pinned(&self, kind: &str) -> PathBuf {
+        self.pin_path().join(format!("v{}", breaker_common::ABI_VERSION)).join(kind)
+    }
+
     /// Where it pins.
     #[must_use]
     pub fn pin_path(&self) -> &Path {

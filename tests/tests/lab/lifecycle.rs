@@ -132,7 +132,7 @@ fn a_second_agent_names_the_first() -> Result<()> {
 fn pins_that_are_not_whole_or_of_another_version_are_refused_with_the_remedy() -> Result<()> {
     let mut lab = started("")?;
     lab.agent.stop()?;
-    let maps = lab.agent.pin_path().join("v1/maps");
+    let maps = lab.agent.pinned("maps");
     std::fs::remove_file(maps.join("FLOWS4"))?;
     let error = format!("{:#}", lab.agent.start().unwrap_err());
     assert!(error.contains("FLOWS4") && error.contains("breaker cleanup --pin-path"), "{error}");

@@ -42,13 +42,13 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
     }
     if keep {
         let ns = lab.world.node(0).ns().name().to_owned();
-        let (socket, pins) = (lab.agent.socket(), lab.agent.pin_path().to_owned());
+        let (socket, pins) = (lab.agent.socket(), lab.agent.pinned("maps"));
         let look = format!(
             "The lab stays up, the agent with it (as long as it lives). Look around:\n\
              \x20 {} status --socket {}\n\
              \x20 ip netns exec {} curl -s http://{}/\n\
              \x20 ip -n {ns} -d link ; nsenter --net=/run/netns/{ns} iptables-save -t nat\n\
-             \x20 bpftool map dump pinned {}/v1/maps/SWITCHES | head\n\
+             \x20 bpftool map dump pinned {}/SWITCHES | head\n\
              \x20 ip netns exec {} curl -s -X POST http://127.0.0.1/fakeerrormodeon\n\
              Take it away:\n  {}",
             breaker_tests::lab::binary("breaker")?.display(),
