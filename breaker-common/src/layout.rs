@@ -393,6 +393,34 @@ pub struct Fragment<A> {
     pub pad: [u8; 3],
 }
 
+/// A socket of the node's own and the backend that it was sent to: key of `SOCKETS`. An IPv4 address is in its mapped form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct SocketKey<A = V6> {
+    /// The socket's number for its life (bpf_get_socket_cookie).
+    pub cookie: u64,
+    /// Where its connection or datagram went, wire order.
+    pub backend: A,
+    /// Its port, wire order.
+    pub backend_port: [u8; 2],
+    /// Always 0.
+    pub pad: [u8; 6],
+}
+
+/// What a socket of the node's own believes to talk to: value of `SOCKETS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SocketOrigin<A = V6> {
+    /// Address that it connected or sent to, wire order.
+    pub vip: A,
+    /// Its port, wire order.
+    pub vip_port: [u8; 2],
+    /// Always 0.
+    pub pad: u16,
+    /// Index of the service.
+    pub service: u32,
+}
+
 /// The agent's sign of life: the one value of `HEARTBEAT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -477,7 +505,6 @@ mod tests {
     use super::*;
     use core::mem::{align_of, offset_of, size_of};
 
-
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
@@ -495,6 +522,7 @@ mod tests {
         assert_eq!((size_of::<Reverse<V4>>(), size_of::<Reverse<V6>>()), (24, 36));
         assert_eq!((size_of::<FragmentKey<V4>>(), size_of::<FragmentKey<V6>>()), (16, 40));
         assert_eq!((size_of::<Fragment<V4>>(), size_of::<Fragment<V6>>()), (12, 24));
+        assert_eq!((size_of::<SocketKey>(), size_of::<SocketOrigin>()), (32, 24));
         assert_eq!(size_of::<Heartbeat>(), 32);
         assert_eq!(size_of::<ServiceCounters>(), 96);
         assert_eq!(size_of::<Event>(), 80);

@@ -45,6 +45,9 @@ pub const DEFAULT_PENDING: u32 = 32_768;
 /// How many fragmented packets of a family under way; the oldest make room.
 pub const DEFAULT_FRAGMENTS: u32 = 4096;
 
+/// How many sockets of the node's own are remembered that were sent to a backup; the oldest make room.
+pub const DEFAULT_SOCKETS: u32 = 16_384;
+
 /// Places in one selection table. A prime, as Maglev wants (Eisenbud et al., NSDI 2016, section 3.4); 251 gives a
 /// weight a resolution of 0.4 % in 1 KiB a table.
 pub const SLOTS: u32 = 251;

@@ -5,7 +5,7 @@ use aya::Pod;
 
 use crate::layout::{
     Address, Backend, EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse, ReverseKey,
-    Route, ServiceCounters, ServiceRecord, ServiceRuntime, Switch,
+    Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch,
 };
 
 macro_rules! pod {
@@ -23,7 +23,17 @@ macro_rules! pod_of_address {
     };
 }
 
-pod!(EndpointRole, Heartbeat, Route, ServiceCounters, ServiceRecord<u8>, ServiceRuntime, Switch<u8>);
+pod!(
+    EndpointRole,
+    Heartbeat,
+    Route,
+    ServiceCounters,
+    ServiceRecord<u8>,
+    ServiceRuntime,
+    SocketKey,
+    SocketOrigin,
+    Switch<u8>
+);
 
 pod_of_address!(
     Backend<A>,

@@ -19,13 +19,7 @@ static EVENTS: RingBuf<Event, { 256 * 1024 }> = RingBuf::new();
 /// Tells of a connection. `flow` is where it went, if anywhere. A function to the kernel too: see [`crate::hook::tc`] on
 /// the stack.
 #[inline(never)]
-pub fn send<A: Family>(
-    kind: EventKind,
-    service: u32,
-    switch: &Switch<u8>,
-    key: &FlowKey<A>,
-    flow: Option<&Flow<A>>,
-) {
+pub fn send<A: Family>(kind: EventKind, service: u32, switch: &Switch<u8>, key: &FlowKey<A>, flow: Option<&Flow<A>>) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         count::reason(PassReason::EventLost);
         return;

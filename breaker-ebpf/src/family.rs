@@ -7,8 +7,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use breaker_common::{
-    self as common, Address, Backend, DEFAULT_BACKENDS, DEFAULT_ENDPOINTS, DEFAULT_FLOWS, DEFAULT_FRAGMENTS, DEFAULT_PENDING,
-    EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, PassReason, Reverse, ReverseKey,
+    self as common, Address, Backend, DEFAULT_BACKENDS, DEFAULT_ENDPOINTS, DEFAULT_FLOWS, DEFAULT_FRAGMENTS,
+    DEFAULT_PENDING, EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, PassReason, Reverse, ReverseKey,
 };
 
 use crate::{
@@ -25,8 +25,42 @@ pub struct V4(u32);
 /// An IPv6 address as the words that it is in memory. (As bytes the compiler would take it apart, and its pieces would not
 /// fit on the stack.)
 #[derive(Clone, Copy, Debug, Eq, PartialOrd, Ord, Hash)]
+#[expect(clippy::derived_hash_with_manual_eq, reason = "equal by the same words, without a jump for each")]
 #[repr(transparent)]
 pub struct V6([u32; 4]);
+
+impl V4 {
+    /// From the word that it is in memory.
+    #[inline(always)]
+    pub fn from_word(word: u32) -> Self {
+        Self(word)
+    }
+
+    #[inline(always)]
+    pub fn word(self) -> u32 {
+        self.0
+    }
+}
+
+impl V6 {
+    /// From the words that it is in memory.
+    #[inline(always)]
+    pub fn from_words(words: [u32; 4]) -> Self {
+        Self(words)
+    }
+
+    #[inline(always)]
+    pub fn in_words(self) -> [u32; 4] {
+        self.0
+    }
+
+    /// The IPv4 address whose mapped form it is (RFC 4291, section 2.5.5.2), if it is one.
+    #[inline(always)]
+    pub fn as_v4(self) -> Option<V4> {
+        let [a, b, c, d] = self.0;
+        if a | b == 0 && c == 0x0000_ffff_u32.to_be() { Some(V4(d)) } else { None }
+    }
+}
 
 impl PartialEq for V6 {
     #[inline(always)]

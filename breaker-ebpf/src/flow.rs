@@ -12,9 +12,7 @@
 //! userspace. Keeping a flow writes the new entries before it removes the old ones: a packet meanwhile finds one of them.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use breaker_common::{
-    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, seen,
-};
+use breaker_common::{Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, seen};
 
 use crate::{
     agent, count,
@@ -94,11 +92,11 @@ fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
 /// The decision for a flow, in place.
 #[inline(always)]
 pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
+    let found = A::flows().get_ptr_mut(key).or_else(|| A::pending().get_ptr_mut(key));
     // SAFETY: the kernel keeps the memory of an entry alive for the run of the program, even if it is removed or evicted
     // (freed after a grace period, or preallocated and reused meanwhile: the worst case is one packet of a dying entry
     // translated by the fields of its successor, in a table that overflows, within the microsecond between here and the
     // rewrite).
-    let found = A::flows().get_ptr_mut(key).or_else(|| A::pending().get_ptr_mut(key));
     found.map(|flow| unsafe { &mut *flow })
 }
 

@@ -1,6 +1,7 @@
 //! breaker's programs on the packet path: entry points only.
 //!
-//! Read [`hook::tc`] from top to bottom to follow a packet; every step there is a module of its own:
+//! Read [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own; every step there is a
+//! module of its own:
 //!
 //! | module | one concern |
 //! |---|---|
@@ -43,7 +44,10 @@ mod select;
 mod service;
 mod verdict;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, TcContext},
+};
 
 /// tc ingress on the host side of a pod's veth: what the pod sends.
 #[classifier]
@@ -67,6 +71,35 @@ pub fn breaker_out(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn breaker_up_out(ctx: TcContext) -> i32 {
     hook::tc::to_outside(&ctx)
+}
+
+macro_rules! sockets {
+    ($($(#[$doc:meta])* $name:ident: $hook:ident => $function:ident,)+) => {
+        $($(#[$doc])*
+        #[cgroup_sock_addr($hook)]
+        pub fn $name(ctx: SockAddrContext) -> i32 {
+            hook::sock::$function(&ctx)
+        })+
+    };
+}
+
+sockets! {
+    /// connect(2) of the node's own sockets, IPv4.
+    breaker_conn4: connect4 => out4,
+    /// The same, IPv6.
+    breaker_conn6: connect6 => out6,
+    /// sendmsg(2) and sendto(2) to an address.
+    breaker_send4: sendmsg4 => out4,
+    /// The same, IPv6.
+    breaker_send6: sendmsg6 => out6,
+    /// recvmsg(2) and recvfrom(2): who it came from.
+    breaker_recv4: recvmsg4 => back4,
+    /// The same, IPv6.
+    breaker_recv6: recvmsg6 => back6,
+    /// getpeername(2).
+    breaker_peer4: getpeername4 => back4,
+    /// The same, IPv6.
+    breaker_peer6: getpeername6 => back6,
 }
 
 #[cfg(not(test))]

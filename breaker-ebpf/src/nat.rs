@@ -143,13 +143,7 @@ type Change = ([u8; 2], [u8; 2]);
 /// cannot ask which it is, but what the helper has just made of the changed address tells, and another call of it costs as
 /// much as all the rest of the translation. Only where both would have come out the same is the helper asked again.
 #[inline(always)]
-fn ports_changed(
-    packet: &Packet<'_>,
-    check_at: usize,
-    before: u16,
-    difference: u32,
-    ports: [Change; 2],
-) -> Option<()> {
+fn ports_changed(packet: &Packet<'_>, check_at: usize, before: u16, difference: u32, ports: [Change; 2]) -> Option<()> {
     let after = packet.read::<u16>(check_at)?;
     let complete = csum::complete_after(before, difference);
     let partial = csum::partial_after(before, difference);

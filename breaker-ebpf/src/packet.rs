@@ -8,8 +8,8 @@ use core::arch::asm;
 use aya_ebpf::{
     bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{
-        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
-        bpf_skb_pull_data,
+        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room,
+        bpf_skb_change_tail, bpf_skb_pull_data,
     },
     programs::TcContext,
 };

@@ -295,10 +295,7 @@ pub fn ipv6(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V6>) -> Result
 
 #[inline(always)]
 fn is_extension(next: u8) -> bool {
-    matches!(
-        next,
-        proto::HOP_BY_HOP | proto::ROUTING | proto::FRAGMENT | proto::AUTHENTICATION | proto::DESTINATION
-    )
+    matches!(next, proto::HOP_BY_HOP | proto::ROUTING | proto::FRAGMENT | proto::AUTHENTICATION | proto::DESTINATION)
 }
 
 /// Whether we look at a protocol.

@@ -262,9 +262,8 @@ fn unreachable<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<(
             + client.words()
             + vip.words()
     };
-    let quoted = quoted_header
-        + csum::words4([udp[0], udp[1], udp[2], udp[3]])
-        + csum::words4([udp[4], udp[5], udp[6], udp[7]]);
+    let quoted =
+        quoted_header + csum::words4([udp[0], udp[1], udp[2], udp[3]]) + csum::words4([udp[4], udp[5], udp[6], udp[7]]);
     packet.cut((segment.l4() + QUOTED) as u32)?;
     packet.make_room((A::HEADER + ICMP) as u32)?;
     packet.write(0, EthHdr { dst_addr: eth.src_addr, src_addr: eth.dst_addr, ether_type: eth.ether_type })?;

@@ -3,8 +3,8 @@
 
 use aya_ebpf::{btf_maps::Array, macros::btf_map};
 use breaker_common::{
-    Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS, Switch,
-    TABLE_OF_ONE, backend_use,
+    Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
+    Switch, TABLE_OF_ONE, backend_use,
 };
 
 use crate::{atomic, family::Family, hash, service};
@@ -27,12 +27,20 @@ pub struct Choice {
     pub trial: bool,
 }
 
-/// Chooses for a flow. A service without a record (which cannot be) is left to kube-proxy.
+/// Chooses for a flow.
 #[inline(always)]
 pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> Choice {
+    choose_by(service, route, switch, |seed| {
+        hash::flow(key.client.folded(), key.vip.folded(), key.client_port, key.vip_port, key.proto, seed)
+    })
+}
+
+/// Chooses by a hash, which is made with the service's seed. A service without a record (which cannot be) is left to
+/// kube-proxy.
+#[inline(always)]
+pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> Choice {
     let Some(record) = service::record(service) else { return Choice { slot: SLOT_PASSTHROUGH, trial: false } };
-    let hash =
-        hash::flow(key.client.folded(), key.vip.folded(), key.client_port, key.vip_port, key.proto, record.seed);
+    let hash = hash(record.seed);
     let trial = switch.state == BreakerState::HalfOpen as u8
         && service::take_half_open(service, switch.epoch, record.half_open_limit);
     let primary = trial || hash::permille(hash) < switch.share;

@@ -12,7 +12,7 @@ use breaker_agent::{
     config,
     datapath::{
         Datapath as _,
-        kernel::{KernelDatapath, PinDir, Sizes, load},
+        kernel::{KernelDatapath, LoadOptions, PinDir, Sizes, load},
         plan::{Decision, ServicePlan},
     },
     model::{Backend, Override, Service},
@@ -205,7 +205,7 @@ fn udp_checksum(udp: &UdpHeader, ip: &Ip, payload: &[u8]) -> Result<u16> {
         Ip::V4(ip) => udp.calc_checksum_ipv4(ip, payload),
         Ip::V6(ip) => udp.calc_checksum_ipv6(ip, payload),
     };
-    Ok(sum.context("checksum")?)
+    sum.context("checksum")
 }
 
 /// Whether an ICMP message behind an IP header has the right checksum (RFC 792; RFC 4443, section 2.3).
@@ -213,9 +213,9 @@ fn udp_checksum(udp: &UdpHeader, ip: &Ip, payload: &[u8]) -> Result<u16> {
 pub fn icmp_is_valid(ip: &Ip, message: &[u8]) -> bool {
     match ip {
         Ip::V4(_) => {
-            let sum = message.chunks(2).fold(0_u32, |sum, c| {
-                sum + u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]))
-            });
+            let sum = message
+                .chunks(2)
+                .fold(0_u32, |sum, c| sum + u32::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)])));
             let folded = (sum & 0xffff) + (sum >> 16);
             (folded & 0xffff) + (folded >> 16) == 0xffff
         }
@@ -373,7 +373,15 @@ impl Rig {
     pub fn with_sizes(sizes: &Sizes) -> Result<Self> {
         let world = World::new(0)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;
-        let loaded = load(&pins, sizes, breaker_common::DEFAULT_MASQUERADE_MARK, None)?;
+        let loaded = load(
+            &pins,
+            &LoadOptions {
+                sizes: *sizes,
+                masquerade_mark: breaker_common::DEFAULT_MASQUERADE_MARK,
+                log_level: None,
+                sockets: false,
+            },
+        )?;
         let mut datapath = KernelDatapath::new(loaded.maps);
         datapath.beat(std::time::Duration::ZERO, 0);
         Ok(Self { datapath, programs: loaded.programs, _pins: pins, _world: world })

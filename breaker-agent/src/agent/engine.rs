@@ -49,6 +49,8 @@ const RAMP_STEP: Duration = Duration::from_millis(100);
 const SWEEP: Duration = Duration::from_secs(2);
 /// How long an established flow without packets is kept.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
+/// From here on the tables of established flows are told to be filling up, percent.
+const CROWDED: u8 = 80;
 /// Events kept for readers that come later.
 const HISTORY: usize = 1000;
 
@@ -141,6 +143,7 @@ pub struct Engine<D> {
     next_sweep: Instant,
     started: Instant,
     flow_entries: usize,
+    flow_pressure: u8,
     changes: u64,
 }
 
@@ -161,6 +164,7 @@ impl<D: Datapath> Engine<D> {
             next_sweep: now.mono + SWEEP,
             started: now.mono,
             flow_entries: 0,
+            flow_pressure: 0,
             changes: 0,
         })
     }
@@ -178,6 +182,11 @@ impl<D: Datapath> Engine<D> {
     /// Entries in the flow table at the last sweep.
     pub const fn flow_entries(&self) -> usize {
         self.flow_entries
+    }
+
+    /// How full the tables of established flows were at the last sweep, percent.
+    pub const fn flow_pressure(&self) -> u8 {
+        self.flow_pressure
     }
 
     /// Takes in a whole configuration: services that did not change keep everything, changed ones keep state, epoch
@@ -507,6 +516,20 @@ impl<D: Datapath> Engine<D> {
             }
         };
         self.flow_entries = found.entries;
+        let crowded = |percent: u8| percent >= CROWDED;
+        if crowded(found.pressure_percent) != crowded(self.flow_pressure) {
+            let message = format!(
+                "the tables of established flows are {} % full: {} flows in the fuller family's{}",
+                found.pressure_percent,
+                found.established,
+                if crowded(found.pressure_percent) { "; agent.maxFlows makes room for more" } else { "" }
+            );
+            if crowded(found.pressure_percent) {
+                tracing::warn!("{message}");
+            }
+            self.note(now, "FlowPressure", message);
+        }
+        self.flow_pressure = found.pressure_percent;
         self.cut_gone(true);
         let mut gone = Vec::new();
         for (name, running) in &mut self.services {
@@ -875,7 +898,8 @@ impl Running {
         let judged = pool::judge(primary, &tier.iter().map(health).collect::<Vec<_>>());
         let old = tier.iter().filter(|b| !new(b)).count();
         // Without a check all count as Up, as soon as they are no longer new.
-        if judged == TierHealth::Up && primary.check.is_none() && old < primary.min_healthy.clamp(1, tier.len().max(1)) {
+        if judged == TierHealth::Up && primary.check.is_none() && old < primary.min_healthy.clamp(1, tier.len().max(1))
+        {
             return TierHealth::Unknown;
         }
         judged

@@ -27,7 +27,10 @@ use crate::{
     control::{self, Request},
     datapath::{
         Datapath as _,
-        kernel::{Attacher, InterfaceChange, KernelDatapath, PinDir, Sizes, Wanted, has_tcx, load, watch_interfaces},
+        kernel::{
+            Attacher, InterfaceChange, KernelDatapath, LoadOptions, PinDir, Sizes, Wanted, has_tcx, load,
+            watch_interfaces,
+        },
     },
     model::Service,
     preflight,
@@ -52,9 +55,8 @@ const TELL: Duration = Duration::from_millis(100);
 /// How large the maps are to be.
 fn sizes(config: &AgentConfig) -> Sizes {
     let by_memory = Sizes::default();
-    let sizes = config
-        .max_services
-        .map_or(by_memory, |services| Sizes::for_services(services).with_flows(by_memory.flows));
+    let sizes =
+        config.max_services.map_or(by_memory, |services| Sizes::for_services(services).with_flows(by_memory.flows));
     config.max_flows.map_or(sizes, |flows| sizes.with_flows(flows))
 }
 
@@ -100,8 +102,19 @@ pub async fn run(options: Options) -> Result<()> {
     );
     let pins = PinDir::open(&config.pin_path)?;
     let adopted = pins.adopted();
-    let sizes = sizes(&config);
-    let loaded = load(&pins, &sizes, config.masquerade_mark, options.program_log)?;
+    let loaded = load(
+        &pins,
+        &LoadOptions {
+            sizes: sizes(&config),
+            masquerade_mark: config.masquerade_mark,
+            log_level: options.program_log,
+            sockets: config.node_sockets,
+        },
+    )?;
+    if let (true, Err(why)) = (config.node_sockets, &loaded.sockets) {
+        tracing::warn!("the node's own processes are not protected: {why}");
+    }
+    let sockets = loaded.sockets.clone();
     if let Some(logger) = loaded.logger {
         carry_log(logger);
     }
@@ -137,6 +150,7 @@ pub async fn run(options: Options) -> Result<()> {
         config: config.clone(),
         service_count: None,
         update: Arc::default(),
+        sockets,
         incompatible: preflight::socket_load_balancer(),
         beats: 0,
         handover: None,
@@ -233,6 +247,8 @@ struct Agent {
     service_count: Option<usize>,
     /// What Kubernetes said last.
     update: Arc<Update>,
+    /// Whether the node's own sockets are seen, or why not.
+    sockets: Result<(), String>,
     /// What hides VIPs from the programs.
     incompatible: Option<String>,
     beats: u32,
@@ -314,6 +330,7 @@ impl Agent {
             attach: format!("{:?}", self.attacher.mode()),
             interfaces: self.attacher.attached().len(),
             failed_interfaces: failed.map(|(name, error)| format!("{name}: {error}")).collect(),
+            sockets: self.sockets.clone().err(),
             incompatible: self.incompatible.clone(),
         });
     }
@@ -480,7 +497,9 @@ impl Agent {
                 attach: format!("{:?}", self.attacher.mode()),
                 interfaces: self.attacher.attached().iter().map(|(i, a)| name_of(i, &a.name)).collect(),
                 failed_interfaces: self.failed_interfaces.values().cloned().collect(),
+                node_sockets: self.sockets.clone().err(),
                 flow_entries: self.engine.flow_entries(),
+                flow_pressure: self.engine.flow_pressure(),
                 reasons: reasons.into_iter().map(|(reason, count)| (reason.label().to_owned(), count)).collect(),
             },
             services: self.engine.status(now),

@@ -75,8 +75,12 @@ pub struct DatapathStatus {
     pub interfaces: Vec<String>,
     /// Interfaces that should have programs and could not get them, with the reason.
     pub failed_interfaces: BTreeMap<String, String>,
-    /// Entries in the flow table at the last look.
+    /// Why the node's own processes and pods with hostNetwork are not protected; `None` where they are.
+    pub node_sockets: Option<String>,
+    /// Entries in the flow tables at the last look.
     pub flow_entries: usize,
+    /// How full the tables of established flows are, percent.
+    pub flow_pressure: u8,
     /// Packets that failed open, by reason.
     pub reasons: BTreeMap<String, u64>,
 }

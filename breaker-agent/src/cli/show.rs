@@ -105,9 +105,21 @@ pub(super) fn status(status: &AgentStatus, paint: Paint) -> String {
         let plural = if interfaces == 1 { "" } else { "s" };
         let _ = writeln!(
             text,
-            "breaker {}: agent running (pid {}), {} on {interfaces} interface{plural}, {} flow entries",
-            status.version, status.pid, status.datapath.attach, status.datapath.flow_entries
+            "breaker {}: agent running (pid {}), {} on {interfaces} interface{plural}{}, {} flow entries",
+            status.version,
+            status.pid,
+            status.datapath.attach,
+            if status.datapath.node_sockets.is_none() { " and the node's sockets" } else { "" },
+            status.datapath.flow_entries
         );
+        if let Some(why) = status.datapath.node_sockets.as_deref().filter(|why| *why != "switched off") {
+            let words = format!("the node's own processes are not protected: {why}");
+            let _ = writeln!(text, "{}", paint.with(YELLOW, &words));
+        }
+        if status.datapath.flow_pressure >= 80 {
+            let words = format!("the tables of established flows are {} % full", status.datapath.flow_pressure);
+            let _ = writeln!(text, "{}", paint.with(RED, &words));
+        }
     } else {
         let since = status.last_beat.map_or_else(|| "an unknown time".to_owned(), ago);
         let gone = format!("the agent is gone since {since} (pid {} was the last)", status.pid);

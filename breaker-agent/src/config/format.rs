@@ -28,6 +28,7 @@ pub(super) struct Agent {
     pub listen: Option<Spanned<String>>,
     pub veths: Option<bool>,
     pub uplinks: Option<bool>,
+    pub node_sockets: Option<bool>,
     #[serde(default)]
     pub interfaces: Vec<Spanned<String>>,
     pub attach: Option<Spanned<String>>,

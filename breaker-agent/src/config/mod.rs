@@ -44,6 +44,8 @@ pub struct AgentConfig {
     pub interfaces: GlobSet,
     /// The globs as written, to compare.
     pub interface_globs: Vec<String>,
+    /// Whether the node's own processes are protected, too.
+    pub node_sockets: bool,
     /// How the programs are attached.
     pub attach: AttachMode,
     /// How long the programs act on the agent's last word; zero = for ever.
@@ -63,7 +65,7 @@ impl PartialEq for AgentConfig {
                 c.pin_path.clone(),
                 c.socket.clone(),
                 c.listen,
-                (c.veths, c.uplinks),
+                (c.veths, c.uplinks, c.node_sockets),
                 c.interface_globs.clone(),
                 c.attach,
                 c.lease,

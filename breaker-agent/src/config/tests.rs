@@ -40,9 +40,17 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
         ("port: 8080", "port: 0", "lab.yaml:4: services[0].frontends[0].port: 0 is not allowed; allowed: 1 to 65535"),
         ("port: 8080", "port: 65536", "lab.yaml:4: services[0].frontends[0].port: 65536 is not allowed"),
         ("10.43.0.10", "vip", "lab.yaml:4: services[0].frontends[0].address: \"vip\" is no IP address; allowed"),
-        ("10.43.0.10", "'fe80::1'", "lab.yaml:4: services[0].frontends[0].address: \"fe80::1\" is no address of a host"),
+        (
+            "10.43.0.10",
+            "'fe80::1'",
+            "lab.yaml:4: services[0].frontends[0].address: \"fe80::1\" is no address of a host",
+        ),
         ("10.43.0.10", "'::ffff:10.0.0.1'", "lab.yaml:4: services[0].frontends[0].address: \"::ffff:10.0.0.1\" is no"),
-        ("10.43.0.10", "'ff02::1'", "lab.yaml:4: services[0].frontends[0].address: \"ff02::1\" is no address of a host"),
+        (
+            "10.43.0.10",
+            "'ff02::1'",
+            "lab.yaml:4: services[0].frontends[0].address: \"ff02::1\" is no address of a host",
+        ),
         ("name: dummy", "name: 'a b'", "lab.yaml:2: services[0].name: \"a b\" is not allowed; allowed"),
         ("{path: /ready}", "{path: ready}", "lab.yaml:9: services[0].primary.check.httpGet.path: \"ready\" is not"),
         (

@@ -88,7 +88,11 @@ impl Problems<'_> {
         let port = self.port(port, &format!("{field}.port"));
         let field = format!("{field}.address");
         let mut refuse = |why: &str| {
-            self.add(address.referenced, &field, format!("{:?} {why}; allowed: an IP address of a host", address.value));
+            self.add(
+                address.referenced,
+                &field,
+                format!("{:?} {why}; allowed: an IP address of a host", address.value),
+            );
             IpAddr::from([127, 0, 0, 1])
         };
         let no_host = |ip: &IpAddr| match ip {
@@ -183,6 +187,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
         listen: listen(problems, raw.listen.as_ref()),
         veths: raw.veths.unwrap_or(true),
         uplinks: raw.uplinks.unwrap_or(false),
+        node_sockets: raw.node_sockets.unwrap_or(true),
         interfaces: globs.build().unwrap_or_default(),
         interface_globs: raw.interfaces.into_iter().map(|glob| glob.value).collect(),
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),

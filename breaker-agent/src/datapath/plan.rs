@@ -336,8 +336,7 @@ mod tests {
     #[test]
     fn what_lingers_is_left_to_kube_proxy() {
         let service = service("");
-        let mut plan =
-            ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &service.backups[0].backends);
+        let mut plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &service.backups[0].backends);
         let old = ["10.43.0.7:80", "10.43.0.8:80", "[fd43::7]:80"]
             .map(|text| Frontend { address: address(text), protocol: Protocol::Tcp });
         plan.linger(&old);

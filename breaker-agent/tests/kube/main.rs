@@ -110,6 +110,7 @@ fn facts(update: &Arc<Update>, state: &'static str) -> Facts {
         attach: "Tcx".into(),
         interfaces: 3,
         failed_interfaces: Vec::new(),
+        sockets: None,
         incompatible: None,
     }
 }

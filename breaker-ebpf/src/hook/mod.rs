@@ -1,3 +1,4 @@
 //! The hooks, each as a packet travels through it.
 
+pub mod sock;
 pub mod tc;

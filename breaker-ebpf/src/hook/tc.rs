@@ -331,11 +331,7 @@ fn decide<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<
 }
 
 #[inline(always)]
-fn try_decide<A: Family>(
-    packet: &Packet<'_>,
-    segment: &Segment<A>,
-    case: &mut Case<A>,
-) -> Result<Verdict, PassReason> {
+fn try_decide<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> Result<Verdict, PassReason> {
     let (service, switch) = (case.service, Switch::from_word(case.switch));
     let key = flow::key(segment);
     let now_ns = agent::now_ns();
@@ -419,11 +415,7 @@ fn peer_of<A: Family>(flow: &Flow<A>) -> reset::Peer<A> {
 }
 
 #[inline(never)]
-fn translate_first<A: Family, const OUTSIDE: bool>(
-    packet: &Packet<'_>,
-    segment: &Segment<A>,
-    case: &Case<A>,
-) -> i32 {
+fn translate_first<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>, case: &Case<A>) -> i32 {
     verdict::settle(translate::<A, OUTSIDE>(packet, segment, case.service, &case.peer))
 }
 
@@ -505,11 +497,7 @@ fn established<A: Family, const OUTSIDE: bool>(
 
 /// A segment of a flow that we did not see from its SYN: never rewritten, only passed or, by policy, reset.
 #[inline(always)]
-fn unseen<A: Family>(
-    segment: &Segment<A>,
-    switch: &Switch<u8>,
-    case: &mut Case<A>,
-) -> Result<Verdict, PassReason> {
+fn unseen<A: Family>(segment: &Segment<A>, switch: &Switch<u8>, case: &mut Case<A>) -> Result<Verdict, PassReason> {
     if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() {
         return Ok(Verdict::Next);
     }

@@ -59,7 +59,7 @@ fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {
         lab.agent.status().is_ok_and(|s| s.datapath.interfaces.len() == 3 && s.datapath.failed_interfaces.is_empty())
     })?;
     let links = std::fs::read_dir(lab.agent.pinned("links"))?.count();
-    assert_eq!(links, 6, "two links for each of three pods");
+    assert_eq!(links, 14, "two links for each of three pods, and eight for the sockets of the node");
     Ok(())
 }
 
@@ -122,7 +122,7 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     };
     assert_eq!(programs()??, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
-    assert!(text(&cleaned.stdout).starts_with("took away 6 links and 23 maps"), "{}", text(&cleaned.stdout));
+    assert!(text(&cleaned.stdout).starts_with("took away 14 links and 24 maps"), "{}", text(&cleaned.stdout));
     wait_for("the kernel to have let go", LONG, || programs().is_ok_and(|count| count.is_ok_and(|count| count == 0)))?;
     assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());

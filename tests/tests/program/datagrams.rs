@@ -8,7 +8,9 @@ use breaker_common::{
     BreakerState,
     BreakerState::{Closed, Open},
 };
-use breaker_tests::packets::{Datagram, Ip, MACS, REDIRECT, Ran, Rig, icmp_is_valid, plan, plan_with, pod, pod6, service_with, vip, vip6};
+use breaker_tests::packets::{
+    Datagram, Ip, MACS, REDIRECT, Ran, Rig, icmp_is_valid, plan, plan_with, pod, pod6, service_with, vip, vip6,
+};
 use etherparse::IpNumber;
 
 use super::{flow_count, untouched};
@@ -153,8 +155,7 @@ fn reject_answers_with_port_unreachable() -> Result<()> {
             let quoted = &question.bytes()[14..];
             let header = if vip.is_ipv4() { 20 } else { 40 };
             assert_eq!(&rest[8..], &quoted[..header + 8], "the quote");
-            let (proto, code) =
-                if vip.is_ipv4() { (IpNumber::ICMP, [3, 3]) } else { (IpNumber::IPV6_ICMP, [1, 4]) };
+            let (proto, code) = if vip.is_ipv4() { (IpNumber::ICMP, [3, 3]) } else { (IpNumber::IPV6_ICMP, [1, 4]) };
             assert_eq!((ip.proto(), &rest[..2]), (proto, &code[..]));
             assert!(icmp_is_valid(&ip, rest));
         }

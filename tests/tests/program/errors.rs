@@ -14,10 +14,8 @@ use etherparse::IpNumber;
 
 use super::{moved, reason, untouched};
 
-const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr, SocketAddr); 2] = [
-    (pod(4, 5000), vip(10), pod(3, 80), pod(200, 0)),
-    (pod6(4, 5000), vip6(10), pod6(3, 80), pod6(200, 0)),
-];
+const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr, SocketAddr); 2] =
+    [(pod(4, 5000), vip(10), pod(3, 80), pod(200, 0)), (pod6(4, 5000), vip6(10), pod6(3, 80), pod6(200, 0))];
 
 fn rig(vip: SocketAddr, backup: SocketAddr) -> Result<Rig> {
     let mut rig = Rig::new()?;
@@ -66,7 +64,8 @@ fn the_client_knows_its_packet_in_an_error_about_it() -> Result<()> {
         let mut rig = rig(vip, backup)?;
         let segment = Segment::new(client, vip, SYN);
         let datagram = Datagram::new(client, vip, b"a question of some length");
-        for (sent, whole) in [(segment.bytes(), 60), (datagram.bytes(), 60), (segment.bytes(), 28), (datagram.bytes(), 28)]
+        for (sent, whole) in
+            [(segment.bytes(), 60), (datagram.bytes(), 60), (segment.bytes(), 28), (datagram.bytes(), 28)]
         {
             let quoted = if vip.is_ipv4() { whole } else { whole + 20 };
             let translated = rig.raw_from_pod(&sent)?.bytes;

@@ -65,14 +65,12 @@ fn refused_and_reset_as_ipv4() -> Result<()> {
 #[test]
 fn one_state_for_both_families_and_all_ports() -> Result<()> {
     let mut rig = Rig::new()?;
-    let mut service =
-        service_with("dummy", &[(vip(10), "TCP"), (vip6(10), "TCP")], &[pod(3, 80), pod6(3, 80)], "")?;
+    let mut service = service_with("dummy", &[(vip(10), "TCP"), (vip6(10), "TCP")], &[pod(3, 80), pod6(3, 80)], "")?;
     let second = config_frontend(SocketAddr::new(vip(10).ip(), 9090));
     service.frontends.push(second);
-    service.routes.push(breaker_agent::model::Route {
-        frontends: vec![second],
-        backends: [(pod(3, 80), pod(3, 9443))].into(),
-    });
+    service
+        .routes
+        .push(breaker_agent::model::Route { frontends: vec![second], backends: [(pod(3, 80), pod(3, 9443))].into() });
     let v4 = Segment::new(pod(4, 1), vip(10), SYN);
     let other = Segment::new(pod(4, 1), second.address, SYN);
     let mut epoch = 1;
@@ -127,14 +125,31 @@ fn padding(units: usize) -> Vec<u8> {
 fn extension_headers_are_walked_within_a_bound() -> Result<()> {
     let atomic_fragment = vec![0, 0, 0, 0, 1, 2, 3, 4];
     let routed = |left: u8| vec![0, 0, 4, left, 0, 0, 0, 0];
-    let rows: Vec<(&str, Vec<(u8, Vec<u8>)>, bool)> = vec![
+    // A header: its protocol number and its bytes.
+    type Header = (u8, Vec<u8>);
+    let rows: Vec<(&str, Vec<Header>, bool)> = vec![
         ("none", vec![], true),
         ("hop by hop", vec![(0, padding(1))], true),
         ("destination options", vec![(60, padding(4))], true),
         ("a fragment header of an only fragment", vec![(44, atomic_fragment)], true),
         ("a route that is at its end", vec![(43, routed(0))], true),
-        ("an authentication header", vec![(51, vec![0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9])], true),
-        ("six", vec![(0, padding(1)), (60, padding(1)), (43, routed(0)), (60, padding(2)), (60, padding(1)), (60, padding(1))], true),
+        (
+            "an authentication header",
+            vec![(51, vec![0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9])],
+            true,
+        ),
+        (
+            "six",
+            vec![
+                (0, padding(1)),
+                (60, padding(1)),
+                (43, routed(0)),
+                (60, padding(2)),
+                (60, padding(1)),
+                (60, padding(1)),
+            ],
+            true,
+        ),
         ("seven", vec![(60, padding(1)); 7], false),
         ("too long", vec![(60, padding(33))], false),
         ("a route that goes on", vec![(43, routed(1))], false),

@@ -30,6 +30,7 @@ use super::{
     interfaces::Side,
     load::{POD_PROGRAMS, UPLINK_PROGRAMS},
     pins::PinDir,
+    sockets,
 };
 use crate::config::AttachMode;
 
@@ -217,8 +218,11 @@ pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         for entry in entries.flatten() {
             paths.push(entry.path());
         }
-        // The way there first ("in" before "out"), for the reason above.
-        paths.sort_by_key(|path| !path.to_string_lossy().ends_with("_in"));
+        // The way there first ("in" before "out"), for the reason above; sockets before both, what asks before what answers.
+        paths.sort_by_key(|path| {
+            let name = path.to_string_lossy().into_owned();
+            (!sockets::is_pin(path), !(name.ends_with("_in") || name.contains("_conn") || name.contains("_send")))
+        });
         for path in paths {
             // Without its pin a link has no reference left, and the kernel detaches it.
             fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;

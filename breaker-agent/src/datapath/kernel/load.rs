@@ -12,6 +12,7 @@ use super::{
     maps::{Maps, pinned},
     pins::PinDir,
     sizes::Sizes,
+    sockets,
 };
 
 /// The object that `build.rs` built.
@@ -29,23 +30,40 @@ pub struct Loaded {
     pub programs: Ebpf,
     /// Their maps.
     pub maps: Maps,
+    /// Whether the node's own sockets are seen, or why not.
+    pub sockets: Result<(), String>,
     /// Carries the programs' log to ours, if they log.
     pub logger: Option<EbpfLogger<&'static dyn log::Log>>,
 }
 
+/// How the programs are loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// How large the maps are to be, where they are not there yet.
+    pub sizes: Sizes,
+    /// kube-proxy's masquerade mark.
+    pub masquerade_mark: u32,
+    /// The programs' own log level: `None` takes the log out of them, so that it costs nothing.
+    pub log_level: Option<log::Level>,
+    /// Whether programs for the node's own sockets are loaded and attached, too.
+    pub sockets: bool,
+}
+
 /// Loads the programs on the maps of a pin directory.
-///
-/// `log_level` is the programs' own: `None` takes the log out of them, so that it costs nothing.
 ///
 /// # Errors
 /// What the kernel said, the verifier's log included.
-pub fn load(pins: &PinDir, sizes: &Sizes, masquerade_mark: u32, log_level: Option<log::Level>) -> Result<Loaded> {
+pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
+    let Options { sizes, masquerade_mark, log_level, .. } = options;
     let level: u8 = log_level.map_or(0, |level| u8::try_from(level as usize).unwrap_or(0));
+    let netns = if options.sockets { sockets::netns_cookie() } else { Err(anyhow::anyhow!("switched off")) };
+    let cookie = netns.as_ref().copied().unwrap_or(0);
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(VerifierLogLevel::default())
         .override_global("AYA_LOG_LEVEL", &level, true)
-        .override_global("MASQUERADE_MARK", &masquerade_mark, true);
+        .override_global("MASQUERADE_MARK", masquerade_mark, true)
+        .override_global("NODE_NETNS", &cookie, true);
     for (name, ..) in pinned() {
         loader.map_pin_path(name, pins.map(name));
         let shared = sizes.shared().into_iter().find(|(of, _)| *of == name);
@@ -63,12 +81,18 @@ pub fn load(pins: &PinDir, sizes: &Sizes, masquerade_mark: u32, log_level: Optio
             .with_context(|| format!("{name} is no tc program"))?;
         program.load().with_context(|| format!("load the program {name} into the kernel"))?;
     }
+    // Without them everything else works as well.
+    let sockets = netns.and_then(|_| sockets::load(&mut programs));
     let logger = match log_level {
         Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
         None => None,
     };
     let maps = Maps::open(|name| programs.take_map(name).with_context(|| format!("the object has no map {name}")))?;
-    Ok(Loaded { programs, maps, logger })
+    let sockets = sockets.and_then(|()| sockets::attach(&mut programs, pins)).map_err(|error| format!("{error:#}"));
+    if sockets.is_err() {
+        sockets::detach(pins)?;
+    }
+    Ok(Loaded { programs, maps, sockets, logger })
 }
 
 /// Opens the maps of a pin directory without programs.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
     ABI_VERSION, Address, Backend, EndpointKey, EndpointRole, Event, Flow, FlowKey, Fragment, FragmentKey, Heartbeat,
-    PassReason, Reverse, ReverseKey, Route, SLOTS, ServiceCounters, ServiceRecord, Switch, V4,
+    PassReason, Reverse, ReverseKey, Route, SLOTS, ServiceCounters, ServiceRecord, SocketKey, SocketOrigin, Switch, V4,
     V6,
 };
 use rustix::time::{ClockId, clock_gettime};
@@ -41,7 +41,8 @@ const V4_NAMES: [&str; 7] =
 const V6_NAMES: [&str; 7] =
     ["ENDPOINTS6", "BACKENDS6", "FLOWS6", "REVERSE6", "PENDING6", "PENDING_REVERSE6", "FRAGMENTS6"];
 
-const SHARED: [(&str, usize, usize); 9] = [
+const SHARED: [(&str, usize, usize); 10] = [
+    ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
     ("SERVICES", 4, size_of::<ServiceRecord>()),
     ("ROUTES", 4, size_of::<Route>()),

@@ -14,6 +14,7 @@ mod offline;
 mod pins;
 mod places;
 mod sizes;
+mod sockets;
 mod sweep;
 
 use std::{
@@ -24,8 +25,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use breaker_common::{
-    Backend, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT,
-    SLOTS, ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, V4, V6, switch_flags,
+    Backend, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
+    ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, V4, V6, switch_flags,
 };
 
 use super::{
@@ -36,7 +37,7 @@ use crate::model::{Frontend, Override, Protocol, ServiceName};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
 pub use interfaces::{InterfaceChange, Side, Wanted, watch as watch_interfaces};
-pub use load::{Loaded, load};
+pub use load::{Loaded, Options as LoadOptions, load};
 pub use maps::Maps;
 use maps::{Net, number};
 pub use offline::{Leftover, read as read_offline};

@@ -203,8 +203,7 @@ fn versions(root: &Path) -> Vec<String> {
 /// Whether all maps are there (true), or none (false).
 fn check_whole(root: &Path) -> Result<bool, PinError> {
     let broken = |problem: String| PinError::Broken { path: version_dir(root), root: root.to_owned(), problem };
-    let missing: Vec<&str> =
-        pinned().map(|(name, ..)| name).filter(|name| !map_path(root, name).exists()).collect();
+    let missing: Vec<&str> = pinned().map(|(name, ..)| name).filter(|name| !map_path(root, name).exists()).collect();
     if missing.len() == pinned().count() {
         let links = fs::read_dir(version_dir(root).join("links")).is_ok_and(|mut links| links.next().is_some());
         return if links { Err(broken("there are links, but no maps".into())) } else { Ok(false) };

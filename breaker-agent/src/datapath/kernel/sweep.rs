@@ -45,11 +45,8 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
     let mut found = Found::default();
     sweep_family::<V4>(maps, names, idle, &mut found)?;
     sweep_family::<V6>(maps, names, idle, &mut found)?;
-    let sizes = maps.sizes;
-    let part = |used: usize, size: u32| {
-        u8::try_from((used * 100).div_ceil(size.max(1) as usize).min(100)).unwrap_or(100)
-    };
-    found.sweep.pressure_percent = part(found.sweep.established, sizes.flows);
+    let percent = (found.sweep.established * 100).div_ceil(maps.sizes.flows.max(1) as usize);
+    found.sweep.pressure_percent = u8::try_from(percent.min(100)).unwrap_or(100);
     Ok(found)
 }
 
@@ -133,7 +130,8 @@ fn cut_family<A: Net>(maps: &mut Maps, service: u32, doomed_backend: &dyn Fn(Soc
     }
     for (key, flow) in &doomed {
         // Ports get used again: what is there now may be a younger connection to somebody else.
-        if flow_of(family, key).is_some_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port) {
+        if flow_of(family, key).is_some_and(|now| now.backend == flow.backend && now.backend_port == flow.backend_port)
+        {
             remove_flow(family, key)?;
         }
         let reverse_key = reverse_key(key, flow);

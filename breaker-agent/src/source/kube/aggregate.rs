@@ -270,13 +270,17 @@ fn conditions(
         Some((node, why)) => {
             ("DatapathCompatible", "False", "SocketLoadBalancer".to_owned(), short(&format!("{node}: {why}")))
         }
-        None => (
-            "DatapathCompatible",
-            "True",
-            "Compatible".to_owned(),
-            "clients in pods and outside are redirected; the nodes' own processes and pods with hostNetwork are not"
-                .into(),
-        ),
+        None => {
+            let blind = live().filter_map(|n| Some((n.node.as_str(), n.report.spec.agent.node_sockets.as_deref()?)));
+            let words = match blind.clone().next() {
+                None => "clients in pods, outside and on the nodes themselves are redirected".to_owned(),
+                Some((node, why)) => short(&format!(
+                    "clients in pods and outside are redirected; the own processes of {} nodes and their pods with hostNetwork are not: {node}: {why}",
+                    blind.count()
+                )),
+            };
+            ("DatapathCompatible", "True", "Compatible".to_owned(), words)
+        }
     };
     vec![accepted, resolved, in_kernel, degraded, compatible]
 }

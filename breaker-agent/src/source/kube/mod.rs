@@ -91,6 +91,8 @@ pub struct Facts {
     pub interfaces: usize,
     /// Interfaces without, that should have them.
     pub failed_interfaces: Vec<String>,
+    /// Why the node's own sockets are not seen, if they are not.
+    pub sockets: Option<String>,
     /// What hides VIPs from the programs.
     pub incompatible: Option<String>,
 }
@@ -208,12 +210,7 @@ impl KubeSource {
 }
 
 /// From the API to updates, for ever.
-async fn follow(
-    mut watches: Watches,
-    changed: Arc<Notify>,
-    updates: channel::Sender<Arc<Update>>,
-    room: usize,
-) {
+async fn follow(mut watches: Watches, changed: Arc<Notify>, updates: channel::Sender<Arc<Update>>, room: usize) {
     let mut policies = Policies::default();
     let mut good = Good::new();
     let mut next: Option<Timestamp> = None;

@@ -83,6 +83,7 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
             failed_interfaces: facts.failed_interfaces.clone(),
             services: count(services.len()),
             open: count(services.iter().filter(|s| s.state == "Open").count()),
+            node_sockets: facts.sockets.as_deref().map(short),
             incompatible: facts.incompatible.clone(),
         },
         services,

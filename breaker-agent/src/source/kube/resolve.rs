@@ -283,11 +283,8 @@ impl<'a> Work<'a> {
     ) -> Result<Vec<Leg>, String> {
         let mut ports = ports.to_vec();
         ports.sort_by_key(|port| port.protocol() != "TCP");
-        let families = if service.spec.cluster_ip.contains(':') {
-            [Family::V6, Family::V4]
-        } else {
-            [Family::V4, Family::V6]
-        };
+        let families =
+            if service.spec.cluster_ip.contains(':') { [Family::V6, Family::V4] } else { [Family::V4, Family::V6] };
         let checked = self.spec.check.as_ref().is_some_and(|check| !names_a_port(check));
         if checked && ports.first().is_some_and(|port| port.protocol() != "TCP") {
             return Err(format!(

@@ -20,13 +20,16 @@ impl Target {
     /// From `http://ADDRESS:PORT/PATH` or `udp://ADDRESS:PORT`.
     pub fn parse(url: &str) -> Result<Self> {
         let datagrams = url.starts_with("udp://");
-        let rest = url
-            .strip_prefix("http://")
-            .or_else(|| url.strip_prefix("udp://"))
-            .with_context(|| format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH, udp://ADDRESS:PORT"))?;
+        let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("udp://")).with_context(|| {
+            format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH, udp://ADDRESS:PORT")
+        })?;
         let slash = rest.find('/').unwrap_or(rest.len());
         let (authority, path) = rest.split_at(slash);
-        let with_port = if authority.rsplit(']').next().is_some_and(|end| end.contains(':')) { authority.to_owned() } else { format!("{authority}:80") };
+        let with_port = if authority.rsplit(']').next().is_some_and(|end| end.contains(':')) {
+            authority.to_owned()
+        } else {
+            format!("{authority}:80")
+        };
         let address = with_port.parse().with_context(|| format!("{authority:?} is no address and port"))?;
         Ok(Self { address, datagrams, path: if path.is_empty() { "/".into() } else { path.to_owned() } })
     }

@@ -53,6 +53,9 @@ pub struct ReportedAgent {
     pub services: i32,
     /// Of these, open.
     pub open: i32,
+    /// Why the node's own processes and pods with hostNetwork are not protected, if they are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_sockets: Option<String>,
     /// What hides Services' addresses from the programs, if anything does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub incompatible: Option<String>,

@@ -1,0 +1,308 @@
+//! Sockets of the node's own processes and of pods with hostNetwork, whose packets pass no veth: the destination is replaced
+//! before there is a packet (cgroup hooks at connect(2), sendmsg(2), recvmsg(2), getpeername(2)).
+//!
+//! A connection to a VIP is decided as a SYN is, and its socket is connected to the backend itself; nothing needs to be
+//! translated later, and it stays where it is. A datagram from a socket that is not connected is decided each time, by the
+//! same hash: it moves when the service's tables or state do. What the socket believes to talk to is noted, so that the
+//! process never sees a backend's address.
+//!
+//! The hooks see the sockets of the whole node, pods' too: those of other network namespaces than the node's own are left
+//! alone, because their packets pass a veth.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock_addr},
+    btf_maps::LruHashMap,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    macros::btf_map,
+    programs::SockAddrContext,
+};
+use breaker_common::{
+    DEFAULT_SOCKETS, EventKind, FlowKey, PROTO_TCP, PROTO_UDP, PassReason, SLOT_PASSTHROUGH, SLOT_REJECT, SocketKey,
+    SocketOrigin, switch_flags,
+};
+
+use crate::{
+    agent, count, endpoint, event,
+    family::{Family, V4, V6},
+    hash, select, service,
+};
+
+/// The network namespace whose sockets are ours (SO_NETNS_COOKIE); the loader sets it. 0: none.
+#[unsafe(no_mangle)]
+static NODE_NETNS: aya_ebpf::Global<u64> = aya_ebpf::Global::new(0);
+
+/// What sockets believe to talk to. Written as words; a map has bytes, for people.
+#[btf_map]
+static SOCKETS: LruHashMap<SocketKey, SocketOrigin, { DEFAULT_SOCKETS as usize }> = LruHashMap::new();
+
+type Key = SocketKey<V6>;
+type Origin = SocketOrigin<V6>;
+
+#[inline(always)]
+fn sockets() -> &'static LruHashMap<Key, Origin, { DEFAULT_SOCKETS as usize }> {
+    // SAFETY: see `family`: a map's definition holds nothing but pointers that are never followed, and the types differ by
+    // how an address is taken only.
+    unsafe { &*(&raw const SOCKETS).cast() }
+}
+
+/// Go on (the kernel's word for a hook of this kind).
+pub const PROCEED: i32 = 1;
+/// Give the process an error.
+const REFUSE: i32 = 0;
+/// ECONNREFUSED (asm-generic/errno.h).
+const CONNECTION_REFUSED: i32 = 111;
+
+/// A socket address on its way into the kernel, or out of it.
+struct Sock<'a> {
+    ctx: &'a SockAddrContext,
+}
+
+impl Sock<'_> {
+    #[inline(always)]
+    fn raw(&self) -> *mut bpf_sock_addr {
+        self.ctx.sock_addr
+    }
+
+    /// Whether the socket is of the node's own network namespace.
+    #[inline(always)]
+    fn is_nodes(&self) -> bool {
+        let ours = NODE_NETNS.load();
+        // SAFETY: the context is valid for the run of the program.
+        ours != 0 && unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) } == ours
+    }
+
+    #[inline(always)]
+    fn cookie(&self) -> u64 {
+        // SAFETY: as above.
+        unsafe { bpf_get_socket_cookie(self.ctx.as_ptr()) }
+    }
+
+    /// TCP or UDP, by its number.
+    #[inline(always)]
+    fn proto(&self) -> Option<u8> {
+        // SAFETY: as above.
+        let proto = unsafe { (*self.raw()).protocol } as u8;
+        (proto == PROTO_TCP || proto == PROTO_UDP).then_some(proto)
+    }
+
+    #[inline(always)]
+    fn v4(&self) -> V4 {
+        // SAFETY: as above.
+        V4::from_word(unsafe { (*self.raw()).user_ip4 })
+    }
+
+    #[inline(always)]
+    fn set_v4(&self, addr: V4) {
+        // SAFETY: as above; hooks of this kind may write it.
+        unsafe { (&raw mut (*self.raw()).user_ip4).write_volatile(addr.word()) };
+    }
+
+    #[inline(always)]
+    fn v6(&self) -> V6 {
+        let at = self.raw();
+        // SAFETY: as above. One word at a time, which is what the verifier allows.
+        let word = |i: usize| unsafe { (&raw const (*at).user_ip6[i]).read_volatile() };
+        V6::from_words([word(0), word(1), word(2), word(3)])
+    }
+
+    #[inline(always)]
+    fn set_v6(&self, addr: V6) {
+        let (at, words) = (self.raw(), addr.in_words());
+        // SAFETY: as above.
+        let set = |i: usize| unsafe { (&raw mut (*at).user_ip6[i]).write_volatile(words[i]) };
+        set(0);
+        set(1);
+        set(2);
+        set(3);
+    }
+
+    /// Wire order: the kernel keeps the port in the first two bytes.
+    #[inline(always)]
+    fn port(&self) -> [u8; 2] {
+        // SAFETY: as above.
+        let bytes = unsafe { (*self.raw()).user_port }.to_ne_bytes();
+        [bytes[0], bytes[1]]
+    }
+
+    #[inline(always)]
+    fn set_port(&self, port: [u8; 2]) {
+        let word = u32::from_ne_bytes([port[0], port[1], 0, 0]);
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.raw()).user_port).write_volatile(word) };
+    }
+}
+
+/// What becomes of a destination.
+enum Choice {
+    /// It stays.
+    Stays,
+    /// The process gets an error.
+    Refused,
+    /// This backend, by its id.
+    Backend(u32),
+}
+
+/// Decides where a socket's connection or datagram to `vip` goes.
+#[inline(always)]
+fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: u64, service: &mut u32) -> Choice {
+    let Some(role) = endpoint::find(vip, port, proto) else { return Choice::Stays };
+    let Some(index) = endpoint::index(role.service) else { return Choice::Stays };
+    let Some(switch) = service::switch(index) else { return Choice::Stays };
+    if !sock.is_nodes() {
+        return Choice::Stays;
+    }
+    *service = index;
+    let dry_run = switch.has(switch_flags::DRY_RUN);
+    if !switch.has(switch_flags::TRACK) && !dry_run {
+        count::service(index, |c| c.new_primary += 1);
+        return Choice::Stays;
+    }
+    if !agent::decision_holds(&switch, agent::now_ns()) {
+        count::reason(PassReason::AgentLost);
+        count::service(index, |c| {
+            c.agent_lost += 1;
+            c.new_primary += 1;
+        });
+        return Choice::Stays;
+    }
+    let chosen = select::choose_by(index, role.route, &switch, |seed| {
+        // A socket has no port yet; its cookie tells it from the others.
+        hash::flow(cookie, vip.folded(), [0; 2], port, proto, seed)
+    });
+    if dry_run || chosen.slot == SLOT_PASSTHROUGH {
+        let would_move = dry_run && chosen.slot != SLOT_PASSTHROUGH;
+        count::service(index, |c| {
+            c.new_primary += 1;
+            c.half_open += (chosen.trial && !dry_run) as u64;
+            c.dry_run += would_move as u64;
+        });
+        return Choice::Stays;
+    }
+    if chosen.slot == SLOT_REJECT {
+        count::service(index, |c| c.rejected += 1);
+        return Choice::Refused;
+    }
+    Choice::Backend(chosen.slot)
+}
+
+/// Refuses; `true` for what is not to go on.
+#[inline(always)]
+fn refuse() -> i32 {
+    // SAFETY: a number is passed. (A kernel before 5.18 does not know the helper, and does not load this program.)
+    unsafe { bpf_set_retval(-CONNECTION_REFUSED) };
+    REFUSE
+}
+
+/// Notes what the socket believes to talk to, and counts.
+#[inline(always)]
+fn note<A: Family>(
+    cookie: u64,
+    vip: A,
+    vip_port: [u8; 2],
+    backend: V6,
+    backend_port: [u8; 2],
+    proto: u8,
+    service: u32,
+) {
+    let key = Key { cookie, backend, backend_port, pad: [0; 6] };
+    let origin = Origin { vip: vip.mapped(), vip_port, pad: 0, service };
+    let first = sockets().insert(&key, &origin, BPF_NOEXIST as u64).is_ok();
+    if !first {
+        // Another VIP with the same backend, from the same socket: the last one asked is the one answered.
+        let _ = sockets().insert(&key, &origin, BPF_ANY as u64);
+    }
+    if first || proto == PROTO_TCP {
+        count::service(service, |c| c.new_backup += 1);
+        if let Some(switch) = service::switch(service) {
+            let key = FlowKey { client: A::ZERO, vip, client_port: [0; 2], vip_port, proto, pad: [0; 3] };
+            event::send(EventKind::FlowMoved, service, &switch, &key, None);
+        }
+    }
+}
+
+/// connect(2) and sendmsg(2) of IPv4 sockets.
+#[inline(always)]
+pub fn out4(ctx: &SockAddrContext) -> i32 {
+    let sock = Sock { ctx };
+    let Some(proto) = sock.proto() else { return PROCEED };
+    let (vip, port, cookie) = (sock.v4(), sock.port(), sock.cookie());
+    let mut service = 0;
+    match decide(&sock, vip, port, proto, cookie, &mut service) {
+        Choice::Stays => PROCEED,
+        Choice::Refused => refuse(),
+        Choice::Backend(id) => {
+            let Some(backend) = select::backend::<V4>(id) else { return PROCEED };
+            note(cookie, vip, port, backend.addr.mapped(), backend.port, proto, service);
+            sock.set_v4(backend.addr);
+            sock.set_port(backend.port);
+            PROCEED
+        }
+    }
+}
+
+/// connect(2) and sendmsg(2) of IPv6 sockets, which may be to an IPv4 address in its mapped form.
+#[inline(always)]
+pub fn out6(ctx: &SockAddrContext) -> i32 {
+    let sock = Sock { ctx };
+    let Some(proto) = sock.proto() else { return PROCEED };
+    let (vip, port, cookie) = (sock.v6(), sock.port(), sock.cookie());
+    let mut service = 0;
+    if let Some(vip) = vip.as_v4() {
+        return match decide(&sock, vip, port, proto, cookie, &mut service) {
+            Choice::Stays => PROCEED,
+            Choice::Refused => refuse(),
+            Choice::Backend(id) => {
+                let Some(backend) = select::backend::<V4>(id) else { return PROCEED };
+                let addr = backend.addr.mapped();
+                note(cookie, vip, port, addr, backend.port, proto, service);
+                sock.set_v6(addr);
+                sock.set_port(backend.port);
+                PROCEED
+            }
+        };
+    }
+    match decide(&sock, vip, port, proto, cookie, &mut service) {
+        Choice::Stays => PROCEED,
+        Choice::Refused => refuse(),
+        Choice::Backend(id) => {
+            let Some(backend) = select::backend::<V6>(id) else { return PROCEED };
+            note(cookie, vip, port, backend.addr, backend.port, proto, service);
+            sock.set_v6(backend.addr);
+            sock.set_port(backend.port);
+            PROCEED
+        }
+    }
+}
+
+/// What a socket believes to talk to, instead of this backend.
+#[inline(always)]
+fn origin(sock: &Sock<'_>, backend: V6) -> Option<Origin> {
+    let key = Key { cookie: sock.cookie(), backend, backend_port: sock.port(), pad: [0; 6] };
+    // SAFETY: the value is copied out at once.
+    unsafe { sockets().get(&key) }.copied()
+}
+
+/// recvmsg(2) and getpeername(2) of IPv4 sockets.
+#[inline(always)]
+pub fn back4(ctx: &SockAddrContext) -> i32 {
+    let sock = Sock { ctx };
+    if let Some(origin) = origin(&sock, sock.v4().mapped())
+        && let Some(vip) = origin.vip.as_v4()
+    {
+        sock.set_v4(vip);
+        sock.set_port(origin.vip_port);
+    }
+    PROCEED
+}
+
+/// recvmsg(2) and getpeername(2) of IPv6 sockets.
+#[inline(always)]
+pub fn back6(ctx: &SockAddrContext) -> i32 {
+    let sock = Sock { ctx };
+    if let Some(origin) = origin(&sock, sock.v6()) {
+        sock.set_v6(origin.vip);
+        sock.set_port(origin.vip_port);
+    }
+    PROCEED
+}
