@@ -146,17 +146,21 @@ fn answered_by(what: &str, pods: &[String], ask: impl Fn() -> Result<String>) ->
     })
 }
 
-/// Three acts, with the NGINX Plus settings: from a pod, and from the node by the port of its load balancer.
+/// Three acts, with the NGINX Plus settings: from a pod, from the node by the port of its load balancer, and from the node by
+/// the VIP itself, which no packet on a veth shows.
 fn lab(cluster: &Cluster) -> Result<String> {
     let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
     let url = vip(cluster, "dummy-deployment")?;
     let from_pod = || cluster.ask("client", &url);
     let from_node = || cluster.ask("host", "http://127.0.0.1:8080/");
+    let by_socket = || cluster.ask("host", &url);
     answered_by("the primary's answer to a pod", &primary, from_pod)?;
     answered_by("the primary's answer to the node", &primary, from_node)?;
+    answered_by("the primary's answer to the node by the VIP", &primary, by_socket)?;
     cluster.fake_error("dummy-deployment", true)?;
     answered_by("the backup's answer to a pod", &backup, from_pod)?;
     answered_by("the backup's answer to the node", &backup, from_node)?;
+    answered_by("the backup's answer to the node by the VIP", &backup, by_socket)?;
     cluster.wait_state("dummy", "Open")?;
     cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
     cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup")?;
@@ -171,6 +175,7 @@ fn lab(cluster: &Cluster) -> Result<String> {
     cluster.fake_error("dummy-deployment", false)?;
     answered_by("the primary's answer to a pod again", &primary, from_pod)?;
     answered_by("the primary's answer to the node again", &primary, from_node)?;
+    answered_by("the primary's answer to the node by the VIP again", &primary, by_socket)?;
     cluster.wait_state("dummy", "Closed")?;
     cluster.wait_event("CircuitBreaker", "dummy", "Closed")?;
     Ok("from a pod and from the node: primary, backup, primary".into())
