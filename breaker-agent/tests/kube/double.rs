@@ -32,6 +32,12 @@ pub enum Fault {
     Gone,
     /// Every stream ends in the middle of an object.
     Cut,
+    /// Connections are taken, and nothing is said.
+    Silent,
+    /// Every answer takes a third of a second.
+    Slow,
+    /// Watches are told 410 Gone, and lists come from a replica that is this many changes behind.
+    Stale(u64),
 }
 
 /// Where an object is: plural, namespace, name.
@@ -46,6 +52,21 @@ struct Inner {
     /// Requests by method and path, but for watches and lists.
     writes: Vec<(String, String)>,
     lists: usize,
+}
+
+impl Inner {
+    /// The objects as they were some changes ago, and the version of then.
+    fn some_time_ago(&self, behind: u64) -> (u64, BTreeMap<Place, Value>) {
+        let version = self.version - behind;
+        let mut objects = BTreeMap::new();
+        for (_, kind, place, object) in self.history.iter().filter(|(at, ..)| *at <= version) {
+            match *kind {
+                "DELETED" => objects.remove(place),
+                _ => objects.insert(place.clone(), object.clone()),
+            };
+        }
+        (version, objects)
+    }
 }
 
 /// The double.
@@ -143,6 +164,13 @@ impl Double {
         self.lock().lists
     }
 
+    async fn waits_while(&self, fault: Fault) {
+        let mut changed = self.changed.subscribe();
+        while self.lock().fault == fault {
+            let _ = changed.changed().await;
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         self.inner.lock().unwrap()
     }
@@ -234,6 +262,11 @@ fn good(object: &Value) -> Response {
 async fn answer(State(double): State<Double>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> Response {
     let target = parse(&uri);
     let fault = double.lock().fault;
+    match fault {
+        Fault::Silent => double.waits_while(Fault::Silent).await,
+        Fault::Slow => tokio::time::sleep(Duration::from_millis(300)).await,
+        _ => {}
+    }
     let watching = target.query.get("watch").is_some_and(|v| v == "true" || v == "1");
     match fault {
         Fault::Status(code) => return status(code, "Trouble"),
@@ -249,9 +282,12 @@ async fn answer(State(double): State<Double>, method: Method, uri: Uri, headers:
             Some(_) => inner.objects.get(&target.place()).map_or_else(|| status(404, "NotFound"), good),
             None => {
                 inner.lists += 1;
-                let items: Vec<&Value> =
-                    inner.objects.iter().filter(|(p, o)| target.matches(p, o)).map(|(_, o)| o).collect();
-                let list = json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": inner.version.to_string() }, "items": items });
+                let (version, objects) = match fault {
+                    Fault::Stale(behind) => inner.some_time_ago(behind),
+                    _ => (inner.version, inner.objects.clone()),
+                };
+                let items: Vec<&Value> = objects.iter().filter(|(p, o)| target.matches(p, o)).map(|(_, o)| o).collect();
+                let list = json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": version.to_string() }, "items": items });
                 good(&list)
             }
         };
@@ -318,24 +354,30 @@ fn watched(double: Double, target: Target) -> Response {
                 return None;
             }
             changed.borrow_and_update();
-            let (fault, found, oldest) = {
+            let (fault, found, oldest, inner_version) = {
                 let inner = double.lock();
                 let found = inner
                     .history
                     .iter()
                     .find(|(v, _, place, object)| *v > at && target.matches(place, object))
                     .cloned();
-                (inner.fault, found, inner.history.first().map_or(inner.version, |h| h.0))
+                (inner.fault, found, inner.history.first().map_or(inner.version, |h| h.0), inner.version)
             };
             let state = |at, ended| (double.clone(), target_again(&target), changed.clone(), at, ended);
             // A version before everything that is remembered.
             let expired = at + 500 < oldest;
-            if fault == Fault::Gone || expired {
+            // Once is enough for a replica that is behind: from its list on, what it tells is true.
+            let behind = matches!(fault, Fault::Stale(_)) && at >= inner_version;
+            if fault == Fault::Gone || behind || expired {
                 let gone = json!({ "type": "ERROR", "object": { "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "too old", "reason": "Expired", "code": 410 } });
                 return Some((Ok::<_, Infallible>(Bytes::from(format!("{gone}\n"))), state(at, true)));
             }
             if matches!(fault, Fault::Status(_) | Fault::Garbage) {
                 return None;
+            }
+            if fault == Fault::Silent {
+                double.waits_while(Fault::Silent).await;
+                continue;
             }
             if let Some((version, kind, _, object)) = found {
                 let line = format!("{}\n", json!({ "type": kind, "object": object }));

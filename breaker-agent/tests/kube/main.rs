@@ -137,7 +137,9 @@ async fn objects_become_services_and_their_changes_follow() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_the_server_does_the_last_state_goes_on_and_what_was_missed_is_made_up_for() {
-    for fault in [Fault::Gone, Fault::Cut, Fault::Status(429), Fault::Status(500), Fault::Garbage] {
+    for fault in
+        [Fault::Gone, Fault::Cut, Fault::Status(429), Fault::Status(500), Fault::Garbage, Fault::Silent, Fault::Slow]
+    {
         let double = lab().await;
         let mut source = source(&double);
         update(&mut source, "the lab", |u| primary(u).len() == 1).await;
@@ -284,8 +286,71 @@ async fn an_object_that_is_not_understood_leaves_the_others_alone() {
     update(&mut source, "the lab", |u| primary(u).len() == 1 && u.subjects.len() == 1).await;
     strange["spec"]["until"] = json!("whenever");
     double.put("circuitbreakers", strange);
+    // One that was understood before goes on as it was.
+    let mut newer = breaker(2);
+    newer["spec"]["mode"] = json!("OfALaterVersion");
+    double.put("circuitbreakers", newer);
     double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
     update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+}
+
+/// With many names the slices of the whole namespace are watched: those of a Service that is wanted later are there already,
+/// and nothing more is told of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_more_of_many_is_heard_without_another_event() {
+    const MANY: usize = 70;
+    let double = lab().await;
+    let put = |i: usize| {
+        double.put("services", service(&format!("many-{i}"), &format!("10.43.1.{i}")));
+        double.put("endpointslices", slice(&format!("many-{i}"), &[&format!("10.42.1.{i}")]));
+    };
+    let wish = |i: usize| {
+        let mut breaker = breaker(1);
+        breaker["metadata"]["name"] = json!(format!("many-{i}"));
+        breaker["spec"]["service"]["name"] = json!(format!("many-{i}"));
+        double.put("circuitbreakers", breaker);
+    };
+    (0..=MANY).for_each(put);
+    (0..MANY).for_each(wish);
+    let mut source = source(&double);
+    update(&mut source, "all of them", |u| u.services().len() == MANY + 1).await;
+    wish(MANY);
+    update(&mut source, "one more", |u| u.services().len() == MANY + 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_is_behind_ends_with_the_truth() {
+    let double = lab().await;
+    let mut source = source(&double);
+    update(&mut source, "the lab", |u| primary(u).len() == 1).await;
+    double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
+    update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+    let lists = double.lists();
+    double.fault(Fault::Stale(1));
+    until("a list of the past", || double.lists() > lists).await;
+    double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2", "10.42.0.4"]));
+    double.fault(Fault::None);
+    update(&mut source, "the truth", |u| primary(u).len() == 3).await;
+}
+
+/// A ClusterIP is given away again: from then on it is not ours, and comes back only by a wish for its new Service.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_another_service_got_is_not_ours_any_more() {
+    let double = lab().await;
+    let mut source = source(&double);
+    let frontends = |u: &Update| -> Vec<String> {
+        let routes = u.services().into_iter().flat_map(|s| s.frontends);
+        routes.map(|frontend| frontend.address.ip().to_string()).collect()
+    };
+    update(&mut source, "the lab", |u| frontends(u) == ["10.43.0.1"]).await;
+    double.delete("services", "lab", "dummy");
+    double.put("services", service("stranger", "10.43.0.1"));
+    double.put("endpointslices", slice("stranger", &["10.42.0.8"]));
+    let without = update(&mut source, "nothing of it", |u| frontends(u).is_empty()).await;
+    assert_eq!(without.subjects.len(), 1, "the CircuitBreaker is still there, and says what is missing");
+    // The Service is made again, and gets another address.
+    double.put("services", service("dummy", "10.43.0.7"));
+    update(&mut source, "the new address alone", |u| frontends(u) == ["10.43.0.7"]).await;
 }
 
 /// A deleted object that is made again under its name gets a status of its own, although it says the same.

@@ -2,7 +2,10 @@
 //!
 //! Two that believe to be it for a moment (a clock that jumps, a lost answer) do no harm: both write the same.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -22,6 +25,8 @@ const DURATION: Duration = Duration::from_secs(10);
 const RENEW: Duration = Duration::from_secs(3);
 /// Looks a second that all agents together take: with many nodes, each looks less often.
 const LOOKS_PER_SECOND: f64 = 10.0;
+/// The Lease's annotation that tells how many agents there are: whoever holds it counts them, nobody else does.
+const AGENTS: &str = "breaker.dev/agents";
 
 /// One agent's side of the election.
 pub struct Election {
@@ -31,13 +36,21 @@ pub struct Election {
     seen: Option<(String, Instant)>,
     /// When we renewed it last.
     renewed: Option<Instant>,
+    /// How many agents there are, by the Lease.
+    agents: usize,
 }
 
 impl Election {
     /// For a node's agent.
     #[must_use]
     pub fn new(client: &Client, namespace: &str, node: &str) -> Self {
-        Self { api: Api::namespaced(client.clone(), namespace), me: node.to_owned(), seen: None, renewed: None }
+        Self {
+            api: Api::namespaced(client.clone(), namespace),
+            me: node.to_owned(),
+            seen: None,
+            renewed: None,
+            agents: 0,
+        }
     }
 
     /// Whether this agent is the one.
@@ -46,30 +59,38 @@ impl Election {
         self.renewed.is_some_and(|at| at.elapsed() < DURATION)
     }
 
+    /// How many agents there are, as the Lease had it at the last look.
+    #[must_use]
+    pub const fn agents(&self) -> usize {
+        self.agents
+    }
+
     /// How long to wait until the next [`Election::look`].
     #[must_use]
-    pub fn pause(&self, nodes: usize) -> Duration {
+    pub fn pause(&self) -> Duration {
         if self.is_held() {
             return RENEW;
         }
-        #[expect(clippy::cast_precision_loss, reason = "a count of nodes")]
-        let spread = Duration::from_secs_f64(nodes as f64 / LOOKS_PER_SECOND);
+        #[expect(clippy::cast_precision_loss, reason = "a count of agents")]
+        let spread = Duration::from_secs_f64(self.agents as f64 / LOOKS_PER_SECOND);
         RENEW.max(spread).mul_f64(0.75 + 0.5 * fastrand::f64())
     }
 
-    /// Looks at the Lease: renews it if it is ours, takes it if nobody has it.
+    /// Looks at the Lease: renews it if it is ours (and tells by it of how many agents it knows), takes it if nobody has it.
     ///
     /// # Errors
     /// The API server's; whoever holds the Lease goes on holding it until it runs out.
-    pub async fn look(&mut self) -> Result<(), kube::Error> {
+    pub async fn look(&mut self, agents: usize) -> Result<(), kube::Error> {
         let found = self.api.get_opt(NAME).await?;
-        let Some(lease) = found else {
+        let Some(mut lease) = found else {
             let lease = Lease {
                 metadata: ObjectMeta { name: Some(NAME.into()), ..ObjectMeta::default() },
-                spec: Some(self.spec(0)),
+                spec: Some(self.spec(&LeaseSpec::default())),
             };
             return self.take(self.api.create(&PostParams::default(), &lease).await);
         };
+        let told = |of: &BTreeMap<String, String>| of.get(AGENTS).and_then(|count| count.parse().ok());
+        self.agents = lease.metadata.annotations.as_ref().and_then(told).unwrap_or_default();
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
         let mark = format!("{holder} {:?}", spec.renew_time);
@@ -84,9 +105,13 @@ impl Election {
             self.renewed = None;
             return Ok(());
         }
-        let transitions = spec.lease_transitions.unwrap_or_default() + i32::from(holder != self.me);
+        // Who has only just taken it has counted nobody yet.
+        if self.is_held() && agents > 0 {
+            lease.metadata.annotations.get_or_insert_default().insert(AGENTS.into(), agents.to_string());
+            self.agents = agents;
+        }
         // With the version that we saw: whoever was quicker wins.
-        let new = Lease { metadata: lease.metadata, spec: Some(self.spec(transitions)) };
+        let new = Lease { metadata: lease.metadata, spec: Some(self.spec(&spec)) };
         let outcome = self.api.replace(NAME, &PostParams::default(), &new).await;
         self.take(outcome)
     }
@@ -122,14 +147,19 @@ impl Election {
         }
     }
 
-    fn spec(&self, transitions: i32) -> LeaseSpec {
+    /// The Lease as we hold it, from how it was.
+    fn spec(&self, old: &LeaseSpec) -> LeaseSpec {
         let now = MicroTime(Timestamp::now());
+        let goes_on = old.holder_identity.as_ref() == Some(&self.me);
         LeaseSpec {
             holder_identity: Some(self.me.clone()),
             lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
-            renew_time: Some(now.clone()),
-            acquire_time: Some(now),
-            lease_transitions: Some(transitions),
+            acquire_time: old.acquire_time.clone().filter(|_| goes_on).or_else(|| Some(now.clone())),
+            renew_time: Some(now),
+            lease_transitions: Some(match &old.holder_identity {
+                Some(_) => old.lease_transitions.unwrap_or_default() + i32::from(!goes_on),
+                None => 0,
+            }),
             ..LeaseSpec::default()
         }
     }

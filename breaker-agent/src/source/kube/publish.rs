@@ -2,7 +2,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -53,13 +56,18 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often everything is looked at without a change: a write that failed is tried again.
 const ROUND: Duration = Duration::from_secs(5);
 
-/// What the CircuitBreakers' statuses say, at any moment (without the nodes one by one).
+/// What is told of all agents, at any moment.
 #[derive(Clone)]
-pub(super) struct Published(Store<Guarded>);
+pub(super) struct Published {
+    /// The CircuitBreakers' statuses, without the nodes one by one.
+    breakers: Store<Guarded>,
+    /// How many agents there are.
+    agents: Arc<AtomicUsize>,
+}
 
 impl Published {
-    pub(super) const fn new(breakers: Store<Guarded>) -> Self {
-        Self(breakers)
+    pub(super) fn new(breakers: Store<Guarded>) -> Self {
+        Self { breakers, agents: Arc::default() }
     }
 
     fn get(&self, owner: &Owner) -> Option<CircuitBreakerStatus> {
@@ -67,14 +75,12 @@ impl Published {
             return None;
         }
         let key = ObjectRef::new(&owner.key.name).within(&owner.key.namespace);
-        self.0.get(&key)?.0.as_ref().ok()?.status.clone()
+        self.breakers.get(&key)?.0.as_ref().ok()?.status.clone()
     }
 
-    /// How many nodes they say there are.
-    pub(super) fn nodes(&self) -> usize {
-        let breakers = self.0.state();
-        let counts = breakers.iter().filter_map(|breaker| Some(breaker.0.as_ref().ok()?.status.as_ref()?.counts.nodes));
-        usize::try_from(counts.max().unwrap_or_default()).unwrap_or_default()
+    /// How many agents there are: all take turns with their requests by that.
+    pub(super) fn agents(&self) -> usize {
+        self.agents.load(Ordering::Relaxed)
     }
 }
 
@@ -90,12 +96,18 @@ pub(super) async fn run(
     let mut work: Option<tokio::task::JoinHandle<()>> = None;
     let mut lost = false;
     loop {
-        let outcome = match timeout(PATIENCE, election.look()).await {
+        let outcome = match timeout(PATIENCE, election.look(published.agents())).await {
             Ok(outcome) => outcome.map_err(|error| words(&error)),
             Err(_) => Err("no answer in time".into()),
         };
         match outcome {
-            Ok(()) => lost = false,
+            Ok(()) => {
+                lost = false;
+                // Who holds it counts for itself.
+                if !election.is_held() {
+                    published.agents.store(election.agents(), Ordering::Relaxed);
+                }
+            }
             Err(error) if !lost => {
                 lost = true;
                 tracing::warn!("the Lease {namespace}/{} cannot be read or written: {error}", super::lease::NAME);
@@ -115,7 +127,7 @@ pub(super) async fn run(
             _ => {}
         }
         tokio::select! {
-            () = tokio::time::sleep(election.pause(published.nodes())) => {}
+            () = tokio::time::sleep(election.pause()) => {}
             () = ending.cancelled() => {
                 if let Some(task) = &work {
                     task.abort();
@@ -188,6 +200,7 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
                 Some(NodeNews { node, ready: said.is_some_and(|age| age < limit), report })
             })
             .collect();
+        publisher.published.agents.store(news.len(), Ordering::Relaxed);
         publisher.round(&update, &News::new(&news), quiet).await;
         tokio::time::sleep(PAUSE).await;
     }

@@ -141,7 +141,7 @@ pub(super) async fn publish(client: Client, mut facts: watch::Receiver<Option<Ar
             }
             continue;
         };
-        let nodes = published.nodes();
+        let nodes = published.agents();
         let (ready, uid) = (now.update.node.ready, now.update.node.uid.clone());
         let mut report = make(&now, &mut applied);
         let known = written.as_ref().filter(|(node, _)| *node == uid).map(|(_, report)| report);

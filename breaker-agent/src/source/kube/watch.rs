@@ -196,6 +196,8 @@ pub(super) struct Watches {
     services: Watch<Service>,
     nodes: Watch<Node>,
     slices: BTreeMap<String, NamespaceSlices>,
+    /// Every CircuitBreaker as it was understood last.
+    understood: HashMap<ObjectRef<Guarded>, Arc<CircuitBreaker>>,
 }
 
 /// The slices of one namespace.
@@ -224,7 +226,8 @@ impl Watches {
                     breaker.annotations_mut().clear();
                     if let Err(error) = &breaker.0 {
                         tracing::warn!(
-                            "CircuitBreaker {} is not understood, and left out: {error}",
+                            "CircuitBreaker {}/{} is not understood (what was understood of it before goes on): {error}",
+                            breaker.namespace().unwrap_or_default(),
                             breaker.name_any()
                         );
                     }
@@ -265,6 +268,7 @@ impl Watches {
                 |old, new| node_view("", Some(old)) != node_view("", Some(new)),
             ),
             slices: BTreeMap::new(),
+            understood: HashMap::new(),
             client: client.clone(),
             changed,
             node_name: node_name.to_owned(),
@@ -282,8 +286,9 @@ impl Watches {
             let old = self.slices.remove(namespace);
             let new = match old {
                 Some(old) if old.names == names => old,
-                // A watch of the whole namespace has every name.
+                // A watch of the whole namespace has every name, and may have told of the new ones before they were wanted.
                 Some(old) if old.names.len() > MOST_NAMES && names.len() > MOST_NAMES => {
+                    self.changed.notify_one();
                     NamespaceSlices { names, ..old }
                 }
                 old => {
@@ -319,9 +324,18 @@ impl Watches {
     pub(super) fn world(&mut self) -> Option<World> {
         let services = self.services.get()?;
         let node = self.nodes.get()?;
+        let before = std::mem::take(&mut self.understood);
+        for guarded in self.breakers.get()? {
+            let key = ObjectRef::from_obj(&*guarded);
+            let breaker = match &guarded.0 {
+                Ok(breaker) => Some(Arc::new(breaker.clone())),
+                Err(_) => before.get(&key).cloned(),
+            };
+            self.understood.extend(breaker.map(|breaker| (key, breaker)));
+        }
         let mut world = World {
             node: node_view(&self.node_name, node.first().map(|node| &**node)),
-            breakers: self.breakers.get()?.iter().filter_map(|b| Some(Arc::new(b.0.as_ref().ok()?.clone()))).collect(),
+            breakers: self.understood.values().cloned().collect(),
             grants: self.grants.get()?,
             services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
             endpoints: HashMap::new(),
