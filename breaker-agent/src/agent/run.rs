@@ -28,7 +28,7 @@ use crate::{
     datapath::{
         Datapath as _,
         kernel::{
-            Attacher, InterfaceChange, KernelDatapath, LoadOptions, PinDir, Sizes, Wanted, has_tcx, load,
+            Attacher, Interface, InterfaceChange, KernelDatapath, LoadOptions, PinDir, Sizes, Wanted, has_tcx, load,
             watch_interfaces,
         },
     },
@@ -166,7 +166,7 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let wanted = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.clone() };
     let (present, interfaces) = watch_interfaces(wanted).await.context("watch the interfaces")?;
-    agent.attach_present(present);
+    agent.attach_all(present);
     let pid = std::process::id();
     let mode = agent.attacher.mode();
     let count = agent.attacher.attached().len();
@@ -413,38 +413,40 @@ impl Agent {
         }
     }
 
-    fn attach_present(&mut self, present: Vec<InterfaceChange>) {
-        let indices: BTreeSet<u32> = present
-            .iter()
-            .map(|change| match change {
-                InterfaceChange::Present { index, .. } | InterfaceChange::Gone { index } => *index,
-            })
-            .collect();
-        self.attacher.forget_all_but(&indices.into_iter().collect::<Vec<_>>());
-        for change in present {
-            self.interface(change);
+    fn attach_all(&mut self, present: Vec<Interface>) {
+        let indices: BTreeSet<u32> = present.iter().map(|interface| interface.index).collect();
+        self.attacher.forget_all_but(&indices);
+        self.names.retain(|index, _| indices.contains(index));
+        self.failed_interfaces.retain(|index, _| indices.contains(index));
+        // Also where there are programs: an index may be another interface's by now.
+        present.into_iter().for_each(|interface| self.attach(interface));
+    }
+
+    fn attach(&mut self, Interface { index, name, side }: Interface) {
+        self.names.insert(index, name.clone());
+        match self.attacher.attach(index, &name, side) {
+            Ok(()) => {
+                tracing::debug!(interface = name, "attached");
+                self.failed_interfaces.remove(&index);
+            }
+            Err(error) => {
+                tracing::warn!(interface = name, "not attached: {error:#}");
+                self.failed_interfaces.insert(index, (name, format!("{error:#}")));
+            }
         }
     }
 
     fn interface(&mut self, change: InterfaceChange) {
         self.unreported = true;
         match change {
-            InterfaceChange::Present { index, name, side } => {
-                self.names.insert(index, name.clone());
-                if self.attacher.attached().contains_key(&index) {
-                    return;
+            InterfaceChange::Present(interface) => match self.attacher.attached().get(&interface.index) {
+                // A veth becomes an uplink when a default route is put on it.
+                Some(attached) if attached.side == interface.side => {
+                    self.names.insert(interface.index, interface.name);
                 }
-                match self.attacher.attach(index, &name, side) {
-                    Ok(()) => {
-                        tracing::debug!(interface = name, "attached");
-                        self.failed_interfaces.remove(&index);
-                    }
-                    Err(error) => {
-                        tracing::warn!(interface = name, "not attached: {error:#}");
-                        self.failed_interfaces.insert(index, (name, format!("{error:#}")));
-                    }
-                }
-            }
+                _ => self.attach(interface),
+            },
+            InterfaceChange::All(present) => self.attach_all(present),
             InterfaceChange::Gone { index } => {
                 self.names.remove(&index);
                 self.failed_interfaces.remove(&index);

@@ -172,3 +172,72 @@ fn interfaces_by_glob() -> Result<()> {
     lab.world.node(0).ns().ip(&["link", "add", "uplink0", "type", "veth", "peer", "name", "other0"])?;
     wait_for("uplink0 to have programs", LONG, || interfaces() == ["uplink0"])
 }
+
+/// What k3s' boot may do to a node: its network is there, its default route comes later. Over IPv6 alone, here.
+#[test]
+fn an_uplink_is_found_when_its_default_route_comes() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    lab.agent.write_config("  veths: false\n  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
+    let node = lab.world.node(0).ns().clone();
+    node.ip(&["route", "del", "default"])?;
+    lab.agent.start()?;
+    let interfaces = || lab.agent.status().map(|status| status.datapath.interfaces).unwrap_or_default();
+    assert!(interfaces().is_empty());
+    node.ip(&["-6", "route", "add", "default", "dev", "eth0"])?;
+    wait_for("eth0 to have programs", LONG, || interfaces() == ["eth0"])
+}
+
+#[test]
+fn an_interface_that_is_renamed_set_down_and_up_or_made_again_keeps_or_gets_its_programs() -> Result<()> {
+    let mut lab = started("")?;
+    lab.primary.inject(Fault::Kill)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    let backup = lab.backup.address().to_string();
+    let node = lab.world.node(0).ns().clone();
+    let by_backup = |lab: &Lab, when: &str| -> Result<()> {
+        let answer = lab.ask()?;
+        anyhow::ensure!(answer.pod() == Some(backup.as_str()), "{when}: {answer}");
+        Ok(())
+    };
+    let named = |lab: &Lab, name: &str| {
+        lab.agent
+            .status()
+            .is_ok_and(|s| s.datapath.interfaces.iter().any(|n| n == name) && s.datapath.interfaces.len() == 3)
+    };
+    let old = lab.client.veth.clone();
+
+    for state in ["down", "up"] {
+        node.ip(&["link", "set", &old, state])?;
+    }
+    by_backup(&lab, "down and up")?;
+    node.ip(&["link", "set", &old, "name", "veth5eed5eed"])?;
+    wait_for("the new name", LONG, || named(&lab, "veth5eed5eed"))?;
+    by_backup(&lab, "renamed")?;
+
+    // Away and back: the kernel takes programs off an interface that leaves its namespace.
+    let elsewhere = lab.world.lan().clone();
+    node.ip(&["link", "set", "veth5eed5eed", "netns", elsewhere.name()])?;
+    wait_for("it to be gone", LONG, || lab.agent.status().is_ok_and(|s| s.datapath.interfaces.len() == 2))?;
+    elsewhere.ip(&["link", "set", "veth5eed5eed", "netns", node.name()])?;
+    node.ip(&["link", "set", "veth5eed5eed", "master", "cni0", "up"])?;
+    wait_for("it to be there again", LONG, || named(&lab, "veth5eed5eed"))?;
+    by_backup(&lab, "away and back")?;
+
+    // Another pod's, with the name and the index of this one.
+    let text = node.output("ip", &["-o", "link", "show", "dev", "veth5eed5eed"])?;
+    let index = text.split(':').next().context("no index")?.trim().to_owned();
+    // Neighbours remember the pod's link address for a minute.
+    let text = lab.client.ns.output("ip", &["-o", "link", "show", "dev", "eth0"])?;
+    let address = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).context("no address")?;
+    node.ip(&["link", "del", "veth5eed5eed"])?;
+    let pod = lab.client.ns.name().to_owned();
+    let veth = ["link", "add", "veth5eed5eed", "index", &index, "mtu", "1450", "type", "veth", "peer", "name", "eth0"];
+    node.ip(&[&veth[..], &["mtu", "1450", "netns", &pod]].concat())?;
+    node.ip(&["link", "set", "veth5eed5eed", "master", "cni0", "up"])?;
+    lab.client.ns.ip(&["addr", "add", &format!("{}/24", lab.client.address), "dev", "eth0"])?;
+    lab.client.ns.ip(&["link", "set", "eth0", "address", address, "up"])?;
+    lab.client.ns.ip(&["route", "add", "default", "via", "10.42.1.1"])?;
+    wait_for("the new one to have programs", LONG, || {
+        named(&lab, "veth5eed5eed") && lab.ask().is_ok_and(|answer| answer.pod() == Some(backup.as_str()))
+    })
+}

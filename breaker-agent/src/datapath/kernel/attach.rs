@@ -7,7 +7,7 @@
 //! replaces it in place. The qdisc is removed only if we made it and nobody else's filter is left on it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -47,6 +47,8 @@ const DIRECTIONS: [(TcAttachType, &str); 2] = [(TcAttachType::Egress, "out"), (T
 pub struct Attached {
     /// Its name when we attached.
     pub name: String,
+    /// Whose.
+    pub side: Side,
     /// How.
     pub mode: AttachMode,
 }
@@ -110,7 +112,7 @@ impl Attacher {
             }
             .with_context(|| format!("attach {program_name} to {name}"))?;
         }
-        self.attached.insert(index, Attached { name: name.to_owned(), mode: self.mode });
+        self.attached.insert(index, Attached { name: name.to_owned(), side, mode: self.mode });
         Ok(())
     }
 
@@ -123,12 +125,12 @@ impl Attacher {
         self.attached.remove(&index)
     }
 
-    /// Forgets pins of interfaces that went while no agent ran.
-    pub fn forget_all_but(&mut self, present: &[u32]) {
-        for index in pinned_indices(&self.links).into_iter().chain(pinned_indices(&self.clsact)) {
-            if !present.contains(&index) {
-                self.forget(index);
-            }
+    /// Forgets interfaces that went while no agent ran, or unheard.
+    pub fn forget_all_but(&mut self, present: &BTreeSet<u32>) {
+        let pinned = pinned_indices(&self.links).into_iter().chain(pinned_indices(&self.clsact));
+        let known: BTreeSet<u32> = pinned.chain(self.attached.keys().copied()).collect();
+        for index in known.difference(present) {
+            self.forget(*index);
         }
     }
 }

@@ -11,10 +11,11 @@ use rtnetlink::{
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
     },
 };
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 /// Who is behind an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Side {
     /// A pod.
     Pod,
@@ -37,19 +38,25 @@ pub struct Wanted {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InterfaceChange {
     /// It is there.
-    Present {
-        /// Its index.
-        index: u32,
-        /// Its name.
-        name: String,
-        /// Who is behind it.
-        side: Side,
-    },
+    Present(Interface),
     /// It is gone.
     Gone {
         /// Its index.
         index: u32,
     },
+    /// Some words were lost: these are there, and no others; whatever was known of them may have changed.
+    All(Vec<Interface>),
+}
+
+/// An interface that the programs belong on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Who is behind it.
+    pub side: Side,
 }
 
 /// Starts to watch. Returns the interfaces that are there already, and a channel of changes from then on (a change may
@@ -57,10 +64,13 @@ pub enum InterfaceChange {
 ///
 /// # Errors
 /// No netlink socket, or a dump that fails.
-pub async fn watch(what: Wanted) -> Result<(Vec<InterfaceChange>, mpsc::Receiver<InterfaceChange>)> {
+pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<InterfaceChange>)> {
+    // Default routes make an uplink, and may come later than their interface.
+    const LINKS: MulticastGroup = MulticastGroup::Link;
+    const ROUTES: [MulticastGroup; 3] = [LINKS, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
+    let groups: &[MulticastGroup] = if what.uplinks { &ROUTES } else { &[LINKS] };
     // Subscribed before the dump: what comes in between is told twice rather than never.
-    let (connection, handle, mut messages) =
-        new_multicast_connection(&[MulticastGroup::Link]).context("open a netlink socket")?;
+    let (connection, handle, mut messages) = new_multicast_connection(groups).context("open a netlink socket")?;
     tokio::spawn(connection);
     let wanted = move |message: &LinkMessage| wanted(message, &what);
     let present = list(&handle, &wanted).await?;
@@ -69,18 +79,23 @@ pub async fn watch(what: Wanted) -> Result<(Vec<InterfaceChange>, mpsc::Receiver
         while let Some((message, _)) = messages.next().await {
             let changes = match message.payload {
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
-                    wanted(&message).into_iter().collect()
+                    wanted(&message).map(InterfaceChange::Present).into_iter().collect()
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message))
                     if message.header.interface_family != AddressFamily::Bridge =>
                 {
                     vec![InterfaceChange::Gone { index: message.header.index }]
                 }
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message))
+                    if message.header.destination_prefix_length == 0 =>
+                {
+                    asked(list(&handle, &wanted).await).into_iter().map(InterfaceChange::Present).collect()
+                }
                 // The socket's buffer ran over: some messages are lost, so ask for the whole again.
-                NetlinkPayload::Overrun(_) => list(&handle, &wanted).await.unwrap_or_else(|error| {
-                    tracing::warn!("after an overrun: {error:#}");
-                    Vec::new()
-                }),
+                NetlinkPayload::Overrun(_) => match list(&handle, &wanted).await {
+                    Ok(all) => vec![InterfaceChange::All(all)],
+                    error => asked(error).into_iter().map(InterfaceChange::Present).collect(),
+                },
                 _ => Vec::new(),
             };
             for change in changes {
@@ -93,10 +108,7 @@ pub async fn watch(what: Wanted) -> Result<(Vec<InterfaceChange>, mpsc::Receiver
     Ok((present, receiver))
 }
 
-async fn list(
-    handle: &Handle,
-    wanted: &impl Fn(&LinkMessage) -> Option<InterfaceChange>,
-) -> Result<Vec<InterfaceChange>> {
+async fn list(handle: &Handle, wanted: &impl Fn(&LinkMessage) -> Option<Interface>) -> Result<Vec<Interface>> {
     handle
         .link()
         .get()
@@ -107,8 +119,15 @@ async fn list(
         .context("list the interfaces")
 }
 
+fn asked(outcome: Result<Vec<Interface>>) -> Vec<Interface> {
+    outcome.unwrap_or_else(|error| {
+        tracing::warn!("what interfaces there are is not known: {error:#}");
+        Vec::new()
+    })
+}
+
 /// A host-side veth (its peer is in another network namespace), an uplink, or one that was asked for by name.
-fn wanted(message: &LinkMessage, what: &Wanted) -> Option<InterfaceChange> {
+fn wanted(message: &LinkMessage, what: &Wanted) -> Option<Interface> {
     // A bridge tells of its ports, too: a veth that leaves its bridge is not gone.
     if message.header.interface_family == AddressFamily::Bridge {
         return None;
@@ -131,14 +150,52 @@ fn wanted(message: &LinkMessage, what: &Wanted) -> Option<InterfaceChange> {
     let pod = veth && peer_elsewhere && !has_default_route(&name);
     let chosen = what.globs.is_match(&name) || if pod { what.veths } else { what.uplinks && has_default_route(&name) };
     let side = if pod { Side::Pod } else { Side::Uplink };
-    chosen.then_some(InterfaceChange::Present { index: message.header.index, name, side })
+    chosen.then_some(Interface { index: message.header.index, name, side })
 }
 
-/// Whether the node's default route leaves by an interface (proc_net(5), `route`: interface, destination, …, mask).
+/// Whether a default route of the node's, of either family, leaves by an interface.
 fn has_default_route(name: &str) -> bool {
-    let routes = std::fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
-    routes.lines().skip(1).any(|line| {
-        let mut fields = line.split_whitespace();
-        fields.next() == Some(name) && fields.next() == Some("00000000") && fields.nth(5) == Some("00000000")
+    let read = |file: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
+    default_routes_v4(&read("route")).any(|by| by == name)
+        || default_routes_v6(&read("ipv6_route")).any(|by| by == name)
+}
+
+/// Interfaces of default routes in /proc/net/route (interface, destination, gateway, flags, …, mask, …; the kernel's
+/// net/ipv4/fib_trie.c, `fib_route_seq_show`).
+fn default_routes_v4(routes: &str) -> impl Iterator<Item = &str> {
+    routes.lines().skip(1).filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        (fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000")).then(|| fields[0])
     })
+}
+
+/// Interfaces of default routes in /proc/net/ipv6_route (destination, its prefix, …, interface; net/ipv6/route.c,
+/// `rt6_info_route`). Where there is no IPv6 route, one to nowhere stands there in lo's name.
+fn default_routes_v6(routes: &str) -> impl Iterator<Item = &str> {
+    routes.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let everywhere = fields.first()?.bytes().all(|digit| digit == b'0') && fields.get(1) == Some(&"00");
+        fields.get(9).copied().filter(|name| everywhere && *name != "lo")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_routes_are_told_from_others() {
+        let v4 = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
+            eth0\t00000000\t01001FAC\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
+            cni0\t00012A0A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n\
+            tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0\n";
+        assert_eq!(default_routes_v4(v4).collect::<Vec<_>>(), ["eth0"]);
+        let nowhere = "00000000000000000000000000000000";
+        let ula = "fd310000000000000000000000000000";
+        let line = |to: &str, prefix: &str, name: &str| {
+            format!("{to} {prefix} {nowhere} 00 {nowhere} 00000400 00000001 00000000 00000003 {name:>8}\n")
+        };
+        let v6 = line(ula, "40", "cni0") + &line(nowhere, "00", "eth1") + &line(nowhere, "00", "lo");
+        assert_eq!(default_routes_v6(&v6).collect::<Vec<_>>(), ["eth1"]);
+    }
 }
