@@ -118,16 +118,19 @@ fn keep<A: Family>(key: &FlowKey<A>) {
     let Some(flow) = A::pending().get_ptr(key) else { return };
     // SAFETY: as for `find`.
     let flow = unsafe { &*flow };
+    // Nobody's reverse entry tells whether it was answered, so it must not take a place for good; and it has no translation
+    // to lose.
     if is_passed(flow) {
-        // Nobody's reverse entry tells whether it was answered; it has no translation to lose either.
-        match A::flows().insert(key, flow, BPF_ANY as u64) {
-            Ok(()) => drop(A::pending().remove(key)),
-            Err(_) => count::reason(PassReason::FlowTableFull),
-        }
         return;
     }
     let reverse_key = reverse_key_of(key, flow);
-    let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else { return };
+    let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else {
+        // Pushed out: answers would come back untranslated. A datagram can be decided anew.
+        if key.proto != PROTO_TCP {
+            let _ = A::pending().remove(key);
+        }
+        return;
+    };
     // SAFETY: as for `find`.
     let reverse = unsafe { &*reverse };
     if reverse.seen & seen::ANSWERED == 0 {
@@ -152,21 +155,22 @@ pub fn find_reverse<A: Family>(key: &ReverseKey<A>) -> Option<&'static mut Rever
     found.map(|reverse| unsafe { &mut *reverse })
 }
 
-/// Notes a client's packet.
+/// Notes a client's packet. One that comes after a reset says that the reset was none: its number was wrong, or somebody
+/// else sent it.
 #[inline(always)]
 pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
-    flow.seen |= ended_by(segment);
+    flow.seen = flow.seen & !seen::RST | ended_by(segment);
     let beat = agent::beat_tick();
     if flow.last_seen_tick != beat {
         flow.last_seen_tick = beat;
     }
 }
 
-/// Notes a backend's packet.
+/// Notes a backend's packet. All but a refusal are an answer: to a SYN on a connection that lives, it is a mere ACK (RFC 9293,
+/// section 3.10.7.4).
 #[inline(always)]
 pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) {
-    const SYN_ACK: u8 = flags::SYN | flags::ACK;
-    let answers = segment.proto != PROTO_TCP || segment.flags & SYN_ACK == SYN_ACK;
+    let answers = segment.flags & flags::RST == 0;
     reverse.seen |= ended_by(segment) | if answers { seen::ANSWERED } else { 0 };
     let beat = agent::beat_tick();
     if reverse.last_seen_tick != beat {

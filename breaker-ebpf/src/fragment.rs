@@ -34,6 +34,13 @@ pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32) {
     }
 }
 
+/// Forgets a note about an earlier packet with the same number: a first fragment begins anew (there are 65,536 numbers in
+/// IPv4). A function to the kernel too, out of most packets' way.
+#[inline(never)]
+pub fn begin<A: Family>(segment: &Segment<A>) {
+    let _ = A::fragments().remove(key(segment));
+}
+
 /// Does to a later fragment what was done to the first.
 ///
 /// # Errors

@@ -18,11 +18,11 @@ use crate::{
     breaker::{Breaker, Instant, Restored, Transition},
     check::{ProbeResult, Report, Target},
     datapath::{
-        Adopted, Datapath, DatapathError,
+        Adopted, Datapath, DatapathError, Destination,
         plan::{Decision, ServicePlan},
     },
     health::Health,
-    model::{Backend, EstablishedPolicy, Frontend, Override, Service, ServiceName},
+    model::{Backend, EstablishedPolicy, Frontend, Override, Protocol, Service, ServiceName},
     pool::{self, TierHealth},
 };
 
@@ -47,6 +47,8 @@ const RETRY: Duration = Duration::from_millis(200);
 const RAMP_STEP: Duration = Duration::from_millis(100);
 /// How often the flow tables are gone through while something in them matters.
 const SWEEP: Duration = Duration::from_secs(2);
+/// After a sweep, nothing is swept for so many times as long as it took.
+const SWEEP_SHARE: u32 = 10;
 /// How long an established flow without packets is kept.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
 /// From here on the tables of established flows are told to be filling up, percent.
@@ -205,6 +207,7 @@ impl<D: Datapath> Engine<D> {
                 None => {
                     running.leaving = true;
                     running.stale = true;
+                    running.new_epoch();
                     running.closed_at = Some(now.mono);
                     running.draining = true;
                 }
@@ -234,6 +237,7 @@ impl<D: Datapath> Engine<D> {
             let mut running = Running::orphan(now, &adopted);
             running.leaving = true;
             running.stale = true;
+            running.new_epoch();
             self.services.insert(name, running);
         }
         let staying = self.services.iter().filter(|(_, running)| !running.leaving);
@@ -488,7 +492,7 @@ impl<D: Datapath> Engine<D> {
         let health = running.primary_health(now);
         let Some(transition) = input(&mut running.breaker, health) else { return };
         running.stale = true;
-        running.epoch = running.epoch.wrapping_add(1);
+        running.new_epoch();
         running.since = now.unix;
         running.message = words.to_owned();
         running.draining = true;
@@ -506,6 +510,7 @@ impl<D: Datapath> Engine<D> {
 
     fn sweep(&mut self, now: Now) {
         self.next_sweep = now.mono + SWEEP;
+        let began = std::time::Instant::now();
         // An agent that just started does not know which packets it missed.
         let idle = (now.mono.saturating_sub(self.started) > IDLE).then_some(IDLE);
         let found = match self.datapath.sweep(idle) {
@@ -515,6 +520,8 @@ impl<D: Datapath> Engine<D> {
                 return;
             }
         };
+        // However full the tables are made: probes and transitions have most of the time.
+        self.next_sweep += began.elapsed() * SWEEP_SHARE;
         self.flow_entries = found.entries;
         let crowded = |percent: u8| percent >= CROWDED;
         if crowded(found.pressure_percent) != crowded(self.flow_pressure) {
@@ -568,11 +575,20 @@ impl<D: Datapath> Engine<D> {
     ///
     /// A packet that read the old tables may pin one more flow a moment after they were replaced, so the list is kept
     /// until a sweep has looked again (`last`).
+    ///
+    /// Datagrams know no connection that could break: those to a backup's backend that is down are decided anew, too, at every
+    /// sweep. A client whose socket lives for long would stay there else.
     fn cut_gone(&mut self, last: bool) {
-        for (name, running) in self.services.iter_mut().filter(|(_, r)| r.only_known || !r.gone.is_empty()) {
+        for (name, running) in &mut self.services {
+            let down = if last { running.down_for_datagrams() } else { BTreeSet::new() };
+            if !running.only_known && running.gone.is_empty() && down.is_empty() {
+                continue;
+            }
             let known = known_backends(&running.service);
-            let doomed = |backend: SocketAddr| {
-                running.gone.contains(&backend) || running.only_known && !known.contains(&backend)
+            let doomed = |(backend, protocol): Destination| {
+                running.gone.contains(&backend)
+                    || running.only_known && !known.contains(&backend)
+                    || protocol == Protocol::Udp && down.contains(&backend)
             };
             match self.datapath.cut(name, &doomed) {
                 Ok(0) => {}
@@ -614,7 +630,11 @@ impl<D: Datapath> Engine<D> {
         if !running.stale && !running.share_moved(now) {
             return;
         }
-        let plan = running.plan(now);
+        let mut plan = running.plan(now);
+        if running.outdates(&plan) {
+            running.new_epoch();
+            plan = running.plan(now);
+        }
         if running.applied.as_ref() == Some(&plan) && !running.dirty {
             running.error = None;
             running.retry_at = None;
@@ -741,6 +761,35 @@ impl BackendState {
 }
 
 impl Running {
+    /// What is decided from now on is told from what was decided before: flows of datagrams are decided anew, and the policy for
+    /// established connections on the side that they are not wanted on holds for those of before.
+    const fn new_epoch(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+    }
+
+    /// Whether a plan makes decisions of the same state outdated: with a backup again, those that went to the primary for want
+    /// of one; at the end of a ramp, those that went to the backup for its sake.
+    fn outdates(&self, plan: &ServicePlan) -> bool {
+        let Some(before) = self.applied.as_ref().filter(|before| before.decision.epoch == plan.decision.epoch) else {
+            return false;
+        };
+        match plan.decision.state {
+            BreakerState::Closed => before.decision.share < SHARE_ALL && plan.decision.share >= SHARE_ALL,
+            BreakerState::Open => before.backends().is_empty() && !plan.backends().is_empty(),
+            // An epoch has a number of trials; it must not have it twice.
+            BreakerState::HalfOpen => false,
+        }
+    }
+
+    /// Backends of the backups that are down, where datagrams may go to them.
+    fn down_for_datagrams(&self) -> BTreeSet<SocketAddr> {
+        if !self.service.frontends.iter().any(|frontend| frontend.protocol == Protocol::Udp) {
+            return BTreeSet::new();
+        }
+        let down = self.tiers.iter().skip(1).flatten().filter(|backend| backend.health == Health::Down);
+        down.flat_map(|state| self.service.addresses(state.backend.address)).collect()
+    }
+
     fn new(now: Now, service: Service, adopted: Option<&Adopted>) -> Self {
         let seed = service.name.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -842,6 +891,10 @@ impl Running {
         self.draining = true;
         self.closed_at = Some(now.mono);
         let before = std::mem::replace(&mut self.service, service).frontends;
+        let stays = |frontend: &Frontend| self.service.frontends.contains(frontend);
+        if before.iter().any(|frontend| frontend.protocol == Protocol::Udp && !stays(frontend)) {
+            self.epoch = self.epoch.wrapping_add(1);
+        }
         self.lingering.extend(before);
         self.lingering.retain(|frontend| !self.service.frontends.contains(frontend));
     }

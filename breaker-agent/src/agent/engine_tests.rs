@@ -72,9 +72,26 @@ fn a_backup_that_fails_is_not_redirected_to_and_one_that_comes_back_is() {
     assert!(applied(&e).backends().is_empty(), "the backup is not known to be well");
     probe(&mut e, 20, 1, CheckCode::L7Ok);
     assert_eq!(applied(&e).backends().len(), 1);
+    assert_eq!(state(&e), (Open, 3), "what went to the primary for want of a backup is of an epoch that is over");
     probe(&mut e, 30, 1, CheckCode::L7Tout);
     assert!(applied(&e).backends().is_empty());
-    assert_eq!(state(&e), (Open, 2), "no change of state, no new epoch");
+    assert_eq!(state(&e), (Open, 3), "no change of state, no new epoch");
+}
+
+/// Whatever is decided for its clients from now on, nothing of before holds: the addresses may be somebody else's soon.
+#[test]
+fn datagrams_of_a_service_that_leaves_are_decided_anew() {
+    let mut e = engine("", FakeDatapath::default());
+    e.configure(at(10), Vec::new());
+    assert_eq!(state(&e), (Closed, 2));
+    e.configure(at(20), services(""));
+    let mut fewer = services("");
+    let frontend = fewer[0].frontends[0];
+    fewer[0].frontends.push(Frontend { protocol: Protocol::Udp, ..frontend });
+    e.configure(at(30), fewer);
+    assert_eq!(state(&e), (Closed, 2));
+    e.configure(at(40), services(""));
+    assert_eq!(state(&e), (Closed, 3), "a datagrams' frontend less");
 }
 
 #[test]
@@ -220,14 +237,14 @@ fn a_ramp_is_written_step_by_step() {
     probe(&mut e, 10, 1, CheckCode::L7Ok);
     probe(&mut e, 20, 0, CheckCode::L7Sts);
     probe(&mut e, 1000, 0, CheckCode::L7Ok);
-    assert_eq!(applied(&e).decision.share, 100);
+    assert_eq!((applied(&e).decision.share, state(&e)), (100, (Closed, 3)));
     let mut shares = Vec::new();
     for ms in (1100..=2100).step_by(100) {
         e.tick(at(ms));
         shares.push(applied(&e).decision.share);
     }
     assert!(shares.is_sorted() && shares[0] == 190 && *shares.last().unwrap() == 1000, "{shares:?}");
-    assert_eq!(state(&e), (Closed, 3), "a ramp is no change of state");
+    assert_eq!(state(&e), (Closed, 4), "at its end, what it put on the backup is of an epoch that is over");
 }
 
 #[test]
@@ -284,6 +301,7 @@ fn a_rate_that_tripped_stays_tripped_for_a_while() {
 #[test]
 fn flows_end_with_the_pods_that_they_went_to() {
     let (stays, goes): (SocketAddr, SocketAddr) = ("10.42.0.3:80".parse().unwrap(), "10.42.0.9:80".parse().unwrap());
+    let tcp = |address| (address, Protocol::Tcp);
     let with_both = |draining: bool| {
         let mut services = services("");
         let tier = &mut services[0].backups[0];
@@ -294,21 +312,43 @@ fn flows_end_with_the_pods_that_they_went_to() {
         }
         services
     };
-    let mut e = Engine::new(FakeDatapath { flows_to: [stays, goes].into(), ..FakeDatapath::default() }, at(0)).unwrap();
+    let mut e = Engine::new(FakeDatapath { flows_to: [stays, goes].map(tcp).into(), ..FakeDatapath::default() }, at(0))
+        .unwrap();
     e.configure(at(0), with_both(false));
     e.configure(at(10), with_both(true));
     assert_eq!(e.datapath().flows_to.len(), 2, "a pod that terminates keeps its connections");
     e.configure(at(20), services(""));
-    assert_eq!(e.datapath().flows_to, [stays].into());
+    assert_eq!(e.datapath().flows_to, [tcp(stays)].into());
     // A packet that read the old tables pins one more a moment later.
-    e.datapath_mut().flows_to.insert(goes);
+    e.datapath_mut().flows_to.insert(tcp(goes));
     e.tick(at(2_100));
-    assert_eq!(e.datapath().flows_to, [stays].into());
+    assert_eq!(e.datapath().flows_to, [tcp(stays)].into());
+}
+
+/// A connection to a backend that went down may yet be answered, and breaks if it is moved; a datagram has nothing to lose.
+#[test]
+fn datagrams_leave_a_backend_of_the_backup_that_is_down() {
+    let backup: SocketAddr = "10.42.0.3:80".parse().unwrap();
+    let flows = [(backup, Protocol::Tcp), (backup, Protocol::Udp)];
+    let mut e = Engine::new(FakeDatapath { flows_to: flows.into(), ..FakeDatapath::default() }, at(0)).unwrap();
+    let mut services = services("");
+    let frontend = services[0].frontends[0];
+    services[0].frontends.push(Frontend { protocol: Protocol::Udp, ..frontend });
+    e.configure(at(0), services);
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    e.tick(at(2_100));
+    assert_eq!(e.datapath().flows_to.len(), 2);
+    for i in 0..10 {
+        probe(&mut e, 2_200 + i, 1, CheckCode::L4Con);
+    }
+    e.tick(at(4_300));
+    assert_eq!(e.datapath().flows_to, [(backup, Protocol::Tcp)].into());
 }
 
 #[test]
 fn flows_to_pods_that_went_while_no_agent_looked_end_too() {
     let (stays, gone): (SocketAddr, SocketAddr) = ("10.42.0.3:80".parse().unwrap(), "10.42.0.9:80".parse().unwrap());
+    let tcp = |address| (address, Protocol::Tcp);
     let mut first = engine("", FakeDatapath::default());
     probe(&mut first, 10, 1, CheckCode::L7Ok);
     let adopted = Adopted {
@@ -324,9 +364,9 @@ fn flows_to_pods_that_went_while_no_agent_looked_end_too() {
         override_: (Override::Auto, 0),
     };
     let datapath =
-        FakeDatapath { left_behind: vec![adopted], flows_to: [stays, gone].into(), ..FakeDatapath::default() };
+        FakeDatapath { left_behind: vec![adopted], flows_to: [stays, gone].map(tcp).into(), ..FakeDatapath::default() };
     let e = engine("", datapath);
-    assert_eq!(e.datapath().flows_to, [stays].into());
+    assert_eq!(e.datapath().flows_to, [tcp(stays)].into());
     assert_eq!(state(&e), (Open, 7), "and nothing else changes");
 }
 

@@ -2,13 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
     time::Duration,
 };
 
 use breaker_common::{PassReason, ServiceCounters};
 
-use super::{Adopted, Datapath, DatapathError, FlowView, PacketEvent, Sweep, plan::ServicePlan};
+use super::{Adopted, Datapath, DatapathError, Destination, FlowView, PacketEvent, Sweep, plan::ServicePlan};
 use crate::model::ServiceName;
 
 /// See the module.
@@ -25,7 +24,7 @@ pub struct FakeDatapath {
     /// What [`Datapath::sweep`] finds alive.
     pub alive: BTreeMap<ServiceName, usize>,
     /// Backends that flows go to.
-    pub flows_to: BTreeSet<SocketAddr>,
+    pub flows_to: BTreeSet<Destination>,
     /// How often the heart beat.
     pub beats: usize,
 }
@@ -74,7 +73,7 @@ impl Datapath for FakeDatapath {
         Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum(), ..Sweep::default() })
     }
 
-    fn cut(&mut self, _name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError> {
+    fn cut(&mut self, _name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError> {
         self.may_fail()?;
         let before = self.flows_to.len();
         self.flows_to.retain(|backend| !doomed(*backend));

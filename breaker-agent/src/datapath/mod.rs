@@ -19,6 +19,9 @@ use serde::Serialize;
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 use plan::ServicePlan;
 
+/// A backend as packets know it.
+pub type Destination = (SocketAddr, Protocol);
+
 /// What the datapath could not do. The text names the map or program and the kernel's answer.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -166,7 +169,7 @@ pub trait Datapath {
     ///
     /// # Errors
     /// Maps that cannot be read or written; what was done by then stays done.
-    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError>;
+    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError>;
 
     /// The service's flows, up to `limit`.
     ///

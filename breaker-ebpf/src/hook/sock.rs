@@ -278,6 +278,10 @@ pub fn out6(ctx: &SockAddrContext) -> i32 {
 /// What a socket believes to talk to, instead of this backend.
 #[inline(always)]
 fn origin(sock: &Sock<'_>, backend: V6) -> Option<Origin> {
+    // Most are of pods.
+    if !sock.is_nodes() {
+        return None;
+    }
     let key = Key { cookie: sock.cookie(), backend, backend_port: sock.port(), pad: [0; 6] };
     // SAFETY: the value is copied out at once.
     unsafe { sockets().get(&key) }.copied()

@@ -21,7 +21,7 @@
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use breaker_common::{
-    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow, FlowKey, FlowKind, NONE, PassReason, ReverseKey,
+    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, ReverseKey,
     SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, seen, switch_flags,
 };
 use network_types::eth::EtherType;
@@ -156,6 +156,9 @@ fn try_look<A: Family, const OUTSIDE: bool>(
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
         Kind::Transport => {}
     }
+    if segment.more != 0 {
+        fragment::begin(segment);
+    }
     let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else {
         return Ok(Verdict::Next);
     };
@@ -163,8 +166,8 @@ fn try_look<A: Family, const OUTSIDE: bool>(
         (case.service, case.route) = (service, role.route);
         return to_frontend::<A, OUTSIDE>(packet, segment, case);
     }
-    // From outside, what goes to a pod itself is other nodes' business (their probes above all): it is masqueraded by nobody
-    // here, so it shares no reverse key with what is.
+    // From outside, what goes to a pod itself is other nodes' business (their probes above all). (Where pods can be reached
+    // from outside at all, a client that asks a backup both directly and by a frontend, from one port, is not told apart.)
     if OUTSIDE {
         return Ok(Verdict::Next);
     }
@@ -183,6 +186,9 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
         Kind::LaterFragment => return follow(packet, segment),
         Kind::IcmpError => return Ok(Verdict::Settled(error_to_client(packet, segment))),
         Kind::Transport => {}
+    }
+    if segment.more != 0 {
+        fragment::begin(segment);
     }
     if !has_flows(segment.source, segment.source_port, segment.proto) {
         return Ok(Verdict::Next);
@@ -455,6 +461,9 @@ fn fail_open<A: Family>(
 
 /// Leaves a new connection to kube-proxy. While the breaker is not closed that is a decision like another, and pinned:
 /// what is established later on the primary and not pinned is from before, and the policy for it may be a reset.
+///
+/// Datagrams know no reset. They are pinned while they try the primary only; where the backup is missing, or the agent, each
+/// of them is decided anew, and moves as soon as there is one again.
 #[inline(always)]
 fn pass_and_pin<A: Family>(
     service: u32,
@@ -462,7 +471,8 @@ fn pass_and_pin<A: Family>(
     key: &FlowKey<A>,
     now_ns: u64,
 ) -> Result<Verdict, PassReason> {
-    if switch.state != BreakerState::Closed as u8 {
+    let tries = switch.state == BreakerState::HalfOpen as u8;
+    if switch.state != BreakerState::Closed as u8 && (key.proto == PROTO_TCP || tries) {
         flow::pin_passed(key, service, switch.epoch, now_ns)?;
     }
     Ok(Verdict::Next)
@@ -550,7 +560,12 @@ fn try_to_backend_directly<A: Family>(
     if segment.is_tcp() && !segment.is_syn() && in_use & backend_use::DIRECT == 0 && !segment.ends() {
         return Ok(Verdict::Next);
     }
-    let known = if segment.is_syn() { None } else { flow::find(&key) };
+    let known = match flow::find(&key) {
+        _ if segment.is_syn() => None,
+        // Whose port was changed has a translation to lose.
+        Some(flow) if flow.source_port != key.client_port => flow::find_going_on(&key),
+        found => found,
+    };
     let source_port = match known {
         Some(flow) => {
             flow::touch(flow, segment);

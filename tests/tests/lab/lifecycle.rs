@@ -7,7 +7,7 @@ use breaker_tests::lab::{
     agent::Agent,
     client::{Load, Plan, summary},
     service::Fault,
-    stage::{Checks, SERVICE},
+    stage::{Checks, Lab, SERVICE},
     wait_for,
 };
 use rustix::process::Signal;
@@ -125,6 +125,28 @@ fn a_second_agent_names_the_first() -> Result<()> {
     let error = format!("{:#}", second.start().unwrap_err());
     assert!(error.contains(&format!("(pid {})", lab.agent.pid()?)), "{error}");
     assert!(lab.ask()?.is_success());
+    Ok(())
+}
+
+/// Maps stay as large as they were made, whatever is asked for later; everything else goes on.
+#[test]
+fn other_sizes_wait_for_a_cleanup() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    lab.agent.write_config("  maxServices: 4096\n  maxFlows: 65536\n", &lab.services(Checks::Fast, ""))?;
+    lab.agent.start()?;
+    wait_well(&lab)?;
+    lab.primary.inject(Fault::Kill)?;
+    lab.agent.wait_state(SERVICE, "Open", LONG)?;
+    for (services, flows) in [(16, 1024), (16_384, 1_048_576)] {
+        lab.agent.stop()?;
+        lab.agent.write_config(
+            &format!("  maxServices: {services}\n  maxFlows: {flows}\n"),
+            &lab.services(Checks::Fast, ""),
+        )?;
+        lab.agent.start()?;
+        lab.agent.wait_state(SERVICE, "Open", LONG)?;
+        assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
+    }
     Ok(())
 }
 

@@ -96,6 +96,24 @@ fn the_next_datagram_moves_when_the_epoch_changes() -> Result<()> {
     Ok(())
 }
 
+/// For want of a backup the primary has it; with the first datagram after there is one, that has it.
+#[test]
+fn a_client_moves_as_soon_as_there_is_a_backup() -> Result<()> {
+    for (client, vip, backup) in FAMILIES {
+        let service = dns(vip, &[backup], "")?;
+        let mut rig = Rig::new()?;
+        let question = Datagram::new(client, vip, b"?");
+        rig.apply(&plan_with(&service, Open, 5, 0, false, &[]))?;
+        for _ in 0..3 {
+            untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "nowhere to go");
+        }
+        assert_eq!(flow_count(&mut rig), 0);
+        rig.apply(&plan_with(&service, Open, 5, 0, false, &service.backups[0].backends))?;
+        went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
+    }
+    Ok(())
+}
+
 #[test]
 fn closed_and_settled_leaves_no_trace() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];

@@ -4,7 +4,10 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 use breaker_agent::datapath::Datapath as _;
-use breaker_common::{BreakerState::Open, PassReason};
+use breaker_common::{
+    BreakerState::{Closed, Open},
+    PassReason,
+};
 use breaker_tests::packets::{
     Datagram, Ip, MACS, Rig, Segment,
     flags::{ACK, SYN},
@@ -172,6 +175,31 @@ fn later_fragments_follow_their_first() -> Result<()> {
         let [expected_first, expected_second] = fragments(&Datagram { source: vip, ..answer }, 128);
         assert_eq!(rig.raw_to_pod(&first)?.bytes, expected_first);
         assert_eq!(rig.raw_to_pod(&second)?.bytes, expected_second);
+    }
+    Ok(())
+}
+
+/// Numbers come again: what is noted of an earlier packet must not take pieces of a later one elsewhere.
+#[test]
+fn a_first_fragment_begins_anew() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let question = Datagram::new(client, vip, &[5; 200]);
+        let pieces = fragments(&question, 64);
+        for piece in &pieces {
+            assert_ne!(rig.raw_from_pod(piece)?.bytes, *piece);
+        }
+        let services = [(vip, "TCP"), (vip, "UDP")];
+        rig.apply(&plan(&service_with("dummy", &services, &[backup], "")?, Closed, 6))?;
+        for piece in &pieces {
+            untouched(&rig.raw_from_pod(piece)?, piece, "closed");
+        }
+        // The way back likewise: nothing is translated any more.
+        let answer = Datagram::new(backup, client, &[6; 200]);
+        let reply = fragments(&answer, 128);
+        for piece in &reply {
+            untouched(&rig.raw_to_pod(piece)?, piece, "the flow is gone");
+        }
     }
     Ok(())
 }

@@ -306,8 +306,8 @@ fn flows_to_a_backend_that_is_gone_are_cut_and_its_packets_are_nobodys() -> Resu
     let mut rig = rig(Open, "onOpen: Keep,")?;
     rig.from_pod(&syn(7100))?;
     let name = breaker_agent::model::ServiceName::new("dummy");
-    assert_eq!(rig.datapath.cut(&name, &|backend| backend == pod(9, 80))?, 0);
-    assert_eq!(rig.datapath.cut(&name, &|backend| backend == pod(BACKUP, 80))?, 1);
+    assert_eq!(rig.datapath.cut(&name, &|(backend, _)| backend == pod(9, 80))?, 0);
+    assert_eq!(rig.datapath.cut(&name, &|(backend, _)| backend == pod(BACKUP, 80))?, 1);
     assert_eq!(flow_count(&mut rig), 0);
     let packet = data(7100).bytes();
     untouched(&rig.run("breaker_in", &packet)?, &packet, "the flow is gone");

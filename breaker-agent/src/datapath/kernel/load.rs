@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    maps::{Map, MapData},
+    maps::{Map, MapData, MapInfo},
     programs::SchedClassifier,
 };
 use aya_log::EbpfLogger;
@@ -68,7 +68,9 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         loader.map_pin_path(name, pins.map(name));
         let shared = sizes.shared().into_iter().find(|(of, _)| *of == name);
         let family = || sizes.by_name().into_iter().find(|(of, _)| name.trim_end_matches(['4', '6']) == *of);
-        if let Some((_, entries)) = shared.or_else(family) {
+        // A map that is there stays as large as it was made.
+        let pinned = MapInfo::from_pin(pins.map(name)).map(|info| info.max_entries());
+        if let Some(entries) = pinned.ok().or(shared.or_else(family).map(|(_, entries)| entries)) {
             loader.map_max_entries(name, entries);
         }
     }

@@ -30,13 +30,13 @@ use breaker_common::{
 };
 
 use super::{
-    Adopted, Datapath, DatapathError, FlowView, PacketEvent, Sweep,
+    Adopted, Datapath, DatapathError, Destination, FlowView, PacketEvent, Sweep,
     plan::{RoutePlan, ServicePlan, Slot, SlotTable},
 };
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
-pub use interfaces::{InterfaceChange, Side, Wanted, watch as watch_interfaces};
+pub use interfaces::{Interface, InterfaceChange, Side, Wanted, watch as watch_interfaces};
 pub use load::{Loaded, Options as LoadOptions, load};
 pub use maps::Maps;
 use maps::{Net, number};
@@ -44,9 +44,6 @@ pub use offline::{Leftover, read as read_offline};
 pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};
 use places::Places;
 pub use sizes::Sizes;
-
-/// A backend as the maps know it.
-type Destination = (SocketAddr, Protocol);
 
 /// A service that has a place in the maps.
 #[derive(Debug)]
@@ -504,7 +501,7 @@ impl Datapath for KernelDatapath {
         Ok(found.sweep)
     }
 
-    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize, DatapathError> {
+    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError> {
         let index = self.index(name)?;
         Ok(sweep::cut(&mut self.maps, index, doomed)?)
     }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::SocketAddr,
     time::Duration,
 };
 
@@ -11,11 +10,11 @@ use aya::maps::{HashMap as BpfMap, MapData, MapError};
 use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, seen};
 
 use super::{
-    Destination,
+    Sizes,
     maps::{FamilyMaps, Maps, Net, monotonic_ns, protocol},
 };
 use crate::{
-    datapath::{FlowView, Sweep},
+    datapath::{Destination, FlowView, Sweep},
     model::ServiceName,
 };
 
@@ -24,8 +23,6 @@ use crate::{
 const LINGER: Duration = Duration::from_secs(10);
 /// How long a SYN that nobody answered is remembered: Linux gives up after 127 s (tcp_syn_retries = 6).
 const UNANSWERED: Duration = Duration::from_secs(130);
-/// How long a direct connection to a backend is remembered: its packets are not looked at.
-const DIRECT: Duration = Duration::from_secs(300);
 /// How long a datagram's flow is remembered without a packet, before and after there was an answer: as conntrack does
 /// (nf_conntrack_udp_timeout, nf_conntrack_udp_timeout_stream).
 const DATAGRAM: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(120)];
@@ -62,7 +59,7 @@ fn sweep_family<A: Net>(
     let mut established = 0;
     let family = A::of(maps);
     for (kept, table) in [(true, &family.flows), (false, &family.pending)] {
-        for entry in table.iter() {
+        for entry in walk(table, &maps.sizes) {
             let Some((key, flow)) = entry_of(entry).context("read the flows")? else { continue };
             let reverse_key = reverse_key(&key, &flow);
             let redirected = flow.kind == FlowKind::Redirected as u8;
@@ -112,17 +109,18 @@ fn sweep_family<A: Net>(
 }
 
 /// Removes a service's flows to some backends.
-pub(super) fn cut(maps: &mut Maps, service: u32, doomed: &dyn Fn(SocketAddr) -> bool) -> Result<usize> {
+pub(super) fn cut(maps: &mut Maps, service: u32, doomed: &dyn Fn(Destination) -> bool) -> Result<usize> {
     Ok(cut_family::<V4>(maps, service, doomed)? + cut_family::<V6>(maps, service, doomed)?)
 }
 
-fn cut_family<A: Net>(maps: &mut Maps, service: u32, doomed_backend: &dyn Fn(SocketAddr) -> bool) -> Result<usize> {
+fn cut_family<A: Net>(maps: &mut Maps, service: u32, doomed_backend: &dyn Fn(Destination) -> bool) -> Result<usize> {
     let mut doomed = Vec::new();
     let family = A::of_mut(maps);
     for table in [&family.flows, &family.pending] {
         for entry in table.iter() {
             let Some((key, flow)) = entry_of(entry).context("read the flows")? else { continue };
-            let backend = flow.backend.socket(flow.backend_port);
+            let Some(protocol) = protocol(key.proto) else { continue };
+            let backend = (flow.backend.socket(flow.backend_port), protocol);
             if flow.service == service && flow.kind == FlowKind::Redirected as u8 && doomed_backend(backend) {
                 doomed.push((key, flow));
             }
@@ -155,6 +153,15 @@ fn remove_orphans<A: Net>(family: &mut FamilyMaps<A>, claimed: &BTreeSet<Reverse
         }
     }
     orphans.iter().try_for_each(|key| remove_reverse(family, key))
+}
+
+/// All entries of a flow table. A walk begins anew where the entry that it was at has left, so under a flood it would not end:
+/// after twice what the tables hold, it does.
+fn walk<'a, K: aya::Pod, V: aya::Pod>(
+    table: &'a BpfMap<MapData, K, V>,
+    sizes: &Sizes,
+) -> impl Iterator<Item = Result<(K, V), MapError>> + use<'a, K, V> {
+    table.iter().take(2 * (sizes.flows + sizes.pending) as usize)
 }
 
 /// An entry that left while we looked is no error, and neither is a walk that the kernel made start anew.
@@ -234,10 +241,8 @@ fn is_over<A: Net>(
     if reverse.is_some() && !answered && flow.kind == FlowKind::Redirected as u8 {
         return age > UNANSWERED;
     }
-    // A direct connection whose port was left alone is noted only so that nobody takes its reverse key.
-    if flow.kind == FlowKind::Direct as u8 && flow.source_port == key.client_port {
-        return age > DIRECT;
-    }
+    // A direct connection's packets are not looked at: nobody may take its reverse key until its end is seen, or its table
+    // is full of younger ones.
     idle.is_some_and(|idle| age > idle)
 }
 
