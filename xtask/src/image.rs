@@ -47,6 +47,8 @@ const IMAGES: &[Image] = &[
     },
 ];
 
+/// What a node has to fetch for an image, at most.
+const LARGEST: usize = 15_000_000;
 /// Where a registry is not named, images are called as if they came from here.
 const DEFAULT_REGISTRY: &str = "localhost:5000";
 
@@ -92,6 +94,9 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
         let binary = binaries()?.join(image.binary);
         let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
         let parts = Parts::new(image, &bytes)?;
+        if parts.layer.bytes.len() > LARGEST {
+            bail!("{reference} is {} bytes packed; allowed: {LARGEST}", parts.layer.bytes.len());
+        }
         let file = dist.join(format!("{}.tar", image.name));
         fs::write(&file, parts.archive(&reference)?).with_context(|| format!("write {}", file.display()))?;
         let megabytes = |bytes: usize| f64::from(u32::try_from(bytes / 1024).unwrap_or(u32::MAX)) / 1024.0;

@@ -169,6 +169,8 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
     let filter: Vec<&str> = filter.into_iter().collect();
     if wanted(Tier::Unit) {
         run(cargo().args(["test", "--quiet", "--workspace", "--exclude", "breaker-tests"]).args(&filter))?;
+        let helm = std::process::Command::new("helm").arg("version").output().is_ok_and(|o| o.status.success());
+        println!("k8s/chart is rendered by {}", if helm { "helm" } else { "gtmpl: there is no helm on the PATH" });
         run(cargo()
             .args(["test", "--quiet", "-p", "breaker-tests", "--lib", "--test", "unit", "--test", "manifests"])
             .args(&filter))?;

@@ -5,6 +5,7 @@ mod attach;
 mod failover;
 mod lifecycle;
 mod policy;
+mod pressure;
 mod sockets;
 
 use std::time::Duration;

@@ -123,7 +123,6 @@ fn values() -> Value {
 #[test]
 fn the_chart_is_base_but_for_labels() {
     let rendered = by_helm().unwrap_or_else(|| {
-        println!("rendered by gtmpl: there is no helm on the PATH");
         let mut values = values();
         values["createNamespace"] = Value::Bool(true);
         render(&values)

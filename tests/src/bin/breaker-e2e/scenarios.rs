@@ -662,7 +662,8 @@ fn api_server_away(cluster: &Cluster) -> Result<String> {
     ))
 }
 
-/// The primary's node loses its power; then the backup is gone, too.
+/// The primary's node loses its power: one service has its backup on another node, one has it on the same and nothing left.
+/// The node boots, and serves its own clients by the backup.
 fn node_powered_off(cluster: &Cluster) -> Result<String> {
     let (alive, dead) = (cluster.nodes[0].clone(), cluster.nodes[cluster.nodes.len() - 1].clone());
     let pin = |app: &str, node: &str| -> Result<()> {
@@ -673,13 +674,30 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     };
     pin("dummy-deployment", &dead)?;
     pin("backup-deployment", &alive)?;
-    patch(
-        cluster,
-        r#"{"spec":{"whenAllUnhealthy":"Reject","check":{"periodSeconds":null,"periodMillis":200,"timeoutMillis":500,"timeoutSeconds":null,"failureThreshold":2}}}"#,
-    )?;
-    cluster.wait_state("dummy", "Closed")?;
+    let own_backup = std::fs::read_to_string("k8s/lab/backup.yaml").context("read k8s/lab/backup.yaml")?;
+    cluster.apply(&own_backup.replace("backup-deployment", "doomed-backup"))?;
+    pin("doomed-backup", &dead)?;
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "doomed" },
+        "spec": { "selector": { "app": "dummy-deployment" }, "ports": [{ "port": 8080, "targetPort": 80 }] },
+    });
+    let check =
+        json!({ "httpGet": { "path": "/ready" }, "periodMillis": 200, "timeoutMillis": 500, "failureThreshold": 2 });
+    let breaker = json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "doomed" },
+        "spec": { "service": { "name": "doomed" }, "backups": [{ "name": "doomed-backup" }], "check": check, "whenAllUnhealthy": "Reject" },
+    });
+    cluster.apply(&service.to_string())?;
+    cluster.apply(&breaker.to_string())?;
+    let quick = json!({ "spec": { "check": { "periodSeconds": null, "timeoutSeconds": null, "periodMillis": 200, "timeoutMillis": 500, "failureThreshold": 2 } } });
+    patch(cluster, &quick.to_string())?;
+    cluster.wait_programmed("doomed")?;
+    for name in ["dummy", "doomed"] {
+        cluster.wait_state(name, "Closed")?;
+    }
     let url = vip(cluster, "dummy-deployment")?;
     let load = Load::start(cluster, "load", &alive, &url)?;
+    let doomed = Load::start(cluster, "doomed", &alive, &vip(cluster, "doomed")?)?;
     let off = now();
     cluster.power(&dead, false)?;
     let backup = ips(cluster, "backup-deployment")?;
@@ -693,25 +711,35 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     })?;
     let outage = load.told()?.recovery(off, u128::MAX)?;
     ensure!(outage < 15_000, "it took {outage} ms, Kubernetes alone takes 40 s");
-    cluster.lab(&["scale", "deployment/backup-deployment", "--replicas=0"])?;
     wait_for("refusals at once", Duration::from_secs(20), || {
-        let told = load.told()?;
+        let told = doomed.told()?;
         let last: Vec<_> = told.requests.iter().rev().take(10).collect();
         Ok(last.iter().all(|r| !r.ok && r.words.contains("refused") && r.took < 500).then_some(()))
     })?;
-    cluster.wait_condition("dummy", "Degraded", "True", "BackupUnavailable")?;
-    cluster.wait_event("CircuitBreaker", "dummy", "BackupUnavailable")?;
-    cluster.lab(&["scale", "deployment/backup-deployment", "--replicas=2"])?;
+    cluster.wait_condition("doomed", "Degraded", "True", "BackupUnavailable")?;
+    cluster.wait_event("CircuitBreaker", "doomed", "BackupUnavailable")?;
     cluster.power(&dead, true)?;
     cluster.kubectl(&["wait", "--for=condition=Ready", &format!("node/{dead}"), "--timeout=90s"])?;
     // Kubelet takes its time to start the pods of a node that was away.
     wait_for("the primary to be well again", Duration::from_secs(120), || {
-        Ok((cluster.breaker("dummy")?["status"]["state"] == "Closed").then_some(()))
+        let closed = |name| Ok::<_, anyhow::Error>(cluster.breaker(name)?["status"]["state"] == "Closed");
+        Ok((closed("dummy")? && closed("doomed")?).then_some(()))
     })?;
     cluster.wait_programmed("dummy")?;
-    drop(load);
+    drop((load, doomed));
+    cluster.apply(&pod("newcomer", &dead, &["wait"], false))?;
+    cluster.lab(&["wait", "--for=condition=Ready", "pod/newcomer", "--timeout=60s"])?;
+    let primary = ips(cluster, "dummy-deployment")?;
+    let from_newcomer = || cluster.ask("newcomer", &url);
+    answered_by("the primary's answer to a pod of the rebooted node", &primary, from_newcomer)?;
+    cluster.fake_error("dummy-deployment", true)?;
+    answered_by("the backup's answer to a pod of the rebooted node", &backup, from_newcomer)?;
     cluster.lab(&["delete", "deployment", "--all"])?;
-    Ok(format!("failed over in {outage} ms; without a backup refused at once; the rebooted node is programmed again"))
+    cluster.lab(&["delete", "cb/doomed", "svc/doomed", "svc/doomed-backup"])?;
+    cluster.lab(&["delete", "pod", "newcomer", "--wait=false"])?;
+    Ok(format!(
+        "failed over in {outage} ms; with the backup off, too, refused at once; the rebooted node's own clients fail over again"
+    ))
 }
 
 fn cleanup_job(node: &str) -> Result<String> {
