@@ -64,6 +64,7 @@ pub struct Segment<A> {
     pub flags: u8,
     l3: u32,
     l4: u32,
+    end: u32,
 }
 
 impl<A: Family> Segment<A> {
@@ -86,6 +87,12 @@ impl<A: Family> Segment<A> {
     #[inline(always)]
     pub fn l4(&self) -> usize {
         (self.l4 & 0x1ff) as usize
+    }
+
+    /// Where the packet ends, by what its IP header says: what follows in the frame is padding. It may end beyond the frame.
+    #[inline(always)]
+    pub fn end(&self) -> usize {
+        self.end as usize
     }
 
     #[inline(always)]
@@ -322,6 +329,7 @@ fn transport<A: Family>(
     segment: &mut Segment<A>,
 ) -> Result<Kind, PassReason> {
     segment.l4 = l4 as u32;
+    segment.end = (l4 + rest) as u32;
     let ports = if segment.proto == PROTO_TCP {
         let Some(tcp) = packet.at::<[u8; TcpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
         if rest < TcpHdr::LEN {

@@ -85,6 +85,29 @@ fn the_client_knows_its_packet_in_an_error_about_it() -> Result<()> {
     Ok(())
 }
 
+/// A frame may be longer than its packet: what is behind an error's end is not under its checksum, and no quote.
+#[test]
+fn padding_behind_an_error_is_no_quote() -> Result<()> {
+    for (client, vip, backup, router) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let sent = Segment::new(client, vip, SYN).bytes();
+        let translated = rig.raw_from_pod(&sent)?.bytes;
+        let header = if vip.is_ipv4() { 20 } else { 40 };
+        // It ends behind eight bytes of TCP; where the checksum would be, there is something else.
+        let error = too_big(router, client, &translated, header + 8);
+        let mut padded = error.clone();
+        padded.extend([0xaa; 40]);
+        let out = rig.raw_to_pod(&padded)?.bytes;
+        assert_eq!(out[error.len()..], [0xaa; 40]);
+        assert_eq!(read(&out[..error.len()])?.1, &sent[14..14 + header + 8]);
+        // It ends before the ports.
+        let mut padded = too_big(router, client, &translated, header);
+        padded.extend(&translated[14 + header..]);
+        untouched(&rig.raw_to_pod(&padded)?, &padded, "the ports are padding");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_backend_knows_its_packet_in_a_clients_error() -> Result<()> {
     for (client, vip, backup, _) in FAMILIES {
