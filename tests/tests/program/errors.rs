@@ -7,7 +7,7 @@ use breaker_agent::datapath::Datapath as _;
 use breaker_common::{BreakerState::Open, PassReason};
 use breaker_tests::packets::{
     Datagram, Ip, MACS, Rig, Segment,
-    flags::{ACK, SYN},
+    flags::{ACK, RST, SYN},
     icmp_is_valid, plan, pod, pod6, service_with, vip, vip6,
 };
 use etherparse::IpNumber;
@@ -195,6 +195,36 @@ fn later_fragments_follow_their_first() -> Result<()> {
         let [expected_first, expected_second] = fragments(&Datagram { source: vip, ..answer }, 128);
         assert_eq!(rig.raw_to_pod(&first)?.bytes, expected_first);
         assert_eq!(rig.raw_to_pod(&second)?.bytes, expected_second);
+    }
+    Ok(())
+}
+
+/// What is made of a first fragment is a packet of its own: its receiver does not wait for more of it.
+#[test]
+fn a_reset_made_of_a_fragment_is_whole() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        // Never seen from its SYN: reset.
+        let segment = Segment::new(client, vip, ACK).data(7, 8, b"a large segment");
+        let whole = segment.bytes();
+        let mut first = whole.clone();
+        if vip.is_ipv4() {
+            first[20..22].copy_from_slice(&[0x20, 0]);
+            // "More fragments" for "don't fragment": what left the sum, and what came into it.
+            let check = u16::from_be_bytes([whole[24], whole[25]]) + 0x2000;
+            first[24..26].copy_from_slice(&check.to_be_bytes());
+        } else {
+            first.splice(54..54, [6, 0, 0, 1, 0, 0, 0, 9]);
+            first[20] = 44;
+            first[19] += 8;
+        }
+        let out = rig.raw_from_pod(&first)?.bytes;
+        if vip.is_ipv4() {
+            let reset = Segment::read(&out)?;
+            assert_eq!((reset.flags, reset.sequence, &out[20..22]), (RST | ACK, 7, &[0, 0][..]));
+        } else {
+            assert_eq!((&out[54..62], out[62 + 13]), (&[6, 0, 0, 0, 0, 0, 0, 9][..], RST | ACK));
+        }
     }
     Ok(())
 }
