@@ -34,19 +34,19 @@ pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32) {
     }
 }
 
-/// Does to a later fragment what was done to the first.
+/// Does to a later fragment what was done to the first, if that was at the same `end`: a backend's fragment passes the hook
+/// for clients on the backend's own interface, and must not be translated there, before its first one is.
 ///
 /// # Errors
 /// [`PassReason::Fragment`] where nothing is noted, [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<(), PassReason> {
+pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<(), PassReason> {
     // SAFETY: the value is copied out at once.
     let found = unsafe { A::fragments().get(key(segment)) }.copied();
-    let Some(first) = found else { return Err(PassReason::Fragment) };
-    let (end, old) = if first.end == End::Source as u8 {
-        (End::Source, segment.source)
-    } else {
-        (End::Destination, segment.destination)
+    let Some(first) = found.filter(|first| first.end == end as u8) else { return Err(PassReason::Fragment) };
+    let old = match end {
+        End::Source => segment.source,
+        End::Destination => segment.destination,
     };
     nat::replace_address(packet, segment.l3(), end, old, first.addr).ok_or(PassReason::RewriteFailed)?;
     if A::CHECK_AT.is_none() {

@@ -152,7 +152,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
 ) -> Result<Verdict, PassReason> {
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
-        Kind::LaterFragment => return follow(packet, segment),
+        Kind::LaterFragment => return follow(packet, segment, End::Destination),
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
         Kind::Transport => {}
     }
@@ -180,7 +180,7 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     let Some(segment) = Segment::<A>::place(Hook::Egress) else { return Ok(Verdict::Next) };
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
-        Kind::LaterFragment => return follow(packet, segment),
+        Kind::LaterFragment => return follow(packet, segment, End::Source),
         Kind::IcmpError => return Ok(Verdict::Settled(error_to_client(packet, segment))),
         Kind::Transport => {}
     }
@@ -210,8 +210,8 @@ fn has_flows<A: Family>(addr: A, port: [u8; 2], proto: u8) -> bool {
 
 /// A fragment without ports: as its first one.
 #[inline(always)]
-fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
-    fragment::follow(packet, segment)?;
+fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<Verdict, PassReason> {
+    fragment::follow(packet, segment, end)?;
     Ok(Verdict::Next)
 }
 

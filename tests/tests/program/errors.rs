@@ -199,6 +199,23 @@ fn later_fragments_follow_their_first() -> Result<()> {
     Ok(())
 }
 
+/// A backend's later fragment passes its own interface first: it is translated where its first one is, and not before, or
+/// netfilter in between would see two packets.
+#[test]
+fn a_fragment_follows_its_first_on_the_same_way_only() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        rig.raw_from_pod(&Datagram::new(client, vip, b"?").bytes())?;
+        let answer = Datagram::new(backup, client, &[6; 200]);
+        let [first, second] = fragments(&answer, 128);
+        rig.raw_to_pod(&first)?;
+        untouched(&rig.raw_from_pod(&second)?, &second, "at the backend");
+        let [_, expected] = fragments(&Datagram { source: vip, ..answer }, 128);
+        assert_eq!(rig.raw_to_pod(&second)?.bytes, expected);
+    }
+    Ok(())
+}
+
 /// What is made of a first fragment is a packet of its own: its receiver does not wait for more of it.
 #[test]
 fn a_reset_made_of_a_fragment_is_whole() -> Result<()> {
