@@ -127,6 +127,10 @@ fn keep<A: Family>(key: &FlowKey<A>) {
         return;
     }
     let reverse_key = reverse_key_of(key, flow);
+    // A direct connection whose port was left alone has no translation to lose.
+    if flow.kind as u8 == FlowKind::Direct as u8 && flow.source_port == key.client_port {
+        return;
+    }
     let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else { return };
     // SAFETY: as for `find`.
     let reverse = unsafe { &*reverse };

@@ -550,7 +550,7 @@ fn try_to_backend_directly<A: Family>(
     if segment.is_tcp() && !segment.is_syn() && in_use & backend_use::DIRECT == 0 && !segment.ends() {
         return Ok(Verdict::Next);
     }
-    let known = if segment.is_syn() { None } else { flow::find(&key) };
+    let known = if segment.is_syn() { None } else { flow::find_going_on(&key) };
     let source_port = match known {
         Some(flow) => {
             flow::touch(flow, segment);

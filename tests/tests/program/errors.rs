@@ -246,6 +246,26 @@ fn a_reset_made_of_a_fragment_is_whole() -> Result<()> {
     Ok(())
 }
 
+/// A direct connection that had to move aside would go on under a port that is another connection's if its entry were
+/// pushed out: answered, it is kept. One that did not has nothing to lose.
+#[test]
+fn a_direct_connection_that_moved_aside_is_kept() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let [untouched, moves] = [SocketAddr::new(client.ip(), 1), client].map(|c| Segment::new(c, backup, SYN));
+        rig.from_pod(&Segment::new(client, vip, SYN))?;
+        for direct in [untouched, moves] {
+            let source = Segment::read(&rig.from_pod(&direct)?.bytes)?.source;
+            assert_eq!(source == direct.source, direct.source != client);
+            rig.to_pod(&Segment::new(backup, source, SYN | ACK))?;
+            rig.from_pod(&Segment { flags: ACK, ..direct })?;
+        }
+        let sweep = rig.datapath.sweep(None)?;
+        assert_eq!((sweep.entries, sweep.established), (3, 1));
+    }
+    Ok(())
+}
+
 /// A flood of connection requests pushes out nobody who is established.
 #[test]
 fn a_flood_of_requests_pushes_out_requests_only() -> Result<()> {
