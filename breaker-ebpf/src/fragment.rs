@@ -34,6 +34,25 @@ pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32) {
     }
 }
 
+/// Forgets what was done at `end` to an earlier packet of the same identification: they get used again, and a first fragment
+/// that is not translated now must not have later ones that are.
+#[inline(always)]
+pub fn forget<A: Family>(segment: &Segment<A>, end: End) {
+    if segment.more != 0 {
+        forget_noted(segment, end as u8);
+    }
+}
+
+/// A function to the kernel too: see [`crate::hook::tc`] on the stack.
+#[inline(never)]
+fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
+    let key = key(segment);
+    // SAFETY: the value is read at once.
+    if unsafe { A::fragments().get(&key) }.is_some_and(|first| first.end == end) {
+        let _ = A::fragments().remove(&key);
+    }
+}
+
 /// Does to a later fragment what was done to the first, if that was at the same `end`: a backend's fragment passes the hook
 /// for clients on the backend's own interface, and must not be translated there, before its first one is.
 ///

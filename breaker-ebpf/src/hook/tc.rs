@@ -154,7 +154,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
         Kind::Other => return Ok(Verdict::Next),
         Kind::LaterFragment => return follow(packet, segment, End::Destination),
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
-        Kind::Transport => {}
+        Kind::Transport => fragment::forget(segment, End::Destination),
     }
     let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else {
         return Ok(Verdict::Next);
@@ -182,7 +182,7 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
         Kind::Other => return Ok(Verdict::Next),
         Kind::LaterFragment => return follow(packet, segment, End::Source),
         Kind::IcmpError => return Ok(Verdict::Settled(error_to_client(packet, segment))),
-        Kind::Transport => {}
+        Kind::Transport => fragment::forget(segment, End::Source),
     }
     if !has_flows(segment.source, segment.source_port, segment.proto) {
         return Ok(Verdict::Next);

@@ -4,7 +4,10 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 use breaker_agent::datapath::Datapath as _;
-use breaker_common::{BreakerState::Open, PassReason};
+use breaker_common::{
+    BreakerState::{Closed, Open},
+    PassReason,
+};
 use breaker_tests::packets::{
     Datagram, Ip, MACS, Rig, Segment,
     flags::{ACK, RST, SYN},
@@ -212,6 +215,21 @@ fn a_fragment_follows_its_first_on_the_same_way_only() -> Result<()> {
         untouched(&rig.raw_from_pod(&second)?, &second, "at the backend");
         let [_, expected] = fragments(&Datagram { source: vip, ..answer }, 128);
         assert_eq!(rig.raw_to_pod(&second)?.bytes, expected);
+    }
+    Ok(())
+}
+
+/// Identifications get used again, after 65,536 datagrams at the latest: what was done to an earlier one is over.
+#[test]
+fn an_identification_that_is_used_again_is_another_packet() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let [first, second] = fragments(&Datagram::new(client, vip, &[5; 200]), 64);
+        assert_ne!(rig.raw_from_pod(&first)?.bytes, first);
+        assert_ne!(rig.raw_from_pod(&second)?.bytes, second);
+        rig.apply(&plan(&service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "")?, Closed, 6))?;
+        untouched(&rig.raw_from_pod(&first)?, &first, "closed");
+        untouched(&rig.raw_from_pod(&second)?, &second, "as its first");
     }
     Ok(())
 }
