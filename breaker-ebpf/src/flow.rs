@@ -134,7 +134,8 @@ fn keep<A: Family>(key: &FlowKey<A>) {
     let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else { return };
     // SAFETY: as for `find`.
     let reverse = unsafe { &*reverse };
-    if reverse.seen & seen::ANSWERED == 0 {
+    // Of a flow that has ended, another one may have the reverse key by now, and the answer.
+    if reverse.seen & seen::ANSWERED == 0 || !belongs_to(reverse, key) {
         return;
     }
     if A::reverse().insert(&reverse_key, reverse, BPF_ANY as u64).is_err() {

@@ -533,6 +533,24 @@ fn the_sweep_takes_nobody_elses_reverse_entry() -> Result<()> {
     Ok(())
 }
 
+/// Nor may a late packet of it take the other's entries along when the other is answered.
+#[test]
+fn a_finished_flow_is_not_kept_by_anothers_answer() -> Result<()> {
+    let mut rig = rig(Open, "")?;
+    rig.apply(&plan(&service("other", vip(11), &[pod(BACKUP, 80)], "")?, Open, 1))?;
+    let client = pod(CLIENT, 5000);
+    let late = Segment::new(client, vip(10), RST);
+    rig.from_pod(&syn(5000))?;
+    rig.from_pod(&late)?;
+    rig.from_pod(&Segment { destination: vip(11), ..syn(5000) })?;
+    rig.to_pod(&Segment::new(pod(BACKUP, 80), client, SYN | ACK))?;
+    rig.from_pod(&late)?;
+    rig.from_pod(&Segment::new(client, vip(11), ACK))?;
+    let sweep = rig.datapath.sweep(None)?;
+    assert_eq!((sweep.entries, sweep.established), (1, 1), "the second one is established");
+    Ok(())
+}
+
 /// What failed open was decided, too: its next segment is not taken for one of a connection from before.
 #[test]
 fn a_connection_that_failed_open_is_not_reset() -> Result<()> {
