@@ -203,7 +203,13 @@ fn step() -> impl Strategy<Value = Step> {
 fn decision() -> impl Strategy<Value = Decision> {
     let state = prop_oneof![Just(BreakerState::Open), Just(BreakerState::Closed), Just(BreakerState::HalfOpen)];
     let rare = || prop::bool::weighted(0.1);
-    let of = (0..2_usize, state, prop_oneof![3 => Just(0_u16), 1 => Just(400)], any::<bool>(), 0..=2_usize);
+    let of = (
+        0..2_usize,
+        state,
+        prop_oneof![3 => Just(0_u16), 1 => Just(400)],
+        any::<bool>(),
+        prop_oneof![4 => Just(2_usize), 1 => 0..2_usize],
+    );
     let policy = (rare(), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u32, any::<bool>());
     (of, policy).prop_map(|((service, state, share, draining, usable), policy)| {
         let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
