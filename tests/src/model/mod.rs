@@ -116,8 +116,8 @@ impl Model {
             (Frame::Other, _) => Outcome::untouched(frame, None),
             (Frame::LeftAlone(reason), _) => Outcome::untouched(frame, Some(reason)),
             (Frame::LaterFragment(later), way) => self.later_fragment(frame, way, &later),
-            (Frame::Error(error), Way::There) => self.error_from_client(frame, &error),
-            (Frame::Error(error), Way::Back) => self.error_to_client(frame, &error),
+            (Frame::Error(error), Way::There) => self.error_by_client(frame, &error),
+            (Frame::Error(error), Way::Back) => self.error_for_client(frame, &error),
             (Frame::Transport(headers), way) => {
                 // Identifications get used again: what was done to an earlier packet's fragments is over.
                 if let Some((id, _)) = headers.first_of
@@ -126,25 +126,25 @@ impl Model {
                     self.notes.remove(&id);
                 }
                 match way {
-                    Way::There => self.from_client(frame, &headers, outside, seen),
-                    Way::Back => self.to_client(frame, &headers),
+                    Way::There => self.by_client(frame, &headers, outside, seen),
+                    Way::Back => self.by_backend(frame, &headers),
                 }
             }
         }
     }
 
-    fn from_client(&mut self, frame: &[u8], headers: &Headers, outside: bool, seen: Seen<'_>) -> Outcome {
+    fn by_client(&mut self, frame: &[u8], headers: &Headers, outside: bool, seen: Seen<'_>) -> Outcome {
         let to = headers.destination;
         let name = self.services.iter().find(|(_, s)| s.frontends.contains(&to)).map(|(name, _)| *name);
         match name {
-            Some(name) => self.to_frontend(frame, headers, name, outside, seen),
+            Some(name) => self.for_frontend(frame, headers, name, outside, seen),
             // Outside, connections to pods themselves are other nodes' business.
             None if !outside && self.backends.contains(&(to, headers.proto)) => self.direct(frame, headers, seen),
             None => Outcome::untouched(frame, None),
         }
     }
 
-    fn to_frontend(
+    fn for_frontend(
         &mut self,
         frame: &[u8],
         headers: &Headers,
@@ -300,7 +300,7 @@ impl Model {
     }
 
     /// A backend's packet goes back as from what the client talks to.
-    fn to_client(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
+    fn by_backend(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
         if !self.looks_at(headers.source, headers.proto) {
             return Outcome::untouched(frame, None);
         }
@@ -336,7 +336,7 @@ impl Model {
     }
 
     /// A router or backend tells a client of its packet, as it was sent to the backend.
-    fn error_to_client(&self, frame: &[u8], error: &Headers) -> Outcome {
+    fn error_for_client(&self, frame: &[u8], error: &Headers) -> Outcome {
         let outcome = quote::read(frame, error).and_then(|quote| {
             let side = BackendSide { backend: quote.destination, client: quote.source, proto: quote.proto };
             let way = self.book.ways_back.get(&side).filter(|_| self.looks_at(side.backend, side.proto))?;
@@ -347,7 +347,7 @@ impl Model {
     }
 
     /// A client tells a backend of its packet, as it was sent to the client.
-    fn error_from_client(&self, frame: &[u8], error: &Headers) -> Outcome {
+    fn error_by_client(&self, frame: &[u8], error: &Headers) -> Outcome {
         let outcome = quote::read(frame, error).and_then(|quote| {
             let side = ClientSide { client: quote.destination, to: quote.source, proto: quote.proto };
             self.services.values().find(|s| s.frontends.contains(&quote.source))?;
