@@ -124,6 +124,10 @@ fn keep<A: Family>(key: &FlowKey<A>) {
         return;
     }
     let reverse_key = reverse_key_of(key, flow);
+    // A direct connection whose port was left alone has no translation to lose.
+    if flow.kind as u8 == FlowKind::Direct as u8 && flow.source_port == key.client_port {
+        return;
+    }
     let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else {
         // Pushed out: answers would come back untranslated. A datagram can be decided anew.
         if key.proto != PROTO_TCP {
@@ -133,7 +137,8 @@ fn keep<A: Family>(key: &FlowKey<A>) {
     };
     // SAFETY: as for `find`.
     let reverse = unsafe { &*reverse };
-    if reverse.seen & seen::ANSWERED == 0 {
+    // Of a flow that has ended, another one may have the reverse key by now, and the answer.
+    if reverse.seen & seen::ANSWERED == 0 || !belongs_to(reverse, key) {
         return;
     }
     if A::reverse().insert(&reverse_key, reverse, BPF_ANY as u64).is_err() {

@@ -34,26 +34,38 @@ pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32) {
     }
 }
 
-/// Forgets a note about an earlier packet with the same number: a first fragment begins anew (there are 65,536 numbers in
-/// IPv4). A function to the kernel too, out of most packets' way.
-#[inline(never)]
-pub fn begin<A: Family>(segment: &Segment<A>) {
-    let _ = A::fragments().remove(key(segment));
+/// Forgets what was done at `end` to an earlier packet of the same identification: they get used again, and a first fragment
+/// that is not translated now must not have later ones that are.
+#[inline(always)]
+pub fn forget<A: Family>(segment: &Segment<A>, end: End) {
+    if segment.more != 0 {
+        forget_noted(segment, end as u8);
+    }
 }
 
-/// Does to a later fragment what was done to the first.
+/// A function to the kernel too: see [`crate::hook::tc`] on the stack.
+#[inline(never)]
+fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
+    let key = key(segment);
+    // SAFETY: the value is read at once.
+    if unsafe { A::fragments().get(&key) }.is_some_and(|first| first.end == end) {
+        let _ = A::fragments().remove(&key);
+    }
+}
+
+/// Does to a later fragment what was done to the first, if that was at the same `end`: a backend's fragment passes the hook
+/// for clients on the backend's own interface, and must not be translated there, before its first one is.
 ///
 /// # Errors
 /// [`PassReason::Fragment`] where nothing is noted, [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<(), PassReason> {
+pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<(), PassReason> {
     // SAFETY: the value is copied out at once.
     let found = unsafe { A::fragments().get(key(segment)) }.copied();
-    let Some(first) = found else { return Err(PassReason::Fragment) };
-    let (end, old) = if first.end == End::Source as u8 {
-        (End::Source, segment.source)
-    } else {
-        (End::Destination, segment.destination)
+    let Some(first) = found.filter(|first| first.end == end as u8) else { return Err(PassReason::Fragment) };
+    let old = match end {
+        End::Source => segment.source,
+        End::Destination => segment.destination,
     };
     nat::replace_address(packet, segment.l3(), end, old, first.addr).ok_or(PassReason::RewriteFailed)?;
     if A::CHECK_AT.is_none() {

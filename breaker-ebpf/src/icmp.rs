@@ -44,7 +44,7 @@ impl<A: Family> Quote<A> {
     }
 }
 
-/// Reads the quote of an error; `None` where it is not of TCP or UDP, or has no ports.
+/// Reads the quote of an error; `None` where it is not of TCP or UDP, or has no ports. Padding behind the error is no quote.
 #[inline(always)]
 pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Quote<A>) -> Option<()> {
     let l3 = segment.l4() + HEADER;
@@ -72,6 +72,9 @@ pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Qu
         return None;
     }
     let l4 = l3 + length;
+    if l4 + size_of::<[u16; 2]>() > segment.end() {
+        return None;
+    }
     let ports = packet.read::<[u8; 4]>(l4)?;
     *quote = Quote {
         source: packet.read::<A>(l3 + A::SOURCE_AT)?,
@@ -135,7 +138,8 @@ fn try_translate<A: Family>(
     new += ports_new;
     // Eight bytes behind the header are quoted at least, which UDP's checksum is in; TCP's may be.
     let check_at = quote.l4 + nat::check_at(quote.proto);
-    if let Some(check) = packet.read::<[u8; 2]>(check_at) {
+    let is_quoted = check_at + size_of::<u16>() <= segment.end();
+    if is_quoted && let Some(check) = packet.read::<[u8; 2]>(check_at) {
         let number = u16::from_be_bytes(check);
         let (gone, come) = (old_addr.words() + ports_old, change.addr.words() + ports_new);
         let number = if quote.proto == PROTO_UDP {

@@ -64,6 +64,8 @@ pub struct Segment<A> {
     pub flags: u8,
     l3: u32,
     l4: u32,
+    end: u32,
+    more_at: u32,
 }
 
 impl<A: Family> Segment<A> {
@@ -86,6 +88,18 @@ impl<A: Family> Segment<A> {
     #[inline(always)]
     pub fn l4(&self) -> usize {
         (self.l4 & 0x1ff) as usize
+    }
+
+    /// Where the word stands that says whether later fragments follow; means something for a first fragment only.
+    #[inline(always)]
+    pub fn more_at(&self) -> usize {
+        (self.more_at & 0x1ff) as usize
+    }
+
+    /// Where the packet ends, by what its IP header says: what follows in the frame is padding. It may end beyond the frame.
+    #[inline(always)]
+    pub fn end(&self) -> usize {
+        self.end as usize
     }
 
     #[inline(always)]
@@ -216,6 +230,7 @@ pub fn ipv4(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V4>) -> Result
     // More fragments, or the offset of this one.
     if fragment & 0x3fff != 0 {
         segment.more = (fragment & 0x2000 != 0) as u8;
+        segment.more_at = (l3 + 6) as u32;
         segment.fragment_id = [0, 0, ip.id[0], ip.id[1]];
         segment.fragment_proto = ip.proto;
         if fragment & 0x1fff != 0 {
@@ -267,6 +282,7 @@ pub fn ipv6(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V6>) -> Result
                 // RFC 8200, section 4.5.
                 let fragment = u16::from_be_bytes([header[2], header[3]]);
                 segment.more = (fragment & 1) as u8;
+                segment.more_at = (l3 + 40 + behind + 2) as u32;
                 segment.fragment_id = [header[4], header[5], header[6], header[7]];
                 segment.fragment_proto = header[0];
                 if fragment & 0xfff8 != 0 {
@@ -322,6 +338,7 @@ fn transport<A: Family>(
     segment: &mut Segment<A>,
 ) -> Result<Kind, PassReason> {
     segment.l4 = l4 as u32;
+    segment.end = (l4 + rest) as u32;
     let ports = if segment.proto == PROTO_TCP {
         let Some(tcp) = packet.at::<[u8; TcpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
         if rest < TcpHdr::LEN {

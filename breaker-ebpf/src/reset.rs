@@ -136,6 +136,9 @@ fn shorten<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<Numbe
     let syn = (segment.flags & flags::SYN != 0) as u32;
     let fin = (segment.flags & flags::FIN != 0) as u32;
     packet.cut((segment.l4() + TcpHdr::LEN) as u32)?;
+    if segment.more != 0 {
+        make_whole(packet, segment)?;
+    }
     Some(Numbers {
         sequence,
         acknowledgment,
@@ -143,6 +146,20 @@ fn shorten<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<Numbe
         sender: eth.src_addr,
         receiver: eth.dst_addr,
     })
+}
+
+/// A reset has no later fragments, even if it is made of a first one: nobody would put it together.
+#[inline(always)]
+fn make_whole<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<()> {
+    let old = packet.read::<[u8; 2]>(segment.more_at())?;
+    let new = if A::VERSION == 4 { [old[0] & !0x20, old[1]] } else { [old[0], old[1] & !1] };
+    packet.write(segment.more_at(), new)?;
+    if let Some(check_at) = A::CHECK_AT {
+        let check = u16::from_be_bytes(packet.read::<[u8; 2]>(segment.l3() + check_at)?);
+        let check = csum::replaced(check, csum::word(old), csum::word(new));
+        packet.write(segment.l3() + check_at, check.to_be_bytes())?;
+    }
+    Some(())
 }
 
 /// Writes the length, the addresses and, where there is one, the header's checksum. Options, if any, did not change: the

@@ -9,7 +9,11 @@
 //! | [`lab::agent`] | the agent under test |
 //! | [`lab::client`] | clients that keep asking, and what they were told |
 //! | [`lab::stage`] | all of it put together: the lab that the story is about |
+//! | [`model`] | the datapath's rules as plain Rust, to hold the programs against |
+//! | [`tables`] | what is in the flow tables, as plain values |
 //! | [`packets`] | packets built independently of our own code, and the programs to put them through |
 
 pub mod lab;
+pub mod model;
 pub mod packets;
+pub mod tables;

@@ -349,7 +349,7 @@ pub struct Rig {
     /// The datapath, to be told plans.
     pub datapath: KernelDatapath,
     programs: aya::Ebpf,
-    _pins: PinDir,
+    pins: PinDir,
     _world: World,
 }
 
@@ -384,7 +384,7 @@ impl Rig {
         )?;
         let mut datapath = KernelDatapath::new(loaded.maps);
         datapath.beat(std::time::Duration::ZERO, 0);
-        Ok(Self { datapath, programs: loaded.programs, _pins: pins, _world: world })
+        Ok(Self { datapath, programs: loaded.programs, pins, _world: world })
     }
 
     /// Puts a packet through a program.
@@ -413,6 +413,12 @@ impl Rig {
         out.truncate(result.data_size_out as usize);
         let mark = <[u8; 4]>::try_from(&context[SKB_MARK..SKB_MARK + 4]).map_or(0, u32::from_ne_bytes);
         Ok((Ran { action: result.return_value, bytes: out, mark }, result.duration.as_nanos()))
+    }
+
+    /// Where a map is pinned.
+    #[must_use]
+    pub fn map(&self, name: &str) -> std::path::PathBuf {
+        self.pins.map(name)
     }
 
     /// The program itself.

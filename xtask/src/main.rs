@@ -40,6 +40,12 @@ enum Task {
         /// Only tests whose name contains this.
         #[arg(long)]
         filter: Option<String>,
+        /// Of `fuzz`: so many sequences of packets.
+        #[arg(long, default_value_t = 50_000)]
+        cases: u64,
+        /// Of `fuzz`: where to start; the same seed makes the same sequences.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
     },
     /// Build container images of the agent and the dummy service into dist/, without a container engine: each archive is
     /// an OCI image layout and a docker archive at once.
@@ -89,6 +95,8 @@ enum Tier {
     Program,
     /// Real sockets in network namespaces (root).
     Lab,
+    /// Random packets through the programs and a model of their rules (root); a few of them are in `program`, too.
+    Fuzz,
 }
 
 fn main() -> ExitCode {
@@ -111,7 +119,11 @@ fn execute(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Lint => lint(),
-        Task::Test { tier, filter } => {
+        Task::Test { tier: Some(Tier::Fuzz), cases, seed, .. } => {
+            setup::setup(false)?;
+            fuzz(cases, seed)
+        }
+        Task::Test { tier, filter, .. } => {
             setup::setup(false)?;
             test(tier, filter.as_deref())
         }
@@ -190,6 +202,15 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
         run(&mut root("lab"))?;
     }
     Ok(())
+}
+
+/// The differential test alone, optimized: most of its time is the model's and the generator's.
+fn fuzz(cases: u64, seed: u64) -> Result<()> {
+    run(cargo()
+        .args(["test", "--quiet", "--release", "-p", "breaker-tests", "--test", "program", "--"])
+        .args(["differential", "--nocapture"])
+        .env("BREAKER_FUZZ_CASES", cases.to_string())
+        .env("BREAKER_FUZZ_SEED", seed.to_string()))
 }
 
 /// Runs a command of the lab binary, built for release: the stories and numbers are about what users run.

@@ -152,12 +152,9 @@ fn try_look<A: Family, const OUTSIDE: bool>(
 ) -> Result<Verdict, PassReason> {
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
-        Kind::LaterFragment => return follow(packet, segment),
+        Kind::LaterFragment => return follow(packet, segment, End::Destination),
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
-        Kind::Transport => {}
-    }
-    if segment.more != 0 {
-        fragment::begin(segment);
+        Kind::Transport => fragment::forget(segment, End::Destination),
     }
     let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else {
         return Ok(Verdict::Next);
@@ -183,12 +180,9 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     let Some(segment) = Segment::<A>::place(Hook::Egress) else { return Ok(Verdict::Next) };
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
-        Kind::LaterFragment => return follow(packet, segment),
+        Kind::LaterFragment => return follow(packet, segment, End::Source),
         Kind::IcmpError => return Ok(Verdict::Settled(error_to_client(packet, segment))),
-        Kind::Transport => {}
-    }
-    if segment.more != 0 {
-        fragment::begin(segment);
+        Kind::Transport => fragment::forget(segment, End::Source),
     }
     if !has_flows(segment.source, segment.source_port, segment.proto) {
         return Ok(Verdict::Next);
@@ -216,8 +210,8 @@ fn has_flows<A: Family>(addr: A, port: [u8; 2], proto: u8) -> bool {
 
 /// A fragment without ports: as its first one.
 #[inline(always)]
-fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
-    fragment::follow(packet, segment)?;
+fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<Verdict, PassReason> {
+    fragment::follow(packet, segment, end)?;
     Ok(Verdict::Next)
 }
 
@@ -560,12 +554,7 @@ fn try_to_backend_directly<A: Family>(
     if segment.is_tcp() && !segment.is_syn() && in_use & backend_use::DIRECT == 0 && !segment.ends() {
         return Ok(Verdict::Next);
     }
-    let known = match flow::find(&key) {
-        _ if segment.is_syn() => None,
-        // Whose port was changed has a translation to lose.
-        Some(flow) if flow.source_port != key.client_port => flow::find_going_on(&key),
-        found => found,
-    };
+    let known = if segment.is_syn() { None } else { flow::find_going_on(&key) };
     let source_port = match known {
         Some(flow) => {
             flow::touch(flow, segment);

@@ -10,7 +10,7 @@ use breaker_common::{
 };
 use breaker_tests::packets::{
     Datagram, Ip, MACS, Rig, Segment,
-    flags::{ACK, SYN},
+    flags::{ACK, RST, SYN},
     icmp_is_valid, plan, pod, pod6, service_with, vip, vip6,
 };
 use etherparse::IpNumber;
@@ -84,6 +84,29 @@ fn the_client_knows_its_packet_in_an_error_about_it() -> Result<()> {
         }
         let name = breaker_agent::model::ServiceName::new("dummy");
         assert_eq!(rig.datapath.counters(&name)?.icmp_errors, 8);
+    }
+    Ok(())
+}
+
+/// A frame may be longer than its packet: what is behind an error's end is not under its checksum, and no quote.
+#[test]
+fn padding_behind_an_error_is_no_quote() -> Result<()> {
+    for (client, vip, backup, router) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let sent = Segment::new(client, vip, SYN).bytes();
+        let translated = rig.raw_from_pod(&sent)?.bytes;
+        let header = if vip.is_ipv4() { 20 } else { 40 };
+        // It ends behind eight bytes of TCP; where the checksum would be, there is something else.
+        let error = too_big(router, client, &translated, header + 8);
+        let mut padded = error.clone();
+        padded.extend([0xaa; 40]);
+        let out = rig.raw_to_pod(&padded)?.bytes;
+        assert_eq!(out[error.len()..], [0xaa; 40]);
+        assert_eq!(read(&out[..error.len()])?.1, &sent[14..14 + header + 8]);
+        // It ends before the ports.
+        let mut padded = too_big(router, client, &translated, header);
+        padded.extend(&translated[14 + header..]);
+        untouched(&rig.raw_to_pod(&padded)?, &padded, "the ports are padding");
     }
     Ok(())
 }
@@ -179,27 +202,84 @@ fn later_fragments_follow_their_first() -> Result<()> {
     Ok(())
 }
 
-/// Numbers come again: what is noted of an earlier packet must not take pieces of a later one elsewhere.
+/// A backend's later fragment passes its own interface first: it is translated where its first one is, and not before, or
+/// netfilter in between would see two packets.
 #[test]
-fn a_first_fragment_begins_anew() -> Result<()> {
+fn a_fragment_follows_its_first_on_the_same_way_only() -> Result<()> {
     for (client, vip, backup, _) in FAMILIES {
         let mut rig = rig(vip, backup)?;
-        let question = Datagram::new(client, vip, &[5; 200]);
-        let pieces = fragments(&question, 64);
-        for piece in &pieces {
-            assert_ne!(rig.raw_from_pod(piece)?.bytes, *piece);
-        }
-        let services = [(vip, "TCP"), (vip, "UDP")];
-        rig.apply(&plan(&service_with("dummy", &services, &[backup], "")?, Closed, 6))?;
-        for piece in &pieces {
-            untouched(&rig.raw_from_pod(piece)?, piece, "closed");
-        }
-        // The way back likewise: nothing is translated any more.
+        rig.raw_from_pod(&Datagram::new(client, vip, b"?").bytes())?;
         let answer = Datagram::new(backup, client, &[6; 200]);
-        let reply = fragments(&answer, 128);
-        for piece in &reply {
-            untouched(&rig.raw_to_pod(piece)?, piece, "the flow is gone");
+        let [first, second] = fragments(&answer, 128);
+        rig.raw_to_pod(&first)?;
+        untouched(&rig.raw_from_pod(&second)?, &second, "at the backend");
+        let [_, expected] = fragments(&Datagram { source: vip, ..answer }, 128);
+        assert_eq!(rig.raw_to_pod(&second)?.bytes, expected);
+    }
+    Ok(())
+}
+
+/// Identifications get used again, after 65,536 datagrams at the latest: what was done to an earlier one is over.
+#[test]
+fn an_identification_that_is_used_again_is_another_packet() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let [first, second] = fragments(&Datagram::new(client, vip, &[5; 200]), 64);
+        assert_ne!(rig.raw_from_pod(&first)?.bytes, first);
+        assert_ne!(rig.raw_from_pod(&second)?.bytes, second);
+        rig.apply(&plan(&service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "")?, Closed, 6))?;
+        untouched(&rig.raw_from_pod(&first)?, &first, "closed");
+        untouched(&rig.raw_from_pod(&second)?, &second, "as its first");
+    }
+    Ok(())
+}
+
+/// What is made of a first fragment is a packet of its own: its receiver does not wait for more of it.
+#[test]
+fn a_reset_made_of_a_fragment_is_whole() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        // Never seen from its SYN: reset.
+        let segment = Segment::new(client, vip, ACK).data(7, 8, b"a large segment");
+        let whole = segment.bytes();
+        let mut first = whole.clone();
+        if vip.is_ipv4() {
+            first[20..22].copy_from_slice(&[0x20, 0]);
+            // "More fragments" for "don't fragment": what left the sum, and what came into it.
+            let check = u16::from_be_bytes([whole[24], whole[25]]) + 0x2000;
+            first[24..26].copy_from_slice(&check.to_be_bytes());
+        } else {
+            first.splice(54..54, [6, 0, 0, 1, 0, 0, 0, 9]);
+            first[20] = 44;
+            first[19] += 8;
         }
+        let out = rig.raw_from_pod(&first)?.bytes;
+        if vip.is_ipv4() {
+            let reset = Segment::read(&out)?;
+            assert_eq!((reset.flags, reset.sequence, &out[20..22]), (RST | ACK, 7, &[0, 0][..]));
+        } else {
+            assert_eq!((&out[54..62], out[62 + 13]), (&[6, 0, 0, 0, 0, 0, 0, 9][..], RST | ACK));
+        }
+    }
+    Ok(())
+}
+
+/// A direct connection that had to move aside would go on under a port that is another connection's if its entry were
+/// pushed out: answered, it is kept. One that did not has nothing to lose.
+#[test]
+fn a_direct_connection_that_moved_aside_is_kept() -> Result<()> {
+    for (client, vip, backup, _) in FAMILIES {
+        let mut rig = rig(vip, backup)?;
+        let [untouched, moves] = [SocketAddr::new(client.ip(), 1), client].map(|c| Segment::new(c, backup, SYN));
+        rig.from_pod(&Segment::new(client, vip, SYN))?;
+        for direct in [untouched, moves] {
+            let source = Segment::read(&rig.from_pod(&direct)?.bytes)?.source;
+            assert_eq!(source == direct.source, direct.source != client);
+            rig.to_pod(&Segment::new(backup, source, SYN | ACK))?;
+            rig.from_pod(&Segment { flags: ACK, ..direct })?;
+        }
+        let sweep = rig.datapath.sweep(None)?;
+        assert_eq!((sweep.entries, sweep.established), (3, 1));
     }
     Ok(())
 }

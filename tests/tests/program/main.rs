@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod datagrams;
+mod differential;
 mod errors;
 mod families;
 
@@ -529,6 +530,24 @@ fn the_sweep_takes_nobody_elses_reverse_entry() -> Result<()> {
     assert_eq!(flow_count(&mut rig), 1, "the first has ended, the second lives");
     let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
     is(&rig.to_pod(&reply)?, &moved(&reply, vip(11), client));
+    Ok(())
+}
+
+/// Nor may a late packet of it take the other's entries along when the other is answered.
+#[test]
+fn a_finished_flow_is_not_kept_by_anothers_answer() -> Result<()> {
+    let mut rig = rig(Open, "")?;
+    rig.apply(&plan(&service("other", vip(11), &[pod(BACKUP, 80)], "")?, Open, 1))?;
+    let client = pod(CLIENT, 5000);
+    let late = Segment::new(client, vip(10), RST);
+    rig.from_pod(&syn(5000))?;
+    rig.from_pod(&late)?;
+    rig.from_pod(&Segment { destination: vip(11), ..syn(5000) })?;
+    rig.to_pod(&Segment::new(pod(BACKUP, 80), client, SYN | ACK))?;
+    rig.from_pod(&late)?;
+    rig.from_pod(&Segment::new(client, vip(11), ACK))?;
+    let sweep = rig.datapath.sweep(None)?;
+    assert_eq!((sweep.entries, sweep.established), (1, 1), "the second one is established");
     Ok(())
 }
 

@@ -1,0 +1,395 @@
+//! The datapath's rules as plain Rust: what the programs are held against, packet by packet.
+//!
+//! Written from the design, not from the programs: no tables, no budgets, no incremental tricks. Read [`Model::pass`] from
+//! top to bottom to follow a packet:
+//!
+//! | module | one concern |
+//! |---|---|
+//! | [`headers`] | bytes to addresses, ports, flags |
+//! | [`service`] | where a service's new connections may go |
+//! | [`flow`] | the decisions that are pinned |
+//! | [`answer`] | refusing and resetting |
+//! | [`quote`] | what ICMP errors quote |
+//! | [`fragment`] | later fragments |
+//! | [`bytes`] | changing a frame, and its checksums |
+//!
+//! Where the design leaves a choice (which of several backups, which free source port), the model takes the one that was
+//! made, if it is allowed, and holds the flow to it from then on.
+
+pub mod answer;
+pub mod bytes;
+pub mod flow;
+pub mod fragment;
+pub mod headers;
+pub mod quote;
+pub mod service;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use breaker_common::{BreakerState, DEFAULT_MASQUERADE_MARK, FlowKind, PassReason};
+
+use bytes::{Edit, Sum, word};
+use flow::{BackendSide, Book, ClientSide, Flow, LastWords};
+use fragment::{Done, Notes, Way};
+use headers::{Frame, Headers, Later, addresses, addresses_at, ip_sum, octets};
+use quote::End;
+use service::{Choice, Service};
+
+/// Where a packet passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// From a pod on this node.
+    FromPod,
+    /// To a pod on this node.
+    ToPod,
+    /// From outside, by an uplink.
+    FromOutside,
+    /// To outside, by an uplink.
+    ToOutside,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Sent back out of its own interface; else it goes on.
+    pub sent_back: bool,
+    /// The packet.
+    pub frame: Vec<u8>,
+    /// Checksums that were changed.
+    pub sums: Vec<Sum>,
+    /// Bits set in its mark.
+    pub mark: u32,
+    /// What was counted.
+    pub reason: Option<PassReason>,
+}
+
+/// What was seen to become of it: for choices that are free.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// Sent back.
+    pub sent_back: bool,
+    /// The packet.
+    pub frame: &'a [u8],
+    /// What was counted.
+    pub reason: Option<PassReason>,
+}
+
+/// What the datapath knows.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    /// By name.
+    pub services: BTreeMap<&'static str, Service>,
+    /// Every address that is a backend's, with its protocol.
+    pub backends: BTreeSet<(SocketAddr, u8)>,
+    /// Flows.
+    pub book: Book,
+    notes: Notes,
+    /// Backends that flows of frontends went to: only their packets are looked at.
+    watched: BTreeSet<(SocketAddr, u8)>,
+    /// Backends with direct connections that had to move aside: only their connections are looked at from end to end.
+    aside: BTreeSet<(SocketAddr, u8)>,
+}
+
+impl Outcome {
+    fn untouched(frame: &[u8], reason: Option<PassReason>) -> Self {
+        Self { sent_back: false, frame: frame.to_vec(), sums: Vec::new(), mark: 0, reason }
+    }
+
+    fn changed(edit: Edit, mark: u32) -> Self {
+        Self { sent_back: false, frame: edit.frame, sums: edit.sums, mark, reason: None }
+    }
+
+    fn sent_back(edit: Edit) -> Self {
+        Self { sent_back: true, ..Self::changed(edit, 0) }
+    }
+}
+
+impl Model {
+    /// Puts a packet through a hook.
+    pub fn pass(&mut self, hook: Hook, frame: &[u8], seen: Seen<'_>) -> Outcome {
+        let outside = matches!(hook, Hook::FromOutside | Hook::ToOutside);
+        let way = if matches!(hook, Hook::FromPod | Hook::FromOutside) { Way::There } else { Way::Back };
+        match (headers::read(frame, outside), way) {
+            (Frame::Other, _) => Outcome::untouched(frame, None),
+            (Frame::LeftAlone(reason), _) => Outcome::untouched(frame, Some(reason)),
+            (Frame::LaterFragment(later), way) => self.later_fragment(frame, way, &later),
+            (Frame::Error(error), Way::There) => self.error_by_client(frame, &error),
+            (Frame::Error(error), Way::Back) => self.error_for_client(frame, &error),
+            (Frame::Transport(headers), way) => {
+                // Identifications get used again: what was done to an earlier packet's fragments is over.
+                if let Some((id, _)) = headers.first_of
+                    && self.notes.get(&id).is_some_and(|done| done.way == way)
+                {
+                    self.notes.remove(&id);
+                }
+                match way {
+                    Way::There => self.by_client(frame, &headers, outside, seen),
+                    Way::Back => self.by_backend(frame, &headers),
+                }
+            }
+        }
+    }
+
+    fn by_client(&mut self, frame: &[u8], headers: &Headers, outside: bool, seen: Seen<'_>) -> Outcome {
+        let to = headers.destination;
+        let name = self.services.iter().find(|(_, s)| s.frontends.contains(&to)).map(|(name, _)| *name);
+        match name {
+            Some(name) => self.for_frontend(frame, headers, name, outside, seen),
+            // Outside, connections to pods themselves are other nodes' business.
+            None if !outside && self.backends.contains(&(to, headers.proto)) => self.direct(frame, headers, seen),
+            None => Outcome::untouched(frame, None),
+        }
+    }
+
+    fn for_frontend(
+        &mut self,
+        frame: &[u8],
+        headers: &Headers,
+        name: &'static str,
+        outside: bool,
+        seen: Seen<'_>,
+    ) -> Outcome {
+        let service = self.services[name].clone();
+        let side = ClientSide::of(headers);
+        // A connection request always decides anew; a datagram does without a flow of this epoch.
+        let first = if headers.is_tcp() {
+            headers.is_syn()
+        } else {
+            !service.tracks() || self.book.go_on(&side).is_none_or(|flow| flow.epoch != service.epoch)
+        };
+        if first {
+            return self.decide(frame, headers, name, outside, seen);
+        }
+        if !service.tracks() {
+            return Outcome::untouched(frame, None);
+        }
+        let Some(flow) = self.book.go_on(&side) else {
+            // Not seen from its first packet: never rewritten, only passed or, by policy, reset.
+            if service.resets_primary() && !headers.is_rst() {
+                return self.reset(frame, headers, headers.source.port(), headers.destination);
+            }
+            return Outcome::untouched(frame, None);
+        };
+        self.book.hear_client(&side, headers);
+        // A decided flow keeps its backend, unless the policy for another side says reset.
+        let redirected = flow.kind == FlowKind::Redirected;
+        let resets = if redirected { service.resets_backup() } else { service.resets_primary() };
+        if resets && flow.epoch != service.epoch && !headers.is_rst() {
+            if let Some(flow) = self.book.flows.get_mut(&side) {
+                flow.client_said.rst = true;
+            }
+            return self.reset(frame, headers, flow.source_port, flow.backend);
+        }
+        if redirected { self.send(frame, headers, &flow, outside) } else { Outcome::untouched(frame, None) }
+    }
+
+    fn decide(
+        &mut self,
+        frame: &[u8],
+        headers: &Headers,
+        name: &'static str,
+        outside: bool,
+        seen: Seen<'_>,
+    ) -> Outcome {
+        let Some(service) = self.services.get_mut(name) else { return Outcome::untouched(frame, None) };
+        // Closed and settled: nothing is decided, nothing is noted.
+        if !service.tracks() && !service.dry_run {
+            return Outcome::untouched(frame, None);
+        }
+        let side = ClientSide::of(headers);
+        if service.tracks() {
+            self.book.forget(&side);
+        }
+        let choices = service.choices(headers.destination);
+        if service.dry_run {
+            return Outcome::untouched(frame, None);
+        }
+        let made = choice_made(headers, seen);
+        let choice = if choices.contains(&made) { made } else { choices[0] };
+        let flow = Flow {
+            kind: FlowKind::Passed,
+            backend: headers.destination,
+            source_port: headers.source.port(),
+            epoch: service.epoch,
+            established: false,
+            client_said: LastWords::default(),
+        };
+        match choice {
+            Choice::Primary => {
+                // While it is not closed, who is on the primary by decision is told from who was there before. A datagram need
+                // not be, but for one that tries the primary.
+                let pins = match service.state {
+                    BreakerState::Closed => false,
+                    BreakerState::Open => headers.is_tcp(),
+                    BreakerState::HalfOpen => true,
+                };
+                if pins {
+                    let _ = self.book.pin(side, flow, 0);
+                }
+                Outcome::untouched(frame, None)
+            }
+            Choice::Refuse if headers.is_tcp() => Outcome::sent_back(answer::refuse_segment(frame, headers)),
+            Choice::Refuse => answer::refuse_datagram(frame, headers)
+                .map_or_else(|| Outcome::untouched(frame, Some(PassReason::RewriteFailed)), Outcome::sent_back),
+            Choice::Backup(backend) => {
+                let flow = Flow { kind: FlowKind::Redirected, backend, ..flow };
+                let Some(source_port) = self.book.pin(side, flow, port_chosen(headers, seen)) else {
+                    return Outcome::untouched(frame, Some(PassReason::NoSourcePort));
+                };
+                self.watched.insert((backend, headers.proto));
+                self.send(frame, headers, &Flow { source_port, ..flow }, outside)
+            }
+        }
+    }
+
+    /// Sends a client's packet to its flow's backend. Where the replies would not come back to us, netfilter is told to
+    /// masquerade: a client outside, and a pod that is its own backup.
+    fn send(&mut self, frame: &[u8], headers: &Headers, flow: &Flow, outside: bool) -> Outcome {
+        let masquerade = outside || headers.source.ip() == flow.backend.ip();
+        let mark = if masquerade { DEFAULT_MASQUERADE_MARK } else { 0 };
+        self.note(headers, Way::There, flow.backend.ip(), mark);
+        let edit = translate(frame, headers, End::Destination, flow.backend, flow.source_port);
+        Outcome::changed(edit, mark)
+    }
+
+    /// Resets a connection at both ends. (The client's reset is a copy, which is not seen here.)
+    fn reset(&self, frame: &[u8], headers: &Headers, source_port: u16, peer: SocketAddr) -> Outcome {
+        Outcome::changed(answer::reset_peer(frame, headers, source_port, peer), 0)
+    }
+
+    /// A client's own connection to a backend: noted, so that it never shares a way back with a flow of a frontend. Whoever
+    /// comes second gets another source port.
+    fn direct(&mut self, frame: &[u8], headers: &Headers, seen: Seen<'_>) -> Outcome {
+        let (side, backend) = (ClientSide::of(headers), (headers.destination, headers.proto));
+        let aside = self.aside.contains(&backend);
+        if headers.is_tcp() {
+            // Without a changed port, only beginning and end matter.
+            if !headers.is_syn() && !headers.ends() && !aside {
+                return Outcome::untouched(frame, None);
+            }
+        } else if !aside && !self.watched.contains(&backend) {
+            // A datagram does not say that it is the first; it matters only where flows of a frontend come, too.
+            return Outcome::untouched(frame, None);
+        }
+        let known = if headers.is_syn() { None } else { self.book.go_on(&side) };
+        let source_port = match known {
+            Some(flow) => {
+                self.book.hear_client(&side, headers);
+                flow.source_port
+            }
+            None if headers.is_tcp() && !headers.is_syn() => return Outcome::untouched(frame, None),
+            None => {
+                self.book.forget(&side);
+                let flow = Flow {
+                    kind: FlowKind::Direct,
+                    backend: headers.destination,
+                    source_port: headers.source.port(),
+                    epoch: 0,
+                    established: false,
+                    client_said: LastWords::default(),
+                };
+                let Some(port) = self.book.pin(side, flow, port_chosen(headers, seen)) else {
+                    return Outcome::untouched(frame, Some(PassReason::NoSourcePort));
+                };
+                port
+            }
+        };
+        if source_port == headers.source.port() {
+            return Outcome::untouched(frame, None);
+        }
+        self.aside.insert(backend);
+        self.note(headers, Way::There, headers.destination.ip(), 0);
+        Outcome::changed(translate(frame, headers, End::Destination, headers.destination, source_port), 0)
+    }
+
+    /// A backend's packet goes back as from what the client talks to.
+    fn by_backend(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
+        if !self.looks_at(headers.source, headers.proto) {
+            return Outcome::untouched(frame, None);
+        }
+        let Some((owner, _)) = self.book.hear_backend(headers) else { return Outcome::untouched(frame, None) };
+        if owner.to == headers.source && owner.client == headers.destination {
+            return Outcome::untouched(frame, None);
+        }
+        self.note(headers, Way::Back, owner.to.ip(), 0);
+        Outcome::changed(translate(frame, headers, End::Source, owner.to, owner.client.port()), 0)
+    }
+
+    fn looks_at(&self, backend: SocketAddr, proto: u8) -> bool {
+        self.watched.contains(&(backend, proto)) || self.aside.contains(&(backend, proto))
+    }
+
+    fn note(&mut self, headers: &Headers, way: Way, address: IpAddr, mark: u32) {
+        if let Some((id, _)) = headers.first_of {
+            self.notes.insert(id, Done { way, address, mark });
+        }
+    }
+
+    fn later_fragment(&self, frame: &[u8], way: Way, later: &Later) -> Outcome {
+        let Some(done) = self.notes.get(&later.id).filter(|done| done.way == way) else {
+            return Outcome::untouched(frame, Some(PassReason::Fragment));
+        };
+        let v4 = done.address.is_ipv4();
+        let ([source_at, destination_at], _) = addresses_at(v4);
+        let at = if way == Way::There { destination_at } else { source_at };
+        let under: &[_] = if v4 { &[ip_sum(later.l3)] } else { &[] };
+        let mut edit = Edit::new(frame);
+        edit.replace(later.l3 + at, &octets(done.address), under);
+        Outcome::changed(edit, done.mark)
+    }
+
+    /// A router or backend tells a client of its packet, as it was sent to the backend.
+    fn error_for_client(&self, frame: &[u8], error: &Headers) -> Outcome {
+        let outcome = quote::read(frame, error).and_then(|quote| {
+            let side = BackendSide { backend: quote.destination, client: quote.source, proto: quote.proto };
+            let way = self.book.ways_back.get(&side).filter(|_| self.looks_at(side.backend, side.proto))?;
+            let (to, port) = (way.owner.to, way.owner.client.port());
+            Some(quote::translate(frame, error, &quote, End::Destination, to, port))
+        });
+        outcome.map_or_else(|| Outcome::untouched(frame, None), |edit| Outcome::changed(edit, 0))
+    }
+
+    /// A client tells a backend of its packet, as it was sent to the client.
+    fn error_by_client(&self, frame: &[u8], error: &Headers) -> Outcome {
+        let outcome = quote::read(frame, error).and_then(|quote| {
+            let side = ClientSide { client: quote.destination, to: quote.source, proto: quote.proto };
+            self.services.values().find(|s| s.frontends.contains(&quote.source))?;
+            let flow = self.book.flows.get(&side).filter(|flow| flow.kind == FlowKind::Redirected)?;
+            Some(quote::translate(frame, error, &quote, End::Source, flow.backend, flow.source_port))
+        });
+        outcome.map_or_else(|| Outcome::untouched(frame, None), |edit| Outcome::changed(edit, 0))
+    }
+}
+
+/// Replaces address and port of one end, and the port at the other: nothing else, but for the checksums.
+fn translate(frame: &[u8], headers: &Headers, end: End, to: SocketAddr, other_port: u16) -> Edit {
+    let ([source_at, destination_at], _) = addresses_at(headers.is_v4());
+    let (address_at, ports_at) = match end {
+        End::Source => (source_at, [0, 2]),
+        End::Destination => (destination_at, [2, 0]),
+    };
+    let mut edit = Edit::new(frame);
+    edit.replace(headers.l3 + address_at, &octets(to.ip()), &headers.sums_over_addresses());
+    edit.replace(headers.l4 + ports_at[0], &to.port().to_be_bytes(), &[headers.sum()]);
+    edit.replace(headers.l4 + ports_at[1], &other_port.to_be_bytes(), &[headers.sum()]);
+    edit
+}
+
+/// Where a packet was seen to go.
+fn choice_made(headers: &Headers, seen: Seen<'_>) -> Choice {
+    // Also what could not be refused, and passed.
+    if seen.sent_back || seen.reason == Some(PassReason::RewriteFailed) {
+        return Choice::Refuse;
+    }
+    let (_, destination) = addresses(seen.frame, headers.l3, headers.is_v4());
+    let destination = SocketAddr::new(destination, word(seen.frame, headers.l4 + 2));
+    if destination == headers.destination { Choice::Primary } else { Choice::Backup(destination) }
+}
+
+/// Which source port a packet was seen to get.
+fn port_chosen(headers: &Headers, seen: Seen<'_>) -> u16 {
+    word(seen.frame, headers.l4)
+}

@@ -1,0 +1,267 @@
+//! Random sequences through the programs and through the model of the rules: they must agree on every packet's verdict,
+//! bytes and mark, on what was counted, and on every entry in the flow tables.
+//!
+//! `cargo xtask test fuzz` runs many; among the other tests a few hundred are run, always the same. A failure is shrunk to a
+//! short sequence, told step by step, with the seed that makes it again.
+
+mod packet;
+mod steps;
+
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use breaker_agent::{
+    datapath::{Datapath as _, kernel::Sizes},
+    model::{EstablishedPolicy, Mode, Service, WhenAllUnhealthy},
+};
+use breaker_common::{BreakerState, PassReason};
+use breaker_tests::{
+    model::{
+        Hook, Model, Outcome, Seen,
+        bytes::{Sum, word},
+        service,
+    },
+    packets::{NEXT, REDIRECT, Ran, Rig, plan_with, service_with},
+    tables::Tables,
+};
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+
+use steps::{BACKUPS, Decision, SERVICES, Step, backend, frontend, sequences};
+
+/// Among the other tests.
+const CASES: u32 = 400;
+const SEED: u64 = 1;
+/// Sequences that share a seed: what is run to make a failure again.
+const BLOCK: u32 = 1000;
+/// Steps of a sequence.
+const STEPS: usize = 24;
+
+#[test]
+fn programs_and_model_agree() -> Result<()> {
+    let number = |name: &str| -> Result<Option<u64>> {
+        std::env::var(name).ok().map(|text| text.parse().with_context(|| format!("{name}={text}"))).transpose()
+    };
+    let cases = number("BREAKER_FUZZ_CASES")?.unwrap_or(CASES.into());
+    let seed = number("BREAKER_FUZZ_SEED")?.unwrap_or(SEED);
+    let bench = RefCell::new(Bench::new()?);
+    let started = Instant::now();
+    let mut done = 0;
+    while done < cases {
+        let block = seed + done / u64::from(BLOCK);
+        let some = u32::try_from((cases - done).min(u64::from(BLOCK)))?;
+        run(&bench, block, some)?;
+        done += u64::from(some);
+    }
+    let (took, packets) = (started.elapsed(), bench.borrow().packets);
+    println!("{done} sequences, {packets} packets, {:.0} sequences/s", rate(done, took));
+    Ok(())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn rate(count: u64, took: Duration) -> f64 {
+    count as f64 / took.as_secs_f64()
+}
+
+/// Runs a block of sequences; the first on which they do not agree is told as short as it can be.
+fn run(bench: &RefCell<Bench>, seed: u64, cases: u32) -> Result<()> {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 20_000, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let outcome = runner.run(&sequences(STEPS), |steps| {
+        bench.borrow_mut().play(&steps, &mut None).map_err(|error| TestCaseError::fail(format!("{error:#}")))
+    });
+    match outcome {
+        Ok(()) => Ok(()),
+        Err(TestError::Fail(_, steps)) => {
+            let mut story = Some(String::new());
+            let end = bench.borrow_mut().play(&steps, &mut story);
+            let why = end.err().map_or("it does not happen again".to_owned(), |error| format!("{error:#}"));
+            bail!("{}{why}\nagain: cargo xtask test fuzz --cases {BLOCK} --seed {seed}", story.unwrap_or_default())
+        }
+        Err(TestError::Abort(reason)) => bail!("seed {seed}: {reason}"),
+    }
+}
+
+/// The programs with two services that share a backup.
+struct Bench {
+    rig: Rig,
+    tables: Tables,
+    services: [Service; 2],
+    epoch: u32,
+    reasons: BTreeMap<PassReason, u64>,
+    packets: u64,
+}
+
+impl Bench {
+    fn new() -> Result<Self> {
+        let sizes = Sizes { flows: 512, pending: 2048, ..Sizes::for_memory(1024) };
+        let rig = Rig::with_sizes(&sizes)?;
+        let tables = Tables::open(&rig)?;
+        let service = |index: usize| {
+            let frontends = [false, true].map(|v6| frontend(index, v6));
+            let frontends: Vec<_> = frontends.iter().flat_map(|f| [(*f, "TCP"), (*f, "UDP")]).collect();
+            let backups: Vec<_> = BACKUPS[index].iter().flat_map(|b| [backend(*b, false), backend(*b, true)]).collect();
+            service_with(SERVICES[index], &frontends, &backups, "")
+        };
+        let services = [service(0)?, service(1)?];
+        Ok(Self { rig, tables, services, epoch: 0, reasons: BTreeMap::new(), packets: 0 })
+    }
+
+    /// Plays a sequence; the error is where programs and model do not agree. `story`: to be told.
+    fn play(&mut self, steps: &[Step], story: &mut Option<String>) -> Result<()> {
+        let mut model = self.begin()?;
+        for step in steps {
+            if let Step::Decide(decision) = step {
+                self.decide(&mut model, decision)?;
+                if let Some(story) = story {
+                    writeln!(story, "{decision:?}")?;
+                }
+            }
+            let Some((hook, frame)) = step.frame(&model.book) else { continue };
+            let ran = self.rig.run(program(hook), &frame)?;
+            self.packets += 1;
+            let reason = self.counted()?;
+            let seen = Seen { sent_back: ran.action == REDIRECT, frame: &ran.bytes, reason };
+            let expected = model.pass(hook, &frame, seen);
+            if let Some(story) = story {
+                writeln!(story, "{step:?}\n  sent     {}", hex(&frame))?;
+                writeln!(story, "  programs {}\n  model    {}", hex(&ran.bytes), hex(&expected.frame))?;
+            }
+            agree(&ran, &expected)?;
+            ensure!(reason == expected.reason, "counted: {reason:?}, model: {:?}", expected.reason);
+            let book = self.tables.read()?;
+            ensure!(book.flows == model.book.flows, "flows: {:#?}\nmodel: {:#?}", book.flows, model.book.flows);
+            ensure!(
+                book.ways_back == model.book.ways_back,
+                "ways back: {:#?}\nmodel: {:#?}",
+                book.ways_back,
+                model.book.ways_back
+            );
+        }
+        Ok(())
+    }
+
+    /// From the same state, whatever was before: no flows, both services open.
+    fn begin(&mut self) -> Result<Model> {
+        self.tables.clear()?;
+        // Only of a service that is closed and settled the agent forgets which backends had flows.
+        self.decide_both(BreakerState::Closed)?;
+        self.rig.datapath.sweep(None)?;
+        while !self.rig.datapath.events().is_empty() {}
+        let model = self.decide_both(BreakerState::Open)?;
+        self.reasons = self.rig.datapath.reasons()?.into_iter().collect();
+        Ok(model)
+    }
+
+    fn decide_both(&mut self, state: BreakerState) -> Result<Model> {
+        let mut model = Model::default();
+        for service in 0..2 {
+            let decision = Decision {
+                service,
+                state,
+                share: if state == BreakerState::Closed { 1000 } else { 0 },
+                draining: false,
+                usable: 2,
+                dry_run: false,
+                reset_on_open: false,
+                reset_on_close: false,
+                reject: false,
+                half_open_limit: 1,
+                in_epoch: false,
+            };
+            self.decide(&mut model, &decision)?;
+        }
+        Ok(model)
+    }
+
+    fn decide(&mut self, model: &mut Model, decision: &Decision) -> Result<()> {
+        let service = &mut self.services[decision.service];
+        let policy = |reset| if reset { EstablishedPolicy::Reset } else { EstablishedPolicy::Keep };
+        service.mode = if decision.dry_run { Mode::DryRun } else { Mode::Enforce };
+        (service.on_open, service.on_close) = (policy(decision.reset_on_open), policy(decision.reset_on_close));
+        service.when_all_unhealthy =
+            if decision.reject { WhenAllUnhealthy::Reject } else { WhenAllUnhealthy::PassThrough };
+        service.breaker.half_open_connections = decision.half_open_limit;
+        let usable = service.backups[0].backends.iter().take(decision.usable * 2).copied().collect::<Vec<_>>();
+        self.epoch += 1;
+        let name = SERVICES[decision.service];
+        let before = model.services.get(name).filter(|s| decision.in_epoch && s.state == decision.state);
+        let (epoch, half_open_taken) = before.map_or((self.epoch, 0), |s| (s.epoch, s.half_open_taken));
+        let plan = plan_with(service, decision.state, epoch, decision.share, decision.draining, &usable);
+        self.rig.apply(&plan)?;
+        let backups: Vec<_> = usable.iter().map(|b| b.address).collect();
+        model.backends.extend(backups.iter().flat_map(|b| [(*b, 6), (*b, 17)]));
+        model.services.insert(
+            name,
+            service::Service {
+                frontends: service.frontends.iter().map(|f| f.address).collect(),
+                backups,
+                state: decision.state,
+                share: decision.share,
+                epoch,
+                draining: decision.draining,
+                dry_run: decision.dry_run,
+                reset_on_open: decision.reset_on_open,
+                reset_on_close: decision.reset_on_close,
+                reject: decision.reject,
+                half_open_limit: decision.half_open_limit,
+                half_open_taken,
+            },
+        );
+        Ok(())
+    }
+
+    /// Why the last packet was left alone, if it was counted.
+    fn counted(&mut self) -> Result<Option<PassReason>> {
+        let now: BTreeMap<PassReason, u64> = self.rig.datapath.reasons()?.into_iter().collect();
+        let before = std::mem::replace(&mut self.reasons, now);
+        let mut new = self.reasons.iter().filter(|(reason, count)| before.get(reason) != Some(count));
+        let counted = new.next().map(|(reason, _)| *reason);
+        ensure!(new.next().is_none(), "counted twice: {before:?}, {:?}", self.reasons);
+        Ok(counted)
+    }
+}
+
+const fn program(hook: Hook) -> &'static str {
+    match hook {
+        Hook::FromPod => "breaker_in",
+        Hook::ToPod => "breaker_out",
+        Hook::FromOutside => "breaker_up",
+        Hook::ToOutside => "breaker_up_out",
+    }
+}
+
+fn agree(ran: &Ran, expected: &Outcome) -> Result<()> {
+    let action = if expected.sent_back { REDIRECT } else { NEXT };
+    ensure!(ran.action == action, "action {:#x}, model: {action:#x}", ran.action);
+    ensure!(ran.mark == expected.mark, "mark {:#x}, model: {:#x}", ran.mark, expected.mark);
+    let (mut programs, mut model) = (ran.bytes.clone(), expected.frame.clone());
+    ensure!(programs.len() == model.len(), "{} bytes, model: {}", programs.len(), model.len());
+    for Sum { at, zero_is_none } in &expected.sums {
+        let same = word(&programs, *at) % 65535 == word(&model, *at) % 65535;
+        if same && !(*zero_is_none && word(&programs, *at) == 0) {
+            programs[*at..at + 2].fill(0);
+            model[*at..at + 2].fill(0);
+        }
+    }
+    let differs = (0..model.len()).find(|at| programs[*at] != model[*at]);
+    ensure!(differs.is_none(), "the byte at {} differs", differs.unwrap_or(0));
+    Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for part in bytes.chunks(2) {
+        let _ = write!(text, " ");
+        for byte in part {
+            let _ = write!(text, "{byte:02x}");
+        }
+    }
+    text
+}

@@ -1,0 +1,334 @@
+//! Random sequences of what may happen: packets and decisions of the agent, with addresses from so small a pool that they
+//! meet.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use breaker_common::BreakerState;
+use breaker_tests::{
+    model::{Hook, flow::Book},
+    packets::{pod, pod6, vip, vip6},
+};
+use proptest::prelude::*;
+
+use super::packet::{self, Body, Ends, Extension, Lie, Piece, Shape, Transport};
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// The agent decides for a service.
+    Decide(Decision),
+    /// A packet passes a hook.
+    Packet { hook: Hook, from_to: FromTo, shape: Shape },
+    /// An ICMP error passes a hook.
+    Error { hook: Hook, about: About, kind: usize, quoted: usize, shape: Shape },
+}
+
+/// What the agent decides.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    /// 0 or 1.
+    pub service: usize,
+    pub state: BreakerState,
+    pub share: u16,
+    pub draining: bool,
+    /// How many of its backups are usable.
+    pub usable: usize,
+    pub dry_run: bool,
+    pub reset_on_open: bool,
+    pub reset_on_close: bool,
+    pub reject: bool,
+    pub half_open_limit: u32,
+    /// In the epoch that it is in, if it stays in its state: a ramp's step, another backup.
+    pub in_epoch: bool,
+}
+
+/// Between whom.
+#[derive(Clone, Copy, Debug)]
+pub enum FromTo {
+    /// From a client to a frontend.
+    Frontend { client: usize, port: u16, vip: usize, v6: bool, udp: bool },
+    /// From a client straight to a backend.
+    Backend { client: usize, port: u16, backend: usize, v6: bool, udp: bool },
+    /// From a backend to a client.
+    Client { backend: usize, client: usize, port: u16, v6: bool, udp: bool },
+    /// Strangers.
+    Others { v6: bool, udp: bool },
+    /// As the n-th flow's client.
+    Flow(usize),
+    /// As the n-th flow's backend.
+    Reply(usize),
+}
+
+/// What an error is about.
+#[derive(Clone, Copy, Debug)]
+pub enum About {
+    /// The n-th flow's packet to its backend; from the backend itself, or a router.
+    ToBackend { flow: usize, from_backend: bool },
+    /// The n-th flow's packet to its client.
+    ToClient { flow: usize },
+    /// A packet of nobody we know.
+    Others { v6: bool },
+}
+
+pub const SERVICES: [&str; 2] = ["one", "two"];
+/// Of each service, in both families.
+pub const BACKUPS: [&[u8]; 2] = [&[3, 5], &[3]];
+/// Pods (3 is a backup, too), and one outside.
+const CLIENTS: [u8; 4] = [4, 6, 3, 0];
+const PORTS: [u16; 3] = [5000, 5001, 80];
+
+pub fn frontend(service: usize, v6: bool) -> SocketAddr {
+    let host = 10 + u8::try_from(service).unwrap();
+    if v6 { vip6(host) } else { vip(host) }
+}
+
+pub fn backend(host: u8, v6: bool) -> SocketAddr {
+    if v6 { pod6(host, 80) } else { pod(host, 80) }
+}
+
+fn client(index: usize, port: u16, v6: bool) -> SocketAddr {
+    match (CLIENTS[index], v6) {
+        (0, false) => SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 9)), port),
+        (0, true) => SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 9)), port),
+        (host, false) => pod(host, port),
+        (host, true) => pod6(host, port),
+    }
+}
+
+impl FromTo {
+    fn focused(self, v6: bool, udp: bool) -> Self {
+        match self {
+            Self::Frontend { vip, .. } => Self::Frontend { client: 0, port: PORTS[0], vip, v6, udp },
+            Self::Backend { backend, .. } => Self::Backend { client: 0, port: PORTS[0], backend, v6, udp },
+            Self::Client { backend, .. } => Self::Client { backend, client: 0, port: PORTS[0], v6, udp },
+            other => other,
+        }
+    }
+
+    /// The ends, given the flows that there are.
+    pub fn ends(self, book: &Book) -> Ends {
+        let ends = |source, destination, udp| Ends { source, destination, udp };
+        match self {
+            Self::Frontend { client: who, port, vip, v6, udp } => ends(client(who, port, v6), frontend(vip, v6), udp),
+            Self::Backend { client: who, port, backend: host, v6, udp } => {
+                ends(client(who, port, v6), backend(BACKUPS[0][host], v6), udp)
+            }
+            Self::Client { backend: host, client: who, port, v6, udp } => {
+                ends(backend(BACKUPS[0][host], v6), client(who, port, v6), udp)
+            }
+            Self::Others { v6, udp } if v6 => ends(pod6(77, 1), pod6(78, 2), udp),
+            Self::Others { udp, .. } => ends(pod(77, 1), pod(78, 2), udp),
+            Self::Flow(n) => {
+                let flows: Vec<_> = book.flows.keys().collect();
+                match flows.get(n % flows.len().max(1)) {
+                    Some(side) => ends(side.client, side.to, side.proto == 17),
+                    None => ends(client(0, PORTS[0], false), frontend(0, false), false),
+                }
+            }
+            Self::Reply(n) => {
+                let ways: Vec<_> = book.ways_back.keys().collect();
+                match ways.get(n % ways.len().max(1)) {
+                    Some(side) => ends(side.backend, side.client, side.proto == 17),
+                    None => ends(backend(3, false), client(0, PORTS[0], false), false),
+                }
+            }
+        }
+    }
+}
+
+impl Step {
+    /// The hook that a packet passes, and its frame.
+    pub fn frame(&self, book: &Book) -> Option<(Hook, Vec<u8>)> {
+        match self {
+            Self::Decide(_) => None,
+            Self::Packet { hook, from_to, shape } => Some((*hook, packet::frame(shape, &from_to.ends(book)))),
+            Self::Error { hook, about, kind, quoted, shape } => {
+                let (inner, sender) = about.ends(book);
+                let receiver = inner.source;
+                let outer = Ends { source: sender, destination: receiver, udp: false };
+                let whole =
+                    Shape { piece: Piece::Whole, tags: 0, lie: Lie { length: 0, cut: 0, padding: 0 }, ..shape.clone() };
+                let kinds = if receiver.is_ipv4() { [3, 4, 11, 12, 8] } else { [1, 2, 3, 4, 128] };
+                let plain = Shape { extensions: Vec::new(), ..whole };
+                Some((*hook, packet::error(shape, &outer, kinds[*kind], &packet::frame(&plain, &inner), *quoted)))
+            }
+        }
+    }
+}
+
+impl About {
+    /// The ends of the packet that it is about, and who tells.
+    fn ends(self, book: &Book) -> (Ends, SocketAddr) {
+        match self {
+            Self::ToBackend { flow, from_backend } => {
+                let reply = FromTo::Reply(flow).ends(book);
+                let there = Ends { source: reply.destination, destination: reply.source, udp: reply.udp };
+                let router = if reply.source.is_ipv4() { pod(200, 0) } else { pod6(200, 0) };
+                (there, if from_backend { reply.source } else { router })
+            }
+            Self::ToClient { flow } => {
+                let there = FromTo::Flow(flow).ends(book);
+                (Ends { source: there.destination, destination: there.source, udp: there.udp }, there.source)
+            }
+            Self::Others { v6 } => {
+                let ends = FromTo::Others { v6, udp: true }.ends(book);
+                (ends, ends.destination)
+            }
+        }
+    }
+}
+
+/// Sequences of up to `most` steps; half of them with one client and one kind of packet, so that they meet even
+/// more often.
+pub fn sequences(most: usize) -> impl Strategy<Value = Vec<Step>> {
+    let focus = prop::option::of((any::<bool>(), any::<bool>()));
+    (focus, prop::collection::vec(step(), 1..most)).prop_map(|(focus, mut steps)| {
+        for step in &mut steps {
+            if let (Step::Packet { from_to, .. }, Some((v6, udp))) = (step, focus) {
+                *from_to = from_to.focused(v6, udp);
+            }
+        }
+        steps
+    })
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => decision().prop_map(Step::Decide),
+        14 => packet(),
+        2 => error(),
+    ]
+}
+
+fn decision() -> impl Strategy<Value = Decision> {
+    let state = prop_oneof![Just(BreakerState::Open), Just(BreakerState::Closed), Just(BreakerState::HalfOpen)];
+    let rare = || prop::bool::weighted(0.1);
+    let of = (
+        0..2_usize,
+        state,
+        prop_oneof![3 => Just(0_u16), 1 => Just(400)],
+        any::<bool>(),
+        prop_oneof![4 => Just(2_usize), 1 => 0..2_usize],
+    );
+    let policy = (rare(), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u32, any::<bool>());
+    (of, policy).prop_map(|((service, state, share, draining, usable), policy)| {
+        let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
+        // A closed breaker gives the primary all, or ramps up to it.
+        let share = if state == BreakerState::Closed && share == 0 { 1000 } else { share };
+        Decision {
+            service,
+            state,
+            share,
+            draining,
+            usable,
+            dry_run,
+            reset_on_open,
+            reset_on_close,
+            reject,
+            half_open_limit,
+            in_epoch,
+        }
+    })
+}
+
+fn packet() -> impl Strategy<Value = Step> {
+    let (client, port) = (0..CLIENTS.len(), prop::sample::select(&PORTS[..]));
+    let to_frontend = (client.clone(), port.clone(), 0..2_usize, any::<bool>(), any::<bool>())
+        .prop_map(|(client, port, vip, v6, udp)| FromTo::Frontend { client, port, vip, v6, udp });
+    let to_backend = (client.clone(), port.clone(), 0..2_usize, any::<bool>(), any::<bool>())
+        .prop_map(|(client, port, backend, v6, udp)| FromTo::Backend { client, port, backend, v6, udp });
+    let to_client = (0..2_usize, client, port, any::<bool>(), any::<bool>())
+        .prop_map(|(backend, client, port, v6, udp)| FromTo::Client { backend, client, port, v6, udp });
+    let others = (any::<bool>(), any::<bool>()).prop_map(|(v6, udp)| FromTo::Others { v6, udp });
+    let opening = (prop_oneof![4 => to_frontend, 2 => to_backend, 1 => to_client, 1 => others], hook(), shape(2))
+        .prop_map(|(from_to, hook, shape)| Step::Packet { hook: hook.unwrap_or(natural(&from_to)), from_to, shape });
+    let going_on =
+        (prop_oneof![(0..40_usize).prop_map(FromTo::Flow), (0..40_usize).prop_map(FromTo::Reply)], hook(), shape(16))
+            .prop_map(|(from_to, hook, shape)| Step::Packet {
+                hook: hook.unwrap_or(natural(&from_to)),
+                from_to,
+                shape,
+            });
+    prop_oneof![2 => opening, 3 => going_on]
+}
+
+fn natural(from_to: &FromTo) -> Hook {
+    match from_to {
+        FromTo::Client { .. } | FromTo::Reply(_) => Hook::ToPod,
+        _ => Hook::FromPod,
+    }
+}
+
+/// Mostly the one where such a packet is to be expected.
+fn hook() -> impl Strategy<Value = Option<Hook>> {
+    let any_hook = prop::sample::select(&[Hook::FromPod, Hook::ToPod, Hook::FromOutside, Hook::ToOutside][..]);
+    prop_oneof![5 => Just(None), 1 => any_hook.prop_map(Some)]
+}
+
+fn error() -> impl Strategy<Value = Step> {
+    let to_backend =
+        (0..40_usize, any::<bool>()).prop_map(|(flow, from_backend)| About::ToBackend { flow, from_backend });
+    let to_client = (0..40_usize).prop_map(|flow| About::ToClient { flow });
+    let others = any::<bool>().prop_map(|v6| About::Others { v6 });
+    let about = prop_oneof![4 => to_backend, 3 => to_client, 1 => others];
+    let quoted = prop_oneof![Just(28_usize), Just(48), Just(60), 0..100_usize];
+    (about, hook(), 0..5_usize, quoted, shape(16)).prop_map(|(about, hook, kind, quoted, shape)| {
+        let natural = if matches!(about, About::ToClient { .. }) { Hook::FromPod } else { Hook::ToPod };
+        Step::Error { hook: hook.unwrap_or(natural), about, kind, quoted, shape }
+    })
+}
+
+/// `syn`: how rarely a segment opens a connection, one of so many.
+fn shape(syn: u32) -> impl Strategy<Value = Shape> {
+    let flags = prop_oneof![
+        6 => Just(0x10_u8), 3 => Just(0x12), 1 => Just(0x11), 1 => Just(0x04), 1 => Just(0x14), 1 => any::<u8>(),
+    ];
+    let flags = prop_oneof![1 => Just(0x02_u8), syn => flags];
+    let transport = (flags, 0..4_usize, prop_oneof![0..4_usize, 0..64_usize], any::<u16>(), unlikely(), unlikely())
+        .prop_map(|(flags, options, payload, word, unchecked, wrong)| Transport {
+            flags,
+            options,
+            payload,
+            word,
+            unchecked,
+            wrong,
+        });
+    let others = prop::sample::select(&[132_u8, 47, 1, 58, 6, 17, 59][..]);
+    let body = prop_oneof![19 => transport.prop_map(Body::Transport), 1 => others.prop_map(Body::Other)];
+    let options = prop_oneof![5 => Just(0), 1 => 0..=10_usize];
+    let extensions = prop_oneof![5 => Just(Vec::new()), 1 => prop::collection::vec(extension(), 0..8)];
+    let piece = prop_oneof![
+        6 => Just(Piece::Whole), 1 => (0..2_u8).prop_map(Piece::First), 1 => (0..2_u8).prop_map(Piece::Later),
+    ];
+    let tags = prop_oneof![7 => Just(0), 1 => 0..=3_usize];
+    (body, options, extensions, piece, tags, lie()).prop_map(|(body, options, extensions, piece, tags, lie)| Shape {
+        body,
+        options,
+        extensions,
+        piece,
+        tags,
+        lie,
+    })
+}
+
+fn unlikely() -> impl Strategy<Value = bool> {
+    prop::bool::weighted(0.1)
+}
+
+fn extension() -> impl Strategy<Value = Extension> {
+    let units = || prop_oneof![9 => 1..4_u8, 1 => 1..40_u8];
+    prop_oneof![
+        2 => units().prop_map(Extension::HopByHop),
+        2 => units().prop_map(Extension::Destination),
+        1 => prop_oneof![3 => Just(0), 1 => 0..3_u8].prop_map(Extension::Routing),
+        1 => Just(Extension::Atomic),
+        1 => (1..6_u8).prop_map(Extension::Authentication),
+    ]
+}
+
+fn lie() -> impl Strategy<Value = Lie> {
+    let length = prop_oneof![12 => Just(0), 1 => -80..80_i16];
+    let cut = prop_oneof![12 => Just(0), 1 => 0..100_usize];
+    let padding = prop_oneof![12 => Just(0), 1 => 0..40_usize];
+    (length, cut, padding).prop_map(|(length, cut, padding)| Lie { length, cut, padding })
+}
