@@ -16,7 +16,9 @@
 //!
 //! Functions that return an action (`i32`) are functions to the kernel, too, and are not inlined: a frame each, because all
 //! of it together would not fit into the 512 bytes of stack that a program has. For the same reason they are called one
-//! after the other, not one by the other: [`from_client`] has their order.
+//! after the other, not one by the other: [`from_client`] has their order, and is in the entry point's own frame. A frame is
+//! rounded up to 32 bytes on kernel 6.1, and an empty one takes as many (`check_max_stack_depth` in kernel/bpf/verifier.c); newer
+//! ones round to 16, where they compile the program.
 
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
@@ -94,18 +96,16 @@ struct Case<A> {
     peer: reset::Peer<A>,
 }
 
+/// What it looks at first is a function of its own, also for IPv4, which has the smaller frame: this one lies under the
+/// frames of all steps that follow, and kernel 6.1 had no room for that: 576 bytes by its reckoning.
+///
 /// `OUTSIDE`: the way back must be led past us.
-#[inline(never)]
+#[inline(always)]
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
     let peer = reset::Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2] };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
-    // IPv4's frame has room for both.
-    let mut action = if A::VERSION == 4 {
-        verdict::settle(try_look::<A, OUTSIDE>(packet, l3, segment, &mut case))
-    } else {
-        look::<A, OUTSIDE>(packet, l3, segment, &mut case)
-    };
+    let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
         action = decide(packet, segment, &mut case);
     }
