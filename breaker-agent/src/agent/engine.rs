@@ -618,7 +618,9 @@ impl<D: Datapath> Engine<D> {
     }
 
     fn apply_all(&mut self, now: Now) {
-        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        let mut names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        // Who gets a frontend before who loses it: one that changes hands is somebody's at any moment.
+        names.sort_by_key(|name| !self.services.get(name).is_some_and(Running::gains_frontends));
         for name in names {
             self.apply(now, &name);
         }
@@ -779,6 +781,12 @@ impl Running {
             // An epoch has a number of trials; it must not have it twice.
             BreakerState::HalfOpen => false,
         }
+    }
+
+    /// Whether the datapath is to hear of more frontends.
+    fn gains_frontends(&self) -> bool {
+        let known = |frontend| self.applied.as_ref().is_some_and(|plan| plan.frontends().any(|f| f == frontend));
+        self.stale && !self.leaving && !self.service.frontends.iter().all(known)
     }
 
     /// Backends of the backups that are down, where datagrams may go to them.

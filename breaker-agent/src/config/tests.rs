@@ -116,6 +116,16 @@ fn duplicates_name_both_places() {
 }
 
 #[test]
+fn a_backup_is_nobodys_frontend() {
+    let other = GOOD.trim_start_matches("services:\n").replace("dummy", "other").replace("10.43.0.10", "10.43.0.11");
+    parse(Path::new("lab.yaml"), &format!("{GOOD}{other}")).unwrap();
+    let wrong = other.replace("10.42.0.3, port: 80", "10.43.0.10, port: 8080");
+    let errors = errors(&format!("{GOOD}{wrong}"));
+    let expected = "services[1].backups[0].backends[0]: 10.43.0.10:8080 is dummy's frontend 10.43.0.10:8080/TCP";
+    assert!(errors.iter().any(|e| e.contains(expected)), "{errors:?}");
+}
+
+#[test]
 fn all_problems_come_at_once() {
     let text = GOOD.replace("port: 8080", "port: 0").replace("10.42.0.3", "nowhere");
     assert_eq!(errors(&text).len(), 2);

@@ -119,6 +119,7 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
     }
     let mut names = BTreeMap::new();
     let mut frontends = BTreeMap::new();
+    let mut backups = Vec::new();
     let mut services = Vec::new();
     for (index, raw) in raw.services.value.into_iter().enumerate() {
         let path = format!("services[{index}]");
@@ -127,6 +128,15 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
             let problem =
                 format!("{:?} is taken by the service in line {first}; allowed: a name of its own", name.value);
             problems.add(name.referenced, &format!("{path}.name"), problem);
+        }
+        for (i, tier) in raw.backups.value.iter().enumerate() {
+            for (j, backend) in tier.backends.value.iter().enumerate() {
+                let field = format!("{path}.backups[{i}].backends[{j}]");
+                let (Ok(ip), Ok(port)) = (backend.address.value.parse(), u16::try_from(backend.port.value)) else {
+                    continue;
+                };
+                backups.push((name.value.clone(), field, SocketAddr::new(ip, port), backend.address.referenced));
+            }
         }
         let places: Vec<Location> = raw.frontends.value.iter().map(|f| f.address.referenced).collect();
         let service = service(&mut problems, &path, raw, true);
@@ -140,6 +150,14 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
             }
         }
         services.push(service);
+    }
+    // Two translations in a row would give two connections of a client the same addresses and ports.
+    for (service, field, address, at) in backups {
+        let taken = frontends.iter().find(|(f, (owner, _))| f.address == address && owner.as_str() != service);
+        if let Some((frontend, (owner, _))) = taken {
+            let problem = format!("{address} is {owner}'s frontend {frontend}; allowed: a pod's or host's own address");
+            problems.add(at, &field, problem);
+        }
     }
     if problems.found.is_empty() { Ok(Config { agent, services }) } else { Err(problems.found) }
 }
