@@ -5,10 +5,11 @@
 mod image;
 mod run;
 mod setup;
+mod vm;
 
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use run::{cargo, run};
@@ -33,13 +34,16 @@ enum Task {
     },
     /// Formatting and clippy, warnings as errors, the programs included.
     Lint,
-    /// All tests: those without root first, then the ones in the real kernel.
+    /// All tests: those without root first, then the ones in the real kernel. (Other kernels are on call: `test vm`.)
     Test {
         /// Only this tier.
         tier: Option<Tier>,
         /// Only tests whose name contains this.
         #[arg(long)]
         filter: Option<String>,
+        /// With the tier vm: only on this kernel; may be given several times.
+        #[arg(long)]
+        kernel: Vec<vm::Kernel>,
     },
     /// Build container images of the agent and the dummy service into dist/, without a container engine: each archive is
     /// an OCI image layout and a docker archive at once.
@@ -89,6 +93,8 @@ enum Tier {
     Program,
     /// Real sockets in network namespaces (root).
     Lab,
+    /// The program tier on other kernels under qemu: not part of "all".
+    Vm,
 }
 
 fn main() -> ExitCode {
@@ -111,7 +117,14 @@ fn execute(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Lint => lint(),
-        Task::Test { tier, filter } => {
+        Task::Test { tier: Some(Tier::Vm), filter, kernel } => {
+            setup::setup(false)?;
+            setup::setup_vm()?;
+            let all = vm::Kernel::value_variants();
+            vm::test(if kernel.is_empty() { all } else { &kernel }, filter.as_deref())
+        }
+        Task::Test { tier, filter, kernel } => {
+            ensure!(kernel.is_empty(), "--kernel is for the tier vm only: cargo xtask test vm --kernel {}", kernel[0]);
             setup::setup(false)?;
             test(tier, filter.as_deref())
         }
