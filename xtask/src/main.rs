@@ -5,10 +5,11 @@
 mod image;
 mod run;
 mod setup;
+mod vm;
 
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use run::{cargo, run};
@@ -33,7 +34,7 @@ enum Task {
     },
     /// Formatting and clippy, warnings as errors, the programs included.
     Lint,
-    /// All tests: those without root first, then the ones in the real kernel.
+    /// All tests: those without root first, then the ones in the real kernel. (Other kernels are on call: `test vm`.)
     Test {
         /// Only this tier.
         tier: Option<Tier>,
@@ -46,6 +47,9 @@ enum Task {
         /// Of `fuzz`: where to start; the same seed makes the same sequences.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// With the tier vm: only on this kernel; may be given several times.
+        #[arg(long)]
+        kernel: Vec<vm::Kernel>,
     },
     /// Build container images of the agent and the dummy service into dist/, without a container engine: each archive is
     /// an OCI image layout and a docker archive at once.
@@ -97,6 +101,8 @@ enum Tier {
     Lab,
     /// Random packets through the programs and a model of their rules (root); a few of them are in `program`, too.
     Fuzz,
+    /// The program tier on other kernels under qemu: not part of "all".
+    Vm,
 }
 
 fn main() -> ExitCode {
@@ -123,7 +129,14 @@ fn execute(task: Task) -> Result<()> {
             setup::setup(false)?;
             fuzz(cases, seed)
         }
-        Task::Test { tier, filter, .. } => {
+        Task::Test { tier: Some(Tier::Vm), filter, kernel, .. } => {
+            setup::setup(false)?;
+            setup::setup_vm()?;
+            let all = vm::Kernel::value_variants();
+            vm::test(if kernel.is_empty() { all } else { &kernel }, filter.as_deref())
+        }
+        Task::Test { tier, filter, kernel, .. } => {
+            ensure!(kernel.is_empty(), "--kernel is for the tier vm only: cargo xtask test vm --kernel {}", kernel[0]);
             setup::setup(false)?;
             test(tier, filter.as_deref())
         }

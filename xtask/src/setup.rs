@@ -23,6 +23,9 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("haproxy", "haproxy"),
 ];
 
+/// What the tests on other kernels need beside that.
+const VM_PROGRAMS: &[(&str, &str)] = &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("awk", "mawk")];
+
 /// A file that must be there, and the Debian package that brings it.
 const FILES: &[(&str, &str)] = &[("/usr/include/stdio.h", "libc6-dev")];
 
@@ -34,7 +37,7 @@ const DEBIAN_COMPILER: &[&str] = &["rustc-web", "rust-web-src"];
 /// # Errors
 /// With exactly what to install, where we can't: no root, no apt-get, or a failed installation.
 pub fn setup(talk: bool) -> Result<()> {
-    let mut packages = missing_packages();
+    let mut packages = missing_packages(PROGRAMS, FILES);
     if Compiler::find().is_none() && !add_rust_src() {
         packages.extend(DEBIAN_COMPILER);
     }
@@ -59,11 +62,22 @@ pub fn setup(talk: bool) -> Result<()> {
     Ok(())
 }
 
-fn missing_packages() -> Vec<&'static str> {
+/// Installs what only the tests on other kernels need.
+///
+/// # Errors
+/// As for [`setup`].
+pub fn setup_vm() -> Result<()> {
+    let packages = missing_packages(VM_PROGRAMS, &[]);
+    if packages.is_empty() { Ok(()) } else { install_packages(&packages) }
+}
+
+type Needed = [(&'static str, &'static str)];
+
+fn missing_packages(programs: &Needed, files: &Needed) -> Vec<&'static str> {
     let path = env::var_os("PATH").unwrap_or_default();
     let dirs: Vec<_> = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).collect();
-    let programs = PROGRAMS.iter().filter(|(program, _)| !dirs.iter().any(|dir| dir.join(program).is_file()));
-    let files = FILES.iter().filter(|(file, _)| !Path::new(file).exists());
+    let programs = programs.iter().filter(|(program, _)| !dirs.iter().any(|dir| dir.join(program).is_file()));
+    let files = files.iter().filter(|(file, _)| !Path::new(file).exists());
     let mut packages: Vec<_> = programs.chain(files).map(|(_, package)| *package).collect();
     packages.sort_unstable();
     packages.dedup();

@@ -1,0 +1,20 @@
+#!/bin/sh
+# The first and only process of the guest of `cargo xtask test vm`: makes it a machine, runs the tests, says how they ended.
+export PATH=/usr/bin HOME=/tmp
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs run /run
+mount -t tmpfs tmp /tmp
+mount -t bpf bpf /sys/fs/bpf
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+ip link set lo up
+modprobe br_netfilter
+modprobe veth
+cat /proc/sys/kernel/osrelease
+# Each test has maps and interfaces of its own; what they print is the verifier's table.
+/program --test-threads 2 --show-output $(cat /filter)
+# xtask's MARKER.
+echo "breaker-vm: exit $?"
+# Power off, without waiting for anybody.
+echo o > /proc/sysrq-trigger
