@@ -126,8 +126,7 @@ struct Running {
     gone: BTreeSet<SocketAddr>,
     /// The last write failed, so what is in the maps is not quite what was applied before it.
     dirty: bool,
-    /// Something happened since the plan was made last: it must be made again. A plan is dear (it fills a selection
-    /// table), and most probes change nothing.
+    /// Something happened since the plan was made last: it must be made again. Most probes change nothing.
     stale: bool,
 }
 

@@ -26,22 +26,34 @@ pub enum Slot {
     Backend(SocketAddr),
 }
 
-/// A selection table.
+/// A selection table. It is filled when it is written: what it is filled from is a hundredth of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SlotTable {
     /// The same in every place.
     All(Slot),
-    /// [`breaker_common::SLOTS`] places.
-    Places(Vec<Slot>),
+    /// Two backends or more, by their weights; in the order of their addresses.
+    Balanced(Vec<Backend>),
 }
 
 impl SlotTable {
-    /// What is in its places.
+    /// What is in its [`breaker_common::SLOTS`] places.
     #[must_use]
-    pub fn slots(&self) -> &[Slot] {
+    pub fn places(&self) -> Vec<Slot> {
+        let backends = match self {
+            Self::All(slot) => return vec![*slot; breaker_common::SLOTS as usize],
+            Self::Balanced(backends) => backends,
+        };
+        let candidate = |b: &Backend| Candidate { key: identity(b.address), weight: b.weight };
+        let table = maglev::fill(&backends.iter().map(candidate).collect::<Vec<_>>());
+        table.into_iter().flatten().map(|i| Slot::Backend(backends[i].address)).collect()
+    }
+
+    /// The backends that it names.
+    fn backends(&self) -> Vec<SocketAddr> {
         match self {
-            Self::All(slot) => std::slice::from_ref(slot),
-            Self::Places(slots) => slots,
+            Self::All(Slot::Backend(address)) => vec![*address],
+            Self::All(Slot::PassThrough | Slot::Reject) => Vec::new(),
+            Self::Balanced(backends) => backends.iter().map(|b| b.address).collect(),
         }
     }
 }
@@ -60,10 +72,7 @@ pub struct RoutePlan {
 impl RoutePlan {
     /// The distinct backends that the tables name.
     pub fn backends(&self) -> impl Iterator<Item = SocketAddr> + '_ {
-        self.slots.iter().flat_map(SlotTable::slots).filter_map(|slot| match slot {
-            Slot::Backend(address) => Some(*address),
-            Slot::PassThrough | Slot::Reject => None,
-        })
+        self.slots.iter().flat_map(SlotTable::backends)
     }
 }
 
@@ -173,17 +182,17 @@ fn routes(service: &Service, backup: &[Backend]) -> Vec<RoutePlan> {
 }
 
 fn backup_slots(service: &Service, backup: &[Backend]) -> SlotTable {
-    let candidates: Vec<Candidate> =
-        backup.iter().map(|b| Candidate { key: identity(b.address), weight: b.weight }).collect();
-    if let [only] = backup {
-        return SlotTable::All(Slot::Backend(only.address));
-    }
-    match maglev::fill(&candidates) {
-        Some(table) => SlotTable::Places(table.iter().map(|&i| Slot::Backend(backup[i].address)).collect()),
-        None => SlotTable::All(match service.when_all_unhealthy {
+    match backup {
+        [] => SlotTable::All(match service.when_all_unhealthy {
             WhenAllUnhealthy::PassThrough => Slot::PassThrough,
             WhenAllUnhealthy::Reject => Slot::Reject,
         }),
+        [only] => SlotTable::All(Slot::Backend(only.address)),
+        several => {
+            let mut backends = several.to_vec();
+            backends.sort_unstable();
+            SlotTable::Balanced(backends)
+        }
     }
 }
 
@@ -297,7 +306,7 @@ mod tests {
         let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &two);
         let expected = [address("10.42.0.3:80"), address("10.42.0.4:80")].map(|a| (a, Protocol::Tcp));
         assert_eq!(plan.backends(), expected.into());
-        assert_eq!(plan.routes[0].slots[1].slots().len(), SLOTS as usize);
+        assert_eq!(plan.routes[0].slots[1].places().len(), SLOTS as usize);
     }
 
     #[test]

@@ -184,7 +184,7 @@ impl KernelDatapath {
         let slots = match table {
             SlotTable::All(slot @ Slot::Backend(_)) => return Ok(TABLE_OF_ONE | value(slot, self)?),
             SlotTable::All(slot) => return value(slot, self),
-            SlotTable::Places(slots) => slots,
+            SlotTable::Balanced(_) => table.places(),
         };
         let values = slots.iter().map(|slot| value(slot, self)).collect::<Result<Vec<u32>>>()?;
         let place = self.table_places.take()?;

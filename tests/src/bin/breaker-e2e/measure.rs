@@ -26,6 +26,8 @@ pub fn all(cluster: &Cluster) -> Result<()> {
             Some(r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#),
         )?;
     }
+    // The lab's own checks again.
+    scenarios::fresh(cluster)?;
     idle(cluster)
 }
 
