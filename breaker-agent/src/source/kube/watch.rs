@@ -327,9 +327,13 @@ impl Watches {
         let before = std::mem::take(&mut self.understood);
         for guarded in self.breakers.get()? {
             let key = ObjectRef::from_obj(&*guarded);
+            let known = before.get(&key);
             let breaker = match &guarded.0 {
-                Ok(breaker) => Some(Arc::new(breaker.clone())),
-                Err(_) => before.get(&key).cloned(),
+                Ok(breaker) => Some(match known {
+                    Some(known) if known.resource_version() == breaker.resource_version() => known.clone(),
+                    _ => Arc::new(breaker.clone()),
+                }),
+                Err(_) => known.cloned(),
             };
             self.understood.extend(breaker.map(|breaker| (key, breaker)));
         }
