@@ -27,16 +27,16 @@ pub use kernel::Kernel;
 const INIT: &str = include_str!("init.sh");
 /// What its last line begins with, before the tests' exit status. `init.sh` writes it.
 const MARKER: &str = "breaker-vm: exit ";
-/// How long a kernel may take for everything: a few minutes are usual, and more where others are at work.
-const DEADLINE: Duration = Duration::from_secs(1200);
+/// How long a kernel may take for everything: minutes are usual, and many more where others are at work on the machine.
+const DEADLINE: Duration = Duration::from_secs(2400);
 /// All that qemu can, but for cmpxchg16b: kernel 6.12's allocator uses it, and finds its lists broken within seconds under
 /// the emulation of qemu 7.2, Debian 12's. Without it, it takes a lock.
 const CPU: &str = "max,cx16=off";
-/// Guest's memory: the tests make maps as for a node with 1 GiB, one rig at a time.
+/// Guest's memory: the tests make maps as for a node with 1 GiB, two at a time.
 const MEMORY: &str = "2G";
 
 /// What the rigs of the tests call on the way (`tests/src/lab`), and `init.sh`.
-const PROGRAMS: &[&str] = &["sh", "awk", "cat", "ip", "modprobe", "mount", "rm", "setsid", "umount", "xargs"];
+const PROGRAMS: &[&str] = &["sh", "awk", "cat", "ip", "modprobe", "mount", "rm", "setsid", "sleep", "umount", "xargs"];
 
 /// Modules that the rigs need: a bridge that netfilter sees, and pods' interfaces.
 const MODULES: &[&str] = &["kernel/net", "kernel/lib", "kernel/drivers/net/veth.ko"];
