@@ -170,6 +170,9 @@ fn cargo(subcommand: &str) -> Result<Command> {
         // Atomics with a return value, 32-bit jumps: kernel 5.12 and later.
         "-Ctarget-cpu=v3".to_owned(),
         "-Cdebuginfo=2".to_owned(),
+        // The lines that `bpftool prog dump` shows name their files; where they were built is nobody's business, and would
+        // make other programs of it.
+        format!("--remap-path-prefix={}=breaker", workspace().display()),
     ];
     cargo
         .current_dir(workspace().join("breaker-ebpf"))

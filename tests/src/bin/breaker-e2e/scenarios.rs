@@ -721,7 +721,7 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     cluster.power(&dead, true)?;
     cluster.kubectl(&["wait", "--for=condition=Ready", &format!("node/{dead}"), "--timeout=90s"])?;
     // Kubelet takes its time to start the pods of a node that was away.
-    wait_for("the primary to be well again", Duration::from_secs(120), || {
+    wait_for("the primary to be well again", Duration::from_secs(240), || {
         let closed = |name| Ok::<_, anyhow::Error>(cluster.breaker(name)?["status"]["state"] == "Closed");
         Ok((closed("dummy")? && closed("doomed")?).then_some(()))
     })?;

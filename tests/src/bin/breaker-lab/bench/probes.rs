@@ -18,12 +18,13 @@ const FOR: Duration = Duration::from_secs(5);
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut lab = Lab::new(Checks::Fast)?;
-    // Two checks each, every 100 ms.
+    // Two checks each, every 100 ms; equal ones would be made once for all.
     let mut services = String::from("services:\n");
     for n in 0..SERVICES {
         let name = format!("dummy-{n}");
         let (primary, backup) = (lab.primary.address(), lab.backup.address());
-        let _ = write!(services, "{}", entry(&name, kubeproxy::vip(n), primary, backup, Checks::Fast, ""));
+        let text = entry(&name, kubeproxy::vip(n), primary, backup, Checks::Fast, "");
+        let _ = write!(services, "{}", text.replace("path: /ready", &format!("path: '/ready?{n}'")));
     }
     lab.agent.write_config("", &services)?;
     lab.agent.start()?;
