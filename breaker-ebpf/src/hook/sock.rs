@@ -221,57 +221,40 @@ fn note<A: Family>(
     }
 }
 
-/// connect(2) and sendmsg(2) of IPv4 sockets.
+/// Decides, and replaces the destination; `set` writes an address in the socket's own form.
 #[inline(always)]
-pub fn out4(ctx: &SockAddrContext) -> i32 {
-    let sock = Sock { ctx };
+fn out<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
     let Some(proto) = sock.proto() else { return PROCEED };
-    let (vip, port, cookie) = (sock.v4(), sock.port(), sock.cookie());
+    let (port, cookie) = (sock.port(), sock.cookie());
     let mut service = 0;
-    match decide(&sock, vip, port, proto, cookie, &mut service) {
+    match decide(sock, vip, port, proto, cookie, &mut service) {
         Choice::Stays => PROCEED,
         Choice::Refused => refuse(),
         Choice::Backend(id) => {
-            let Some(backend) = select::backend::<V4>(id) else { return PROCEED };
+            let Some(backend) = select::backend::<A>(id) else { return PROCEED };
             note(cookie, vip, port, backend.addr.mapped(), backend.port, proto, service);
-            sock.set_v4(backend.addr);
+            set(backend.addr);
             sock.set_port(backend.port);
             PROCEED
         }
     }
 }
 
+/// connect(2) and sendmsg(2) of IPv4 sockets.
+#[inline(always)]
+pub fn out4(ctx: &SockAddrContext) -> i32 {
+    let sock = Sock { ctx };
+    out(&sock, sock.v4(), |addr| sock.set_v4(addr))
+}
+
 /// connect(2) and sendmsg(2) of IPv6 sockets, which may be to an IPv4 address in its mapped form.
 #[inline(always)]
 pub fn out6(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
-    let Some(proto) = sock.proto() else { return PROCEED };
-    let (vip, port, cookie) = (sock.v6(), sock.port(), sock.cookie());
-    let mut service = 0;
-    if let Some(vip) = vip.as_v4() {
-        return match decide(&sock, vip, port, proto, cookie, &mut service) {
-            Choice::Stays => PROCEED,
-            Choice::Refused => refuse(),
-            Choice::Backend(id) => {
-                let Some(backend) = select::backend::<V4>(id) else { return PROCEED };
-                let addr = backend.addr.mapped();
-                note(cookie, vip, port, addr, backend.port, proto, service);
-                sock.set_v6(addr);
-                sock.set_port(backend.port);
-                PROCEED
-            }
-        };
-    }
-    match decide(&sock, vip, port, proto, cookie, &mut service) {
-        Choice::Stays => PROCEED,
-        Choice::Refused => refuse(),
-        Choice::Backend(id) => {
-            let Some(backend) = select::backend::<V6>(id) else { return PROCEED };
-            note(cookie, vip, port, backend.addr, backend.port, proto, service);
-            sock.set_v6(backend.addr);
-            sock.set_port(backend.port);
-            PROCEED
-        }
+    let vip = sock.v6();
+    match vip.as_v4() {
+        Some(vip) => out(&sock, vip, |addr| sock.set_v6(addr.mapped())),
+        None => out(&sock, vip, |addr| sock.set_v6(addr)),
     }
 }
 

@@ -46,8 +46,8 @@ impl LastWords {
 
     /// A client's: what comes after a reset says that the reset was none.
     fn hear_again(&mut self, headers: &Headers) {
-        self.fin |= headers.flags & 1 != 0;
-        self.rst = headers.is_rst();
+        self.rst = false;
+        self.hear(headers);
     }
 }
 
