@@ -617,9 +617,9 @@ impl<D: Datapath> Engine<D> {
     }
 
     fn apply_all(&mut self, now: Now) {
-        let mut names: Vec<ServiceName> = self.services.keys().cloned().collect();
         // Who gets a frontend before who loses it: one that changes hands is somebody's at any moment.
-        names.sort_by_key(|name| !self.services.get(name).is_some_and(Running::gains_frontends));
+        let (gaining, others): (Vec<_>, Vec<_>) = self.services.iter().partition(|(_, r)| r.gains_frontends());
+        let names: Vec<ServiceName> = gaining.into_iter().chain(others).map(|(name, _)| name.clone()).collect();
         for name in names {
             self.apply(now, &name);
         }
@@ -900,7 +900,7 @@ impl Running {
         let before = std::mem::replace(&mut self.service, service).frontends;
         let stays = |frontend: &Frontend| self.service.frontends.contains(frontend);
         if before.iter().any(|frontend| frontend.protocol == Protocol::Udp && !stays(frontend)) {
-            self.epoch = self.epoch.wrapping_add(1);
+            self.new_epoch();
         }
         self.lingering.extend(before);
         self.lingering.retain(|frontend| !self.service.frontends.contains(frontend));

@@ -153,7 +153,10 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
     }
     // Two translations in a row would give two connections of a client the same addresses and ports.
     for (service, field, address, at) in backups {
-        let taken = frontends.iter().find(|(f, (owner, _))| f.address == address && owner.as_str() != service);
+        let taken = [Protocol::Tcp, Protocol::Udp]
+            .iter()
+            .filter_map(|protocol| frontends.get_key_value(&Frontend { address, protocol: *protocol }))
+            .find(|(_, (owner, _))| owner.as_str() != service);
         if let Some((frontend, (owner, _))) = taken {
             let problem = format!("{address} is {owner}'s frontend {frontend}; allowed: a pod's or host's own address");
             problems.add(at, &field, problem);
