@@ -1,7 +1,14 @@
 //! The domain: what is protected, by what, and how. Core and std only; every source (a file, later Kubernetes) ends
 //! here, and nothing behind it knows where it came from.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, ops::RangeInclusive, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::Serialize;
 
@@ -188,6 +195,26 @@ pub enum OnAgentLoss {
     Hold,
 }
 
+/// How the packets of a new flow to a backup pod of the client's own node go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum FastPath {
+    /// As all others: through the node's bridge, its routes and netfilter.
+    Off,
+    /// From veth to veth (bpf_redirect_peer), both ways: netfilter, and with it NetworkPolicy, does not see them.
+    PeerRedirect,
+}
+
+/// Frontends whose clients outside the cluster keep their address (Kubernetes' `externalTrafficPolicy: Local`). Toward a
+/// backend of another node they cannot: its replies would not come back by this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeepClient {
+    /// Which of the service's frontends.
+    pub frontends: BTreeSet<Frontend>,
+    /// Backends that are known to be on this node, by the addresses that the tiers name them by: these are preferred.
+    pub backends: BTreeSet<SocketAddr>,
+}
+
 /// Whether decisions are carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Mode {
@@ -278,6 +305,10 @@ pub struct Service {
     pub when_all_unhealthy: WhenAllUnhealthy,
     /// When the agent is gone.
     pub on_agent_loss: OnAgentLoss,
+    /// Between pods of one node.
+    pub fast_path: FastPath,
+    /// For clients outside.
+    pub keep_client: KeepClient,
 }
 
 impl Service {
@@ -316,7 +347,15 @@ impl Service {
             on_close: EstablishedPolicy::Keep,
             when_all_unhealthy: WhenAllUnhealthy::PassThrough,
             on_agent_loss: OnAgentLoss::PassThrough,
+            fast_path: FastPath::Off,
+            keep_client: KeepClient::default(),
         }
+    }
+
+    /// Whether it matters which backends are pods of this node.
+    #[must_use]
+    pub fn wants_near(&self) -> bool {
+        self.fast_path != FastPath::Off || !self.keep_client.frontends.is_empty()
     }
 
     /// Where a backend is reached from a frontend, if it is.

@@ -120,11 +120,19 @@ pub struct Route {
     /// [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::TABLE_OF_ONE`] and a backend's id, for a table that
     /// would hold nothing else.
     pub tables: [[u32; 2]; 2],
+    /// Bits of [`route_flags`].
+    pub flags: u32,
 }
 
 impl Route {
     /// Everything is left to kube-proxy.
-    pub const NOTHING: Self = Self { tables: [[crate::SLOT_PASSTHROUGH; 2]; 2] };
+    pub const NOTHING: Self = Self { tables: [[crate::SLOT_PASSTHROUGH; 2]; 2], flags: 0 };
+}
+
+/// Bits of [`Route::flags`].
+pub mod route_flags {
+    /// A client outside keeps its address toward a backend of this node (`externalTrafficPolicy: Local`).
+    pub const KEEP_CLIENT: u32 = 1;
 }
 
 /// The word that everything hangs on: value of `SWITCHES`, read and written as one aligned 64-bit word, so that
@@ -156,6 +164,8 @@ pub mod switch_flags {
     pub const HOLD: u8 = 1 << 4;
     /// Which of the two buffers of slot tables holds.
     pub const BUFFER: u8 = 1 << 5;
+    /// New flows between pods of this node go from veth to veth (`fastPath: PeerRedirect`).
+    pub const FAST: u8 = 1 << 6;
 }
 
 impl<S> Switch<S> {
@@ -250,8 +260,8 @@ pub struct Backend<A> {
     pub pad: u8,
     /// Bits of [`backend_use`]: set by the programs, cleared by the agent when no flow is left.
     pub in_use: u32,
-    /// Index of the host-side interface of the pod that it is, if it is on this node and may be reached without the
-    /// stack (`fastPath: PeerRedirect`); 0 = through the stack.
+    /// Index of the host-side interface of the pod that it is, if it is on this node and that interface has our programs;
+    /// 0 otherwise. Written by the agent.
     pub ifindex: u32,
 }
 
@@ -261,6 +271,8 @@ pub mod backend_use {
     pub const REDIRECTED: u32 = 1;
     /// Direct connections to this backend may need another source port.
     pub const DIRECT: u32 = 2;
+    /// Replies of this backend may go to their client's veth at once.
+    pub const FAST: u32 = 4;
 }
 
 /// A connection as its client sees it: key of `FLOWS*` and `PENDING*`.
@@ -304,12 +316,23 @@ pub struct Flow<A, K = FlowKind> {
     pub kind: K,
     /// Bits of [`seen`], from the client's packets.
     pub seen: u8,
+    /// Bits of [`flow_way`].
+    pub way: u8,
     /// Always 0.
-    pub pad: u16,
+    pub pad: u8,
     /// When its first packet came, in ticks (see [`TICK_SHIFT`]).
     pub created_tick: u32,
     /// The agent's heartbeat at the last packet of the client, in ticks (no clock to read).
     pub last_seen_tick: u32,
+}
+
+/// Bits of [`Flow::way`]: how a flow's packets go, decided with the first one. A connection that netfilter has not seen
+/// from the start is INVALID to it.
+pub mod flow_way {
+    /// From veth to veth, without the stack.
+    pub const FAST: u8 = 1;
+    /// From outside under the client's own address: nothing is masqueraded.
+    pub const KEEP_CLIENT: u8 = 2;
 }
 
 /// Bits of [`Flow::seen`] and [`Reverse::seen`].
@@ -358,7 +381,7 @@ pub struct Reverse<A> {
     pub pad: [u8; 3],
     /// The agent's heartbeat at the last packet of the backend, in ticks.
     pub last_seen_tick: u32,
-    /// Index of the client's interface, where replies go there without the stack (`fastPath`); 0 = through the stack.
+    /// Index of the client's interface, where replies go there at once ([`flow_way::FAST`]); 0 = through the stack.
     pub ifindex: u32,
 }
 
@@ -387,6 +410,8 @@ pub struct Fragment<A> {
     pub addr: A,
     /// Bits that were set in the packet's mark.
     pub mark: u32,
+    /// Where it went from veth to veth: the index of the other pod's interface; 0 = through the stack.
+    pub ifindex: u32,
     /// Which address: 0 the source, 1 the destination.
     pub end: u8,
     /// Always 0.
@@ -435,6 +460,10 @@ pub struct Heartbeat {
     pub pid: u32,
     /// [`crate::ABI_VERSION`] of the agent that wrote it.
     pub abi_version: u32,
+    /// 1 where some service may have flows from veth to veth: only then what pods send is asked for by its source, too.
+    pub fast: u32,
+    /// Always 0.
+    pub pad: u32,
 }
 
 /// What happened to a service's packets on one CPU: value of `COUNTERS`, index = service.
@@ -508,10 +537,10 @@ mod tests {
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
-        assert_eq!(crate::ABI_VERSION, 2, "check every number below when you raise this");
+        assert_eq!(crate::ABI_VERSION, 3, "check every number below when you raise this");
         assert_eq!((size_of::<EndpointKey<V4>>(), size_of::<EndpointKey<V6>>()), (8, 20));
         assert_eq!(size_of::<EndpointRole>(), 12);
-        assert_eq!(size_of::<Route>(), 16);
+        assert_eq!(size_of::<Route>(), 20);
         assert_eq!((size_of::<Switch>(), align_of::<Switch>()), (8, 8));
         assert_eq!(size_of::<ServiceRecord>(), 160);
         assert_eq!((size_of::<ServiceRuntime>(), align_of::<ServiceRuntime>()), (8, 8));
@@ -521,9 +550,9 @@ mod tests {
         assert_eq!((size_of::<ReverseKey<V4>>(), size_of::<ReverseKey<V6>>()), (16, 40));
         assert_eq!((size_of::<Reverse<V4>>(), size_of::<Reverse<V6>>()), (24, 36));
         assert_eq!((size_of::<FragmentKey<V4>>(), size_of::<FragmentKey<V6>>()), (16, 40));
-        assert_eq!((size_of::<Fragment<V4>>(), size_of::<Fragment<V6>>()), (12, 24));
+        assert_eq!((size_of::<Fragment<V4>>(), size_of::<Fragment<V6>>()), (16, 28));
         assert_eq!((size_of::<SocketKey>(), size_of::<SocketOrigin>()), (32, 24));
-        assert_eq!(size_of::<Heartbeat>(), 32);
+        assert_eq!(size_of::<Heartbeat>(), 40);
         assert_eq!(size_of::<ServiceCounters>(), 96);
         assert_eq!(size_of::<Event>(), 80);
     }
@@ -545,7 +574,7 @@ mod tests {
             (4, size_of::<Flow<V4>>(), offset_of!(Flow<V4>, last_seen_tick)),
             (16, size_of::<Flow<V6>>(), offset_of!(Flow<V6>, last_seen_tick)),
         ] {
-            assert_eq!((flow, last + 4), (address + 28, address + 2 + 2 + 4 + 4 + 4 + 1 + 1 + 2 + 4 + 4));
+            assert_eq!((flow, last + 4), (address + 28, address + 2 + 2 + 4 + 4 + 4 + 1 + 1 + 1 + 1 + 4 + 4));
         }
         for (address, reverse, last) in [
             (4, size_of::<Reverse<V4>>(), offset_of!(Reverse<V4>, ifindex)),

@@ -25,7 +25,7 @@ pub use layout::*;
 
 /// Version of everything in this crate. Pins live below a directory named after it (`v2`), so that an agent never
 /// adopts maps of another layout.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// How many services one node can protect, where the agent does not choose another size when it makes the maps. The same
 /// holds for the other `DEFAULT_`s.

@@ -22,6 +22,12 @@ pub fn beat_tick() -> u32 {
     HEARTBEAT.get(0).map_or(0, |beat| tick(beat.beat_ns))
 }
 
+/// Whether some service may have flows from veth to veth.
+#[inline(always)]
+pub fn any_fast() -> bool {
+    HEARTBEAT.get(0).is_some_and(|beat| beat.fast != 0)
+}
+
 /// A time in ticks.
 #[inline(always)]
 pub fn tick(ns: u64) -> u32 {

@@ -12,18 +12,55 @@
 //! userspace. Keeping a flow writes the new entries before it removes the old ones: a packet meanwhile finds one of them.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use breaker_common::{Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, seen};
+use breaker_common::{
+    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, flow_way, seen,
+};
 
 use crate::{
     agent, count,
     family::Family,
     parse::{Segment, flags},
+    select,
 };
 
 /// How many source ports are tried for a flow whose own is taken.
 const PORT_TRIES: u16 = 16;
 /// First port to try: below are the privileged ones (RFC 6335, section 6).
 const PORT_FIRST: u16 = 1024;
+
+/// Where a client's packets go.
+pub struct Peer<A> {
+    pub addr: A,
+    pub port: [u8; 2],
+    /// The client's port as the peer knows it.
+    pub source_port: [u8; 2],
+    /// Bits of [`flow_way`].
+    pub way: u8,
+    /// Its interface, where packets go there from veth to veth; 0 = through the stack.
+    pub ifindex: u32,
+}
+
+impl<A: Family> Peer<A> {
+    /// The peer of a flow.
+    #[inline(always)]
+    pub fn of(flow: &Flow<A>) -> Self {
+        let fast = flow.way & flow_way::FAST != 0;
+        let ifindex = if fast { select::interface_of::<A>(flow.backend_id) } else { 0 };
+        Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, way: flow.way, ifindex }
+    }
+
+    /// What a segment is addressed to, as it is.
+    #[inline(always)]
+    pub fn addressed_by(segment: &Segment<A>) -> Self {
+        Self {
+            addr: segment.destination,
+            port: segment.destination_port,
+            source_port: segment.source_port,
+            way: 0,
+            ifindex: 0,
+        }
+    }
+}
 
 /// The key of a segment that a client sends.
 #[inline(always)]
@@ -65,7 +102,7 @@ fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> 
 }
 
 #[inline(always)]
-fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> Reverse<A> {
+fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, ifindex: u32) -> Reverse<A> {
     Reverse {
         vip: key.vip,
         vip_port: key.vip_port,
@@ -74,7 +111,7 @@ fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> Reverse<A> {
         seen: 0,
         pad: [0; 3],
         last_seen_tick: flow.last_seen_tick,
-        ifindex: 0,
+        ifindex,
     }
 }
 
@@ -235,6 +272,7 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
         epoch,
         kind: FlowKind::Passed,
         seen: 0,
+        way: 0,
         pad: 0,
         created_tick: agent::tick(now_ns),
         last_seen_tick: agent::beat_tick(),
@@ -245,13 +283,13 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
 /// Pins a flow to a backend in both tables, under a reverse key that is its own: where the client's port is taken
 /// toward this backend by another flow that lives, it gets another one, as conntrack does.
 ///
-/// `flow` says where to; its source port is what the pinning came to.
+/// `flow` says where to; its source port is what the pinning came to. `ifindex`: where replies go from veth to veth, or 0.
 ///
 /// # Errors
 /// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]: nothing is left behind.
 #[inline(always)]
-pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>) -> Result<(), PassReason> {
-    match pin_in_tables(key, flow) {
+pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, ifindex: u32) -> Result<(), PassReason> {
+    match pin_in_tables(key, flow, ifindex) {
         PINNED => Ok(()),
         NO_SOURCE_PORT => Err(PassReason::NoSourcePort),
         _ => Err(PassReason::FlowTableFull),
@@ -264,9 +302,9 @@ const TABLE_FULL: u32 = 2;
 
 /// A function to the kernel too, which returns a number.
 #[inline(never)]
-fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
+fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, ifindex: u32) -> u32 {
     let mut reverse_key = reverse_key_of(key, flow);
-    let reverse = reverse_of(key, flow);
+    let reverse = reverse_of(key, flow, ifindex);
     if !claim(key, &reverse_key, &reverse) {
         flow.source_port = claim_other_port(key, &mut reverse_key, &reverse);
         if flow.source_port == [0; 2] {
@@ -300,6 +338,7 @@ pub fn to<A: Family>(
         epoch,
         kind,
         seen: 0,
+        way: 0,
         pad: 0,
         created_tick: agent::tick(now_ns),
         last_seen_tick: agent::beat_tick(),

@@ -24,11 +24,11 @@ fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
     }
 }
 
-/// Notes what was done to a packet, if more of it follows.
+/// Notes what was done to a packet, if more of it follows; `ifindex`: where it went from veth to veth, or 0.
 #[inline(always)]
-pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32) {
+pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32, ifindex: u32) {
     if segment.more != 0 {
-        let value = Fragment { addr, mark, end: end as u8, pad: [0; 3] };
+        let value = Fragment { addr, mark, ifindex, end: end as u8, pad: [0; 3] };
         // A note that finds no room: the later fragments fail open.
         let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
     }
@@ -48,21 +48,30 @@ pub fn forget<A: Family>(segment: &Segment<A>, end: End) {
 fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
     let key = key(segment);
     // SAFETY: the value is read at once.
-    if unsafe { A::fragments().get(&key) }.is_some_and(|first| first.end == end) {
+    if unsafe { A::fragments().get(&key) }.is_some_and(|first| is_of(first, end)) {
         let _ = A::fragments().remove(&key);
     }
 }
 
-/// Does to a later fragment what was done to the first, if that was at the same `end`: a backend's fragment passes the hook
-/// for clients on the backend's own interface, and must not be translated there, before its first one is.
+/// Whether a note was made on the hook that translates at `end`. Backends' packets are translated where clients' are only if
+/// they go from veth to veth.
+#[inline(always)]
+fn is_of<A: Family>(first: &Fragment<A>, end: u8) -> bool {
+    first.end == end || first.ifindex != 0
+}
+
+/// Does to a later fragment what was done to the first, if that was on the same hook: a backend's fragment passes the one
+/// for clients on the backend's own interface, and must not be translated there, before its first one is. Returns where it
+/// goes from veth to veth, or 0.
 ///
 /// # Errors
 /// [`PassReason::Fragment`] where nothing is noted, [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<(), PassReason> {
+pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<u32, PassReason> {
     // SAFETY: the value is copied out at once.
     let found = unsafe { A::fragments().get(key(segment)) }.copied();
-    let Some(first) = found.filter(|first| first.end == end as u8) else { return Err(PassReason::Fragment) };
+    let Some(first) = found.filter(|first| is_of(first, end as u8)) else { return Err(PassReason::Fragment) };
+    let end = if first.end == End::Source as u8 { End::Source } else { End::Destination };
     let old = match end {
         End::Source => segment.source,
         End::Destination => segment.destination,
@@ -74,5 +83,5 @@ pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) ->
     if first.mark != 0 {
         packet.add_mark(first.mark);
     }
-    Ok(())
+    Ok(first.ifindex)
 }

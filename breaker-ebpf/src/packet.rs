@@ -8,8 +8,8 @@ use core::arch::asm;
 use aya_ebpf::{
     bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{
-        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room,
-        bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
+        bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_pull_data,
     },
     programs::TcContext,
 };
@@ -52,16 +52,31 @@ impl<'a> Packet<'a> {
         self.ctx.set_mark(mark | bits);
     }
 
+    /// Where the linear part starts. Read anew each time: the compiler would keep 32 bits of it for another place, and make 64
+    /// of them there, which to the verifier is a number and no pointer any more.
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid for the run of the program.
+        unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
+    }
+
+    /// Where the linear part ends; see [`Packet::data`].
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.ctx.skb.skb).data_end).read_volatile() as usize }
+    }
+
     /// A pointer to a `T` at `offset` in the linear part, or `None` where it does not end there.
     #[inline(always)]
     pub fn at<T>(&self, offset: usize) -> Option<*mut T> {
-        let mut start = self.ctx.data() + offset;
+        let mut start = self.data() + offset;
         // The compiler must not take this sum apart again: the verifier knows the bounds of the very pointer that was
         // compared, and of no other that happens to come to the same.
         // SAFETY: a register to itself. (No instruction at all would leave a line of debug information about nothing, which
         // the kernel refuses.)
         unsafe { asm!("{0} = {0}", inout(reg) start, options(pure, nomem, nostack)) };
-        if start + size_of::<T>() > self.ctx.data_end() {
+        if start + size_of::<T>() > self.data_end() {
             return None;
         }
         Some(start as *mut T)
@@ -143,6 +158,19 @@ impl<'a> Packet<'a> {
     pub fn send_back(&self) -> i32 {
         // SAFETY: no pointer is passed.
         unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
+    }
+
+    /// Puts the packet into the network namespace behind a veth, as if it had come in there; the value is the verdict for
+    /// the kernel. (Its frame is for the bridge's address; that a pod's stack takes it goes by the packet's type, which kernels
+    /// before 6.15 leave as it is.)
+    #[inline(always)]
+    pub fn send_into(&self, ifindex: u32) -> i32 {
+        const PACKET_HOST: u32 = 0;
+        // SAFETY: the context is valid; pointers into the packet are not used any more.
+        unsafe {
+            bpf_skb_change_type(self.ctx.skb.skb, PACKET_HOST);
+            bpf_redirect_peer(ifindex, 0) as i32
+        }
     }
 
     /// Sends a copy of the packet out of its own interface.

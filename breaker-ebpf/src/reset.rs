@@ -15,6 +15,7 @@ use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 use crate::{
     csum,
     family::{Family, V4},
+    flow::Peer,
     nat::{End, TCP_CHECK},
     packet::Packet,
     parse::{L3, Segment, flags},
@@ -44,14 +45,6 @@ struct Reset<A> {
     destination_port: [u8; 2],
     sequence: u32,
     acknowledgment: u32,
-}
-
-/// Where the other end of a connection to be reset is.
-pub struct Peer<A> {
-    pub addr: A,
-    pub port: [u8; 2],
-    /// The client's port as the peer knows it.
-    pub source_port: [u8; 2],
 }
 
 /// Answers a SYN with RST+ACK; the value is the verdict for the kernel.

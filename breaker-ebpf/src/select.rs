@@ -4,7 +4,7 @@
 use aya_ebpf::{btf_maps::Array, macros::btf_map};
 use breaker_common::{
     Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
-    Switch, TABLE_OF_ONE, backend_use,
+    Switch, TABLE_OF_ONE, backend_use, route_flags,
 };
 
 use crate::{atomic, family::Family, hash, service};
@@ -58,10 +58,22 @@ pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnc
     Choice { slot, trial }
 }
 
+/// Whether a client outside keeps its address on a route, toward a backend of this node.
+#[inline(always)]
+pub fn keeps_client(route: u32) -> bool {
+    ROUTES.get(route).is_some_and(|route| route.flags & route_flags::KEEP_CLIENT != 0)
+}
+
 /// A backend by id.
 #[inline(always)]
 pub fn backend<A: Family>(id: u32) -> Option<&'static Backend<A>> {
     A::backends().get(id).filter(|backend| backend.proto != 0)
+}
+
+/// Index of a backend's interface, if it is on this node; 0 otherwise.
+#[inline(always)]
+pub fn interface_of<A: Family>(id: u32) -> u32 {
+    A::backends().get(id).map_or(0, |backend| backend.ifindex)
 }
 
 /// Whether packets of a backend need a look into the flow tables: bits of [`backend_use`].
@@ -73,7 +85,7 @@ pub fn backend_in_use<A: Family>(id: u32) -> u32 {
 /// Notes that a backend's packets need a look into the flow tables from now on.
 #[inline(always)]
 pub fn mark_in_use<A: Family>(id: u32, bits: u32) {
-    debug_assert!(bits & !(backend_use::REDIRECTED | backend_use::DIRECT) == 0);
+    debug_assert!(bits & !(backend_use::REDIRECTED | backend_use::DIRECT | backend_use::FAST) == 0);
     let Some(backend) = A::backends().get_ptr_mut(id) else { return };
     // SAFETY: the kernel returned a pointer to a value of this map; the field is 4 bytes, aligned.
     unsafe {

@@ -34,6 +34,10 @@ pub enum Step {
     Error = 0x1005,
     /// It goes to a backend's own address.
     Direct = 0x1006,
+    /// It may be a backend's answer that goes from veth to veth.
+    Answer = 0x1007,
+    /// It is an ICMP error, and not about what a backend sent: maybe about what it got from veth to veth.
+    AnswerError = 0x1008,
 }
 
 /// Turns the outcome of a hook into the action that the kernel wants. An error is never the packet's fault: it goes

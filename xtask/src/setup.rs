@@ -21,6 +21,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("bpftool", "bpftool"),
     ("modprobe", "kmod"),
     ("haproxy", "haproxy"),
+    ("iperf3", "iperf3"),
+    ("taskset", "util-linux"),
 ];
 
 /// What the tests on other kernels need beside that.

@@ -691,6 +691,13 @@ impl<D: Datapath> Engine<D> {
         }
     }
 
+    /// Whether a backend is known to be a pod of this node.
+    fn is_near(&self, service: &Service, backend: SocketAddr) -> bool {
+        let protocols = || service.frontends.iter().map(|frontend| frontend.protocol);
+        service.wants_near()
+            && service.addresses(backend).any(|address| protocols().any(|p| self.datapath.is_near((address, p))))
+    }
+
     fn show(&self, now: Now, name: &ServiceName, running: &Running) -> ServiceStatus {
         let breaker = &running.breaker;
         let desired = running.plan(now);
@@ -705,7 +712,10 @@ impl<D: Datapath> Engine<D> {
                 name: tier.name.clone(),
                 role: if index == 0 { "primary" } else { "backup" }.into(),
                 active: if index == 0 { closed } else { !closed && active_backup == Some(index) },
-                backends: backends.iter().map(|b| b.show(tier.check.is_some())).collect(),
+                backends: backends
+                    .iter()
+                    .map(|b| b.show(tier.check.is_some(), self.is_near(&running.service, b.backend.address)))
+                    .collect(),
             })
             .collect();
         ServiceStatus {
@@ -720,6 +730,7 @@ impl<D: Datapath> Engine<D> {
             mode: format!("{:?}", running.service.mode),
             override_: format!("{:?}", breaker.operator()),
             override_until: running.override_until,
+            fast_path: format!("{:?}", running.service.fast_path),
             frontends: running.service.frontends.iter().map(ToString::to_string).collect(),
             tiers,
             desired: shown(&desired),
@@ -748,7 +759,7 @@ impl BackendState {
         Self { backend, born: Instant::ZERO, health: Health::Unknown, since: None, last: None }
     }
 
-    fn show(&self, checked: bool) -> BackendStatus {
+    fn show(&self, checked: bool, near: bool) -> BackendStatus {
         BackendStatus {
             address: self.backend.address,
             health: if checked { format!("{:?}", self.health) } else { "Unchecked".into() },
@@ -757,6 +768,7 @@ impl BackendState {
             detail: self.last.as_ref().map(|last| last.detail.clone()),
             check_millis: self.last.as_ref().map(|last| (last.duration.as_secs_f64() * 100_000.0).round() / 100.0),
             weight: self.backend.weight,
+            near,
         }
     }
 }

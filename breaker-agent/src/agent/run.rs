@@ -28,8 +28,8 @@ use crate::{
     datapath::{
         Datapath as _,
         kernel::{
-            Attacher, Interface, InterfaceChange, KernelDatapath, LoadOptions, PinDir, Sizes, Wanted, has_tcx, load,
-            watch_interfaces,
+            Attacher, Interface, InterfaceChange, KernelDatapath, LoadOptions, Located, PinDir, Side, Sizes, Wanted,
+            has_tcx, load, watch_interfaces, watch_pods,
         },
     },
     model::Service,
@@ -139,6 +139,8 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
 
+    let (near_wanted, near_wanted_out) = watch::channel(false);
+    let pods = watch_pods(near_wanted_out)?;
     let mut agent = Agent {
         clock,
         engine,
@@ -152,6 +154,8 @@ pub async fn run(options: Options) -> Result<()> {
         update: Arc::default(),
         sockets,
         incompatible: preflight::socket_load_balancer(),
+        near_wanted,
+        pods: Located::new(),
         beats: 0,
         handover: None,
         unreported: true,
@@ -171,7 +175,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mode = agent.attacher.mode();
     let count = agent.attacher.attached().len();
     tracing::info!(pid, adopted, attach = ?mode, interfaces = count, services = agent.service_count, "ready");
-    agent.run(Inputs { reports, requests, interfaces, events, source }).await?;
+    agent.run(Inputs { reports, requests, interfaces, pods, events, source }).await?;
     if options.detach {
         drop(agent);
         let cleaned = pins.remove()?;
@@ -187,6 +191,7 @@ struct Inputs {
     reports: mpsc::Receiver<Report>,
     requests: mpsc::Receiver<Request>,
     interfaces: mpsc::Receiver<InterfaceChange>,
+    pods: mpsc::Receiver<Located>,
     events: AsyncFd<OwnedFd>,
     source: Source,
 }
@@ -251,6 +256,10 @@ struct Agent {
     sockets: Result<(), String>,
     /// What hides VIPs from the programs.
     incompatible: Option<String>,
+    /// Whether anybody wants to know where pods are.
+    near_wanted: watch::Sender<bool>,
+    /// Where they are, as far as it is known.
+    pods: Located,
     beats: u32,
     /// Until when the last word is to hold without us.
     handover: Option<Duration>,
@@ -288,7 +297,14 @@ impl Agent {
                 _ = beat.tick() => self.beat(),
                 Some(report) = inputs.reports.recv() => self.engine.report(self.clock.now(), &report),
                 Some(request) = inputs.requests.recv() => self.answer(request),
-                Some(change) = inputs.interfaces.recv() => self.interface(change),
+                Some(change) = inputs.interfaces.recv() => {
+                    self.interface(change);
+                    self.locate();
+                }
+                Some(pods) = inputs.pods.recv() => {
+                    self.pods = pods;
+                    self.locate();
+                }
                 ready = inputs.events.readable() => {
                     if let Ok(mut ready) = ready {
                         ready.clear_ready();
@@ -368,6 +384,8 @@ impl Agent {
 
     fn configure(&mut self, services: Vec<Service>) {
         self.service_count = Some(services.len());
+        let near = services.iter().any(Service::wants_near);
+        self.near_wanted.send_if_modified(|wanted| std::mem::replace(wanted, near) != near);
         self.engine.configure(self.clock.now(), services.clone());
         self.check(&services);
     }
@@ -387,6 +405,16 @@ impl Agent {
         }
         let engine = &self.engine;
         self.checkers.want(wanted, |target| engine.known_health(target));
+    }
+
+    /// Tells the programs which backends are pods of this node. One behind an interface without our programs is none: its
+    /// answers would not pass us.
+    fn locate(&mut self) {
+        let attached = self.attacher.attached();
+        let ours = |index: &u32| attached.get(index).is_some_and(|attached| attached.side == Side::Pod);
+        let near =
+            self.pods.iter().filter(|(_, index)| ours(index)).map(|(address, index)| (*address, *index)).collect();
+        self.engine.datapath_mut().locate(near);
     }
 
     fn reload(&mut self, source: &FileSource, why: &str) {

@@ -112,6 +112,9 @@ pub struct ServiceStatus {
     pub override_: String,
     /// Until when.
     pub override_until: Option<Timestamp>,
+    /// `Off` or `PeerRedirect`.
+    #[serde(default)]
+    pub fast_path: String,
     /// Where clients connect to.
     pub frontends: Vec<String>,
     /// The primary, then the backups.
@@ -174,6 +177,9 @@ pub struct BackendStatus {
     pub check_millis: Option<f64>,
     /// Relative weight.
     pub weight: u16,
+    /// Whether it is known to be a pod of this node; asked only where it matters (`fastPath`, `externalTrafficPolicy: Local`).
+    #[serde(default)]
+    pub near: bool,
 }
 
 /// A service in short: what the programs act on, and how its backends are. Cheap to make, and equal as long as nothing

@@ -56,6 +56,7 @@ fn show(service: &Adopted, counters: ServiceCounters) -> ServiceStatus {
         override_: format!("{:?}", service.override_.0),
         override_until: (service.override_.0 != Override::Auto && service.override_.1 > 0)
             .then(|| unix(service.override_.1)),
+        fast_path: String::new(),
         frontends: service.frontends.iter().map(ToString::to_string).collect(),
         tiers: Vec::new(),
         desired: applied.clone(),

@@ -204,6 +204,12 @@ fn detail(service: &ServiceStatus, paint: Paint) -> String {
     if service.counters.dry_run > 0 {
         let _ = writeln!(text, "  a dry run would have moved or refused {} connections", service.counters.dry_run);
     }
+    if service.fast_path == "PeerRedirect" {
+        let _ = writeln!(
+            text,
+            "  fastPath: between pods of this node from veth to veth; netfilter, and with it NetworkPolicy, is left out"
+        );
+    }
     let mut table = Table { rows: Vec::new() };
     for tier in &service.tiers {
         for backend in &tier.backends {
@@ -235,6 +241,7 @@ fn backend_row(tier: &TierStatus, backend: &BackendStatus) -> Vec<(String, Optio
         (backend.health.clone(), Some(colour)),
         plain(backend.since.map(ago).unwrap_or_default()),
         plain(backend.last_check.clone().unwrap_or_default()),
+        plain(if backend.near { "this node" } else { "" }),
         plain(backend.check_millis.map(|ms| format!("{ms:.1} ms")).unwrap_or_default()),
         plain(backend.detail.clone().unwrap_or_default()),
     ]
@@ -258,7 +265,7 @@ pub(super) fn flows(flows: &[serde_json::Value]) -> String {
     if flows.is_empty() {
         return "no flows: nothing was decided for this service's connections (closed, they pass untouched)\n".into();
     }
-    let mut table = Table::new(&["CLIENT", "FRONTEND", "BACKEND", "KIND", "PHASE", "EPOCH", "AGE"]);
+    let mut table = Table::new(&["CLIENT", "FRONTEND", "BACKEND", "KIND", "WAY", "PHASE", "EPOCH", "AGE"]);
     for flow in flows {
         let cell = |name: &str| match &flow[name] {
             serde_json::Value::String(text) => plain(text),
@@ -270,6 +277,7 @@ pub(super) fn flows(flows: &[serde_json::Value]) -> String {
             cell("frontend"),
             cell("backend"),
             cell("kind"),
+            cell("way"),
             cell("phase"),
             cell("epoch"),
             age,

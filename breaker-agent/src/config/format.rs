@@ -54,6 +54,7 @@ pub(super) struct Service {
     pub on_close: Option<Spanned<String>>,
     pub when_all_unhealthy: Option<Spanned<String>>,
     pub on_agent_loss: Option<Spanned<String>>,
+    pub fast_path: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -62,6 +63,7 @@ pub(super) struct Frontend {
     pub address: Spanned<String>,
     pub port: Spanned<u64>,
     pub protocol: Option<Spanned<String>>,
+    pub external_traffic_policy: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -197,7 +197,9 @@ mod documented {
                 }
                 "backends[].port" => GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: {value}")),
                 "frontends[].port" => GOOD.replace("8080", value),
-                "frontends[].protocol" => GOOD.replace("port: 8080", &format!("port: 8080, protocol: {value}")),
+                name if ["frontends[].protocol", "frontends[].externalTrafficPolicy"].contains(&name) => {
+                    GOOD.replace("port: 8080", &format!("port: 8080, {}: {value}", &name["frontends[].".len()..]))
+                }
                 "primary.minHealthy" => {
                     GOOD.replace("    primary:\n", &format!("    primary:\n      minHealthy: {value}\n"))
                 }

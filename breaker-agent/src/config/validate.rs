@@ -15,8 +15,8 @@ use serde_saphyr::{Location, Spanned};
 
 use super::{AgentConfig, AttachMode, Config, ConfigError, format};
 use crate::model::{
-    Backend, BreakerPolicy, Check, CheckAction, EstablishedPolicy, FailureWindow, Frontend, Mode, OnAgentLoss,
-    Override, Protocol, Service, ServiceName, Tier, WhenAllUnhealthy,
+    Backend, BreakerPolicy, Check, CheckAction, EstablishedPolicy, FailureWindow, FastPath, Frontend, KeepClient, Mode,
+    OnAgentLoss, Override, Protocol, Service, ServiceName, Tier, WhenAllUnhealthy,
 };
 
 /// Where maps and links are pinned by default.
@@ -230,6 +230,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
     if complete && raw.frontends.value.is_empty() {
         problems.add(raw.frontends.referenced, &format!("{path}.frontends"), "is empty; allowed: at least one".into());
     }
+    let mut keep_client = KeepClient::default();
     let frontends: Vec<Frontend> = raw
         .frontends
         .value
@@ -239,10 +240,16 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
             let field = format!("{path}.frontends[{i}]");
             let protocol = frontend.protocol.as_ref();
             let known = [("TCP", Protocol::Tcp), ("UDP", Protocol::Udp)];
-            Frontend {
+            let found = Frontend {
                 address: problems.address(&frontend.address, &frontend.port, &field),
                 protocol: problems.word(protocol, &format!("{field}.protocol"), &known, Protocol::Tcp),
+            };
+            let policy = frontend.external_traffic_policy.as_ref();
+            let policies = [("Cluster", false), ("Local", true)];
+            if problems.word(policy, &format!("{field}.externalTrafficPolicy"), &policies, false) {
+                keep_client.frontends.insert(found);
             }
+            found
         })
         .collect();
     let primary = Tier {
@@ -295,6 +302,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
     let established = [("Keep", EstablishedPolicy::Keep), ("Reset", EstablishedPolicy::Reset)];
     let unhealthy = [("PassThrough", WhenAllUnhealthy::PassThrough), ("Reject", WhenAllUnhealthy::Reject)];
     let loss = [("PassThrough", OnAgentLoss::PassThrough), ("Hold", OnAgentLoss::Hold)];
+    let fast_paths = [("Off", FastPath::Off), ("PeerRedirect", FastPath::PeerRedirect)];
     let modes = [("Enforce", Mode::Enforce), ("DryRun", Mode::DryRun)];
     let overrides =
         [("Auto", Override::Auto), ("ForceOpen", Override::ForceOpen), ("ForceClosed", Override::ForceClosed)];
@@ -323,6 +331,8 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
             &loss,
             OnAgentLoss::PassThrough,
         ),
+        fast_path: problems.word(raw.fast_path.as_ref(), &field("fastPath"), &fast_paths, FastPath::Off),
+        keep_client,
     }
 }
 

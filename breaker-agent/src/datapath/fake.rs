@@ -80,6 +80,10 @@ impl Datapath for FakeDatapath {
         Ok(before - self.flows_to.len())
     }
 
+    fn is_near(&self, _destination: Destination) -> bool {
+        false
+    }
+
     fn flows(&self, _name: &ServiceName, _limit: usize) -> Result<Vec<FlowView>, DatapathError> {
         Ok(Vec::new())
     }

@@ -77,6 +77,8 @@ pub struct FlowView {
     pub kind: FlowKind,
     /// In which epoch.
     pub epoch: u32,
+    /// How its packets go: `stack`, or `veth` for from veth to veth.
+    pub way: &'static str,
     /// How long ago, seconds.
     pub age_seconds: u64,
     /// Whether the backend answered, and whether it is over.
@@ -170,6 +172,9 @@ pub trait Datapath {
     /// # Errors
     /// Maps that cannot be read or written; what was done by then stays done.
     fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError>;
+
+    /// Whether a backend is a pod of this node that flows may reach from veth to veth.
+    fn is_near(&self, destination: Destination) -> bool;
 
     /// The service's flows, up to `limit`.
     ///

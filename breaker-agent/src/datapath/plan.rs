@@ -10,7 +10,7 @@ use breaker_common::{BreakerState, StateReason, switch_flags};
 use crate::{
     maglev::{self, Candidate},
     model::{
-        Backend, EstablishedPolicy, Frontend, Mode, OnAgentLoss, Override, Protocol, Service, ServiceName,
+        Backend, EstablishedPolicy, FastPath, Frontend, Mode, OnAgentLoss, Override, Protocol, Service, ServiceName,
         WhenAllUnhealthy,
     },
 };
@@ -67,6 +67,8 @@ pub struct RoutePlan {
     pub protocol: Protocol,
     /// Tables for the two tiers: primary, backup.
     pub slots: [SlotTable; 2],
+    /// Whether clients outside keep their address toward backends of this node.
+    pub keep_client: bool,
 }
 
 impl RoutePlan {
@@ -149,6 +151,7 @@ impl ServicePlan {
                     frontends: vec![*frontend],
                     protocol: frontend.protocol,
                     slots: nothing,
+                    keep_client: false,
                 }),
             }
         }
@@ -162,19 +165,27 @@ fn is_kin(a: &Frontend, b: &Frontend) -> bool {
 
 /// Frontends that lead to the same addresses of the same backends share a route.
 fn routes(service: &Service, backup: &[Backend]) -> Vec<RoutePlan> {
-    let group = |frontend: &Frontend| service.routes.iter().position(|route| route.frontends.contains(frontend));
-    let mut routes: Vec<(Option<usize>, RoutePlan)> = Vec::new();
+    let keeps = |frontend: &Frontend| service.keep_client.frontends.contains(frontend);
+    let group = |frontend: &Frontend| {
+        (service.routes.iter().position(|route| route.frontends.contains(frontend)), keeps(frontend))
+    };
+    let mut routes: Vec<((Option<usize>, bool), RoutePlan)> = Vec::new();
     for frontend in &service.frontends {
         let group = group(frontend);
+        let near = |b: &&Backend| service.keep_client.backends.contains(&b.address);
+        // Whoever asks for clients' addresses gets them where it can be done: a backend of another node is better than none.
+        let prefers_near = group.1 && backup.iter().any(|b| near(&b));
         match routes.iter_mut().find(|(of, route)| *of == group && is_kin(&route.frontends[0], frontend)) {
             Some((_, route)) => route.frontends.push(*frontend),
             None => {
                 let reachable: Vec<Backend> = backup
                     .iter()
+                    .filter(|b| !prefers_near || near(b))
                     .filter_map(|b| Some(Backend { address: service.reach(frontend, b.address)?, ..*b }))
                     .collect();
                 let slots = [SlotTable::All(Slot::PassThrough), backup_slots(service, &reachable)];
-                routes.push((group, RoutePlan { frontends: vec![*frontend], protocol: frontend.protocol, slots }));
+                let (frontends, protocol) = (vec![*frontend], frontend.protocol);
+                routes.push((group, RoutePlan { frontends, protocol, slots, keep_client: group.1 }));
             }
         }
     }
@@ -211,6 +222,9 @@ fn flags(service: &Service, decision: &Decision, backup_usable: bool) -> u8 {
     let settled = decision.state == BreakerState::Closed && decision.share >= breaker_common::SHARE_ALL;
     if service.on_agent_loss == OnAgentLoss::Hold {
         flags |= switch_flags::HOLD;
+    }
+    if service.fast_path == FastPath::PeerRedirect {
+        flags |= switch_flags::FAST;
     }
     if service.mode == Mode::DryRun {
         // Decided and counted, but no packet of an established flow is looked at, let alone reset; flows that were
@@ -259,7 +273,7 @@ mod tests {
         }
     }
 
-    use switch_flags::{DRY_RUN, HOLD, RESET_BACKUP, RESET_PRIMARY, TRACK};
+    use switch_flags::{DRY_RUN, FAST, HOLD, RESET_BACKUP, RESET_PRIMARY, TRACK};
 
     #[test]
     fn flags_follow_from_state_and_policy() {
@@ -273,6 +287,7 @@ mod tests {
             ("onOpen: Keep,", BreakerState::Open, 0, false, true, TRACK),
             ("onClose: Reset,", BreakerState::Closed, 1000, true, true, TRACK | RESET_BACKUP),
             ("onAgentLoss: Hold,", BreakerState::Closed, 1000, false, true, HOLD),
+            ("fastPath: PeerRedirect,", BreakerState::Closed, 1000, false, true, FAST),
             ("mode: DryRun,", BreakerState::Open, 0, false, true, DRY_RUN),
             ("mode: DryRun,", BreakerState::Open, 0, true, true, DRY_RUN | TRACK),
         ];
@@ -340,6 +355,32 @@ mod tests {
         service.routes[1].backends.clear();
         let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &backup);
         assert_eq!(plan.routes[2].slots[1], SlotTable::All(Slot::PassThrough));
+    }
+
+    #[test]
+    fn frontends_that_keep_clients_prefer_backends_of_this_node() {
+        let mut service = service("");
+        let outside = Frontend { address: address("172.31.0.11:30080"), protocol: Protocol::Tcp };
+        service.frontends.push(outside);
+        service.keep_client.frontends.insert(outside);
+        let backend = service.backups[0].backends[0];
+        let far = Backend { address: address("10.42.9.4:80"), ..backend };
+        let to = |addresses: &[SocketAddr]| match addresses {
+            [one] => SlotTable::All(Slot::Backend(*one)),
+            _ => SlotTable::Balanced(vec![backend, far]),
+        };
+        // Where it is known which are here, and one is; where it is not, all of them.
+        for (here, expected) in
+            [(vec![backend.address], vec![backend.address]), (vec![], vec![backend.address, far.address])]
+        {
+            service.keep_client.backends = here.into_iter().collect();
+            let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &[backend, far]);
+            let shown: Vec<_> = plan.routes.iter().map(|r| (r.keep_client, r.slots[1].clone())).collect();
+            assert_eq!(shown, [(false, to(&[backend.address, far.address])), (true, to(&expected))]);
+        }
+        service.keep_client.backends.insert(backend.address);
+        let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &[far]);
+        assert_eq!(plan.routes[1].slots[1], to(&[far.address]), "one of another node is better than none");
     }
 
     #[test]

@@ -14,6 +14,10 @@
 //!
 //! Besides, both ways: ICMP errors about translated packets, and later fragments of translated packets.
 //!
+//! From veth to veth (`fastPath: PeerRedirect`): a flow between two pods of this node may leave the stack out. Then there is no
+//! way back through the client's veth: what the backend sends is translated where it comes from the backend, and goes into
+//! the client's namespace at once.
+//!
 //! Functions that return an action (`i32`) are functions to the kernel, too, and are not inlined: a frame each, because all
 //! of it together would not fit into the 512 bytes of stack that a program has. For the same reason they are called one
 //! after the other, not one by the other: [`from_client`] has their order, and is in the entry point's own frame. A frame is
@@ -23,15 +27,16 @@
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use breaker_common::{
-    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, ReverseKey,
-    SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, seen, switch_flags,
+    BreakerState, DEFAULT_MASQUERADE_MARK, EndpointRole, EventKind, Flow, FlowKey, FlowKind, NONE, PROTO_TCP,
+    PassReason, Reverse, ReverseKey, SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, flow_way, seen, switch_flags,
 };
 use network_types::eth::EtherType;
 
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
-    flow, fragment,
+    flow::{self, Peer},
+    fragment,
     icmp::{self, Quote},
     nat::{self, End},
     packet::Packet,
@@ -93,7 +98,7 @@ struct Case<A> {
     /// The service's switch, as a word.
     switch: u64,
     /// Where the packet is to go: the backend, or the other end of the connection that is reset.
-    peer: reset::Peer<A>,
+    peer: Peer<A>,
 }
 
 /// What it looks at first is a function of its own, also for IPv4, which has the smaller frame: this one lies under the
@@ -103,11 +108,11 @@ struct Case<A> {
 #[inline(always)]
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
-    let peer = reset::Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2] };
+    let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, ifindex: 0 };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
     let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
-        action = decide(packet, segment, &mut case);
+        action = decide::<A, OUTSIDE>(packet, segment, &mut case);
     }
     if action == Step::Translate as i32 {
         action = translate_first::<A, OUTSIDE>(packet, segment, &case);
@@ -119,10 +124,16 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
         action = reset_both(packet, segment, &case);
     }
     if action == Step::Error as i32 {
-        action = error_from_client(packet, segment);
+        action = error_from_client::<A, OUTSIDE>(packet, segment);
+    }
+    if action == Step::AnswerError as i32 {
+        action = error_to_client::<A, true>(packet, segment);
     }
     if action == Step::Direct as i32 {
         action = to_backend_directly(packet, segment, case.backend);
+    }
+    if action == Step::Answer as i32 {
+        action = answer(packet, segment);
     }
     action
 }
@@ -156,12 +167,17 @@ fn try_look<A: Family, const OUTSIDE: bool>(
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
         Kind::Transport => fragment::forget(segment, End::Destination),
     }
-    let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else {
-        return Ok(Verdict::Next);
-    };
+    let role = endpoint::find(segment.destination, segment.destination_port, segment.proto);
+    let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (case.service, case.route) = (service, role.route);
         return to_frontend::<A, OUTSIDE>(packet, segment, case);
+    }
+    if !OUTSIDE
+        && agent::any_fast()
+        && uses_of(segment.source, segment.source_port, segment.proto) & backend_use::FAST != 0
+    {
+        return Ok(Verdict::Then(Step::Answer));
     }
     // From outside, what goes to a pod itself is other nodes' business (their probes above all). (Where pods can be reached
     // from outside at all, a client that asks a backup both directly and by a frontend, from one port, is not told apart.)
@@ -181,13 +197,37 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
         Kind::LaterFragment => return follow(packet, segment, End::Source),
-        Kind::IcmpError => return Ok(Verdict::Settled(error_to_client(packet, segment))),
+        Kind::IcmpError => return Ok(Verdict::Settled(error_to_client::<A, false>(packet, segment))),
         Kind::Transport => fragment::forget(segment, End::Source),
     }
-    if !has_flows(segment.source, segment.source_port, segment.proto) {
+    if uses_of(segment.source, segment.source_port, segment.proto) == 0 {
         return Ok(Verdict::Next);
     }
     let Some(reverse) = flow::find_reverse(&flow::reverse_key(segment)) else { return Ok(Verdict::Next) };
+    translate_back(packet, segment, reverse, 0)
+}
+
+/// A backend's packet, on the backend's own interface: into the client's namespace, if its flow goes from veth to veth.
+#[inline(never)]
+fn answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(try_answer(packet, segment))
+}
+
+#[inline(always)]
+fn try_answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
+    let reverse = flow::find_reverse(&flow::reverse_key(segment)).filter(|reverse| reverse.ifindex != 0);
+    let Some(reverse) = reverse else { return Ok(Verdict::Next) };
+    translate_back(packet, segment, reverse, reverse.ifindex)
+}
+
+/// Makes a backend's packet what the client expects.
+#[inline(always)]
+fn translate_back<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    reverse: &mut Reverse<A>,
+    ifindex: u32,
+) -> Result<Verdict, PassReason> {
     flow::touch_reverse(reverse, segment);
     if reverse.vip == segment.source
         && reverse.vip_port == segment.source_port
@@ -195,37 +235,47 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     {
         return Ok(Verdict::Next);
     }
-    fragment::note(segment, End::Source, reverse.vip, 0);
+    fragment::note(segment, End::Source, reverse.vip, 0, ifindex);
     nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
     count::service(reverse.service, |c| c.translated += 1);
-    Ok(Verdict::Next)
+    Ok(onward(packet, ifindex))
 }
 
-/// Whether an address is a backend whose packets need a look into the flow tables.
+/// On to the stack, or into the namespace behind a veth.
 #[inline(always)]
-fn has_flows<A: Family>(addr: A, port: [u8; 2], proto: u8) -> bool {
+fn onward(packet: &Packet<'_>, ifindex: u32) -> Verdict {
+    if ifindex == 0 { Verdict::Next } else { Verdict::Redirect(packet.send_into(ifindex)) }
+}
+
+/// What an address is as a backend: bits of [`backend_use`]. With none its packets need no look into the flow tables.
+#[inline(always)]
+fn uses_of<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
     let backend = endpoint::find(addr, port, proto).and_then(|role| endpoint::index(role.backend));
-    backend.is_some_and(|backend| select::backend_in_use::<A>(backend) != 0)
+    backend.map_or(0, select::backend_in_use::<A>)
 }
 
 /// A fragment without ports: as its first one.
 #[inline(always)]
 fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<Verdict, PassReason> {
-    fragment::follow(packet, segment, end)?;
-    Ok(Verdict::Next)
+    let ifindex = fragment::follow(packet, segment, end)?;
+    Ok(onward(packet, ifindex))
 }
 
-/// An error that a router or the backend tells a client of: it quotes what the client sent, as we translated it.
+/// An error that a router or the backend tells a client of: it quotes what the client sent, as we translated it. `FAST`: it
+/// comes from the backend, on the backend's own interface, and is looked at only if the flow goes from veth to veth.
 #[inline(never)]
-fn error_to_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
-    verdict::settle(try_error_to_client(packet, segment))
+fn error_to_client<A: Family, const FAST: bool>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(try_error_to_client::<A, FAST>(packet, segment))
 }
 
 #[inline(always)]
-fn try_error_to_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
+fn try_error_to_client<A: Family, const FAST: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+) -> Result<Verdict, PassReason> {
     let mut quote = Quote::<A>::empty();
     if icmp::read(packet, segment, &mut quote).is_none()
-        || !has_flows(quote.destination, quote.destination_port, quote.proto)
+        || uses_of(quote.destination, quote.destination_port, quote.proto) == 0
     {
         return Ok(Verdict::Next);
     }
@@ -238,6 +288,10 @@ fn try_error_to_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> 
         pad: [0; 3],
     };
     let Some(reverse) = flow::find_reverse(&key) else { return Ok(Verdict::Next) };
+    let ifindex = if FAST { reverse.ifindex } else { 0 };
+    if FAST && ifindex == 0 {
+        return Ok(Verdict::Next);
+    }
     let service = reverse.service;
     let change = icmp::Change {
         end: End::Destination,
@@ -247,23 +301,28 @@ fn try_error_to_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> 
     };
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(Verdict::Next)
+    Ok(onward(packet, ifindex))
 }
 
 /// An error that a client tells a backend of: it quotes what the backend sent, as we translated it.
 #[inline(never)]
-fn error_from_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
-    verdict::settle(try_error_from_client(packet, segment))
+fn error_from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::settle(try_error_from_client::<A, OUTSIDE>(packet, segment))
 }
 
 #[inline(always)]
-fn try_error_from_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
+fn try_error_from_client<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+) -> Result<Verdict, PassReason> {
     let mut quote = Quote::<A>::empty();
     if icmp::read(packet, segment, &mut quote).is_none() {
         return Ok(Verdict::Next);
     }
     let role = endpoint::find(quote.source, quote.source_port, quote.proto);
-    let Some(service) = role.and_then(|role| endpoint::index(role.service)) else { return Ok(Verdict::Next) };
+    let Some(service) = role.and_then(|role| endpoint::index(role.service)) else {
+        return Ok(if !OUTSIDE && agent::any_fast() { Verdict::Then(Step::AnswerError) } else { Verdict::Next });
+    };
     let key = FlowKey {
         client: quote.destination,
         vip: quote.source,
@@ -278,9 +337,10 @@ fn try_error_from_client<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -
     }
     let change =
         icmp::Change { end: End::Source, addr: flow.backend, port: flow.backend_port, other_port: flow.source_port };
+    let ifindex = Peer::of(flow).ifindex;
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(Verdict::Next)
+    Ok(onward(packet, ifindex))
 }
 
 #[inline(always)]
@@ -326,12 +386,16 @@ fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) ->
 /// A SYN always decides anew: ports get used again, and a client that got no answer must be able to move. So does a
 /// datagram of a flow that is not known, or was decided in another epoch.
 #[inline(never)]
-fn decide<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> i32 {
-    verdict::settle(try_decide(packet, segment, case))
+fn decide<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> i32 {
+    verdict::settle(try_decide::<A, OUTSIDE>(packet, segment, case))
 }
 
 #[inline(always)]
-fn try_decide<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> Result<Verdict, PassReason> {
+fn try_decide<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    case: &mut Case<A>,
+) -> Result<Verdict, PassReason> {
     let (service, switch) = (case.service, Switch::from_word(case.switch));
     let key = flow::key(segment);
     let now_ns = agent::now_ns();
@@ -372,13 +436,13 @@ fn try_decide<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut C
             event::send(EventKind::Rejected, service, &switch, &key, None);
             Ok(Verdict::Then(Step::Refuse))
         }
-        id => redirect(packet, case, &switch, &key, id, now_ns),
+        id => redirect::<A, OUTSIDE>(packet, case, &switch, &key, id, now_ns),
     }
 }
 
 /// Sends a new connection to a backend.
 #[inline(always)]
-fn redirect<A: Family>(
+fn redirect<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     case: &mut Case<A>,
     switch: &Switch<u8>,
@@ -391,27 +455,33 @@ fn redirect<A: Family>(
         return fail_open(service, switch, key, now_ns, PassReason::UnknownBackend);
     };
     let mut flow = flow::to(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
-    if let Err(reason) = flow::pin(key, &mut flow) {
+    let hairpin = key.client == flow.backend;
+    // How it goes is decided once: netfilter does not take up a connection that it has not seen from the start.
+    let mut uses = backend_use::REDIRECTED;
+    let mut back_to = 0;
+    if backend.ifindex != 0 && !hairpin {
+        if OUTSIDE && select::keeps_client(case.route) {
+            flow.way = flow_way::KEEP_CLIENT;
+        } else if !OUTSIDE && switch.has(switch_flags::FAST) {
+            flow.way = flow_way::FAST;
+            uses |= backend_use::FAST;
+            back_to = packet.ifindex();
+        }
+    }
+    if let Err(reason) = flow::pin(key, &mut flow, back_to) {
         return fail_open(service, switch, key, now_ns, reason);
     }
-    select::mark_in_use::<A>(id, backend_use::REDIRECTED);
+    select::mark_in_use::<A>(id, uses);
     debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
     event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
-    let hairpin = key.client == flow.backend;
     let port_changed = flow.source_port != key.client_port;
     count::service(service, |c| {
         c.new_backup += 1;
         c.hairpin += hairpin as u64;
         c.port_changed += port_changed as u64;
     });
-    case.peer = peer_of(&flow);
+    case.peer = Peer::of(&flow);
     Ok(Verdict::Then(Step::Translate))
-}
-
-/// Where a flow goes.
-#[inline(always)]
-fn peer_of<A: Family>(flow: &Flow<A>) -> reset::Peer<A> {
-    reset::Peer { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port }
 }
 
 #[inline(never)]
@@ -425,17 +495,18 @@ fn translate<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
     service: u32,
-    to: &reset::Peer<A>,
+    to: &Peer<A>,
 ) -> Result<Verdict, PassReason> {
     // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
-    let mark = if OUTSIDE || segment.source == to.addr { MASQUERADE_MARK.load() } else { 0 };
+    let masquerade = OUTSIDE && to.way & flow_way::KEEP_CLIENT == 0 || segment.source == to.addr;
+    let mark = if masquerade { MASQUERADE_MARK.load() } else { 0 };
     if mark != 0 {
         packet.add_mark(mark);
     }
-    fragment::note(segment, End::Destination, to.addr, mark);
+    fragment::note(segment, End::Destination, to.addr, mark, to.ifindex);
     nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
     count::service(service, |c| c.translated += 1);
-    Ok(Verdict::Next)
+    Ok(onward(packet, to.ifindex))
 }
 
 /// Leaves a new connection that should have moved to kube-proxy. That is pinned too, if there is room: its next segment
@@ -490,13 +561,13 @@ fn established<A: Family, const OUTSIDE: bool>(
         && agent::decision_holds(switch, agent::now_ns())
     {
         flow.seen |= seen::RST;
-        case.peer = peer_of(flow);
+        case.peer = Peer::of(flow);
         return Ok(Verdict::Then(Step::Reset));
     }
     if !redirected {
         return Ok(Verdict::Next);
     }
-    translate::<A, OUTSIDE>(packet, segment, case.service, &peer_of(flow))
+    translate::<A, OUTSIDE>(packet, segment, case.service, &Peer::of(flow))
 }
 
 /// A segment of a flow that we did not see from its SYN: never rewritten, only passed or, by policy, reset.
@@ -508,8 +579,7 @@ fn unseen<A: Family>(segment: &Segment<A>, switch: &Switch<u8>, case: &mut Case<
     if !agent::decision_holds(switch, agent::now_ns()) {
         return Err(PassReason::AgentLost);
     }
-    case.peer =
-        reset::Peer { addr: segment.destination, port: segment.destination_port, source_port: segment.source_port };
+    case.peer = Peer::addressed_by(segment);
     Ok(Verdict::Then(Step::Reset))
 }
 
@@ -518,7 +588,7 @@ fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &Case<
     count::service(case.service, |c| c.resets += 1);
     let switch = Switch::from_word(case.switch);
     event::send(EventKind::FlowReset, case.service, &switch, &flow::key(segment), None);
-    verdict::settle(reset::both_ends(packet, segment, &case.peer).map(|()| Verdict::Next))
+    verdict::settle(reset::both_ends(packet, segment, &case.peer).map(|()| onward(packet, case.peer.ifindex)))
 }
 
 #[inline(never)]
@@ -565,7 +635,7 @@ fn try_to_backend_directly<A: Family>(
             flow::forget(&key);
             let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
             let mut flow = flow::to(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
-            flow::pin(&key, &mut flow)?;
+            flow::pin(&key, &mut flow, 0)?;
             if flow.source_port != key.client_port {
                 select::mark_in_use::<A>(id, backend_use::DIRECT);
             }
@@ -573,7 +643,7 @@ fn try_to_backend_directly<A: Family>(
         }
     };
     if source_port != key.client_port {
-        fragment::note(segment, End::Destination, key.vip, 0);
+        fragment::note(segment, End::Destination, key.vip, 0, 0);
         nat::to_backend(packet, segment, key.vip, key.vip_port, source_port)?;
     }
     Ok(Verdict::Next)

@@ -185,6 +185,24 @@ impl Drop for Load {
     }
 }
 
+/// Asks once, on a new connection from a network namespace.
+///
+/// # Errors
+/// No thread.
+pub fn ask_once(from: &NetNs, target: SocketAddrV4) -> Result<Outcome> {
+    let outcome = from.enter(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut connection = match Connection::open(target).await {
+                Ok(connection) => connection,
+                Err(error) => return Ok(Outcome::of(&error)),
+            };
+            Ok::<_, io::Error>(connection.ask(false, Duration::from_secs(5)).await)
+        })
+    })?;
+    outcome.context("ask")
+}
+
 /// How often each outcome was.
 #[must_use]
 pub fn summary<'a>(records: impl IntoIterator<Item = &'a Record>) -> BTreeMap<String, usize> {
@@ -206,7 +224,7 @@ async fn drive(plan: Plan, stop: Arc<AtomicBool>, records: Records) {
         let mut tick = interval(Duration::from_secs(1) / plan.per_second);
         while !stop.load(Ordering::SeqCst) {
             tick.tick().await;
-            tasks.push(tokio::spawn(ask_once(plan, records.clone())));
+            tasks.push(tokio::spawn(ask_new(plan, records.clone())));
             if tasks.len() > 10_000 {
                 tasks.retain(|task| !task.is_finished());
             }
@@ -223,7 +241,7 @@ fn record(records: &Records, at: Instant, keep_alive: bool, outcome: Outcome) {
 }
 
 /// One request on a connection of its own.
-async fn ask_once(plan: Plan, records: Records) {
+async fn ask_new(plan: Plan, records: Records) {
     let at = Instant::now();
     let outcome = match connect(plan, plan.limit).await {
         Ok(mut connection) => {

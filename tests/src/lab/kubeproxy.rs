@@ -19,6 +19,8 @@ pub struct Service {
     pub vip: SocketAddrV4,
     /// Its endpoints.
     pub endpoints: Vec<SocketAddrV4>,
+    /// `tcp`, `udp`: what its port is open for.
+    pub protocols: &'static [&'static str],
 }
 
 const PODS: &str = "10.42.0.0/16";
@@ -65,16 +67,22 @@ COMMIT
 /// # Errors
 /// A failed command.
 pub fn add_service(ns: &NetNs, service: &Service) -> Result<()> {
-    let chain = format!("KUBE-SVC-{}", tag(&service.name));
-    let (ip, port, name) = (service.vip.ip(), service.vip.port(), &service.name);
+    service.protocols.iter().try_for_each(|protocol| ns.iptables_restore(&rules(service, protocol)))
+}
+
+/// A Service's chains for one protocol: as kube-proxy has it, each port is on its own.
+fn rules(service: &Service, protocol: &str) -> String {
+    let name = &format!("{}{}", service.name, if protocol == "tcp" { "" } else { protocol });
+    let chain = format!("KUBE-SVC-{}", tag(name));
+    let (ip, port) = (service.vip.ip(), service.vip.port());
     let mut rules = format!("*nat\n:{chain} - [0:0]\n");
     for endpoint in &service.endpoints {
         let _ = writeln!(rules, ":{} - [0:0]", sep(name, endpoint));
     }
     let _ = writeln!(
         rules,
-        "-A KUBE-SERVICES -d {ip}/32 -p tcp -m comment --comment \"default/{name} cluster IP\" -m tcp --dport {port} -j {chain}\n\
-         -A {chain} ! -s {PODS} -d {ip}/32 -p tcp -m comment --comment \"default/{name} cluster IP\" -m tcp --dport {port} -j KUBE-MARK-MASQ"
+        "-A KUBE-SERVICES -d {ip}/32 -p {protocol} -m comment --comment \"default/{name} cluster IP\" -m {protocol} --dport {port} -j {chain}\n\
+         -A {chain} ! -s {PODS} -d {ip}/32 -p {protocol} -m comment --comment \"default/{name} cluster IP\" -m {protocol} --dport {port} -j KUBE-MARK-MASQ"
     );
     let count = service.endpoints.len();
     for (i, endpoint) in service.endpoints.iter().enumerate() {
@@ -89,12 +97,12 @@ pub fn add_service(ns: &NetNs, service: &Service) -> Result<()> {
         let sep = sep(name, endpoint);
         let _ = writeln!(
             rules,
-            "-A {chain} {pick}-j {sep}\n-A {sep} -s {}/32 -j KUBE-MARK-MASQ\n-A {sep} -p tcp -m tcp -j DNAT --to-destination {endpoint}",
+            "-A {chain} {pick}-j {sep}\n-A {sep} -s {}/32 -j KUBE-MARK-MASQ\n-A {sep} -p {protocol} -m {protocol} -j DNAT --to-destination {endpoint}",
             endpoint.ip()
         );
     }
     rules.push_str("COMMIT\n");
-    ns.iptables_restore(&rules)
+    rules
 }
 
 /// kube-proxy's chains end in 16 characters of a hash; ours are made of the name, for people.
@@ -107,8 +115,9 @@ fn tag(name: &str) -> String {
 fn sep(name: &str, endpoint: &SocketAddrV4) -> String {
     let ip = u32::from(*endpoint.ip());
     let mut name = tag(name);
-    name.truncate(6);
-    format!("KUBE-SEP-{name}{ip:08X}")
+    // A chain's name has 28 characters at the most.
+    name.drain(..name.len().saturating_sub(6));
+    format!("KUBE-SEP-{name}{ip:08X}{:04X}", endpoint.port())
 }
 
 /// Where the lab's Services are: the first is 10.43.0.10.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::{
@@ -88,7 +88,8 @@ impl Lab {
         let vip = kubeproxy::vip(0);
         let services = [("dummy", vip, &primary), ("backup", kubeproxy::vip(1), &backup)];
         for (name, vip, pod) in services {
-            let service = kubeproxy::Service { name: name.into(), vip, endpoints: vec![pod.address()] };
+            let service =
+                kubeproxy::Service { name: name.into(), vip, endpoints: vec![pod.address()], protocols: &["tcp"] };
             kubeproxy::add_service(world.node(0).ns(), &service)?;
         }
         let agent = Agent::new(world.node(0).ns(), world.dir(), &world.bpffs().join("breaker"));
@@ -135,17 +136,7 @@ impl Lab {
     /// # Errors
     /// No thread.
     pub fn ask_at(&self, target: SocketAddrV4) -> Result<Outcome> {
-        let outcome = self.client.ns.enter(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(async {
-                let mut connection = match super::client::Connection::open(target).await {
-                    Ok(connection) => connection,
-                    Err(error) => return Ok(Outcome::of(&error)),
-                };
-                Ok::<_, std::io::Error>(connection.ask(false, Duration::from_secs(5)).await)
-            })
-        })?;
-        outcome.context("ask")
+        super::client::ask_once(&self.client.ns, target)
     }
 
     /// Plays one fault under load, from well to well.

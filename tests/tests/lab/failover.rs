@@ -72,7 +72,8 @@ fn two_services_share_a_backup() -> Result<()> {
     let node = lab.world.node_mut(0);
     let mut second = ServicePod::start(node, "second")?;
     let vip = kubeproxy::vip(2);
-    let service = kubeproxy::Service { name: "second".into(), vip, endpoints: vec![second.address()] };
+    let service =
+        kubeproxy::Service { name: "second".into(), vip, endpoints: vec![second.address()], protocols: &["tcp"] };
     kubeproxy::add_service(node.ns(), &service)?;
     let both = format!(
         "{}{}",
@@ -134,7 +135,8 @@ fn a_backup_on_another_node() -> Result<()> {
     let backup = ServicePod::start(world.node_mut(1), "backup")?;
     let client = world.node_mut(0).add_pod("client")?;
     let vip = kubeproxy::vip(0);
-    let service = kubeproxy::Service { name: "dummy".into(), vip, endpoints: vec![primary.address()] };
+    let service =
+        kubeproxy::Service { name: "dummy".into(), vip, endpoints: vec![primary.address()], protocols: &["tcp"] };
     kubeproxy::add_service(world.node(0).ns(), &service)?;
     let mut agent = Agent::new(world.node(0).ns(), world.dir(), &world.bpffs().join("breaker"));
     let services = entry(SERVICE, vip, primary.address(), backup.address(), Checks::Fast, "");

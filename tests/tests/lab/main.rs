@@ -4,6 +4,7 @@
 mod attach;
 mod failover;
 mod lifecycle;
+mod near;
 mod policy;
 mod pressure;
 mod sockets;

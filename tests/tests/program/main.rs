@@ -5,6 +5,7 @@ mod datagrams;
 mod differential;
 mod errors;
 mod families;
+mod near;
 mod verifier;
 
 use anyhow::{Context as _, Result};

@@ -148,6 +148,15 @@ impl<A: Address> FamilyMaps<A> {
     pub(super) fn clear_in_use(&self, id: u32) {
         self.backend_words.store32(id, std::mem::offset_of!(Backend<A>, in_use), 0);
     }
+
+    /// The interface of the pod that a backend is; 0 = none that is known.
+    pub(super) fn interface(&self, id: u32) -> u32 {
+        self.backend_words.word32(id, std::mem::offset_of!(Backend<A>, ifindex)).load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_interface(&self, id: u32, ifindex: u32) {
+        self.backend_words.store32(id, std::mem::offset_of!(Backend<A>, ifindex), ifindex);
+    }
 }
 
 /// All maps of the datapath, open.
@@ -267,7 +276,19 @@ impl Maps {
             beat_unix_ns: word(std::mem::offset_of!(Heartbeat, beat_unix_ns)),
             pid: u32::from_ne_bytes([ids[0], ids[1], ids[2], ids[3]]),
             abi_version: u32::from_ne_bytes([ids[4], ids[5], ids[6], ids[7]]),
+            fast: u32::from(self.any_fast()),
+            pad: 0,
         }
+    }
+
+    /// Whether the programs look for flows that go from veth to veth.
+    pub(super) fn any_fast(&self) -> bool {
+        self.heartbeat.word32(0, std::mem::offset_of!(Heartbeat, fast)).load(Ordering::SeqCst) != 0
+    }
+
+    /// Tells the programs to look for flows that go from veth to veth.
+    pub(super) fn set_any_fast(&self, any: bool) {
+        self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, fast), u32::from(any));
     }
 
     /// A service's counters over all CPUs.

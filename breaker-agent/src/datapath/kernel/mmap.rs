@@ -53,10 +53,15 @@ impl SharedArray {
         self.word(index, offset).store(word, Ordering::SeqCst);
     }
 
+    /// The 32-bit word at `offset` of a value.
+    pub(super) fn word32(&self, index: u32, offset: usize) -> &AtomicU32 {
+        // SAFETY: as for `word`.
+        unsafe { AtomicU32::from_ptr(self.at(index, offset, 4).as_ptr().cast()) }
+    }
+
     /// Stores a 32-bit word.
     pub(super) fn store32(&self, index: u32, offset: usize, word: u32) {
-        // SAFETY: as for `word`.
-        unsafe { AtomicU32::from_ptr(self.at(index, offset, 4).as_ptr().cast()) }.store(word, Ordering::SeqCst);
+        self.word32(index, offset).store(word, Ordering::SeqCst);
     }
 }
 

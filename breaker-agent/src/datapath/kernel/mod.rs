@@ -10,6 +10,7 @@ mod interfaces;
 mod load;
 mod maps;
 mod mmap;
+mod neighbors;
 mod offline;
 mod pins;
 mod places;
@@ -26,7 +27,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use breaker_common::{
     Backend, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
-    ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, V4, V6, switch_flags,
+    ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, V4, V6, route_flags, switch_flags,
 };
 
 use super::{
@@ -40,6 +41,7 @@ pub use interfaces::{Interface, InterfaceChange, Side, Wanted, watch as watch_in
 pub use load::{Loaded, Options as LoadOptions, load};
 pub use maps::Maps;
 use maps::{Net, number};
+pub use neighbors::{Located, watch_pods};
 pub use offline::{Leftover, read as read_offline};
 pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};
 use places::Places;
@@ -57,6 +59,8 @@ struct Installed {
 struct InstalledRoute {
     index: u32,
     frontends: Vec<Frontend>,
+    /// Bits of [`route_flags`].
+    flags: u32,
     /// What the tables in force hold; `None` after adoption, when it is not known.
     slots: Option<[SlotTable; 2]>,
     /// Where they are, as the map has it.
@@ -72,6 +76,10 @@ pub struct KernelDatapath {
     backends: HashMap<Destination, u32>,
     /// Backends that a service's tables name, by service.
     named: BTreeMap<ServiceName, BTreeSet<Destination>>,
+    /// Services whose flows may go from veth to veth.
+    fast: BTreeSet<ServiceName>,
+    /// Where pods of this node are, by address.
+    located: Located,
     service_places: Places,
     route_places: Places,
     table_places: Places,
@@ -88,6 +96,8 @@ impl KernelDatapath {
             services: BTreeMap::new(),
             backends: HashMap::new(),
             named: BTreeMap::new(),
+            fast: BTreeSet::new(),
+            located: Located::new(),
             service_places: Places::new("services", sizes.services),
             route_places: Places::new("routes", sizes.routes),
             table_places: Places::new("selection tables", sizes.tables),
@@ -99,6 +109,28 @@ impl KernelDatapath {
     #[must_use]
     pub const fn sizes(&self) -> &Sizes {
         &self.maps.sizes
+    }
+
+    /// Takes in where the node's pods are: host-side interfaces with our programs, by the pods' addresses.
+    pub fn locate(&mut self, pods: Located) {
+        self.located = pods;
+        for ((address, _), id) in &self.backends {
+            let ifindex = self.located.get(&address.ip()).copied().unwrap_or(0);
+            if self.interface(*address, *id) != ifindex {
+                match address {
+                    SocketAddr::V4(_) => self.maps.v4.set_interface(*id, ifindex),
+                    SocketAddr::V6(_) => self.maps.v6.set_interface(*id, ifindex),
+                }
+            }
+        }
+    }
+
+    /// The interface of the pod that a backend is, as the programs know it; 0 = none.
+    fn interface(&self, address: SocketAddr, id: u32) -> u32 {
+        match address {
+            SocketAddr::V4(_) => self.maps.v4.interface(id),
+            SocketAddr::V6(_) => self.maps.v6.interface(id),
+        }
     }
 
     fn backend_places(&mut self, address: SocketAddr) -> &mut Places {
@@ -125,7 +157,8 @@ impl KernelDatapath {
 
     fn write_backend<A: Net>(&mut self, addr: A, (address, protocol): Destination, id: u32) -> Result<()> {
         let port = address.port().to_be_bytes();
-        let backend = Backend { addr, port, proto: number(protocol), pad: 0, in_use: 0, ifindex: 0 };
+        let ifindex = self.located.get(&address.ip()).copied().unwrap_or(0);
+        let backend = Backend { addr, port, proto: number(protocol), pad: 0, in_use: 0, ifindex };
         A::of_mut(&mut self.maps).backends.set(id, backend, 0).with_context(|| format!("write backend {address}"))?;
         self.change_role((address, protocol), |role| role.backend = id)
     }
@@ -248,7 +281,8 @@ impl KernelDatapath {
             None => self.route_places.take()?,
         };
         let frontends = route.frontends.clone();
-        Ok(InstalledRoute { index, frontends, slots: Some(route.slots.clone()), tables })
+        let flags = if route.keep_client { route_flags::KEEP_CLIENT } else { 0 };
+        Ok(InstalledRoute { index, frontends, flags, slots: Some(route.slots.clone()), tables })
     }
 
     /// Gives back the places of a route that never came into force.
@@ -264,8 +298,8 @@ impl KernelDatapath {
         }
     }
 
-    fn write_route(&mut self, index: u32, tables: [[u32; 2]; 2]) -> Result<()> {
-        self.maps.routes.set(index, Route { tables }, 0).with_context(|| format!("write route {index}"))
+    fn write_route(&mut self, index: u32, tables: [[u32; 2]; 2], flags: u32) -> Result<()> {
+        self.maps.routes.set(index, Route { tables, flags }, 0).with_context(|| format!("write route {index}"))
     }
 
     fn try_apply(&mut self, plan: &ServicePlan) -> Result<()> {
@@ -290,13 +324,19 @@ impl KernelDatapath {
             // What is in force stays in its buffer until the switch is thrown.
             let in_force = old.iter().find(|o| o.index == route.index).map_or(route.tables, |o| o.tables);
             let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
-            self.write_route(route.index, if changed { tables } else { [route.tables; 2] })?;
+            self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
         }
         self.maps.services.set(index, record(plan, index), 0).context("write the service's record")?;
 
         let mut flags = plan.flags;
         if buffer == 1 {
             flags |= switch_flags::BUFFER;
+        }
+        if plan.flags & switch_flags::FAST != 0 {
+            self.maps.set_any_fast(true);
+            self.fast.insert(plan.name.clone());
+        } else {
+            self.fast.remove(&plan.name);
         }
         let decision = &plan.decision;
         let switch = Switch { epoch: decision.epoch, share: decision.share, state: decision.state as u8, flags };
@@ -337,11 +377,11 @@ impl KernelDatapath {
             self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
         }
         for route in &leaving {
-            self.write_route(route.index, Route::NOTHING.tables)?;
+            self.write_route(route.index, Route::NOTHING.tables, 0)?;
             self.route_places.give_back_later(route.index);
         }
         for route in routes.iter().filter(|_| changed) {
-            self.write_route(route.index, [route.tables; 2])?;
+            self.write_route(route.index, [route.tables; 2], route.flags)?;
         }
         self.services.insert(plan.name.clone(), Installed { index, routes });
         Ok(())
@@ -357,7 +397,7 @@ impl KernelDatapath {
         self.maps.services.set(index, record_of_nobody(), 0).context("clear the record")?;
         self.maps.clear_counters(index)?;
         for route in routes {
-            self.write_route(route.index, Route::NOTHING.tables)?;
+            self.write_route(route.index, Route::NOTHING.tables, 0)?;
             self.route_places.give_back_later(route.index);
             for start in route.tables {
                 self.drop_table(start);
@@ -366,6 +406,7 @@ impl KernelDatapath {
         self.service_places.give_back_later(index);
         self.services.remove(name);
         self.named.remove(name);
+        self.fast.remove(name);
         Ok(())
     }
 
@@ -387,7 +428,7 @@ impl KernelDatapath {
                     continue;
                 }
                 self.route_places.claim(route);
-                let tables = self.maps.routes.get(&route, 0).context("read the routes")?.tables;
+                let Route { tables, flags } = self.maps.routes.get(&route, 0).context("read the routes")?;
                 let in_force = tables[switch.buffer() as usize];
                 for start in in_force.into_iter().filter(|start| start & TABLE_OF_ONE == 0) {
                     self.table_places.claim(start / SLOTS);
@@ -395,7 +436,7 @@ impl KernelDatapath {
                 service.backup.extend(self.named_by(frontend.address, in_force[1])?);
                 routes.insert(
                     route,
-                    InstalledRoute { index: route, frontends: vec![frontend], slots: None, tables: in_force },
+                    InstalledRoute { index: route, frontends: vec![frontend], flags, slots: None, tables: in_force },
                 );
             }
             let routes = routes.into_values().collect();
@@ -498,12 +539,19 @@ impl Datapath for KernelDatapath {
         let names: HashMap<u32, ServiceName> = self.services.iter().map(|(n, s)| (s.index, n.clone())).collect();
         let found = sweep::sweep(&mut self.maps, &names, idle)?;
         self.settle_backends(&found.redirected_to, &found.all_to)?;
+        if self.fast.is_empty() && !found.any_fast && self.maps.any_fast() {
+            self.maps.set_any_fast(false);
+        }
         Ok(found.sweep)
     }
 
     fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError> {
         let index = self.index(name)?;
         Ok(sweep::cut(&mut self.maps, index, doomed)?)
+    }
+
+    fn is_near(&self, destination: Destination) -> bool {
+        self.backends.get(&destination).is_some_and(|id| self.interface(destination.0, *id) != 0)
     }
 
     fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowView>, DatapathError> {

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap as BpfMap, MapData, MapError};
-use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, seen};
+use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, flow_way, seen};
 
 use super::{
     Sizes,
@@ -35,6 +35,8 @@ pub(super) struct Found {
     pub redirected_to: BTreeSet<Destination>,
     /// Backends that any entry names.
     pub all_to: BTreeSet<Destination>,
+    /// Whether a flow goes from veth to veth.
+    pub any_fast: bool,
 }
 
 /// Goes through all tables. See [`crate::datapath::Datapath::sweep`].
@@ -77,6 +79,7 @@ fn sweep_family<A: Net>(
             }
             found.sweep.entries += 1;
             established += usize::from(kept);
+            found.any_fast |= flow.way & flow_way::FAST != 0;
             if let (false, Some(protocol)) = (passed, protocol(key.proto)) {
                 let backend = (flow.backend.socket(flow.backend_port), protocol);
                 found.all_to.insert(backend);
@@ -276,6 +279,7 @@ fn list_family<A: Net>(maps: &Maps, service: u32) -> Vec<FlowView> {
             source_port: u16::from_be_bytes(flow.source_port),
             kind: FlowKind::try_from(flow.kind).ok()?,
             epoch: flow.epoch,
+            way: if flow.way & flow_way::FAST == 0 { "stack" } else { "veth" },
             age_seconds: age(now, flow.created_tick).as_secs(),
             phase: if ended(flow.seen, back, flow.kind) {
                 "ended"

@@ -34,6 +34,7 @@ const FIELDS: &[(&str, &str, Form)] = &[
     ("on-close", "onClose", Form::Text),
     ("when-all-unhealthy", "whenAllUnhealthy", Form::Text),
     ("on-agent-loss", "onAgentLoss", Form::Text),
+    ("fast-path", "fastPath", Form::Text),
     ("override", "override", Form::Text),
     ("until", "until", Form::Text),
     ("mode", "mode", Form::Text),

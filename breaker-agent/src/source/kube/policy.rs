@@ -48,6 +48,7 @@ impl Policies {
             "onClose": spec.on_close,
             "whenAllUnhealthy": spec.when_all_unhealthy,
             "onAgentLoss": spec.on_agent_loss,
+            "fastPath": spec.fast_path,
         });
         if let (Some(least), Value::Object(primary)) = (spec.min_healthy, &mut service["primary"]) {
             primary.insert("minHealthy".into(), json!(least));

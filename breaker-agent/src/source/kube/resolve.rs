@@ -13,7 +13,9 @@ use jiff::Timestamp;
 use kube::ResourceExt as _;
 
 use super::{
-    api::{Backup, Check, CircuitBreaker, CircuitBreakerSpec, GROUP, Override, Port, ReferenceGrant, Topology},
+    api::{
+        Backup, Check, CircuitBreaker, CircuitBreakerSpec, FastPath, GROUP, Override, Port, ReferenceGrant, Topology,
+    },
     endpoints::{Endpoint, Endpoints, Family},
     objects::{EndpointSlice, Service, ServicePort},
     policy::Policies,
@@ -292,13 +294,23 @@ impl<'a> Work<'a> {
             ));
         }
         let mut legs = Vec::new();
-        for (policy, field) in [
-            (&service.spec.internal_traffic_policy, "internalTrafficPolicy"),
-            (&service.spec.external_traffic_policy, "externalTrafficPolicy"),
-        ] {
-            if policy.as_deref() == Some("Local") {
-                self.note(format!("{field}: Local is not kept while it is open: backups on any node take over"));
-            }
+        if service.spec.internal_traffic_policy.as_deref() == Some("Local") {
+            self.note(
+                "internalTrafficPolicy: Local is not kept while it is open: backups on any node take over".into(),
+            );
+        }
+        if is_local(service) {
+            self.note(
+                "externalTrafficPolicy: Local: clients outside keep their address toward backups of the node that they \
+                 come in by; where it has none, they are masqueraded"
+                    .into(),
+            );
+        }
+        if self.spec.fast_path == FastPath::PeerRedirect {
+            self.note(
+                "fastPath: PeerRedirect: netfilter and its NetworkPolicies do not see what goes from veth to veth"
+                    .into(),
+            );
         }
         for port in ports {
             for family in families {
@@ -339,6 +351,7 @@ impl<'a> Work<'a> {
                 self.note(note);
             }
             service.frontends.extend(&leg.service.frontends);
+            service.keep_client.frontends.extend(&leg.service.keep_client.frontends);
             service.routes.push(model::Route { frontends: leg.service.frontends.clone(), backends });
         }
         service.name = engine_name(key, base.port);
@@ -508,11 +521,16 @@ impl<'a> Work<'a> {
             primary.all().map(|e| e.address).chain(frontends.iter().map(|f| f.address)).collect();
         let mut pods: BTreeMap<SocketAddr, String> = primary.all().map(|e| (e.address, e.pod.clone())).collect();
         let mut backup_tiers = Vec::new();
+        let mut keep_client = model::KeepClient { frontends: self.outside(service, &frontends), ..Default::default() };
+        let is_here = |e: &&Endpoint| e.node.as_deref() == Some(self.world.node.name.as_str());
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
             let mut pools = Vec::new();
             for found in members {
                 let endpoints = self.backup_endpoints(found, port, protocol, family)?;
                 pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
+                if !keep_client.frontends.is_empty() {
+                    keep_client.backends.extend(endpoints.all().filter(is_here).map(|e| e.address));
+                }
                 let shared = endpoints.all().filter(|e| avoid.contains(&e.address)).count();
                 if shared > 0 {
                     let note = format!(
@@ -536,6 +554,7 @@ impl<'a> Work<'a> {
             },
             backups: backup_tiers,
             settle: SETTLE,
+            keep_client,
             ..template.as_ref().clone()
         };
         Ok(Some(Leg { port: port.port, service, pods }))
@@ -585,6 +604,16 @@ impl<'a> Work<'a> {
         }
         let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
         ours.map(|address| Frontend { address, protocol }).collect()
+    }
+
+    /// Frontends whose clients outside keep their address: all but the cluster IPs, with `externalTrafficPolicy: Local`.
+    fn outside(&self, service: &Service, frontends: &[Frontend]) -> BTreeSet<Frontend> {
+        let inside = |ip: IpAddr| {
+            let mut cluster = service.spec.cluster_ips.iter().chain([&service.spec.cluster_ip]);
+            cluster.any(|own| own.parse() == Ok(ip))
+        };
+        let outside = frontends.iter().filter(|frontend| !inside(frontend.address.ip()));
+        if is_local(service) { outside.copied().collect() } else { BTreeSet::new() }
     }
 
     /// A backup's endpoints for a protected port.
@@ -699,6 +728,11 @@ struct Leg {
 enum Problem {
     Ref(Refusal),
     Invalid(String),
+}
+
+/// Whether clients outside are to keep their address.
+fn is_local(service: &Service) -> bool {
+    service.spec.external_traffic_policy.as_deref() == Some("Local")
 }
 
 fn is_named(port: &ServicePort, wanted: &Port) -> bool {

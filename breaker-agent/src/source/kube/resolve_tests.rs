@@ -589,3 +589,34 @@ fn a_load_balancer_with_source_ranges_is_left_to_netfilter() {
     assert_eq!(frontends(&subject.ports[&8080]), ["10.43.0.1:8080"]);
     assert!(subject.notes.iter().any(|note| note.contains("loadBalancerSourceRanges")), "{:?}", subject.notes);
 }
+
+#[test]
+fn external_traffic_policy_local_is_about_the_ways_in_from_outside() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.service(
+        "lab",
+        "dummy",
+        json!({ "clusterIP": "10.43.0.1", "externalTrafficPolicy": "Local", "externalIPs": ["198.51.100.7"],
+                "ports": [{ "port": 8080, "nodePort": 30080 }] }),
+        json!({}),
+    );
+    let subject = lab.only();
+    let service = &subject.ports[&8080];
+    let outside: Vec<String> = service.keep_client.frontends.iter().map(|f| f.address.to_string()).collect();
+    let others: Vec<String> = frontends(service).into_iter().filter(|f| !outside.contains(f)).collect();
+    assert_eq!(others, ["10.43.0.1:8080"]);
+    assert!(
+        outside.contains(&"198.51.100.7:8080".into()) && outside.iter().any(|f| f.ends_with(":30080")),
+        "{outside:?}"
+    );
+    let here: Vec<String> = service.keep_client.backends.iter().map(ToString::to_string).collect();
+    assert_eq!(here, ["10.42.0.3:80"], "the backup's pod on this node");
+    assert!(subject.notes.iter().any(|note| note.contains("externalTrafficPolicy")), "{:?}", subject.notes);
+}
+
+#[test]
+fn the_fast_path_says_what_it_leaves_out() {
+    let subject = Lab::new().with_breaker(with(|spec| spec["fastPath"] = json!("PeerRedirect"))).only();
+    assert_eq!(subject.ports[&8080].fast_path, model::FastPath::PeerRedirect);
+    assert!(subject.notes.iter().any(|note| note.contains("NetworkPolicies")), "{:?}", subject.notes);
+}

@@ -78,6 +78,10 @@ pub struct CircuitBreakerSpec {
     /// the primary, or the last decision holds.
     #[serde(default)]
     pub on_agent_loss: Loss,
+    /// How new connections to a backup pod of the client's own node go: as all others, or from veth to veth, which is faster
+    /// and leaves netfilter out, and with it the NetworkPolicies that netfilter enforces.
+    #[serde(default)]
+    pub fast_path: FastPath,
     /// What the operator wants, apart from what is measured: nothing, the backup, or the primary.
     #[serde(default)]
     pub r#override: Override,
@@ -246,6 +250,10 @@ words!(
 words!(
     /// What the programs do when the agent is gone.
     Loss { #[default] PassThrough, Hold }
+);
+words!(
+    /// How connections between pods of one node go.
+    FastPath { #[default] Off, PeerRedirect }
 );
 words!(
     /// What the operator wants.

@@ -12,8 +12,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use breaker::{
-    Backup, Breaker, CircuitBreaker, CircuitBreakerSpec, Established, Loss, Mode, Override, ProbeFrom, ServiceRef,
-    Topology, Unhealthy, Window,
+    Backup, Breaker, CircuitBreaker, CircuitBreakerSpec, Established, FastPath, Loss, Mode, Override, ProbeFrom,
+    ServiceRef, Topology, Unhealthy, Window,
 };
 pub use check::{Check, GrpcAction, Header, HttpGetAction, Scheme, TcpSocketAction};
 pub use grant::{GrantFrom, GrantTo, ReferenceGrant, ReferenceGrantSpec};

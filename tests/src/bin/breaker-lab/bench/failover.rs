@@ -24,7 +24,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     let mut theirs = Lab::new(Checks::Fast)?;
     let proxy = Ambassador::start(&mut theirs, "inter 100 fall 3 rise 1")?;
     let vip = kubeproxy::vip(5);
-    let service = kubeproxy::Service { name: "ambassador".into(), vip, endpoints: vec![proxy.address] };
+    let service =
+        kubeproxy::Service { name: "ambassador".into(), vip, endpoints: vec![proxy.address], protocols: &["tcp"] };
     kubeproxy::add_service(theirs.world.node(0).ns(), &service)?;
     let mut rows = Vec::new();
     for fault in Fault::ALL {

@@ -18,9 +18,8 @@ use breaker_tests::lab::{
 };
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::{Row, median, spread};
+use super::{Row, pairs};
 
-const PAIRS: usize = 15;
 const SLICE: Duration = Duration::from_millis(200);
 const CPU: usize = 1;
 
@@ -99,17 +98,28 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     let mut plain = Lab::new(Checks::Default)?;
     let proxy = Ambassador::start(&mut plain, "inter 3s fall 1 rise 1")?;
     let proxy_vip = kubeproxy::vip(5);
-    let service = kubeproxy::Service { name: "ambassador".into(), vip: proxy_vip, endpoints: vec![proxy.address] };
+    let service = kubeproxy::Service {
+        name: "ambassador".into(),
+        vip: proxy_vip,
+        endpoints: vec![proxy.address],
+        protocols: &["tcp"],
+    };
     kubeproxy::add_service(plain.world.node(0).ns(), &service)?;
     proxy.pin()?;
     // With breaker: one service closed, and one whose primary has no backend, so it is open.
     let mut lab = Lab::new(Checks::Default)?;
     let open_vip = kubeproxy::vip(3);
     let nobody = SocketAddrV4::new(std::net::Ipv4Addr::new(10, 42, 1, 250), 80);
+    let fast_vip = kubeproxy::vip(4);
     let open = entry("open", open_vip, nobody, lab.backup.address(), Checks::Default, "");
-    lab.agent.write_config("", &format!("{}{open}", lab.services(Checks::Default, "")))?;
+    let fast = "    fastPath: PeerRedirect\n";
+    let fast = entry("fast", fast_vip, nobody, lab.backup.address(), Checks::Default, fast);
+    lab.agent.write_config("", &format!("{}{open}{fast}", lab.services(Checks::Default, "")))?;
     lab.agent.start()?;
     lab.agent.wait_state("open", "Open", Duration::from_secs(20))?;
+    wait_for("the fast service to be open, and its backup near", Duration::from_secs(20), || {
+        lab.agent.service("fast").is_ok_and(|s| s.state == "Open" && s.tiers[1].backends[0].near)
+    })?;
     for lab in [&plain, &lab] {
         for pod in [&lab.primary, &lab.backup] {
             pin_service(pod)?;
@@ -122,6 +132,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         let kube = || slice(&plain, plain.vip, style);
         let closed = || slice(&lab, lab.vip, style);
         let open = || slice(&lab, open_vip, style);
+        let fast = || slice(&lab, fast_vip, style);
         let haproxy = || slice(&plain, proxy_vip, style);
         let closed_aim = match style {
             Style::KeepAlive => "≥ 0.97",
@@ -130,8 +141,19 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         };
         rows.push(compare("closed", style, "kube-proxy alone", closed_aim, closed, kube)?);
         rows.push(compare("open", style, "kube-proxy alone", "≥ 0.92", open, kube)?);
-        let aim = if matches!(style, Style::KeepAlive) { "≥ 1.4" } else { "" };
+        let aim = match style {
+            Style::KeepAlive => "≥ 1.4",
+            Style::New => "≥ 1.2",
+            Style::One => "",
+        };
         rows.push(compare("open", style, "HAProxy, mode tcp", aim, open, haproxy)?);
+        rows.push(compare("open, PeerRedirect", style, "kube-proxy alone", "≥ 1.2", fast, kube)?);
+        let aim = match style {
+            Style::KeepAlive => "≥ 2",
+            Style::New => "≥ 1.6",
+            Style::One => "",
+        };
+        rows.push(compare("open, PeerRedirect", style, "HAProxy, mode tcp", aim, fast, haproxy)?);
     }
     Ok(rows)
 }
@@ -152,30 +174,7 @@ fn compare(
     ours: impl Fn() -> Result<f64>,
     theirs: impl Fn() -> Result<f64>,
 ) -> Result<Row> {
-    // Once each without counting, then in turn.
-    ours()?;
-    theirs()?;
-    let (mut values, mut ratios) = (Vec::new(), Vec::new());
-    for pair in 0..PAIRS {
-        let (a, b) = if pair % 2 == 0 {
-            let a = ours()?;
-            (a, theirs()?)
-        } else {
-            let b = theirs()?;
-            (ours()?, b)
-        };
-        values.push(a);
-        ratios.push(a / b);
-    }
-    Ok(Row {
-        name: format!("http: {what}, {}", style.name()),
-        value: median(&values),
-        unit: "req/s",
-        base: base.into(),
-        ratio: Some(median(&ratios)),
-        spread: Some(spread(&ratios)),
-        aim,
-    })
+    pairs(format!("http: {what}, {}", style.name()), "req/s", base, aim, ours, theirs)
 }
 
 /// Requests per second over one slice, from the client's pod.

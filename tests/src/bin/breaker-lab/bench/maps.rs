@@ -1,35 +1,54 @@
-//! What changing the maps costs: a flip, and a whole new set of slots, with few and with many services.
+//! What changing the maps costs, with few services and with many: a flip, a whole new set of slots, flips of all; and what
+//! they take of memory.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _},
     time::Instant,
 };
 
-use anyhow::Result;
-use breaker_agent::{datapath::plan::ServicePlan, model::Service};
+use anyhow::{Context as _, Result};
+use aya::maps::MapData;
+use breaker_agent::{
+    datapath::{kernel::Sizes, plan::ServicePlan},
+    model::Service,
+};
 use breaker_common::BreakerState::{Closed, Open};
-use breaker_tests::packets::{Rig, plan, plan_with, pod, service};
+use breaker_tests::packets::{
+    Rig, Segment,
+    flags::{ACK, SYN},
+    plan, plan_with, pod, service, vip,
+};
 
 use super::{Row, median, spread};
 
 const TIMES: u32 = 200;
+const FEW: u32 = 10;
+const MANY: u32 = 10_000;
+/// Of each service.
+const BACKENDS: u32 = 10;
+const FLOWS: u32 = 1 << 18;
 
 /// The plan of a service for a turn.
 type Flip = fn(&Service, u32) -> ServicePlan;
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    let mut few = Rig::new()?;
-    let mut many = Rig::new()?;
-    let services: Vec<Service> = (0..1000u16)
+    let sizes = Sizes { backends: MANY * BACKENDS, tables: MANY + 16, ..Sizes::for_services(MANY) };
+    let mut few = Rig::with_sizes(&sizes)?;
+    let mut many = Rig::with_sizes(&sizes)?;
+    let address = |first: u8, n: u32, port: u16| {
+        let [_, a, b, c] = n.to_be_bytes();
+        SocketAddr::new(Ipv4Addr::new(first, a, b, c).into(), port)
+    };
+    let services: Vec<Service> = (0..MANY)
         .map(|n| {
-            let [high, low] = n.to_be_bytes();
-            let vip = SocketAddr::new(Ipv4Addr::new(10, 43, high, low).into(), 8080);
-            service(&format!("s{n}"), vip, &[pod(3, 80), pod(5, 80)], "")
+            let backends: Vec<_> = (0..BACKENDS).map(|b| address(11, n * BACKENDS + b, 80)).collect();
+            service(&format!("s{n}"), address(12, n, 8080), &backends, "")
         })
         .collect::<Result<_>>()?;
-    for (n, service) in services.iter().enumerate() {
+    for (n, service) in (0..).zip(&services) {
         let plan = plan(service, Closed, 1);
-        if n < 10 {
+        if n < FEW {
             few.apply(&plan)?;
         }
         many.apply(&plan)?;
@@ -39,7 +58,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         ("a flip", |s, n| plan(s, if n.is_multiple_of(2) { Open } else { Closed }, n)),
         ("a flip with other slots", |s, n| {
             let backends = &s.backups[0].backends;
-            plan_with(s, Open, n, 0, false, &backends[..1 + (n as usize % 2)])
+            plan_with(s, Open, n, 0, false, &backends[..9 + (n as usize % 2)])
         }),
     ];
     for (name, flip) in flips {
@@ -56,7 +75,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
             ratios.push(a / b);
         }
         rows.push(Row {
-            name: format!("maps: {name}, 1,000 services"),
+            name: format!("maps: {name}, 10,000 services"),
             value: median(&values),
             unit: "µs",
             base: "10 services".into(),
@@ -65,5 +84,71 @@ pub(super) fn rows() -> Result<Vec<Row>> {
             aim: "the same",
         });
     }
+    rows.push(all_flips(&mut many, &services)?);
+    rows.push(memory_of("10,000 services, 100,000 backends", &many, SERVICE_MAPS, "≤ 16")?);
+    drop((few, many));
+    let mut rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(FLOWS))?;
+    establish(&mut rig, FLOWS)?;
+    rows.push(memory_of("256k flows", &rig, &["FLOWS4", "REVERSE4"], "≤ 64")?);
     Ok(rows)
+}
+
+/// Every service flips once.
+fn all_flips(rig: &mut Rig, services: &[Service]) -> Result<Row> {
+    let mut values = Vec::new();
+    for turn in 0..10 {
+        let state = if turn % 2 == 0 { Open } else { Closed };
+        let plans: Vec<_> = services.iter().map(|service| plan(service, state, 1000 + turn)).collect();
+        let started = Instant::now();
+        plans.iter().try_for_each(|plan| rig.apply(plan))?;
+        values.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(Row {
+        name: "maps: 10,000 flips".into(),
+        value: median(&values),
+        unit: "ms",
+        base: String::new(),
+        ratio: None,
+        spread: Some(spread(&values)),
+        aim: "≤ 20",
+    })
+}
+
+const SERVICE_MAPS: &[&str] =
+    &["SWITCHES", "SERVICES", "ROUTES", "RUNTIME", "SLOTS", "COUNTERS", "ENDPOINTS4", "BACKENDS4"];
+
+/// What the kernel takes for maps (the `memlock` of /proc/PID/fdinfo; from kernel 6.4 on what is there, before that what
+/// there may be).
+fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str) -> Result<Row> {
+    let mut bytes = 0.0;
+    for name in maps {
+        let map = MapData::from_pin(rig.map(name)).with_context(|| format!("open {name}"))?;
+        let fd = map.fd().as_fd().as_raw_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).context("read a map's fdinfo")?;
+        let line = info.lines().find_map(|line| line.strip_prefix("memlock:")).context("no memlock in fdinfo")?;
+        bytes += line.trim().parse::<f64>().context("memlock")?;
+    }
+    Ok(Row {
+        name: format!("maps: memory of {what}"),
+        value: bytes / 1e6,
+        unit: "MB",
+        base: String::new(),
+        ratio: None,
+        spread: None,
+        aim,
+    })
+}
+
+/// Opens connections that are answered.
+fn establish(rig: &mut Rig, flows: u32) -> Result<()> {
+    let (vip, backup) = (vip(10), pod(3, 80));
+    rig.apply(&plan(&service("dummy", vip, &[backup], "")?, Open, 2))?;
+    for flow in 0..flows {
+        let port = 1024 + u16::try_from(flow & 0x7fff).unwrap_or(0);
+        let client = pod(10 + u8::try_from(flow >> 15).unwrap_or(0), port);
+        rig.from_pod(&Segment::new(client, vip, SYN))?;
+        rig.to_pod(&Segment::new(backup, client, SYN | ACK))?;
+        rig.from_pod(&Segment::new(client, vip, ACK))?;
+    }
+    Ok(())
 }

@@ -5,6 +5,7 @@ mod http;
 mod maps;
 mod packets;
 mod probes;
+mod ways;
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -33,6 +34,7 @@ type Group = fn() -> Result<Vec<Row>>;
 const GROUPS: &[(&str, Group)] = &[
     ("packets", packets::rows),
     ("http", http::rows),
+    ("ways", ways::rows),
     ("failover", failover::rows),
     ("probes", probes::rows),
     ("maps", maps::rows),
@@ -62,6 +64,37 @@ pub fn bench(name: Option<&str>, json: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Pairs of a comparison: fewer than fourteen say little (see docs/BENCHMARKS.md).
+const PAIRS: usize = 15;
+
+/// Measures two things in turn; the value is ours, the ratio ours to theirs.
+fn pairs(
+    name: String,
+    unit: &'static str,
+    base: &str,
+    aim: &'static str,
+    ours: impl Fn() -> Result<f64>,
+    theirs: impl Fn() -> Result<f64>,
+) -> Result<Row> {
+    // Once each without counting, then in turn.
+    ours()?;
+    theirs()?;
+    let (mut values, mut ratios) = (Vec::new(), Vec::new());
+    for pair in 0..PAIRS {
+        let (a, b) = if pair % 2 == 0 {
+            let a = ours()?;
+            (a, theirs()?)
+        } else {
+            let b = theirs()?;
+            (ours()?, b)
+        };
+        values.push(a);
+        ratios.push(a / b);
+    }
+    let (value, ratio, spread) = (median(&values), Some(median(&ratios)), Some(spread(&ratios)));
+    Ok(Row { name, value, unit, base: base.into(), ratio, spread, aim })
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -1,0 +1,160 @@
+//! Which interface each pod of this node is behind, for what goes from veth to veth and for clients that keep their address:
+//! from the kernel's neighbor tables, and the forwarding tables of bridges.
+//!
+//! A pod shows in them when the node has talked to it, as probes do, the agent's and kubelet's. One that does not is not near
+//! for us: its flows go as all others.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    Handle, new_connection,
+    packet_route::{
+        AddressFamily,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    },
+};
+use tokio::sync::{mpsc, watch};
+
+/// How often the tables are looked at, while anybody wants to know. The kernel tells of changes to them too, for every
+/// entry that is confirmed again: more work than looking.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Interfaces by the address behind them.
+pub type Located = HashMap<IpAddr, u32>;
+
+/// Looks again and again while it is `wanted`; what was found differs from what was said last.
+///
+/// # Errors
+/// No netlink socket.
+pub fn watch_pods(mut wanted: watch::Receiver<bool>) -> Result<mpsc::Receiver<Located>> {
+    let (connection, handle, _) = new_connection().context("open a netlink socket")?;
+    tokio::spawn(connection);
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut last = None;
+        while wanted.wait_for(|wanted| *wanted).await.is_ok() {
+            match look(&handle).await {
+                Ok(found) if last.as_ref() == Some(&found) => {}
+                Ok(found) => {
+                    last = Some(found.clone());
+                    if sender.send(found).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => tracing::warn!("where the pods are is not known: {error:#}"),
+            }
+            tokio::time::sleep(EVERY).await;
+        }
+    });
+    Ok(receiver)
+}
+
+async fn look(handle: &Handle) -> Result<Located> {
+    let mut neighbors = dump(handle, AddressFamily::Inet).await?;
+    neighbors.extend(dump(handle, AddressFamily::Inet6).await?);
+    Ok(locate(&neighbors, &dump(handle, AddressFamily::Bridge).await?))
+}
+
+async fn dump(handle: &Handle, family: AddressFamily) -> Result<Vec<NeighbourMessage>> {
+    let mut request = handle.neighbours().get();
+    request.message_mut().header.family = family;
+    request.execute().try_collect().await.with_context(|| format!("list the neighbors ({family:?})"))
+}
+
+/// Joins the two kinds of tables: an address is behind the interface that its neighbor entry is on, or, where that is a
+/// bridge, behind the port that the bridge has its MAC address at.
+fn locate(neighbors: &[NeighbourMessage], forwarding: &[NeighbourMessage]) -> Located {
+    let mac = |message: &NeighbourMessage| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::LinkLocalAddress(mac) => Some(mac.clone()),
+            _ => None,
+        })
+    };
+    let bridge = |message: &NeighbourMessage| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::Controller(index) => Some(*index),
+            _ => None,
+        })
+    };
+    let mut ports: BTreeMap<(u32, Vec<u8>), u32> = BTreeMap::new();
+    let mut bridges: Vec<u32> = Vec::new();
+    for entry in forwarding {
+        if let (Some(bridge), Some(mac)) = (bridge(entry), mac(entry)) {
+            bridges.push(bridge);
+            ports.insert((bridge, mac), entry.header.ifindex);
+        }
+    }
+    let mut located = Located::new();
+    for entry in neighbors {
+        use NeighbourState::{Failed, Incomplete, None as NoState};
+        let address = entry.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+            _ => None,
+        });
+        let (Some(address), Some(mac)) = (address, mac(entry)) else { continue };
+        if matches!(entry.header.state, Failed | Incomplete | NoState) {
+            continue;
+        }
+        let on = entry.header.ifindex;
+        if let Some(port) = ports.get(&(on, mac)) {
+            located.insert(address, *port);
+        } else if !bridges.contains(&on) {
+            located.insert(address, on);
+        }
+    }
+    located
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    fn entry(
+        family: AddressFamily,
+        index: u32,
+        state: NeighbourState,
+        attributes: Vec<NeighbourAttribute>,
+    ) -> NeighbourMessage {
+        let mut message = NeighbourMessage::default();
+        (message.header.family, message.header.ifindex, message.header.state) = (family, index, state);
+        message.attributes = attributes;
+        message
+    }
+
+    #[test]
+    fn a_pod_is_behind_its_veth_or_its_bridge_port() {
+        use NeighbourAttribute::{Controller, Destination, LinkLocalAddress};
+        use NeighbourState::{Failed, Permanent, Reachable, Stale};
+        let v4 = |last: u8| Destination(NeighbourAddress::Inet(Ipv4Addr::new(10, 42, 0, last)));
+        let v6 = Destination(NeighbourAddress::Inet6(Ipv6Addr::LOCALHOST));
+        let mac = |last: u8| LinkLocalAddress(vec![2, 0, 0, 0, 0, last]);
+        let (cni0, uplink, veth) = (3, 2, 9);
+        let neighbors = [
+            entry(AddressFamily::Inet, cni0, Reachable, vec![v4(2), mac(2)]),
+            entry(AddressFamily::Inet, cni0, Failed, vec![v4(3), mac(3)]),
+            // Its bridge forgot it: a pod that is silent.
+            entry(AddressFamily::Inet, cni0, Stale, vec![v4(4), mac(4)]),
+            // A routed pod's interface.
+            entry(AddressFamily::Inet, veth, Stale, vec![v4(5), mac(5)]),
+            entry(AddressFamily::Inet6, cni0, Reachable, vec![v6, mac(2)]),
+            entry(AddressFamily::Inet, uplink, Reachable, vec![v4(6), mac(6)]),
+        ];
+        let forwarding = [
+            entry(AddressFamily::Bridge, 5, Reachable, vec![mac(2), Controller(cni0)]),
+            entry(AddressFamily::Bridge, 6, Reachable, vec![mac(3), Controller(cni0)]),
+            entry(AddressFamily::Bridge, 7, Permanent, vec![mac(5)]),
+        ];
+        let ip = |last: u8| IpAddr::from([10, 42, 0, last]);
+        let expected =
+            Located::from([(ip(2), 5), (ip(5), veth), (IpAddr::V6(Ipv6Addr::LOCALHOST), 5), (ip(6), uplink)]);
+        assert_eq!(locate(&neighbors, &forwarding), expected);
+    }
+}

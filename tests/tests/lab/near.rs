@@ -1,0 +1,98 @@
+//! Backends on the client's own node: from veth to veth, and clients outside that keep their address.
+
+use std::net::SocketAddrV4;
+
+use anyhow::Result;
+use breaker_tests::lab::{
+    client::ask_once,
+    netns::NetNs,
+    stage::{Checks, Lab, SERVICE},
+    wait_for,
+};
+
+use crate::{LONG, started, text, wait_well};
+
+/// Counts, in a namespace's netfilter, packets between two addresses.
+fn count(ns: &NetNs, from: &str, to: &str) -> Result<()> {
+    ns.output("iptables", &["-t", "raw", "-A", "PREROUTING", "-s", from, "-d", to]).map(drop)
+}
+
+/// What was counted: packets of all rules.
+fn counted(ns: &NetNs) -> Result<u64> {
+    let rules = ns.output("iptables", &["-t", "raw", "-L", "PREROUTING", "-vxn"])?;
+    let packets = rules.lines().skip(2).filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(packets.sum())
+}
+
+fn is_near(lab: &Lab) -> bool {
+    lab.agent.service(SERVICE).is_ok_and(|service| service.tiers[1].backends[0].near)
+}
+
+/// Requests with bodies, new connections and kept ones, and netfilter does not see one packet of them.
+#[test]
+fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
+    let lab = started("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
+    wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
+    let (client, backup) = (lab.client.address.to_string(), lab.backup.address());
+    let node = lab.world.node(0).ns();
+    count(node, &client, &backup.ip().to_string())?;
+    count(node, &backup.ip().to_string(), &client)?;
+    for _ in 0..20 {
+        assert_eq!(lab.ask()?.pod(), Some(backup.to_string().as_str()));
+    }
+    assert_eq!(counted(node)?, 0, "packets in netfilter");
+    let flows = text(&lab.agent.cli(&["flows", SERVICE])?.stdout);
+    assert!(flows.contains(" veth "), "{flows}");
+    let shown = text(&lab.agent.cli(&["status"])?.stdout);
+    assert!(shown.contains("this node") && shown.contains("NetworkPolicy"), "{shown}");
+    // The same without: there the bridge's netfilter has them.
+    lab.configure(Checks::Fast, "    override: ForceOpen\n")?;
+    wait_for("netfilter to see the packets", LONG, || {
+        lab.ask().is_ok_and(|answer| answer.pod() == Some(backup.to_string().as_str()))
+            && counted(node).is_ok_and(|packets| packets > 0)
+    })
+}
+
+/// Failover and failback with the fast path: nobody is left behind when the pod goes.
+#[test]
+fn a_fast_backup_that_dies_is_left() -> Result<()> {
+    use breaker_tests::lab::service::Fault;
+    let mut lab = started("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
+    wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
+    let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
+    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()));
+    lab.backup.inject(Fault::Kill)?;
+    wait_for("the primary to answer", LONG, || lab.ask().is_ok_and(|answer| answer.pod() == Some(&primary)))?;
+    lab.backup.heal(Fault::Kill)?;
+    wait_for("the backup to answer again", LONG, || lab.ask().is_ok_and(|answer| answer.pod() == Some(&backup)))
+}
+
+/// A client outside, by a NodePort-like address of the node: the backup sees the client itself, and its answers find back.
+#[test]
+fn external_traffic_policy_local_keeps_the_clients_address() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    let outside = SocketAddrV4::new(lab.world.node(0).address(), 30080);
+    let backup = lab.backup.address();
+    let services = lab.services(Checks::Fast, "    override: ForceOpen\n");
+    for (policy, seen) in [("Cluster", "10.42.1.1"), ("Local", "172.31.0.1")] {
+        let frontend = format!("{{address: {}, port: 30080, externalTrafficPolicy: {policy}}}", outside.ip());
+        let services = services.replacen(
+            &format!("      - {{address: {}, port: {}}}\n", lab.vip.ip(), lab.vip.port()),
+            &format!("      - {frontend}\n"),
+            1,
+        );
+        lab.agent.write_config("  uplinks: true\n", &services)?;
+        lab.agent.start()?;
+        wait_well(&lab)?;
+        if policy == "Local" {
+            wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
+        }
+        count(&lab.backup.pod.ns, seen, &backup.ip().to_string())?;
+        let before = counted(&lab.backup.pod.ns)?;
+        let answer = ask_once(lab.world.lan(), outside)?;
+        assert_eq!(answer.pod(), Some(backup.to_string().as_str()));
+        assert!(counted(&lab.backup.pod.ns)? > before, "{policy}: the backup saw {seen}");
+        lab.agent.stop()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! Backends that are pods of this node: from veth to veth (`fastPath: PeerRedirect`), and clients outside that keep their
+//! address (`externalTrafficPolicy: Local`).
+
+use std::{collections::HashMap, net::SocketAddr};
+
+use anyhow::Result;
+use breaker_agent::{
+    datapath::{Datapath as _, kernel::Located},
+    model::Service,
+};
+use breaker_common::BreakerState::{Closed, Open};
+use breaker_tests::packets::{
+    Datagram, NEXT, REDIRECT, Rig, Segment,
+    flags::{ACK, PSH, RST, SYN},
+    plan, pod, pod6, service, service_with, vip, vip6,
+};
+
+use super::{flow_count, moved};
+
+const FAST: &str = "fastPath: PeerRedirect,";
+/// kube-proxy's masquerade mark.
+const MARK: u32 = 0x4000;
+/// Client, VIP, backup.
+const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr); 2] =
+    [(pod(4, 40_000), vip(10), pod(3, 80)), (pod6(4, 40_000), vip6(10), pod6(3, 80))];
+
+fn near(rig: &mut Rig, pods: &[SocketAddr]) {
+    rig.datapath.locate(pods.iter().map(|pod| (pod.ip(), 1)).collect::<Located>());
+}
+
+fn rig(service: &Service, pods: &[SocketAddr]) -> Result<Rig> {
+    let mut rig = Rig::new()?;
+    near(&mut rig, pods);
+    rig.apply(&plan(service, Open, 5))?;
+    Ok(rig)
+}
+
+/// Both ways where each comes from, never by the client's egress.
+#[test]
+fn a_fast_flow_goes_from_veth_to_veth_both_ways() -> Result<()> {
+    for (client, vip, backup) in FAMILIES {
+        let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
+        for (flags, payload) in [(SYN, &b""[..]), (ACK, b""), (ACK | PSH, b"GET / HTTP/1.1\r\n\r\n")] {
+            let there = Segment::new(client, vip, flags).data(5, 6, payload);
+            let ran = rig.from_pod(&there)?;
+            assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
+            assert_eq!(Segment::read(&ran.bytes)?, moved(&there, client, backup));
+            let back = Segment::new(backup, client, flags | ACK).data(7, 8, payload);
+            let ran = rig.from_pod(&back)?;
+            assert_eq!(ran.action, REDIRECT);
+            assert_eq!(Segment::read(&ran.bytes)?, moved(&back, vip, client));
+        }
+        assert_eq!(flow_count(&mut rig), 1);
+        let flows = rig.datapath.flows(&service("dummy", vip, &[backup], "")?.name, 9)?;
+        assert_eq!((flows[0].way, flows[0].phase), ("veth", "established"));
+    }
+    Ok(())
+}
+
+/// Without the policy, or with the backup elsewhere, all is as ever: the reply is translated at the client's veth.
+#[test]
+fn others_go_by_the_stack() -> Result<()> {
+    for (client, vip, backup) in FAMILIES {
+        for (policy, is_near) in [("", true), (FAST, false)] {
+            let pods = if is_near { vec![backup] } else { Vec::new() };
+            let mut rig = rig(&service("dummy", vip, &[backup], policy)?, &pods)?;
+            let syn = Segment::new(client, vip, SYN);
+            let ran = rig.from_pod(&syn)?;
+            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, moved(&syn, client, backup)));
+            let answer = Segment::new(backup, client, SYN | ACK);
+            let ran = rig.from_pod(&answer)?;
+            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, answer.clone()), "on the backup's own veth");
+            let ran = rig.to_pod(&answer)?;
+            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, moved(&answer, vip, client)));
+        }
+    }
+    Ok(())
+}
+
+/// netfilter does not take up a connection in the middle: the way is decided with the first packet.
+#[test]
+fn a_flow_keeps_its_way() -> Result<()> {
+    let (client, vip, backup) = FAMILIES[0];
+    let (slow, fast) = (service("dummy", vip, &[backup], "")?, service("dummy", vip, &[backup], FAST)?);
+    let data = Segment::new(client, vip, ACK | PSH).data(5, 6, b"x");
+    let mut rig = rig(&fast, &[backup])?;
+    rig.from_pod(&Segment::new(client, vip, SYN))?;
+    rig.apply(&plan(&slow, Open, 6))?;
+    assert_eq!(rig.from_pod(&data)?.action, REDIRECT, "began fast");
+    assert_eq!(rig.datapath.sweep(None)?.entries, 1);
+    assert_eq!(rig.from_pod(&Segment::new(backup, client, ACK))?.action, REDIRECT, "also the answers, after a sweep");
+    let other = pod(4, 40_001);
+    rig.from_pod(&Segment::new(other, vip, SYN))?;
+    rig.apply(&plan(&fast, Open, 7))?;
+    assert_eq!(rig.from_pod(&moved(&data, other, vip))?.action, NEXT, "began slow");
+    assert_eq!(rig.from_pod(&Segment::new(backup, other, ACK))?.action, NEXT);
+    Ok(())
+}
+
+/// A pod would not take a packet from itself, so that one is masqueraded, which netfilter does.
+#[test]
+fn hairpin_is_never_fast() -> Result<()> {
+    let (_, vip, backup) = FAMILIES[0];
+    let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
+    let ran = rig.from_pod(&Segment::new(SocketAddr::new(backup.ip(), 5000), vip, SYN))?;
+    assert_eq!((ran.action, ran.mark), (NEXT, MARK));
+    Ok(())
+}
+
+/// What a pod that is a backup sends on its own behalf is nobody's answer.
+#[test]
+fn a_backup_is_a_client_as_well() -> Result<()> {
+    let (client, vip, backup) = FAMILIES[0];
+    let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
+    rig.from_pod(&Segment::new(client, vip, SYN))?;
+    // From its service's port, to somebody who never asked.
+    let stray = Segment::new(backup, pod(5, 40_000), SYN | ACK);
+    let ran = rig.from_pod(&stray)?;
+    assert_eq!((ran.action, ran.bytes), (NEXT, stray.bytes()));
+    Ok(())
+}
+
+/// The policy for established flows reaches both ends, the backup's from veth to veth.
+#[test]
+fn resets_reach_a_fast_peer() -> Result<()> {
+    let (client, vip, backup) = FAMILIES[0];
+    let service = service("dummy", vip, &[backup], &format!("{FAST} onClose: Reset,"))?;
+    let mut rig = rig(&service, &[backup])?;
+    rig.from_pod(&Segment::new(client, vip, SYN))?;
+    rig.apply(&breaker_tests::packets::plan_with(&service, Closed, 6, 1000, true, &service.backups[0].backends))?;
+    let ran = rig.from_pod(&Segment::new(client, vip, ACK | PSH).data(5, 6, b"x"))?;
+    assert_eq!(ran.action, REDIRECT);
+    let reset = Segment::read(&ran.bytes)?;
+    assert_eq!((reset.source, reset.destination, reset.flags & RST), (client, backup, RST));
+    Ok(())
+}
+
+/// Errors and fragments go the way of the flow that they belong to.
+#[test]
+fn errors_and_fragments_of_fast_datagrams() -> Result<()> {
+    let (client, vip, backup) = (pod(4, 5000), vip(10), pod(3, 53));
+    let service = service_with("dns", &[(vip, "UDP")], &[backup], FAST)?;
+    let mut rig = rig(&service, &[backup])?;
+    let question = Datagram::new(client, vip, b"question").bytes();
+    let sent = rig.raw_from_pod(&question)?;
+    assert_eq!(sent.action, REDIRECT);
+    // The backup's "port unreachable" quotes what it got.
+    let error = unreachable(backup, client, &sent.bytes[14..]);
+    let ran = rig.raw_from_pod(&error)?;
+    assert_eq!(ran.action, REDIRECT);
+    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the client knows its own packet");
+    // The client's about an answer.
+    let answer = Datagram::new(backup, client, b"answer").bytes();
+    let got = rig.raw_from_pod(&answer)?;
+    let ran = rig.raw_from_pod(&unreachable(client, vip, &got.bytes[14..]))?;
+    assert_eq!(ran.action, REDIRECT);
+    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], answer[14..][..20 + 8]);
+    // Fragments, both ways.
+    for (packet, from, to) in [(&question, client, backup), (&answer, vip, client)] {
+        let [first, second] = fragments(packet);
+        assert_eq!(rig.raw_from_pod(&first)?.action, REDIRECT);
+        let ran = rig.raw_from_pod(&second)?;
+        assert_eq!(ran.action, REDIRECT);
+        let ends = (ran.bytes[26..30].to_vec(), ran.bytes[30..34].to_vec());
+        assert_eq!(ends, (octets(from), octets(to)));
+    }
+    Ok(())
+}
+
+fn octets(address: SocketAddr) -> Vec<u8> {
+    match address {
+        SocketAddr::V4(address) => address.ip().octets().to_vec(),
+        SocketAddr::V6(address) => address.ip().octets().to_vec(),
+    }
+}
+
+/// An ICMP "port unreachable" about a packet.
+fn unreachable(from: SocketAddr, to: SocketAddr, about: &[u8]) -> Vec<u8> {
+    use etherparse::{Icmpv4Type, icmpv4::DestUnreachableHeader};
+    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { panic!("IPv4") };
+    let builder = etherparse::PacketBuilder::ethernet2([2; 6], [4; 6])
+        .ipv4(from.ip().octets(), to.ip().octets(), 64)
+        .icmpv4(Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port));
+    let mut frame = Vec::new();
+    builder.write(&mut frame, &about[..about.len().min(28)]).unwrap();
+    frame
+}
+
+/// A datagram of IPv4 in two fragments, the second without ports.
+fn fragments(packet: &[u8]) -> [Vec<u8>; 2] {
+    let cut = |more: bool, offset: u16, payload: &[u8]| {
+        let mut header = etherparse::Ipv4Header::from_slice(&packet[14..]).unwrap().0;
+        header.more_fragments = more;
+        header.identification = 77;
+        header.dont_fragment = false;
+        header.fragment_offset = offset.try_into().unwrap();
+        header.set_payload_len(payload.len()).unwrap();
+        header.header_checksum = header.calc_header_checksum();
+        let mut frame = packet[..14].to_vec();
+        header.write(&mut frame).unwrap();
+        frame.extend_from_slice(payload);
+        frame
+    };
+    let payload = &packet[34..];
+    [cut(true, 0, &payload[..8]), cut(false, 1, &payload[8..])]
+}
+
+/// `externalTrafficPolicy: Local`: toward a backend of this node a client outside keeps its address.
+#[test]
+fn clients_outside_keep_their_address_toward_this_node() -> Result<()> {
+    let (client, vip) = (SocketAddr::from(([172, 31, 0, 1], 40_000)), vip(10));
+    let (here, there) = (pod(3, 80), SocketAddr::from(([10, 42, 9, 3], 80)));
+    let rows: HashMap<&str, (&str, SocketAddr, u32)> = HashMap::from([
+        ("Local, a pod of this node", ("Local", here, 0)),
+        ("Local, a pod of another node", ("Local", there, MARK)),
+        ("Cluster, a pod of this node", ("Cluster", here, MARK)),
+    ]);
+    for (why, (policy, backup, mark)) in rows {
+        let mut service = service("dummy", vip, &[backup], "")?;
+        if policy == "Local" {
+            service.keep_client.frontends = service.frontends.iter().copied().collect();
+        }
+        let mut rig = rig(&service, &[here])?;
+        let data = Segment::new(client, vip, ACK | PSH).data(5, 6, b"x");
+        for segment in [Segment::new(client, vip, SYN), data] {
+            let ran = rig.run("breaker_up", &segment.bytes())?;
+            assert_eq!((ran.action, ran.mark), (NEXT, mark), "{why}");
+            assert_eq!(Segment::read(&ran.bytes)?, moved(&segment, client, backup), "{why}");
+        }
+        let answer = Segment::new(backup, client, SYN | ACK);
+        let ran = rig.run("breaker_up_out", &answer.bytes())?;
+        assert_eq!(Segment::read(&ran.bytes)?, moved(&answer, vip, client), "{why}");
+    }
+    Ok(())
+}
