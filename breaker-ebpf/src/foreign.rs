@@ -6,13 +6,14 @@
 
 use aya_ebpf::{
     btf_maps::{Array, ProgramArray},
-    macros::{btf_map, cgroup_sock_addr, classifier},
-    programs::{SockAddrContext, TcContext},
+    macros::{btf_map, cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, TcContext, XdpContext},
 };
 
-/// Packets seen by [`foreign_in`] (0) and [`foreign_out`] (1).
+/// What was seen by [`foreign_in`] (0), [`foreign_out`] (1), [`foreign_ok`] (2), [`foreign_mark`] (3), [`foreign_drop`] (4: what it
+/// dropped), [`foreign_xdp`] (5) and [`foreign_connect`] (6).
 #[btf_map]
-static SEEN: Array<u64, 2> = Array::new();
+static SEEN: Array<u64, 7> = Array::new();
 
 fn count(index: u32) {
     if let Some(seen) = SEEN.get_ptr_mut(index) {
@@ -33,6 +34,47 @@ pub fn foreign_in(_ctx: TcContext) -> i32 {
 pub fn foreign_out(_ctx: TcContext) -> i32 {
     count(1);
     aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
+/// Counts and accepts: nobody behind it sees the packet.
+#[classifier]
+pub fn foreign_ok(_ctx: TcContext) -> i32 {
+    count(2);
+    aya_ebpf::bindings::TC_ACT_OK
+}
+
+/// Marks what passes, as a policy engine does.
+#[classifier]
+pub fn foreign_mark(ctx: TcContext) -> i32 {
+    count(3);
+    // SAFETY: the context is valid for the run of the program.
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    ctx.set_mark(mark | 0x0100_0000);
+    aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
+/// Drops IPv4 packets to port 9999, as a firewall does.
+#[classifier]
+pub fn foreign_drop(ctx: TcContext) -> i32 {
+    if ctx.load::<u16>(36).is_ok_and(|port| port == 9999_u16.to_be()) {
+        count(4);
+        return aya_ebpf::bindings::TC_ACT_SHOT;
+    }
+    aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
+/// Counts and passes on.
+#[xdp]
+pub fn foreign_xdp(_ctx: XdpContext) -> u32 {
+    count(5);
+    aya_ebpf::bindings::xdp_action::XDP_PASS
+}
+
+/// Counts and lets it go on.
+#[cgroup_sock_addr(connect4)]
+pub fn foreign_connect(_ctx: SockAddrContext) -> i32 {
+    count(6);
+    1
 }
 
 /// Named as a socket load balancer's program is; does nothing.

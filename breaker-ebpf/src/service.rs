@@ -12,9 +12,9 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 #[btf_map]
 static SWITCHES: Array<Switch, SERVICES_LEN, MMAPABLE> = Array::new();
 
-/// Names, reasons and times: for restarts and for people.
+/// Names, reasons and times: for restarts and for people. In the agent's memory, too: a flip writes it.
 #[btf_map]
-static SERVICES: Array<ServiceRecord, SERVICES_LEN> = Array::new();
+static SERVICES: Array<ServiceRecord, SERVICES_LEN, MMAPABLE> = Array::new();
 
 /// Written by the programs only.
 #[btf_map]

@@ -119,7 +119,7 @@ pub async fn run(options: Options) -> Result<()> {
         carry_log(logger);
     }
     let events = loaded.maps.events_ready()?;
-    let attacher = Attacher::new(loaded.programs, &pins, config.attach);
+    let attacher = Attacher::new(loaded.programs, &pins, config.attach, config.attach_order);
     let clock = Clock::new();
     let engine = Engine::new(KernelDatapath::new(loaded.maps), clock.now())?;
     let (reports_in, reports) = mpsc::channel(4096);

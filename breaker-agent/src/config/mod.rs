@@ -48,6 +48,8 @@ pub struct AgentConfig {
     pub node_sockets: bool,
     /// How the programs are attached.
     pub attach: AttachMode,
+    /// Before or behind others' on the same hook.
+    pub attach_order: AttachOrder,
     /// How long the programs act on the agent's last word; zero = for ever.
     pub lease: Duration,
     /// How many services there is room for; `None`: by the node's memory.
@@ -67,7 +69,7 @@ impl PartialEq for AgentConfig {
                 c.listen,
                 (c.veths, c.uplinks, c.node_sockets),
                 c.interface_globs.clone(),
-                c.attach,
+                (c.attach, c.attach_order),
                 c.lease,
                 (c.max_services, c.max_flows),
                 c.masquerade_mark,
@@ -86,6 +88,15 @@ pub enum AttachMode {
     Tcx,
     /// cls_bpf filters on a clsact qdisc.
     Clsact,
+}
+
+/// Where our programs stand among those of a hook that are there when they are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum AttachOrder {
+    /// They see packets before all others.
+    First,
+    /// They see packets that all others let through.
+    Last,
 }
 
 /// What is wrong with a configuration file.

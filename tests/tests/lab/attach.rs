@@ -1,11 +1,7 @@
-//! Interfaces come and go, other programs run beside ours, and nothing of ours is left behind.
+//! Interfaces come and go, and nothing of ours is left behind.
 
 use anyhow::{Context as _, Result};
-use aya::{
-    Ebpf,
-    maps::Array,
-    programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions},
-};
+use aya::programs::{SchedClassifier, TcAttachType};
 use breaker_tests::lab::{
     client::Plan,
     service::Fault,
@@ -14,31 +10,6 @@ use breaker_tests::lab::{
 };
 
 use crate::{LONG, started, text, wait_well};
-
-static FOREIGN: &[u8] = aya::include_bytes_aligned!(env!("FOREIGN_OBJECT"));
-
-#[test]
-fn a_foreign_program_before_and_after_ours_goes_on_running() -> Result<()> {
-    for order in [LinkOrder::first, LinkOrder::last] {
-        let mut lab = started("")?;
-        let veth = lab.client.veth.clone();
-        let mut foreign = lab.world.node(0).ns().enter(move || -> Result<Ebpf> {
-            let mut foreign = Ebpf::load(FOREIGN)?;
-            for (name, direction) in [("foreign_in", TcAttachType::Ingress), ("foreign_out", TcAttachType::Egress)] {
-                let program: &mut SchedClassifier = foreign.program_mut(name).context(name)?.try_into()?;
-                program.load()?;
-                program.attach_with_options(&veth, direction, TcAttachOptions::TcxOrder(order()))?;
-            }
-            Ok(foreign)
-        })??;
-        lab.primary.inject(Fault::Kill)?;
-        lab.agent.wait_state(SERVICE, "Open", LONG)?;
-        assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
-        let seen: Array<_, u64> = Array::try_from(foreign.map_mut("SEEN").context("SEEN")?)?;
-        assert!(seen.get(&0, 0)? > 3 && seen.get(&1, 0)? > 3, "both directions of a connection");
-    }
-    Ok(())
-}
 
 #[test]
 fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {

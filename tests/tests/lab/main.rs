@@ -3,6 +3,7 @@
 
 mod attach;
 mod failover;
+mod foreign;
 mod lifecycle;
 mod near;
 mod policy;

@@ -1,7 +1,7 @@
 //! Attaching to interfaces, and leaving them as they were.
 //!
-//! tcx (kernel 6.6): a link per direction, pinned; a restarted agent swaps the program behind the link at once. Ours
-//! comes first, and returns "next", so that everybody behind it runs.
+//! tcx (kernel 6.6): a link per direction, pinned; a restarted agent swaps the program behind the link at once, where it
+//! stands. Ours comes first, unless it is to be last, and returns "next", so that everybody behind it runs.
 //!
 //! clsact: a filter per direction with a priority and handle of its own on the shared qdisc; a restarted agent
 //! replaces it in place. The qdisc is removed only if we made it and nobody else's filter is left on it.
@@ -32,10 +32,17 @@ use super::{
     pins::PinDir,
     sockets,
 };
-use crate::config::AttachMode;
+use crate::config::{AttachMode, AttachOrder};
 
-/// Priority of our clsact filters: early, but not the very first numbers that others are fond of.
-const PRIORITY: u16 = 0x00b4;
+/// Priority of our clsact filters: early, but not the very first numbers that others are fond of; or behind those that the
+/// kernel gives (from 0xc000 on downward).
+const fn priority(order: AttachOrder) -> u16 {
+    match order {
+        AttachOrder::First => 0x00b4,
+        AttachOrder::Last => 0xffb4,
+    }
+}
+
 /// Handle of our clsact filters: how we find them again.
 const HANDLE: TcHandle = TcHandle::new(0, 0xb4ea);
 
@@ -60,19 +67,20 @@ pub struct Attacher {
     links: PathBuf,
     clsact: PathBuf,
     mode: AttachMode,
+    order: AttachOrder,
     attached: BTreeMap<u32, Attached>,
 }
 
 impl Attacher {
-    /// With loaded programs; `mode` as configured.
+    /// With loaded programs; `mode` and `order` as configured.
     #[must_use]
-    pub fn new(programs: Ebpf, pins: &PinDir, mode: AttachMode) -> Self {
+    pub fn new(programs: Ebpf, pins: &PinDir, mode: AttachMode, order: AttachOrder) -> Self {
         let mode = match mode {
             AttachMode::Auto if has_tcx() => AttachMode::Tcx,
             AttachMode::Auto => AttachMode::Clsact,
             chosen => chosen,
         };
-        Self { programs, links: pins.links(), clsact: pins.clsact(), mode, attached: BTreeMap::new() }
+        Self { programs, links: pins.links(), clsact: pins.clsact(), mode, order, attached: BTreeMap::new() }
     }
 
     /// How programs are attached: never `Auto`.
@@ -105,9 +113,9 @@ impl Attacher {
                 .try_into()
                 .with_context(|| format!("{program_name} is no tc program"))?;
             match self.mode {
-                AttachMode::Clsact => attach_clsact(program, name, index, direction, &self.clsact),
+                AttachMode::Clsact => attach_clsact(program, name, index, direction, self.order, &self.clsact),
                 AttachMode::Tcx | AttachMode::Auto => {
-                    attach_tcx(program, name, direction, &self.links.join(format!("{index}_{suffix}")))
+                    attach_tcx(program, name, direction, self.order, &self.links.join(format!("{index}_{suffix}")))
                 }
             }
             .with_context(|| format!("attach {program_name} to {name}"))?;
@@ -147,7 +155,13 @@ pub fn kernel_at_least(major: u8, minor: u8) -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(major, minor, 0))
 }
 
-fn attach_tcx(program: &mut SchedClassifier, name: &str, direction: TcAttachType, pin: &Path) -> Result<()> {
+fn attach_tcx(
+    program: &mut SchedClassifier,
+    name: &str,
+    direction: TcAttachType,
+    order: AttachOrder,
+    pin: &Path,
+) -> Result<()> {
     if pin.exists() {
         match replace_tcx(program, pin) {
             Ok(()) => return Ok(()),
@@ -158,7 +172,11 @@ fn attach_tcx(program: &mut SchedClassifier, name: &str, direction: TcAttachType
             }
         }
     }
-    let id = program.attach_with_options(name, direction, TcAttachOptions::TcxOrder(LinkOrder::first()))?;
+    let place = match order {
+        AttachOrder::First => LinkOrder::first(),
+        AttachOrder::Last => LinkOrder::last(),
+    };
+    let id = program.attach_with_options(name, direction, TcAttachOptions::TcxOrder(place))?;
     let link: FdLink = program.take_link(id)?.try_into()?;
     link.pin(pin).with_context(|| format!("pin {}", pin.display()))?;
     Ok(())
@@ -177,6 +195,7 @@ fn attach_clsact(
     name: &str,
     index: u32,
     direction: TcAttachType,
+    order: AttachOrder,
     markers: &Path,
 ) -> Result<()> {
     // A directory is the only thing that bpffs lets us leave as a note.
@@ -187,13 +206,17 @@ fn attach_clsact(
         Err(error) if format!("{error:?}").contains("EEXIST") || already_there(&error) => {}
         Err(error) => return Err(anyhow!(error).context("add a clsact qdisc")),
     }
-    let existing = SchedClassifierLink::attached(name, direction, PRIORITY, HANDLE, None)?;
-    let id = match program.attach_to_link(existing) {
-        Ok(id) => id,
-        Err(_) => program.attach_with_options(
+    // It stays where an earlier agent put it, as a tcx link does.
+    let replaced = [AttachOrder::First, AttachOrder::Last].into_iter().find_map(|order| {
+        let existing = SchedClassifierLink::attached(name, direction, priority(order), HANDLE, None).ok()?;
+        program.attach_to_link(existing).ok()
+    });
+    let id = match replaced {
+        Some(id) => id,
+        None => program.attach_with_options(
             name,
             direction,
-            TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None }),
+            TcAttachOptions::Netlink(NlOptions { priority: priority(order), handle: HANDLE, classid: None }),
         )?,
     };
     // The filter stays when we end; a link that is dropped would take it away.

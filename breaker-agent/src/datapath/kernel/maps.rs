@@ -164,6 +164,7 @@ pub struct Maps {
     pub(super) v4: FamilyMaps<V4>,
     pub(super) v6: FamilyMaps<V6>,
     pub(super) services: Array<MapData, ServiceRecord<u8>>,
+    records: SharedArray,
     pub(super) routes: Array<MapData, Route>,
     pub(super) slots: Array<MapData, u32>,
     /// As they are, which may differ from what is configured: maps of an earlier agent keep their sizes.
@@ -216,6 +217,7 @@ impl Maps {
     pub fn open(mut open: impl FnMut(&str) -> Result<Map>) -> Result<Self> {
         let switches = array(open("SWITCHES")?, "SWITCHES")?;
         let heartbeat = array(open("HEARTBEAT")?, "HEARTBEAT")?;
+        let services = array(open("SERVICES")?, "SERVICES")?;
         let routes = array(open("ROUTES")?, "ROUTES")?;
         let slots = array(open("SLOTS")?, "SLOTS")?;
         let v4 = FamilyMaps::<V4>::open(&mut open, V4_NAMES)?;
@@ -231,7 +233,8 @@ impl Maps {
         Ok(Self {
             v4,
             v6,
-            services: typed(open("SERVICES")?, "SERVICES")?,
+            records: shared(&services, size_of::<ServiceRecord<u8>>())?,
+            services: typed(Map::Array(services), "SERVICES")?,
             routes: typed(Map::Array(routes), "ROUTES")?,
             slots: typed(Map::Array(slots), "SLOTS")?,
             sizes,
@@ -252,6 +255,12 @@ impl Maps {
     /// Throws a service's switch: one store.
     pub fn set_switch(&self, index: u32, switch: Switch<u8>) {
         self.switches.store(index, 0, switch.to_word());
+    }
+
+    /// Writes a service's record. Not at once: what the programs read of it are words of their own, and an agent that reads the
+    /// rest comes after this one.
+    pub(super) fn set_record(&self, index: u32, record: &ServiceRecord<u8>) {
+        self.records.write(index, record);
     }
 
     pub(super) fn beat(&self, lease: Duration, unix_ns: u64) {

@@ -53,6 +53,18 @@ impl SharedArray {
         self.word(index, offset).store(word, Ordering::SeqCst);
     }
 
+    /// Writes a whole value, word by word: whoever reads it meanwhile may see some of each.
+    pub(super) fn write<T: aya::Pod>(&self, index: u32, value: &T) {
+        let words = size_of::<T>() / 8;
+        debug_assert_eq!((size_of::<T>() % 8, self.stride), (0, size_of::<T>()), "values of this map are whole words");
+        let from: *const T = value;
+        for word in 0..words {
+            // SAFETY: inside of the value; `Pod` says that any bytes of it may be looked at, and it may be aligned by less.
+            let bytes = unsafe { from.cast::<u64>().add(word).read_unaligned() };
+            self.word(index, word * 8).store(bytes, Ordering::Relaxed);
+        }
+    }
+
     /// The 32-bit word at `offset` of a value.
     pub(super) fn word32(&self, index: u32, offset: usize) -> &AtomicU32 {
         // SAFETY: as for `word`.

@@ -46,12 +46,25 @@ pub use offline::{Leftover, read as read_offline};
 pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};
 use places::Places;
 pub use sizes::Sizes;
+pub use sockets::cgroup_root;
 
 /// A service that has a place in the maps.
 #[derive(Debug)]
 struct Installed {
     index: u32,
     routes: Vec<InstalledRoute>,
+}
+
+impl Installed {
+    /// Whether the maps have these routes already.
+    fn has(&self, routes: &[RoutePlan]) -> bool {
+        let same = |(installed, route): (&InstalledRoute, &RoutePlan)| {
+            installed.slots.as_ref() == Some(&route.slots)
+                && installed.flags == flags_of(route)
+                && installed.frontends == route.frontends
+        };
+        self.routes.len() == routes.len() && self.routes.iter().zip(routes).all(same)
+    }
 }
 
 /// A route that has a place in the maps.
@@ -281,8 +294,7 @@ impl KernelDatapath {
             None => self.route_places.take()?,
         };
         let frontends = route.frontends.clone();
-        let flags = if route.keep_client { route_flags::KEEP_CLIENT } else { 0 };
-        Ok(InstalledRoute { index, frontends, flags, slots: Some(route.slots.clone()), tables })
+        Ok(InstalledRoute { index, frontends, flags: flags_of(route), slots: Some(route.slots.clone()), tables })
     }
 
     /// Gives back the places of a route that never came into force.
@@ -303,6 +315,12 @@ impl KernelDatapath {
     }
 
     fn try_apply(&mut self, plan: &ServicePlan) -> Result<()> {
+        // A flip, and nothing else.
+        if let Some(installed) = self.services.get(&plan.name).filter(|installed| installed.has(&plan.routes)) {
+            let index = installed.index;
+            self.throw(plan, index, self.maps.switch(index).buffer());
+            return Ok(());
+        }
         let (index, old) = match self.services.get(&plan.name) {
             Some(installed) => (installed.index, installed.routes.clone()),
             None => (self.service_places.take()?, Vec::new()),
@@ -314,20 +332,9 @@ impl KernelDatapath {
         outcome
     }
 
-    fn apply_at(&mut self, plan: &ServicePlan, index: u32, old: &[InstalledRoute]) -> Result<()> {
-        let known = self.services.contains_key(&plan.name);
-        let before = if known { self.maps.switch(index) } else { Switch::from_word(0) };
-        let routes = self.place_routes(plan, old)?;
-        let changed = routes.iter().any(|new| old.iter().any(|o| o.index == new.index && o.tables != new.tables));
-        let buffer = if changed { 1 - before.buffer() } else { before.buffer() };
-        for route in &routes {
-            // What is in force stays in its buffer until the switch is thrown.
-            let in_force = old.iter().find(|o| o.index == route.index).map_or(route.tables, |o| o.tables);
-            let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
-            self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
-        }
-        self.maps.services.set(index, record(plan, index), 0).context("write the service's record")?;
-
+    /// Throws a service's switch: everything that it leads to is there.
+    fn throw(&mut self, plan: &ServicePlan, index: u32, buffer: u32) {
+        self.maps.set_record(index, &record(plan, index));
         let mut flags = plan.flags;
         if buffer == 1 {
             flags |= switch_flags::BUFFER;
@@ -341,6 +348,25 @@ impl KernelDatapath {
         let decision = &plan.decision;
         let switch = Switch { epoch: decision.epoch, share: decision.share, state: decision.state as u8, flags };
         self.maps.set_switch(index, switch);
+    }
+
+    fn apply_at(&mut self, plan: &ServicePlan, index: u32, old: &[InstalledRoute]) -> Result<()> {
+        let known = self.services.contains_key(&plan.name);
+        let before = if known { self.maps.switch(index) } else { Switch::from_word(0) };
+        let routes = self.place_routes(plan, old)?;
+        let changed = routes.iter().any(|new| old.iter().any(|o| o.index == new.index && o.tables != new.tables));
+        let buffer = if changed { 1 - before.buffer() } else { before.buffer() };
+        for route in &routes {
+            let known = old.iter().find(|o| o.index == route.index);
+            if !changed && known.is_some_and(|o| (o.tables, o.flags) == (route.tables, route.flags)) {
+                continue;
+            }
+            // What is in force stays in its buffer until the switch is thrown.
+            let in_force = known.map_or(route.tables, |o| o.tables);
+            let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
+            self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
+        }
+        self.throw(plan, index, buffer);
 
         // From here on the new routes are in force, whatever fails below and is tried again.
         for gone in old {
@@ -394,7 +420,7 @@ impl KernelDatapath {
             self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
         }
         self.maps.set_switch(index, Switch::from_word(0));
-        self.maps.services.set(index, record_of_nobody(), 0).context("clear the record")?;
+        self.maps.set_record(index, &record_of_nobody());
         self.maps.clear_counters(index)?;
         for route in routes {
             self.write_route(route.index, Route::NOTHING.tables, 0)?;
@@ -563,6 +589,11 @@ impl Datapath for KernelDatapath {
         let names: HashMap<u32, ServiceName> = self.services.iter().map(|(n, s)| (s.index, n.clone())).collect();
         self.maps.events(&names)
     }
+}
+
+/// Bits of [`route_flags`].
+const fn flags_of(route: &RoutePlan) -> u32 {
+    if route.keep_client { route_flags::KEEP_CLIENT } else { 0 }
 }
 
 /// The address is no frontend of this service any more; it may be another's already.

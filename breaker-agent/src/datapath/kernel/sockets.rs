@@ -83,7 +83,10 @@ fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockA
 }
 
 /// Where cgroup2 is mounted: found by its mount, because on hybrid hierarchies it is not at /sys/fs/cgroup itself.
-fn cgroup_root() -> Result<PathBuf> {
+///
+/// # Errors
+/// Where it is not mounted, with the command that mounts it.
+pub fn cgroup_root() -> Result<PathBuf> {
     // proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, "-", type, …
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
     let points = mounts.lines().filter_map(|line| {

@@ -1,0 +1,168 @@
+//! Programs of others on the same hooks: they go on running, before ours and behind, and are there when ours are gone.
+
+use std::fs::File;
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf,
+    maps::Array,
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType, Xdp, XdpMode,
+        tc::{NlOptions, TcAttachOptions},
+    },
+};
+use breaker_tests::lab::{
+    client::ask_once,
+    stage::{Checks, Lab, SERVICE},
+};
+
+use crate::{LONG, started, wait_well};
+
+static FOREIGN: &[u8] = aya::include_bytes_aligned!(env!("FOREIGN_OBJECT"));
+
+/// Where a foreign program stands.
+type Place = fn() -> TcAttachOptions;
+
+fn before() -> TcAttachOptions {
+    TcAttachOptions::TcxOrder(LinkOrder::first())
+}
+
+fn behind() -> TcAttachOptions {
+    TcAttachOptions::TcxOrder(LinkOrder::last())
+}
+
+/// Puts foreign programs on the client's veth; they stay as long as what is returned.
+fn attach(lab: &Lab, programs: &'static [(&'static str, TcAttachType)], place: Place) -> Result<Ebpf> {
+    let veth = lab.client.veth.clone();
+    lab.world.node(0).ns().enter(move || -> Result<Ebpf> {
+        let mut foreign = Ebpf::load(FOREIGN)?;
+        for (name, direction) in programs {
+            let program: &mut SchedClassifier = foreign.program_mut(name).context(*name)?.try_into()?;
+            program.load()?;
+            program.attach_with_options(&veth, *direction, place())?;
+        }
+        Ok(foreign)
+    })?
+}
+
+/// How often a foreign program counted.
+fn seen(foreign: &mut Ebpf, index: u32) -> Result<u64> {
+    let seen: Array<_, u64> = Array::try_from(foreign.map_mut("SEEN").context("SEEN")?)?;
+    Ok(seen.get(&index, 0)?)
+}
+
+fn open(lab: &Lab) -> Result<()> {
+    lab.agent.wait_state(SERVICE, "Open", LONG)
+}
+
+fn answers(lab: &Lab, pod: &breaker_tests::lab::service::ServicePod) -> Result<()> {
+    let answer = lab.ask()?;
+    anyhow::ensure!(answer.pod() == Some(pod.address().to_string().as_str()), "{answer}");
+    Ok(())
+}
+
+/// Whoever passes packets on, marks them or drops some of others: before ours and behind, both do their work.
+#[test]
+fn before_and_behind_ours_both_do_their_work() -> Result<()> {
+    use TcAttachType::{Egress, Ingress};
+    let places: [(&str, Place); 2] = [("before", before), ("behind", behind)];
+    for (place, order) in places {
+        let lab = started("    override: ForceOpen\n")?;
+        open(&lab)?;
+        let programs =
+            &[("foreign_in", Ingress), ("foreign_out", Egress), ("foreign_mark", Ingress), ("foreign_drop", Ingress)];
+        let mut foreign = attach(&lab, programs, order)?;
+        answers(&lab, &lab.backup)?;
+        assert!(seen(&mut foreign, 0)? > 3 && seen(&mut foreign, 1)? > 3, "{place}: both directions of a connection");
+        assert!(seen(&mut foreign, 3)? > 3, "{place}: marked");
+        // What it drops is dropped: no answer, not even a refusal.
+        let target = std::net::SocketAddr::from((*lab.backup.address().ip(), 9999));
+        let refused = lab.client.ns.enter(move || {
+            std::net::TcpStream::connect_timeout(&target, std::time::Duration::from_millis(500)).map(drop)
+        })?;
+        assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::TimedOut, "{place}");
+        assert!(seen(&mut foreign, 4)? > 0, "{place}: dropped");
+    }
+    Ok(())
+}
+
+/// One that ends the chain: behind ours it gets all packets, before ours it hides them, and the primary has them (fail open).
+#[test]
+fn one_that_ends_the_chain() -> Result<()> {
+    let lab = started("    override: ForceOpen\n")?;
+    open(&lab)?;
+    let mut behind = attach(&lab, &[("foreign_ok", TcAttachType::Ingress)], behind)?;
+    answers(&lab, &lab.backup)?;
+    assert!(seen(&mut behind, 2)? > 3);
+    drop(behind);
+    let _before = attach(&lab, &[("foreign_ok", TcAttachType::Ingress)], before)?;
+    answers(&lab, &lab.primary)
+}
+
+/// `agent.attachOrder: Last` stands behind what is there.
+#[test]
+fn the_order_can_be_chosen() -> Result<()> {
+    for (order, reached) in [("First", true), ("Last", false)] {
+        for attach_mode in ["Tcx", "Clsact"] {
+            let mut lab = Lab::new(Checks::Fast)?;
+            lab.agent.write_config(
+                &format!("  attach: {attach_mode}\n  attachOrder: {order}\n"),
+                &lab.services(Checks::Fast, "    override: ForceOpen\n"),
+            )?;
+            // It ends the chain, so that ours behind it sees nothing.
+            let place: Place = if attach_mode == "Tcx" {
+                before
+            } else {
+                lab.world.node(0).ns().output("tc", &["qdisc", "add", "dev", &lab.client.veth, "clsact"])?;
+                || TcAttachOptions::Netlink(NlOptions::default())
+            };
+            let _before = attach(&lab, &[("foreign_ok", TcAttachType::Ingress)], place)?;
+            lab.agent.start()?;
+            wait_well(&lab)?;
+            open(&lab)?;
+            answers(&lab, if reached { &lab.backup } else { &lab.primary })
+                .with_context(|| format!("{order}, {attach_mode}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// An XDP program on the uplink and one on connect(2): they see what they saw, and stay when ours go.
+#[test]
+fn xdp_and_cgroup_programs_stay_as_they_were() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, "    override: ForceOpen\n"))?;
+    let mut foreign = lab.world.node(0).ns().enter(|| -> Result<Ebpf> {
+        let mut foreign = Ebpf::load(FOREIGN)?;
+        let program: &mut Xdp = foreign.program_mut("foreign_xdp").context("foreign_xdp")?.try_into()?;
+        program.load()?;
+        program.attach("eth0", XdpMode::Skb)?;
+        let program: &mut CgroupSockAddr =
+            foreign.program_mut("foreign_connect").context("foreign_connect")?.try_into()?;
+        program.load()?;
+        program.attach(File::open(breaker_agent::datapath::kernel::cgroup_root()?)?, CgroupAttachMode::Single)?;
+        Ok(foreign)
+    })??;
+    let before = lab.world.node(0).ns().output("ip", &["link", "show", "dev", "eth0"])?;
+    assert!(before.contains("xdp"), "{before}");
+    lab.agent.start()?;
+    wait_well(&lab)?;
+    open(&lab)?;
+    // From outside by a route to the Service's address, and from the node itself.
+    let lan = lab.world.lan().clone();
+    let via = lab.world.node(0).address().to_string();
+    lan.ip(&["route", "add", &format!("{}/32", lab.vip.ip()), "via", &via])?;
+    for (who, ns) in [("outside", &lan), ("the node", lab.world.node(0).ns())] {
+        let answer = ask_once(ns, lab.vip)?;
+        assert_eq!(answer.pod(), Some(lab.backup.address().to_string().as_str()), "{who}: {answer}");
+    }
+    let counts = (seen(&mut foreign, 5)?, seen(&mut foreign, 6)?);
+    assert!(counts.0 > 3 && counts.1 > 0, "{counts:?}");
+    lab.agent.stop()?;
+    assert!(lab.agent.cli(&["cleanup"])?.status.success());
+    assert_eq!(lab.world.node(0).ns().output("ip", &["link", "show", "dev", "eth0"])?, before);
+    let answer = ask_once(&lan, lab.vip)?;
+    assert_eq!(answer.pod(), Some(lab.primary.address().to_string().as_str()), "{answer}");
+    assert!(seen(&mut foreign, 5)? > counts.0 && seen(&mut foreign, 6)? >= counts.1);
+    Ok(())
+}
