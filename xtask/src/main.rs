@@ -211,6 +211,7 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
         run(&mut root("program"))?;
     }
     if wanted(Tier::Lab) {
+        setup::setup_lab()?;
         run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
         run(&mut root("lab"))?;
     }

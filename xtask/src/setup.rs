@@ -25,6 +25,18 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("taskset", "util-linux"),
 ];
 
+/// What the lab's tests need beside that: clients and servers of other people's, and eyes.
+const LAB_PROGRAMS: &[(&str, &str)] = &[
+    ("curl", "curl"),
+    ("nghttp", "nghttp2-client"),
+    ("nghttpd", "nghttp2-server"),
+    ("dig", "bind9-dnsutils"),
+    ("dnsmasq", "dnsmasq-base"),
+    ("ethtool", "ethtool"),
+    ("tcpdump", "tcpdump"),
+    ("tshark", "tshark"),
+];
+
 /// What the tests on other kernels need beside that.
 const VM_PROGRAMS: &[(&str, &str)] = &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("awk", "mawk")];
 
@@ -62,6 +74,15 @@ pub fn setup(talk: bool) -> Result<()> {
     }
     eprintln!("setup: done");
     Ok(())
+}
+
+/// Installs what only the lab's tests need.
+///
+/// # Errors
+/// As for [`setup`].
+pub fn setup_lab() -> Result<()> {
+    let packages = missing_packages(LAB_PROGRAMS, &[]);
+    if packages.is_empty() { Ok(()) } else { install_packages(&packages) }
 }
 
 /// Installs what only the tests on other kernels need.

@@ -237,6 +237,9 @@ pub struct Counters {
     pub resets: u64,
     /// Packets translated.
     pub translated: u64,
+    /// ICMP errors about them, translated too.
+    #[serde(default)]
+    pub icmp_errors: u64,
     /// New connections that needed another source port.
     pub port_changed: u64,
     /// New connections whose client was the backup itself.
@@ -255,6 +258,7 @@ impl From<ServiceCounters> for Counters {
             new_primary: c.new_primary,
             moved: c.new_backup,
             rejected: c.rejected,
+            icmp_errors: c.icmp_errors,
             half_open: c.half_open,
             resets: c.resets,
             translated: c.translated,

@@ -82,7 +82,7 @@ impl ServicePod {
             .pod
             .ns
             .command(binary("dummy-service")?)
-            .args(["--listen", &format!("0.0.0.0:{PORT}")])
+            .args(["--listen", &format!("[::]:{PORT}")])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()

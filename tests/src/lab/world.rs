@@ -1,11 +1,12 @@
 //! Nodes as k3s lays them out: a bridge `cni0` (hairpin, MTU 1450, bridge-nf-call-iptables), pods behind veths whose
-//! host sides are named `veth` and eight hex digits, flannel's VXLAN between nodes.
+//! host sides are named `veth` and eight hex digits, flannel's VXLAN between nodes (IPv4; IPv6 is there within a node and on
+//! the nodes' network).
 //!
 //! A world goes away when it is dropped; when its process dies without (interrupted, killed), a little shell that
 //! waits for that on a pipe cleans up. Two worlds at once do not see each other.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -42,6 +43,8 @@ pub struct Pod {
     pub ns: NetNs,
     /// Its address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address.
+    pub address6: Ipv6Addr,
     /// Host side of its veth, in the node's namespace.
     pub veth: String,
 }
@@ -63,6 +66,7 @@ impl World {
         let lan = NetNs::create(&format!("{id}-lan"))?;
         lan.ip(&["link", "add", "br0", "type", "bridge"])?;
         lan.ip(&["addr", "add", "172.31.0.1/24", "dev", "br0"])?;
+        lan.ip(&["addr", "add", "fd31::1/64", "dev", "br0", "nodad"])?;
         lan.ip(&["link", "set", "br0", "up"])?;
         let mut world = Self { id, dir, lan, nodes: Vec::new(), janitor: Some(janitor) };
         for number in 1..=nodes {
@@ -157,13 +161,16 @@ impl Node {
         lan.ip(&["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", ns.name()])?;
         lan.ip(&["link", "set", &port, "master", "br0", "up"])?;
         ns.ip(&["addr", "add", &format!("172.31.0.1{number}/24"), "dev", "eth0"])?;
+        ns.ip(&["addr", "add", &format!("fd31::1{number}/64"), "dev", "eth0", "nodad"])?;
         ns.ip(&["link", "set", "eth0", "up"])?;
         ns.ip(&["route", "add", "default", "via", "172.31.0.1"])?;
         ns.ip(&["link", "add", "cni0", "mtu", "1450", "type", "bridge"])?;
         ns.ip(&["addr", "add", &format!("10.42.{number}.1/24"), "dev", "cni0"])?;
+        ns.ip(&["addr", "add", &format!("fd42:0:0:{number}::1/64"), "dev", "cni0", "nodad"])?;
         ns.ip(&["link", "set", "cni0", "up"])?;
         ns.sysctl(&[
             "net.ipv4.ip_forward=1",
+            "net.ipv6.conf.all.forwarding=1",
             "net.ipv4.conf.all.rp_filter=0",
             "net.ipv4.conf.default.rp_filter=0",
             "net.bridge.bridge-nf-call-iptables=1",
@@ -205,6 +212,13 @@ impl Node {
         Ipv4Addr::new(172, 31, 0, 10 + self.number)
     }
 
+    /// Its IPv6 address there.
+    #[must_use]
+    pub fn address6(&self) -> Ipv6Addr {
+        // fd31::11, as it is written: the digits of the node's number.
+        Ipv6Addr::new(0xfd31, 0, 0, 0, 0, 0, 0, 0x10 + u16::from(self.number))
+    }
+
     /// Adds a pod, as the bridge CNI plugin does.
     ///
     /// # Errors
@@ -233,9 +247,13 @@ impl Node {
         self.ns.ip(&["link", "set", &veth, "master", "cni0", "up"])?;
         self.ns.ip(&["link", "set", &veth, "type", "bridge_slave", "hairpin", "on"])?;
         ns.ip(&["addr", "add", &format!("{address}/24"), "dev", "eth0"])?;
+        let number = u16::from(self.number);
+        let address6 = Ipv6Addr::new(0xfd42, 0, 0, number, 0, 0, 0, 1 + u16::from(self.pods));
+        ns.ip(&["addr", "add", &format!("{address6}/64"), "dev", "eth0", "nodad"])?;
         ns.ip(&["link", "set", "eth0", "up"])?;
-        ns.ip(&["route", "add", "default", "via", &format!("10.42.{}.1", self.number)])?;
-        Ok(Pod { ns, address, veth })
+        ns.ip(&["route", "add", "default", "via", &format!("10.42.{number}.1")])?;
+        ns.ip(&["route", "add", "default", "via", &format!("fd42:0:0:{number}::1")])?;
+        Ok(Pod { ns, address, address6, veth })
     }
 
     /// Takes a pod away, as kubelet does: its processes are ended by whoever started them.

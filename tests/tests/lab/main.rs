@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod attach;
+mod clients;
 mod failover;
 mod foreign;
 mod lifecycle;
