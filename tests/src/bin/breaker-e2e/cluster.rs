@@ -119,7 +119,8 @@ impl Cluster {
             let ips = pod["status"]["podIPs"].as_array().into_iter().flatten();
             let ips = ips.filter_map(|ip| Some(ip["ip"].as_str()?.to_owned())).collect();
             (pod["status"]["phase"] == "Running").then_some(())?;
-            Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned(), ips })
+            let node = pod["spec"]["nodeName"].as_str()?.to_owned();
+            Some(Pod { ip: pod["status"]["podIP"].as_str()?.to_owned(), ips, node })
         };
         Ok(found.filter_map(pod).collect())
     }
@@ -282,6 +283,8 @@ pub struct Pod {
     pub ip: String,
     /// All of them.
     pub ips: Vec<String>,
+    /// Where it runs.
+    pub node: String,
 }
 
 /// A command of the cluster's owner.

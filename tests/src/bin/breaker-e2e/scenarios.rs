@@ -43,6 +43,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "lab", skip: always, play: lab },
     Scenario { name: "lab-from-lan", skip: needs_lan, play: lab_from_lan },
     Scenario { name: "families-and-datagrams", skip: always, play: families_and_datagrams },
+    Scenario { name: "near-backups", skip: needs_lan, play: near_backups },
     Scenario { name: "refused-by-kubectl", skip: always, play: refused_by_kubectl },
     Scenario { name: "edit-override-delete", skip: always, play: edit_override_delete },
     Scenario { name: "primary-pods-deleted", skip: always, play: primary_pods_deleted },
@@ -274,6 +275,84 @@ fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
     drop(socket);
     cluster.lab(&["delete", "cb/dual", "svc/dual", "svc/dual-backup"])?;
     Ok(format!("{}: primary, backup, primary; a socket's datagrams move, too", urls.join(", ")))
+}
+
+/// Backups on the node that the packets come in by: clients outside keep their address with `externalTrafficPolicy: Local`, and
+/// pods reach them from veth to veth.
+fn near_backups(cluster: &Cluster) -> Result<String> {
+    for (name, app, policy) in [("near", "dummy-deployment", Some("Local")), ("near-backup", "backup-deployment", None)]
+    {
+        let mut service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": { "name": name },
+            "spec": { "type": "NodePort", "selector": { "app": app }, "ports": [{ "port": 8080, "targetPort": 80 }] },
+        });
+        if let Some(policy) = policy {
+            service["spec"]["externalTrafficPolicy"] = json!(policy);
+        }
+        cluster.apply(&service.to_string())?;
+    }
+    let breaker = json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "near" },
+        "spec": {
+            "service": { "name": "near" }, "backups": [{ "name": "near-backup" }],
+            "check": { "httpGet": { "path": "/ready" }, "periodMillis": 100, "failureThreshold": 3 },
+            "override": "ForceOpen", "fastPath": "PeerRedirect",
+        },
+    });
+    cluster.apply(&breaker.to_string())?;
+    cluster.wait_programmed("near")?;
+    cluster.wait_state("near", "Open")?;
+    let said = cluster.breaker("near")?["status"]["conditions"].to_string();
+    ensure!(said.contains("externalTrafficPolicy") && said.contains("NetworkPolicies"), "{said}");
+    let service = cluster.get(NAMESPACE, "svc/near", "")?;
+    let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
+    let nodes = cluster.get("", "nodes", "")?;
+    let backups = cluster.pods("backup-deployment")?;
+    let addresses = |node: &serde_json::Value| -> Vec<String> {
+        let all = node["status"]["addresses"].as_array().into_iter().flatten();
+        all.filter(|a| a["type"] == "InternalIP").filter_map(|a| Some(a["address"].as_str()?.to_owned())).collect()
+    };
+    let node_ips: Vec<String> = nodes["items"].as_array().into_iter().flatten().flat_map(addresses).collect();
+    let first = backups.first().context("no backup")?;
+    let pods_net = first.ip.rsplitn(3, '.').last().map(|net| format!("{net}.")).unwrap_or_default();
+    let mut shown = Vec::new();
+    for node in nodes["items"].as_array().into_iter().flatten() {
+        let name = node["metadata"]["name"].as_str().unwrap_or_default();
+        let own = addresses(node);
+        let url = format!("http://{}:{node_port}/client", own.first().context("a node without an address")?);
+        let here: Vec<&str> = backups.iter().filter(|pod| pod.node == name).map(|pod| pod.ip.as_str()).collect();
+        wait_for(&format!("a backup's answer by {url}"), Duration::from_secs(20), || {
+            let answer = cluster.ask_from_lan(&url)?;
+            let client = answer.split(' ').nth(1).unwrap_or_default();
+            // A masqueraded one has the node's own address, on its network or on that of its pods.
+            let kept = !node_ips.iter().any(|ip| ip == client) && !client.starts_with(&pods_net);
+            // Where the node has no backup, one of another node answers.
+            let by_a_near_one = here.iter().any(|ip| answer.contains(&format!("FROM {ip}:")));
+            if by_a_near_one && kept || here.is_empty() && !kept {
+                Ok(Some(()))
+            } else {
+                bail!("{answer}; backups here: {here:?}")
+            }
+        })?;
+        shown.push(format!("{name} ({} backups)", here.len()));
+    }
+    // From a pod of the first node.
+    let url = vip(cluster, "near")?;
+    answered_by("a backup's answer to a pod", &ips(cluster, "backup-deployment")?, || cluster.ask("client", &url))?;
+    let agents = cluster.get(SYSTEM, "pods", "app.kubernetes.io/component=agent")?;
+    let of_first_node = |pod: &&serde_json::Value| pod["spec"]["nodeName"] == *cluster.nodes[0];
+    let agent = agents["items"].as_array().into_iter().flatten().find(of_first_node).context("no agent there")?;
+    let agent = agent["metadata"]["name"].as_str().unwrap_or_default();
+    let flows = ["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080")];
+    let here = backups.iter().any(|pod| pod.node == cluster.nodes[0]);
+    wait_for("a flow from veth to veth", Duration::from_secs(20), || {
+        cluster.ask("client", &url)?;
+        let shown = cluster.kubectl(&flows)?;
+        if !here || shown.contains(" veth ") { Ok(Some(())) } else { bail!("{shown}") }
+    })?;
+    cluster.lab(&["delete", "cb/near", "svc/near", "svc/near-backup"])?;
+    let fast = if here { "; from a pod from veth to veth" } else { "" };
+    Ok(format!("from the lan by {}: the client's address is kept where a backup is{fast}", shown.join(", ")))
 }
 
 /// `kubectl apply` itself refuses nonsense and names the field.

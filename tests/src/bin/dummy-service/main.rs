@@ -5,6 +5,7 @@
 //! | `GET /alive` | 200 `OK` | the same |
 //! | `GET /ready` | 200 `OK FROM <local address>` | 503 `BUSY FROM <local address>` |
 //! | `GET /` | 200 `SOMERESPONSE FROM <local address>` | after 30 s 503 `ERROR FROM <local address>` |
+//! | `GET /client` | 200 `CLIENT <its address as we see it> FROM <local address>` | the same |
 //! | `POST /fakeerrormodeon`, `POST /fakeerrormodeoff` | 200 | 200 |
 //! | any datagram on the same port | `SOMERESPONSE FROM <local address>` | silence |
 
@@ -81,13 +82,14 @@ enum Command {
 /// How long a request hangs in fake-error mode; others are not held up.
 const HANG: Duration = Duration::from_secs(30);
 
-/// The address that a client reached us at.
+/// The address that a client reached us at, and the client's own as we see it.
 #[derive(Clone, Copy)]
-struct Local(SocketAddr);
+struct Local(SocketAddr, SocketAddr);
 
 impl Connected<IncomingStream<'_, TcpListener>> for Local {
     fn connect_info(stream: IncomingStream<'_, TcpListener>) -> Self {
-        Self(canonical(stream.io().local_addr().unwrap_or_else(|_| ([0, 0, 0, 0], 0).into())))
+        let local = stream.io().local_addr().unwrap_or_else(|_| ([0, 0, 0, 0], 0).into());
+        Self(canonical(local), canonical(*stream.remote_addr()))
     }
 }
 
@@ -164,6 +166,7 @@ async fn serve(listen: SocketAddr) -> Result<()> {
         .route("/alive", get(|| async { "OK" }))
         .route("/ready", get(ready))
         .route("/", get(root))
+        .route("/client", get(whose))
         .route("/fakeerrormodeon", post(|State(mode): State<Mode>| async move { mode.store(true, Ordering::SeqCst) }))
         .route("/fakeerrormodeoff", post(|State(mode): State<Mode>| async move { mode.store(false, Ordering::SeqCst) }))
         .with_state(mode);
@@ -190,7 +193,7 @@ async fn datagrams(socket: UdpSocket, mode: Mode) {
     }
 }
 
-async fn ready(State(mode): State<Mode>, ConnectInfo(Local(at)): ConnectInfo<Local>) -> (StatusCode, String) {
+async fn ready(State(mode): State<Mode>, ConnectInfo(Local(at, _)): ConnectInfo<Local>) -> (StatusCode, String) {
     if mode.load(Ordering::SeqCst) {
         (StatusCode::SERVICE_UNAVAILABLE, format!("BUSY FROM {at}"))
     } else {
@@ -198,7 +201,11 @@ async fn ready(State(mode): State<Mode>, ConnectInfo(Local(at)): ConnectInfo<Loc
     }
 }
 
-async fn root(State(mode): State<Mode>, ConnectInfo(Local(at)): ConnectInfo<Local>) -> (StatusCode, String) {
+async fn whose(ConnectInfo(Local(at, client)): ConnectInfo<Local>) -> String {
+    format!("CLIENT {} FROM {at}", client.ip())
+}
+
+async fn root(State(mode): State<Mode>, ConnectInfo(Local(at, _)): ConnectInfo<Local>) -> (StatusCode, String) {
     if mode.load(Ordering::SeqCst) {
         tokio::time::sleep(HANG).await;
         (StatusCode::SERVICE_UNAVAILABLE, format!("ERROR FROM {at}"))
