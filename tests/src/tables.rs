@@ -7,7 +7,9 @@ use aya::{
     Pod,
     maps::{HashMap, Map, MapData, MapError},
 };
-use breaker_common::{Address, Flow, FlowKey, FlowKind, Fragment, FragmentKey, Reverse, ReverseKey, V4, V6, seen};
+use breaker_common::{
+    Address, Flow, FlowKey, FlowKind, Fragment, FragmentKey, Reverse, ReverseKey, V4, V6, flow_way, seen,
+};
 
 use crate::{
     model::flow::{self, BackendSide, Book, ClientSide, LastWords, WayBack},
@@ -106,6 +108,8 @@ impl<A: Ip> Family<A> {
                     epoch: value.epoch,
                     established,
                     client_said: last_words(value.seen),
+                    fast: value.way & flow_way::FAST != 0,
+                    keeps_client: value.way & flow_way::KEEP_CLIENT != 0,
                 };
                 ensure!(book.flows.insert(side, flow).is_none(), "{side:?} is in both tables");
             }
@@ -124,7 +128,7 @@ impl<A: Ip> Family<A> {
                 proto: key.proto,
             };
             let answered = value.seen & seen::ANSWERED != 0;
-            let way = WayBack { owner, answered, backend_said: last_words(value.seen) };
+            let way = WayBack { owner, answered, backend_said: last_words(value.seen), fast: value.ifindex != 0 };
             ensure!(book.ways_back.insert(side, way).is_none(), "{side:?} is in both tables");
         }
         Ok(())

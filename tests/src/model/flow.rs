@@ -66,6 +66,10 @@ pub struct Flow {
     pub established: bool,
     /// What the client said last.
     pub client_said: LastWords,
+    /// From veth to veth.
+    pub fast: bool,
+    /// From outside, under the client's own address.
+    pub keeps_client: bool,
 }
 
 /// How a backend's packets find back.
@@ -77,6 +81,8 @@ pub struct WayBack {
     pub answered: bool,
     /// What the backend said last.
     pub backend_said: LastWords,
+    /// From veth to veth.
+    pub fast: bool,
 }
 
 /// All flows.
@@ -169,7 +175,7 @@ impl Book {
                 return None;
             }
         }
-        let way = WayBack { owner: side, answered: false, backend_said: LastWords::default() };
+        let way = WayBack { owner: side, answered: false, backend_said: LastWords::default(), fast: flow.fast };
         self.ways_back.insert(Self::backend_side(&side, &flow), way);
         self.flows.insert(side, flow);
         Some(flow.source_port)

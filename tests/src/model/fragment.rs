@@ -33,6 +33,16 @@ pub struct Done {
     pub address: IpAddr,
     /// The mark that was set.
     pub mark: u32,
+    /// It went from veth to veth: then it was translated where clients' packets are, whichever way it goes.
+    pub fast: bool,
+}
+
+impl Done {
+    /// Whether it was done where packets go this way.
+    #[must_use]
+    pub fn is_of(&self, way: Way) -> bool {
+        self.way == way || self.fast
+    }
 }
 
 /// First fragments that were translated.

@@ -54,8 +54,8 @@ pub enum Hook {
 /// What becomes of a packet.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// Sent back out of its own interface; else it goes on.
-    pub sent_back: bool,
+    /// Sent back out of its own interface, or into another pod's namespace; else it goes on. (A test run does not tell which.)
+    pub sent_away: bool,
     /// The packet.
     pub frame: Vec<u8>,
     /// Checksums that were changed.
@@ -69,8 +69,8 @@ pub struct Outcome {
 /// What was seen to become of it: for choices that are free.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen<'a> {
-    /// Sent back.
-    pub sent_back: bool,
+    /// Sent back, or into a pod.
+    pub sent_away: bool,
     /// The packet.
     pub frame: &'a [u8],
     /// What was counted.
@@ -89,21 +89,32 @@ pub struct Model {
     notes: Notes,
     /// Backends that flows of frontends went to: only their packets are looked at.
     watched: BTreeSet<(SocketAddr, u8)>,
+    /// Of them, those with flows from veth to veth.
+    watched_fast: BTreeSet<(SocketAddr, u8)>,
+    /// Addresses of backends that are pods of this node.
+    pub near: BTreeSet<IpAddr>,
+    /// Some service has or had such flows.
+    pub any_fast: bool,
     /// Backends with direct connections that had to move aside: only their connections are looked at from end to end.
     aside: BTreeSet<(SocketAddr, u8)>,
 }
 
 impl Outcome {
     fn untouched(frame: &[u8], reason: Option<PassReason>) -> Self {
-        Self { sent_back: false, frame: frame.to_vec(), sums: Vec::new(), mark: 0, reason }
+        Self { sent_away: false, frame: frame.to_vec(), sums: Vec::new(), mark: 0, reason }
     }
 
     fn changed(edit: Edit, mark: u32) -> Self {
-        Self { sent_back: false, frame: edit.frame, sums: edit.sums, mark, reason: None }
+        Self { sent_away: false, frame: edit.frame, sums: edit.sums, mark, reason: None }
     }
 
     fn sent_back(edit: Edit) -> Self {
-        Self { sent_back: true, ..Self::changed(edit, 0) }
+        Self::changed(edit, 0).into_pod(true)
+    }
+
+    /// Into a pod's namespace, if `fast`.
+    fn into_pod(self, fast: bool) -> Self {
+        Self { sent_away: fast, ..self }
     }
 }
 
@@ -116,12 +127,12 @@ impl Model {
             (Frame::Other, _) => Outcome::untouched(frame, None),
             (Frame::LeftAlone(reason), _) => Outcome::untouched(frame, Some(reason)),
             (Frame::LaterFragment(later), way) => self.later_fragment(frame, way, &later),
-            (Frame::Error(error), Way::There) => self.error_by_client(frame, &error),
-            (Frame::Error(error), Way::Back) => self.error_for_client(frame, &error),
+            (Frame::Error(error), Way::There) => self.error_by_client(frame, &error, outside),
+            (Frame::Error(error), Way::Back) => self.error_for_client(frame, &error, false),
             (Frame::Transport(headers), way) => {
                 // Identifications get used again: what was done to an earlier packet's fragments is over.
                 if let Some((id, _)) = headers.first_of
-                    && self.notes.get(&id).is_some_and(|done| done.way == way)
+                    && self.notes.get(&id).is_some_and(|done| done.is_of(way))
                 {
                     self.notes.remove(&id);
                 }
@@ -138,6 +149,9 @@ impl Model {
         let name = self.services.iter().find(|(_, s)| s.frontends.contains(&to)).map(|(name, _)| *name);
         match name {
             Some(name) => self.for_frontend(frame, headers, name, outside, seen),
+            None if !outside && self.any_fast && self.watched_fast.contains(&(headers.source, headers.proto)) => {
+                self.answer(frame, headers)
+            }
             // Outside, connections to pods themselves are other nodes' business.
             None if !outside && self.backends.contains(&(to, headers.proto)) => self.direct(frame, headers, seen),
             None => Outcome::untouched(frame, None),
@@ -169,7 +183,10 @@ impl Model {
         let Some(flow) = self.book.go_on(&side) else {
             // Not seen from its first packet: never rewritten, only passed or, by policy, reset.
             if service.resets_primary() && !headers.is_rst() {
-                return self.reset(frame, headers, headers.source.port(), headers.destination);
+                return Outcome::changed(
+                    answer::reset_peer(frame, headers, headers.source.port(), headers.destination),
+                    0,
+                );
             }
             return Outcome::untouched(frame, None);
         };
@@ -181,7 +198,9 @@ impl Model {
             if let Some(flow) = self.book.flows.get_mut(&side) {
                 flow.client_said.rst = true;
             }
-            return self.reset(frame, headers, flow.source_port, flow.backend);
+            // (The client's reset is a copy, which is not seen here.)
+            let reset = answer::reset_peer(frame, headers, flow.source_port, flow.backend);
+            return Outcome::changed(reset, 0).into_pod(self.goes_fast(&flow));
         }
         if redirected { self.send(frame, headers, &flow, outside) } else { Outcome::untouched(frame, None) }
     }
@@ -207,7 +226,7 @@ impl Model {
         if service.dry_run {
             return Outcome::untouched(frame, None);
         }
-        let made = choice_made(headers, seen);
+        let made = choice_made(headers, seen, service.fast && !outside);
         let choice = if choices.contains(&made) { made } else { choices[0] };
         let flow = Flow {
             kind: FlowKind::Passed,
@@ -216,7 +235,10 @@ impl Model {
             epoch: service.epoch,
             established: false,
             client_said: LastWords::default(),
+            fast: false,
+            keeps_client: false,
         };
+        let (fast, keeps_client) = (service.fast && !outside, service.keeps_client && outside);
         match choice {
             Choice::Primary => {
                 // While it is not closed, who is on the primary by decision is told from who was there before. A datagram need
@@ -235,11 +257,17 @@ impl Model {
             Choice::Refuse => answer::refuse_datagram(frame, headers)
                 .map_or_else(|| Outcome::untouched(frame, Some(PassReason::RewriteFailed)), Outcome::sent_back),
             Choice::Backup(backend) => {
-                let flow = Flow { kind: FlowKind::Redirected, backend, ..flow };
+                // How it goes is decided once.
+                let near = self.near.contains(&backend.ip()) && headers.source.ip() != backend.ip();
+                let (fast, keeps_client) = (fast && near, keeps_client && near);
+                let flow = Flow { kind: FlowKind::Redirected, backend, fast, keeps_client, ..flow };
                 let Some(source_port) = self.book.pin(side, flow, port_chosen(headers, seen)) else {
                     return Outcome::untouched(frame, Some(PassReason::NoSourcePort));
                 };
                 self.watched.insert((backend, headers.proto));
+                if fast {
+                    self.watched_fast.insert((backend, headers.proto));
+                }
                 self.send(frame, headers, &Flow { source_port, ..flow }, outside)
             }
         }
@@ -248,16 +276,17 @@ impl Model {
     /// Sends a client's packet to its flow's backend. Where the replies would not come back to us, netfilter is told to
     /// masquerade: a client outside, and a pod that is its own backup.
     fn send(&mut self, frame: &[u8], headers: &Headers, flow: &Flow, outside: bool) -> Outcome {
-        let masquerade = outside || headers.source.ip() == flow.backend.ip();
+        let masquerade = outside && !flow.keeps_client || headers.source.ip() == flow.backend.ip();
         let mark = if masquerade { DEFAULT_MASQUERADE_MARK } else { 0 };
-        self.note(headers, Way::There, flow.backend.ip(), mark);
+        let fast = self.goes_fast(flow);
+        self.note(headers, Way::There, flow.backend.ip(), mark, fast);
         let edit = translate(frame, headers, End::Destination, flow.backend, flow.source_port);
-        Outcome::changed(edit, mark)
+        Outcome::changed(edit, mark).into_pod(fast)
     }
 
-    /// Resets a connection at both ends. (The client's reset is a copy, which is not seen here.)
-    fn reset(&self, frame: &[u8], headers: &Headers, source_port: u16, peer: SocketAddr) -> Outcome {
-        Outcome::changed(answer::reset_peer(frame, headers, source_port, peer), 0)
+    /// A flow that goes from veth to veth does so as long as its backend is known to be near.
+    fn goes_fast(&self, flow: &Flow) -> bool {
+        flow.fast && self.near.contains(&flow.backend.ip())
     }
 
     /// A client's own connection to a backend: noted, so that it never shares a way back with a flow of a frontend. Whoever
@@ -290,6 +319,8 @@ impl Model {
                     epoch: 0,
                     established: false,
                     client_said: LastWords::default(),
+                    fast: false,
+                    keeps_client: false,
                 };
                 let Some(port) = self.book.pin(side, flow, port_chosen(headers, seen)) else {
                     return Outcome::untouched(frame, Some(PassReason::NoSourcePort));
@@ -301,7 +332,7 @@ impl Model {
             return Outcome::untouched(frame, None);
         }
         self.aside.insert(backend);
-        self.note(headers, Way::There, headers.destination.ip(), 0);
+        self.note(headers, Way::There, headers.destination.ip(), 0, false);
         Outcome::changed(translate(frame, headers, End::Destination, headers.destination, source_port), 0)
     }
 
@@ -310,57 +341,77 @@ impl Model {
         if !self.looks_at(headers.source, headers.proto) {
             return Outcome::untouched(frame, None);
         }
+        self.back(frame, headers, false)
+    }
+
+    /// On the backend's own interface: into the client's namespace, if the flow goes from veth to veth.
+    fn answer(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
+        if !self.book.ways_back.get(&BackendSide::of(headers)).is_some_and(|way| way.fast) {
+            return Outcome::untouched(frame, None);
+        }
+        self.back(frame, headers, true)
+    }
+
+    fn back(&mut self, frame: &[u8], headers: &Headers, fast: bool) -> Outcome {
         let Some((owner, _)) = self.book.hear_backend(headers) else { return Outcome::untouched(frame, None) };
         if owner.to == headers.source && owner.client == headers.destination {
             return Outcome::untouched(frame, None);
         }
-        self.note(headers, Way::Back, owner.to.ip(), 0);
-        Outcome::changed(translate(frame, headers, End::Source, owner.to, owner.client.port()), 0)
+        self.note(headers, Way::Back, owner.to.ip(), 0, fast);
+        Outcome::changed(translate(frame, headers, End::Source, owner.to, owner.client.port()), 0).into_pod(fast)
     }
 
     fn looks_at(&self, backend: SocketAddr, proto: u8) -> bool {
         self.watched.contains(&(backend, proto)) || self.aside.contains(&(backend, proto))
     }
 
-    fn note(&mut self, headers: &Headers, way: Way, address: IpAddr, mark: u32) {
+    fn note(&mut self, headers: &Headers, way: Way, address: IpAddr, mark: u32, fast: bool) {
         if let Some((id, _)) = headers.first_of {
-            self.notes.insert(id, Done { way, address, mark });
+            self.notes.insert(id, Done { way, address, mark, fast });
         }
     }
 
     fn later_fragment(&self, frame: &[u8], way: Way, later: &Later) -> Outcome {
-        let Some(done) = self.notes.get(&later.id).filter(|done| done.way == way) else {
+        let Some(done) = self.notes.get(&later.id).filter(|done| done.is_of(way)) else {
             return Outcome::untouched(frame, Some(PassReason::Fragment));
         };
         let v4 = done.address.is_ipv4();
         let ([source_at, destination_at], _) = addresses_at(v4);
-        let at = if way == Way::There { destination_at } else { source_at };
+        let at = if done.way == Way::There { destination_at } else { source_at };
         let under: &[_] = if v4 { &[ip_sum(later.l3)] } else { &[] };
         let mut edit = Edit::new(frame);
         edit.replace(later.l3 + at, &octets(done.address), under);
-        Outcome::changed(edit, done.mark)
+        Outcome::changed(edit, done.mark).into_pod(done.fast)
     }
 
-    /// A router or backend tells a client of its packet, as it was sent to the backend.
-    fn error_for_client(&self, frame: &[u8], error: &Headers) -> Outcome {
+    /// A router or backend tells a client of its packet, as it was sent to the backend. `fast`: on the backend's own interface,
+    /// where only flows from veth to veth are looked at.
+    fn error_for_client(&self, frame: &[u8], error: &Headers, fast: bool) -> Outcome {
         let outcome = quote::read(frame, error).and_then(|quote| {
             let side = BackendSide { backend: quote.destination, client: quote.source, proto: quote.proto };
             let way = self.book.ways_back.get(&side).filter(|_| self.looks_at(side.backend, side.proto))?;
+            if fast && !way.fast {
+                return None;
+            }
             let (to, port) = (way.owner.to, way.owner.client.port());
             Some(quote::translate(frame, error, &quote, End::Destination, to, port))
         });
-        outcome.map_or_else(|| Outcome::untouched(frame, None), |edit| Outcome::changed(edit, 0))
+        outcome.map_or_else(|| Outcome::untouched(frame, None), |edit| Outcome::changed(edit, 0).into_pod(fast))
     }
 
     /// A client tells a backend of its packet, as it was sent to the client.
-    fn error_by_client(&self, frame: &[u8], error: &Headers) -> Outcome {
-        let outcome = quote::read(frame, error).and_then(|quote| {
-            let side = ClientSide { client: quote.destination, to: quote.source, proto: quote.proto };
-            self.services.values().find(|s| s.frontends.contains(&quote.source))?;
-            let flow = self.book.flows.get(&side).filter(|flow| flow.kind == FlowKind::Redirected)?;
-            Some(quote::translate(frame, error, &quote, End::Source, flow.backend, flow.source_port))
-        });
-        outcome.map_or_else(|| Outcome::untouched(frame, None), |edit| Outcome::changed(edit, 0))
+    fn error_by_client(&self, frame: &[u8], error: &Headers, outside: bool) -> Outcome {
+        let Some(quote) = quote::read(frame, error) else { return Outcome::untouched(frame, None) };
+        if !self.services.values().any(|s| s.frontends.contains(&quote.source)) {
+            // Not about what a client got: maybe a backend's word about what it got from veth to veth.
+            let may_be = !outside && self.any_fast;
+            return if may_be { self.error_for_client(frame, error, true) } else { Outcome::untouched(frame, None) };
+        }
+        let side = ClientSide { client: quote.destination, to: quote.source, proto: quote.proto };
+        let flow = self.book.flows.get(&side).filter(|flow| flow.kind == FlowKind::Redirected);
+        let Some(flow) = flow else { return Outcome::untouched(frame, None) };
+        let edit = quote::translate(frame, error, &quote, End::Source, flow.backend, flow.source_port);
+        Outcome::changed(edit, 0).into_pod(self.goes_fast(flow))
     }
 }
 
@@ -378,10 +429,14 @@ fn translate(frame: &[u8], headers: &Headers, end: End, to: SocketAddr, other_po
     edit
 }
 
-/// Where a packet was seen to go.
-fn choice_made(headers: &Headers, seen: Seen<'_>) -> Choice {
+/// Where a packet was seen to go; `fast`: into a pod, perhaps.
+fn choice_made(headers: &Headers, seen: Seen<'_>, fast: bool) -> Choice {
+    let refused = seen.sent_away && {
+        let (_, destination) = addresses(seen.frame, headers.l3, headers.is_v4());
+        !fast || destination == headers.source.ip()
+    };
     // Also what could not be refused, and passed.
-    if seen.sent_back || seen.reason == Some(PassReason::RewriteFailed) {
+    if refused || seen.reason == Some(PassReason::RewriteFailed) {
         return Choice::Refuse;
     }
     let (_, destination) = addresses(seen.frame, headers.l3, headers.is_v4());

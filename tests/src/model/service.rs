@@ -27,6 +27,10 @@ pub struct Service {
     pub reset_on_close: bool,
     /// `whenAllUnhealthy: Reject`.
     pub reject: bool,
+    /// `fastPath: PeerRedirect`.
+    pub fast: bool,
+    /// `externalTrafficPolicy: Local`.
+    pub keeps_client: bool,
     /// `halfOpenConnections`.
     pub half_open_limit: u32,
     /// How many of them were let through in this epoch.

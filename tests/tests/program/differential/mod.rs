@@ -9,7 +9,7 @@ mod steps;
 
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     time::{Duration, Instant},
 };
@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use breaker_agent::{
     datapath::{Datapath as _, kernel::Sizes},
-    model::{EstablishedPolicy, Mode, Service, WhenAllUnhealthy},
+    model::{EstablishedPolicy, FastPath, Mode, Service, WhenAllUnhealthy},
 };
 use breaker_common::{BreakerState, PassReason};
 use breaker_tests::{
@@ -127,7 +127,7 @@ impl Bench {
             let ran = self.rig.run(program(hook), &frame)?;
             self.packets += 1;
             let reason = self.counted()?;
-            let seen = Seen { sent_back: ran.action == REDIRECT, frame: &ran.bytes, reason };
+            let seen = Seen { sent_away: ran.action == REDIRECT, frame: &ran.bytes, reason };
             let expected = model.pass(hook, &frame, seen);
             if let Some(story) = story {
                 writeln!(story, "{step:?}\n  sent     {}", hex(&frame))?;
@@ -173,6 +173,9 @@ impl Bench {
                 reset_on_close: false,
                 reject: false,
                 half_open_limit: 1,
+                fast: false,
+                keeps_client: false,
+                near: false,
                 in_epoch: false,
             };
             self.decide(&mut model, &decision)?;
@@ -188,6 +191,9 @@ impl Bench {
         service.when_all_unhealthy =
             if decision.reject { WhenAllUnhealthy::Reject } else { WhenAllUnhealthy::PassThrough };
         service.breaker.half_open_connections = decision.half_open_limit;
+        service.fast_path = if decision.fast { FastPath::PeerRedirect } else { FastPath::Off };
+        service.keep_client.frontends =
+            if decision.keeps_client { service.frontends.iter().copied().collect() } else { BTreeSet::new() };
         let usable = service.backups[0].backends.iter().take(decision.usable * 2).copied().collect::<Vec<_>>();
         self.epoch += 1;
         let name = SERVICES[decision.service];
@@ -195,6 +201,11 @@ impl Bench {
         let (epoch, half_open_taken) = before.map_or((self.epoch, 0), |s| (s.epoch, s.half_open_taken));
         let plan = plan_with(service, decision.state, epoch, decision.share, decision.draining, &usable);
         self.rig.apply(&plan)?;
+        let pods = service.backups[0].backends.iter().map(|b| b.address.ip());
+        // The services share a pod; what is known of it holds for both.
+        model.near = if decision.near { pods.collect() } else { BTreeSet::new() };
+        self.rig.datapath.locate(model.near.iter().map(|ip| (*ip, 1)).collect());
+        model.any_fast |= decision.fast;
         let backups: Vec<_> = usable.iter().map(|b| b.address).collect();
         model.backends.extend(backups.iter().flat_map(|b| [(*b, 6), (*b, 17)]));
         model.services.insert(
@@ -210,6 +221,8 @@ impl Bench {
                 reset_on_open: decision.reset_on_open,
                 reset_on_close: decision.reset_on_close,
                 reject: decision.reject,
+                fast: decision.fast,
+                keeps_client: decision.keeps_client,
                 half_open_limit: decision.half_open_limit,
                 half_open_taken,
             },
@@ -238,7 +251,7 @@ const fn program(hook: Hook) -> &'static str {
 }
 
 fn agree(ran: &Ran, expected: &Outcome) -> Result<()> {
-    let action = if expected.sent_back { REDIRECT } else { NEXT };
+    let action = if expected.sent_away { REDIRECT } else { NEXT };
     ensure!(ran.action == action, "action {:#x}, model: {action:#x}", ran.action);
     ensure!(ran.mark == expected.mark, "mark {:#x}, model: {:#x}", ran.mark, expected.mark);
     let (mut programs, mut model) = (ran.bytes.clone(), expected.frame.clone());

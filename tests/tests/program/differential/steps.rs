@@ -38,6 +38,12 @@ pub struct Decision {
     pub reset_on_close: bool,
     pub reject: bool,
     pub half_open_limit: u32,
+    /// Between pods of this node, from veth to veth.
+    pub fast: bool,
+    /// Clients outside keep their address.
+    pub keeps_client: bool,
+    /// The backends are known to be pods of this node.
+    pub near: bool,
     /// In the epoch that it is in, if it stays in its state: a ramp's step, another backup.
     pub in_epoch: bool,
 }
@@ -211,7 +217,8 @@ fn decision() -> impl Strategy<Value = Decision> {
         prop_oneof![4 => Just(2_usize), 1 => 0..2_usize],
     );
     let policy = (rare(), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u32, any::<bool>());
-    (of, policy).prop_map(|((service, state, share, draining, usable), policy)| {
+    let near = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.8));
+    (of, policy, near).prop_map(|((service, state, share, draining, usable), policy, (fast, keeps_client, near))| {
         let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
         // A closed breaker gives the primary all, or ramps up to it.
         let share = if state == BreakerState::Closed && share == 0 { 1000 } else { share };
@@ -226,6 +233,9 @@ fn decision() -> impl Strategy<Value = Decision> {
             reset_on_close,
             reject,
             half_open_limit,
+            fast,
+            keeps_client,
+            near,
             in_epoch,
         }
     })
@@ -262,7 +272,8 @@ fn natural(from_to: &FromTo) -> Hook {
 /// Mostly the one where such a packet is to be expected.
 fn hook() -> impl Strategy<Value = Option<Hook>> {
     let any_hook = prop::sample::select(&[Hook::FromPod, Hook::ToPod, Hook::FromOutside, Hook::ToOutside][..]);
-    prop_oneof![5 => Just(None), 1 => any_hook.prop_map(Some)]
+    // A backend's own interface is where its answers from veth to veth are translated.
+    prop_oneof![5 => Just(None), 1 => any_hook.prop_map(Some), 1 => Just(Some(Hook::FromPod))]
 }
 
 fn error() -> impl Strategy<Value = Step> {
