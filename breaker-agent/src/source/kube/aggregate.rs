@@ -246,6 +246,8 @@ fn conditions(
     let accepted = verdict("Accepted", &subject.accepted, "Accepted", "the spec can be carried out".into());
     let resolved =
         verdict("ResolvedRefs", &subject.resolved, "Resolved", short(&format!("the Services are there{notes}")));
+    let policies = "no NetworkPolicy that is known keeps the primary's clients from the backups";
+    let reachable = verdict("BackupReachable", &subject.reachable, "Reachable", policies.into());
     let agents = format!("on {programmed} of {expected} nodes");
     let refused = subject.accepted.is_err() || subject.resolved.is_err();
     let nothing = refused && subject.ports.is_empty();
@@ -282,7 +284,7 @@ fn conditions(
             ("DatapathCompatible", "True", "Compatible".to_owned(), words)
         }
     };
-    vec![accepted, resolved, in_kernel, degraded, compatible]
+    vec![accepted, resolved, reachable, in_kernel, degraded, compatible]
 }
 
 fn condition(
@@ -344,7 +346,7 @@ pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus
         let condition = status?.conditions.iter().find(|c| c.type_ == type_)?;
         Some((condition.status.clone(), condition.reason.clone(), condition.message.clone()))
     };
-    for type_ in ["Accepted", "ResolvedRefs", "DatapathCompatible", "Programmed", "Degraded"] {
+    for type_ in ["Accepted", "ResolvedRefs", "BackupReachable", "DatapathCompatible", "Programmed", "Degraded"] {
         let Some((status, reason, message)) = find(Some(new), type_) else { continue };
         let was = find(old, type_).map(|(status, reason, _)| (status, reason));
         if was.as_ref() == Some(&(status.clone(), reason.clone())) {
@@ -352,7 +354,9 @@ pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus
         }
         let was_reason = was.as_ref().map(|w| w.1.as_str());
         match (type_, status.as_str(), reason.as_str()) {
-            ("Accepted" | "ResolvedRefs" | "DatapathCompatible", "False", _) => tell(true, &reason, message),
+            ("Accepted" | "ResolvedRefs" | "BackupReachable" | "DatapathCompatible", "False", _) => {
+                tell(true, &reason, message)
+            }
             ("ResolvedRefs", "True", _) if was.is_some() => tell(false, "Resolved", message),
             ("Programmed", "True", _) if old.is_some() && was.as_ref().is_none_or(|w| w.0 != "True") => {
                 tell(false, "Programmed", message);

@@ -20,6 +20,7 @@ fn subject() -> Subject {
         service: Key::new("lab", "dummy"),
         accepted: Ok(()),
         resolved: Ok(()),
+        reachable: Ok(()),
         ports: BTreeMap::new(),
         notes: Vec::new(),
         hold: false,

@@ -17,6 +17,7 @@ pub mod annotations;
 pub mod api;
 pub mod endpoints;
 pub mod lease;
+pub mod network_policy;
 pub mod objects;
 pub mod overview;
 pub mod policy;

@@ -1,6 +1,8 @@
 //! Kubernetes' own objects, cut down to the fields that matter here: what is not read is neither kept nor compiled in.
 //! Names, defaults and meanings are those of core/v1 and discovery/v1.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use kube::{Resource, api::ObjectMeta};
 use serde::Deserialize;
@@ -42,6 +44,8 @@ pub struct ServiceSpec {
     pub load_balancer_source_ranges: Vec<String>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
+    /// The labels of its pods.
+    pub selector: BTreeMap<String, String>,
 }
 
 /// A Service's port.

@@ -17,6 +17,7 @@ use super::{
         Backup, Check, CircuitBreaker, CircuitBreakerSpec, FastPath, GROUP, Override, Port, ReferenceGrant, Topology,
     },
     endpoints::{Endpoint, Endpoints, Family},
+    network_policy,
     objects::{EndpointSlice, Service, ServicePort},
     policy::Policies,
     wish::{self, Key, Owner, OwnerKind, Wish},
@@ -55,6 +56,8 @@ pub struct World {
     pub services: HashMap<Key, Arc<Service>>,
     /// Slices by Service; no entry = not known yet.
     pub endpoints: HashMap<Key, Vec<Arc<EndpointSlice>>>,
+    /// NetworkPolicies.
+    pub policies: network_policy::ByNamespace,
 }
 
 /// Why something cannot be had: a condition's reason and message.
@@ -85,6 +88,8 @@ pub struct Subject {
     pub accepted: Result<(), Refusal>,
     /// Condition ResolvedRefs.
     pub resolved: Result<(), Refusal>,
+    /// Condition BackupReachable.
+    pub reachable: Result<(), Refusal>,
     /// What the engine gets, by the Service's port.
     pub ports: BTreeMap<i32, model::Service>,
     /// What was asked for and is not done, in words.
@@ -148,6 +153,7 @@ pub fn resolve(world: &World, policies: &mut Policies, good: &mut Good, now: Tim
             service: wish.service.clone(),
             accepted: Ok(()),
             resolved: Ok(()),
+            reachable: Ok(()),
             ports: BTreeMap::new(),
             notes: Vec::new(),
             hold: false,
@@ -528,6 +534,9 @@ impl<'a> Work<'a> {
             for found in members {
                 let endpoints = self.backup_endpoints(found, port, protocol, family)?;
                 pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
+                let primary = (key, service, primary.usable().map(|e| e.address).collect::<Vec<_>>());
+                let backup = (&found.key, found.service, endpoints.usable().map(|e| e.address).collect::<Vec<_>>());
+                self.ask_policies(protocol, &primary, &backup);
                 if !keep_client.frontends.is_empty() {
                     keep_client.backends.extend(endpoints.all().filter(is_here).map(|e| e.address));
                 }
@@ -558,6 +567,34 @@ impl<'a> Work<'a> {
             ..template.as_ref().clone()
         };
         Ok(Some(Leg { port: port.port, service, pods }))
+    }
+
+    /// Whether a NetworkPolicy keeps the primary's clients from a backup's pods. The first one is told.
+    fn ask_policies(
+        &mut self,
+        protocol: Protocol,
+        primary: &(&Key, &Service, Vec<SocketAddr>),
+        backup: &(&Key, &Service, Vec<SocketAddr>),
+    ) {
+        // Where there is nobody, nothing can be said of ports and addresses.
+        let nobody = primary.2.is_empty() || backup.2.is_empty();
+        if nobody || self.world.policies.is_empty() || self.subject.reachable.is_err() {
+            return;
+        }
+        let names = [primary, backup].map(|side| self.shown(side.0));
+        let pods = |side: usize| {
+            let (key, service, addresses) = if side == 0 { primary } else { backup };
+            network_policy::Pods {
+                name: &names[side],
+                namespace: &key.namespace,
+                labels: &service.spec.selector,
+                protocol: protocol.name(),
+                addresses,
+            }
+        };
+        if let Some(message) = network_policy::obstacle(&self.world.policies, &pods(0), &pods(1)) {
+            self.subject.reachable = refuse("NetworkPolicy", message);
+        }
     }
 
     /// Something to tell, once.

@@ -620,3 +620,26 @@ fn the_fast_path_says_what_it_leaves_out() {
     assert_eq!(subject.ports[&8080].fast_path, model::FastPath::PeerRedirect);
     assert!(subject.notes.iter().any(|note| note.contains("NetworkPolicies")), "{:?}", subject.notes);
 }
+
+#[test]
+fn a_network_policy_that_keeps_clients_from_the_backup_is_told() {
+    let mut lab = Lab::new().with_breaker(spec());
+    for name in ["dummy", "backup"] {
+        let key = Key::new("lab", name);
+        let mut service = (*lab.0.services[&key]).clone();
+        service.spec.selector = [("app".to_owned(), name.to_owned())].into();
+        lab.0.services.insert(key, Arc::new(service));
+    }
+    assert_eq!(lab.only().reachable, Ok(()));
+    let policy = json!({
+        "metadata": { "namespace": "lab", "name": "closed" },
+        "spec": { "podSelector": { "matchLabels": { "app": "backup" } }, "policyTypes": ["Ingress"] },
+    });
+    lab.0.policies =
+        crate::source::kube::network_policy::by_namespace(vec![Arc::new(serde_json::from_value(policy).unwrap())]);
+    let subject = lab.only();
+    let refusal = subject.reachable.unwrap_err();
+    assert!(refusal.reason == "NetworkPolicy" && refusal.message.contains("lab/closed"), "{refusal:?}");
+    // A warning, and no more: what is known of policies is not all.
+    assert!(subject.accepted.is_ok() && !subject.ports.is_empty());
+}

@@ -17,6 +17,7 @@ use std::{
 };
 
 use futures_util::StreamExt as _;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::{
     Api, Client, Resource, ResourceExt as _,
     core::DeserializeGuard,
@@ -32,6 +33,7 @@ use tokio::{sync::Notify, task::JoinHandle};
 
 use super::{
     api::{CircuitBreaker, ReferenceGrant},
+    network_policy,
     objects::{EndpointSlice, Node, Service},
     resolve::{NodeView, World},
     wish::Key,
@@ -195,6 +197,7 @@ pub(super) struct Watches {
     grants: Watch<ReferenceGrant>,
     services: Watch<Service>,
     nodes: Watch<Node>,
+    policies: Watch<NetworkPolicy>,
     slices: BTreeMap<String, NamespaceSlices>,
     /// Every CircuitBreaker as it was understood last.
     understood: HashMap<ObjectRef<Guarded>, Arc<CircuitBreaker>>,
@@ -266,6 +269,17 @@ impl Watches {
                 changed.clone(),
                 trim_node,
                 |old, new| node_view("", Some(old)) != node_view("", Some(new)),
+            ),
+            policies: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "NetworkPolicies".into(),
+                changed.clone(),
+                |policy: &mut NetworkPolicy| {
+                    policy.annotations_mut().clear();
+                    policy.labels_mut().clear();
+                },
+                |old, new| old.spec != new.spec,
             ),
             slices: BTreeMap::new(),
             understood: HashMap::new(),
@@ -343,6 +357,8 @@ impl Watches {
             grants: self.grants.get()?,
             services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
             endpoints: HashMap::new(),
+            // Nothing waits for them: without them there is less to warn of.
+            policies: network_policy::by_namespace(self.policies.get().unwrap_or_default()),
         };
         for (namespace, slices) in &mut self.slices {
             let (names, found) = match (slices.watch.get(), &slices.before) {

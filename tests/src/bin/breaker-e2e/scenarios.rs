@@ -350,6 +350,16 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
         let shown = cluster.kubectl(&flows)?;
         if !here || shown.contains(" veth ") { Ok(Some(())) } else { bail!("{shown}") }
     })?;
+    // What netfilter would enforce, if its controller ran here, and by its words.
+    cluster.wait_condition("near", "BackupReachable", "True", "Reachable")?;
+    let policy = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": { "name": "closed" },
+        "spec": { "podSelector": { "matchLabels": { "app": "backup-deployment" } }, "policyTypes": ["Ingress"] },
+    });
+    cluster.apply(&policy.to_string())?;
+    cluster.wait_condition("near", "BackupReachable", "False", "NetworkPolicy")?;
+    cluster.lab(&["delete", "networkpolicy/closed"])?;
+    cluster.wait_condition("near", "BackupReachable", "True", "Reachable")?;
     cluster.lab(&["delete", "cb/near", "svc/near", "svc/near-backup"])?;
     let fast = if here { "; from a pod from veth to veth" } else { "" };
     Ok(format!("from the lan by {}: the client's address is kept where a backup is{fast}", shown.join(", ")))
