@@ -13,7 +13,7 @@ use breaker_common::{
 
 use crate::{
     csum,
-    packet::Packet,
+    packet::Frame,
     parse::{self, Kind, Segment},
 };
 
@@ -151,7 +151,7 @@ pub trait Family: Address {
     ///
     /// # Errors
     /// See [`parse::at`].
-    fn parse(packet: &Packet<'_>, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason>;
+    fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason>;
     /// The sum of its 16-bit words, most significant byte first.
     fn words(self) -> u64;
     /// The difference to another address as the kernel's checksum helpers want it: a 32-bit one's complement sum in
@@ -227,7 +227,7 @@ impl Family for V4 {
     const ICMP: u8 = 1;
 
     #[inline(always)]
-    fn parse(packet: &Packet<'_>, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
+    fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
         parse::ipv4(packet, l3, segment)
     }
 
@@ -267,7 +267,7 @@ impl Family for V6 {
     const ICMP: u8 = 58;
 
     #[inline(always)]
-    fn parse(packet: &Packet<'_>, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
+    fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
         parse::ipv6(packet, l3, segment)
     }
 

@@ -27,6 +27,8 @@ use crate::{
 const PORT_TRIES: u16 = 16;
 /// First port to try: below are the privileged ones (RFC 6335, section 6).
 const PORT_FIRST: u16 = 1024;
+/// Where the ports begin that clients connect from by themselves (net.ipv4.ip_local_port_range).
+const EPHEMERAL_FIRST: u16 = 32768;
 
 /// Where a client's packets go.
 pub struct Peer<A> {
@@ -45,7 +47,7 @@ impl<A: Family> Peer<A> {
     #[inline(always)]
     pub fn of(flow: &Flow<A>) -> Self {
         let fast = flow.way & flow_way::FAST != 0;
-        let ifindex = if fast { select::interface_of::<A>(flow.backend_id) } else { 0 };
+        let ifindex = if fast { select::interface_of(flow.backend_id, flow.backend) } else { 0 };
         Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, way: flow.way, ifindex }
     }
 
@@ -283,6 +285,10 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
 /// Pins a flow to a backend in both tables, under a reverse key that is its own: where the client's port is taken
 /// toward this backend by another flow that lives, it gets another one, as conntrack does.
 ///
+/// conntrack does so for those that it sees. One from veth to veth it does not see, and the client may have the same port
+/// toward the same backend by a Service that is nobody's business here: so such a flow never has a port that the client's
+/// kernel would choose.
+///
 /// `flow` says where to; its source port is what the pinning came to. `ifindex`: where replies go from veth to veth, or 0.
 ///
 /// # Errors
@@ -305,8 +311,10 @@ const TABLE_FULL: u32 = 2;
 fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, ifindex: u32) -> u32 {
     let mut reverse_key = reverse_key_of(key, flow);
     let reverse = reverse_of(key, flow, ifindex);
-    if !claim(key, &reverse_key, &reverse) {
-        flow.source_port = claim_other_port(key, &mut reverse_key, &reverse);
+    let fast = ifindex != 0;
+    if fast || !claim(key, &reverse_key, &reverse) {
+        let (first, last) = if fast { (PORT_FIRST, EPHEMERAL_FIRST - 1) } else { (PORT_FIRST, u16::MAX) };
+        flow.source_port = claim_other_port(key, &mut reverse_key, &reverse, first, last);
         if flow.source_port == [0; 2] {
             return NO_SOURCE_PORT;
         }
@@ -393,15 +401,21 @@ fn ended<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
         || flow.seen & seen::FIN != 0 && (direct || reverse.seen & seen::FIN != 0)
 }
 
-/// Looks for a free source port, a few steps around the range from a place that depends on the flow; 0 = none. The reverse
-/// key is the one that was taken.
+/// Looks for a free source port from `first` to `last`, a few steps around the range from a place that depends on the flow;
+/// 0 = none. The reverse key is the one that was taken.
 #[inline(always)]
-fn claim_other_port<A: Family>(key: &FlowKey<A>, reverse_key: &mut ReverseKey<A>, reverse: &Reverse<A>) -> [u8; 2] {
+fn claim_other_port<A: Family>(
+    key: &FlowKey<A>,
+    reverse_key: &mut ReverseKey<A>,
+    reverse: &Reverse<A>,
+    first: u16,
+    last: u16,
+) -> [u8; 2] {
     let own = u16::from_be_bytes(key.client_port);
     for step in 1..=PORT_TRIES {
-        // 7919 is prime and coprime to the size of the range: the steps do not meet.
-        let place = (own.wrapping_sub(PORT_FIRST) as u32 + step as u32 * 7919) % (65536 - PORT_FIRST as u32);
-        reverse_key.client_port = (PORT_FIRST + place as u16).to_be_bytes();
+        // 7919 is prime and no divisor of the sizes of the ranges: the steps do not meet.
+        let place = (own.wrapping_sub(first) as u32 + step as u32 * 7919) % (last as u32 + 1 - first as u32);
+        reverse_key.client_port = (first + place as u16).to_be_bytes();
         if A::reverse().get_ptr(&*reverse_key).is_none()
             && A::pending_reverse().insert(&*reverse_key, reverse, BPF_NOEXIST as u64).is_ok()
         {

@@ -8,7 +8,7 @@ use crate::{
     csum,
     family::Family,
     nat::{self, End},
-    packet::Packet,
+    packet::{Frame, Packet},
     parse::Segment,
 };
 

@@ -1,7 +1,7 @@
 //! breaker's programs on the packet path: entry points only.
 //!
-//! Read [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own; every step there is a
-//! module of its own:
+//! Read [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own, [`hook::xdp`] for what
+//! never gets that far; every step there is a module of its own:
 //!
 //! | module | one concern |
 //! |---|---|
@@ -45,8 +45,8 @@ mod service;
 mod verdict;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier},
-    programs::{SockAddrContext, TcContext},
+    macros::{cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, TcContext, XdpContext},
 };
 
 /// tc ingress on the host side of a pod's veth: what the pod sends.
@@ -71,6 +71,12 @@ pub fn breaker_out(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn breaker_up_out(ctx: TcContext) -> i32 {
     hook::tc::to_outside(&ctx)
+}
+
+/// XDP on a node's uplink: what is refused before the stack sees it.
+#[xdp]
+pub fn breaker_xdp(ctx: XdpContext) -> u32 {
+    hook::xdp::from_wire(&ctx)
 }
 
 macro_rules! sockets {

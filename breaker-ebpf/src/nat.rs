@@ -3,7 +3,12 @@
 use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
 use network_types::{tcp::TcpHdr, udp::UdpHdr};
 
-use crate::{csum, family::Family, packet::Packet, parse::Segment};
+use crate::{
+    csum,
+    family::Family,
+    packet::{Frame, Packet},
+    parse::Segment,
+};
 
 /// TCP's and UDP's headers both begin with the ports.
 const SOURCE_PORT: usize = 0;

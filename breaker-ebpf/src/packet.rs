@@ -9,67 +9,39 @@ use aya_ebpf::{
     bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{
         bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
-        bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_pull_data,
+        bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
     },
-    programs::TcContext,
+    programs::{TcContext, XdpContext},
 };
 
-/// A packet on a tc hook, from its Ethernet header on.
-pub struct Packet<'a> {
-    ctx: &'a TcContext,
-}
-
-impl<'a> Packet<'a> {
-    #[inline(always)]
-    pub fn new(ctx: &'a TcContext) -> Self {
-        Self { ctx }
-    }
-
-    /// The context, for what wants one.
-    #[inline(always)]
-    pub fn context(&self) -> &TcContext {
-        self.ctx
-    }
-
-    /// The whole length in bytes, data outside of the linear part included.
-    #[inline(always)]
-    pub fn len(&self) -> u32 {
-        self.ctx.len()
-    }
-
-    /// Index of the interface that the hook is on.
-    #[inline(always)]
-    pub fn ifindex(&self) -> u32 {
-        // SAFETY: the context is valid for the run of the program.
-        unsafe { (*self.ctx.skb.skb).ifindex }
-    }
-
-    /// Sets a bit of the packet's mark, and leaves the others to their owners.
-    #[inline(always)]
-    pub fn add_mark(&self, bits: u32) {
-        // SAFETY: the context is valid for the run of the program.
-        let mark = unsafe { (*self.ctx.skb.skb).mark };
-        self.ctx.set_mark(mark | bits);
-    }
-
+/// A packet's bytes from its Ethernet header on, and how its length changes.
+pub trait Frame {
     /// Where the linear part starts. Read anew each time: the compiler would keep 32 bits of it for another place, and make 64
     /// of them there, which to the verifier is a number and no pointer any more.
-    #[inline(always)]
-    fn data(&self) -> usize {
-        // SAFETY: the context is valid for the run of the program.
-        unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
-    }
+    fn data(&self) -> usize;
 
-    /// Where the linear part ends; see [`Packet::data`].
-    #[inline(always)]
-    fn data_end(&self) -> usize {
-        // SAFETY: as above.
-        unsafe { (&raw const (*self.ctx.skb.skb).data_end).read_volatile() as usize }
-    }
+    /// Where the linear part ends; see [`Frame::data`].
+    fn data_end(&self) -> usize;
+
+    /// The whole length in bytes, data outside of the linear part included.
+    fn len(&self) -> u32;
+
+    /// Brings the first `len` bytes into the linear part.
+    fn pull(&self, len: u32) -> Option<()>;
+
+    /// Cuts the packet to `len` bytes.
+    fn cut(&self, len: u32) -> Option<()>;
+
+    /// Makes room between the Ethernet and the IP header. The Ethernet header must be written anew.
+    fn make_room(&self, len: u32) -> Option<()>;
+
+    /// Whether the TCP checksum at `offset` is left to the device (CHECKSUM_PARTIAL: only the pseudo header is in it). What is
+    /// there is lost.
+    fn is_partial(&self, offset: usize) -> Option<bool>;
 
     /// A pointer to a `T` at `offset` in the linear part, or `None` where it does not end there.
     #[inline(always)]
-    pub fn at<T>(&self, offset: usize) -> Option<*mut T> {
+    fn at<T>(&self, offset: usize) -> Option<*mut T> {
         let mut start = self.data() + offset;
         // The compiler must not take this sum apart again: the verifier knows the bounds of the very pointer that was
         // compared, and of no other that happens to come to the same.
@@ -86,32 +58,98 @@ impl<'a> Packet<'a> {
     /// at a time otherwise. Loads and stores in a packet need no alignment where the kernel has
     /// CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS (x86-64, arm64, …), and elsewhere the verifier refuses them.
     #[inline(always)]
-    pub fn read<T: Copy>(&self, offset: usize) -> Option<T> {
+    fn read<T: Copy>(&self, offset: usize) -> Option<T> {
         // SAFETY: `at` checked the bounds; any bytes are a value; see above on alignment.
         self.at::<T>(offset).map(|p| unsafe { *p })
     }
 
     /// Writes a `T` into the linear part (writable: the verifier puts a prologue before such programs).
     #[inline(always)]
-    pub fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
+    fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
         // SAFETY: `at` checked the bounds; as for `read`.
         self.at::<T>(offset).map(|p| unsafe { *p = value })
     }
+}
 
-    /// Brings the first `len` bytes into the linear part.
+/// A packet on a tc hook.
+pub struct Packet<'a> {
+    ctx: &'a TcContext,
+}
+
+impl Frame for Packet<'_> {
     #[inline(always)]
-    pub fn pull(&self, len: u32) -> Option<()> {
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid for the run of the program.
+        unsafe { (&raw const (*self.ctx.skb.skb).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.ctx.skb.skb).data_end).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        self.ctx.len()
+    }
+
+    #[inline(always)]
+    fn pull(&self, len: u32) -> Option<()> {
         // SAFETY: the context is valid; pointers into the packet are made anew by `at`.
         let ret = unsafe { bpf_skb_pull_data(self.ctx.skb.skb, len) };
         (ret == 0).then_some(())
     }
 
-    /// Cuts the packet to `len` bytes.
     #[inline(always)]
-    pub fn cut(&self, len: u32) -> Option<()> {
+    fn cut(&self, len: u32) -> Option<()> {
         // SAFETY: as for `pull`.
         let ret = unsafe { bpf_skb_change_tail(self.ctx.skb.skb, len, 0) };
         (ret == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn make_room(&self, len: u32) -> Option<()> {
+        // SAFETY: as for `pull`.
+        let ret = unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, BPF_ADJ_ROOM_MAC, 0) };
+        (ret == 0).then_some(())
+    }
+
+    /// A program cannot ask, but the helper for a changed port knows: it leaves a partial checksum alone and changes any other.
+    #[inline(always)]
+    fn is_partial(&self, offset: usize) -> Option<bool> {
+        const PROBE: [u8; 2] = [0x12, 0x34];
+        self.write(offset, PROBE)?;
+        self.payload_changed(offset, [0, 0], [0, 1])?;
+        Some(self.read::<[u8; 2]>(offset)? == PROBE)
+    }
+}
+
+impl<'a> Packet<'a> {
+    #[inline(always)]
+    pub fn new(ctx: &'a TcContext) -> Self {
+        Self { ctx }
+    }
+
+    /// The context, for what wants one.
+    #[inline(always)]
+    pub fn context(&self) -> &TcContext {
+        self.ctx
+    }
+
+    /// Index of the interface that the hook is on.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        // SAFETY: the context is valid for the run of the program.
+        unsafe { (*self.ctx.skb.skb).ifindex }
+    }
+
+    /// Sets a bit of the packet's mark, and leaves the others to their owners.
+    #[inline(always)]
+    pub fn add_mark(&self, bits: u32) {
+        // SAFETY: the context is valid for the run of the program.
+        let mark = unsafe { (*self.ctx.skb.skb).mark };
+        self.ctx.set_mark(mark | bits);
     }
 
     /// Tells the TCP or UDP checksum at `offset` that the pseudo header changed by `difference` (see
@@ -134,14 +172,6 @@ impl<'a> Packet<'a> {
     pub fn sum_changed(&self, difference: u32) {
         // SAFETY: as for `pull`. It fails where there is no such sum, and then there is nothing to do.
         let _ = unsafe { bpf_csum_update(self.ctx.skb.skb, difference) };
-    }
-
-    /// Makes room between the Ethernet and the IP header.
-    #[inline(always)]
-    pub fn make_room(&self, len: u32) -> Option<()> {
-        // SAFETY: as for `pull`.
-        let ret = unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, BPF_ADJ_ROOM_MAC, 0) };
-        (ret == 0).then_some(())
     }
 
     /// Tells the TCP or UDP checksum at `offset` that two bytes under it changed (a port).
@@ -179,5 +209,66 @@ impl<'a> Packet<'a> {
         // SAFETY: as for `pull`.
         let ret = unsafe { bpf_clone_redirect(self.ctx.skb.skb, self.ifindex(), 0) };
         (ret == 0).then_some(())
+    }
+}
+
+/// A packet as the driver got it, before the stack. Its checksum is whole: a driver that leaves checksums to the device has no
+/// native XDP but on a veth, where what is written here is whole as well.
+pub struct WirePacket<'a> {
+    ctx: &'a XdpContext,
+}
+
+impl<'a> WirePacket<'a> {
+    #[inline(always)]
+    pub fn new(ctx: &'a XdpContext) -> Self {
+        Self { ctx }
+    }
+}
+
+impl Frame for WirePacket<'_> {
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid for the run of the program.
+        unsafe { (&raw const (*self.ctx.ctx).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.ctx.ctx).data_end).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        let mut length = self.data_end();
+        // In the machine's own words: the compiler would do it with halves of the pointers, which the verifier forbids.
+        // SAFETY: registers only.
+        unsafe { asm!("{0} -= {1}", inout(reg) length, in(reg) self.data(), options(pure, nomem, nostack)) };
+        length as u32
+    }
+
+    /// All of it is linear.
+    #[inline(always)]
+    fn pull(&self, _len: u32) -> Option<()> {
+        None
+    }
+
+    #[inline(always)]
+    fn cut(&self, len: u32) -> Option<()> {
+        let by = len as i32 - self.len() as i32;
+        // SAFETY: the context is valid; pointers into the packet are made anew by `at`.
+        (unsafe { bpf_xdp_adjust_tail(self.ctx.ctx, by) } == 0).then_some(())
+    }
+
+    /// At the front: what is behind stays where it is.
+    #[inline(always)]
+    fn make_room(&self, len: u32) -> Option<()> {
+        // SAFETY: as for `cut`.
+        (unsafe { bpf_xdp_adjust_head(self.ctx.ctx, -(len as i32)) } == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn is_partial(&self, _offset: usize) -> Option<bool> {
+        Some(false)
     }
 }

@@ -10,7 +10,7 @@ use network_types::{
 use crate::{
     count,
     family::{Family, V4, V6},
-    packet::Packet,
+    packet::Frame,
 };
 
 /// TCP flags as they stand in byte 13 of the header (RFC 9293, section 3.1).
@@ -150,7 +150,7 @@ mod proto {
 /// The network layer of a frame, and where it starts. `TAGGED`: VLAN tags in the packet are stepped over; there are none on
 /// a pod's interface.
 #[inline(always)]
-pub fn network<const TAGGED: bool>(packet: &Packet<'_>, l3: &mut usize) -> Option<EtherType> {
+pub fn network<const TAGGED: bool>(packet: &impl Frame, l3: &mut usize) -> Option<EtherType> {
     let eth = packet.read::<EthHdr>(0)?;
     let mut kind = eth.ether_type;
     let mut at = L3;
@@ -179,7 +179,7 @@ pub fn network<const TAGGED: bool>(packet: &Packet<'_>, l3: &mut usize) -> Optio
 /// # Errors
 /// [`PassReason::Truncated`], [`PassReason::ExtensionHeaders`].
 #[inline(always)]
-pub fn at<A: Family>(packet: &Packet<'_>, l3: usize, segment: &mut Segment<A>) -> Result<Kind, PassReason> {
+pub fn at<A: Family>(packet: &impl Frame, l3: usize, segment: &mut Segment<A>) -> Result<Kind, PassReason> {
     match A::parse(packet, l3, segment) {
         // The headers may lie outside of the linear part: fetch them, once.
         Err(PassReason::Truncated) => {
@@ -209,7 +209,7 @@ struct Ipv4 {
 
 /// See [`Family::parse`].
 #[inline(always)]
-pub fn ipv4(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V4>) -> Result<Kind, PassReason> {
+pub fn ipv4(packet: &impl Frame, l3: usize, segment: &mut Segment<V4>) -> Result<Kind, PassReason> {
     let Some(ip) = packet.at::<Ipv4>(l3) else { return Err(PassReason::Truncated) };
     // SAFETY: `at` checked the bounds; any bytes are a value; `Packet::read` has the word on alignment.
     let ip = unsafe { &*ip };
@@ -258,7 +258,7 @@ struct Ipv6 {
 
 /// See [`Family::parse`].
 #[inline(always)]
-pub fn ipv6(packet: &Packet<'_>, l3: usize, segment: &mut Segment<V6>) -> Result<Kind, PassReason> {
+pub fn ipv6(packet: &impl Frame, l3: usize, segment: &mut Segment<V6>) -> Result<Kind, PassReason> {
     let Some(ip) = packet.at::<Ipv6>(l3) else { return Err(PassReason::Truncated) };
     // SAFETY: as for IPv4.
     let ip = unsafe { &*ip };
@@ -332,7 +332,7 @@ fn other(next: u8) -> Kind {
 /// Parses the header at `l4`; `rest` bytes are in the packet from there on, by what the IP header says.
 #[inline(always)]
 fn transport<A: Family>(
-    packet: &Packet<'_>,
+    packet: &impl Frame,
     l4: usize,
     rest: usize,
     segment: &mut Segment<A>,

@@ -17,7 +17,7 @@ use crate::{
     family::{Family, V4},
     flow::Peer,
     nat::{End, TCP_CHECK},
-    packet::Packet,
+    packet::{Frame, Packet},
     parse::{L3, Segment, flags},
 };
 
@@ -47,25 +47,23 @@ struct Reset<A> {
     acknowledgment: u32,
 }
 
-/// Answers a SYN with RST+ACK; the value is the verdict for the kernel.
+/// Turns a SYN into its answer, RST+ACK, to be sent back.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn refuse_segment<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<i32, PassReason> {
+pub fn refuse_segment<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Result<(), PassReason> {
     let numbers = shorten(packet, segment).ok_or(PassReason::RewriteFailed)?;
-    write(packet, segment, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)?;
-    Ok(packet.send_back())
+    write(packet, segment, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)
 }
 
-/// Answers a datagram with an ICMP error; the value is the verdict for the kernel.
+/// Turns a datagram into its answer, an ICMP error, to be sent back.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn refuse_datagram<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<i32, PassReason> {
-    unreachable(packet, segment).ok_or(PassReason::RewriteFailed)?;
-    Ok(packet.send_back())
+pub fn refuse_datagram<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Result<(), PassReason> {
+    unreachable(packet, segment).ok_or(PassReason::RewriteFailed)
 }
 
 /// Resets an established connection at both ends, on a segment of the client's: the client is answered, and the
@@ -115,7 +113,7 @@ fn length_field<A: Family>(segment: &Segment<A>) -> (usize, usize) {
 
 /// Reads the numbers and cuts the packet behind a TCP header without options.
 #[inline(always)]
-fn shorten<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<Numbers> {
+fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbers> {
     let eth = packet.read::<EthHdr>(0)?;
     let (length_at, counted) = length_field(segment);
     let length = u16::from_be_bytes(packet.read::<[u8; 2]>(length_at)?) as u32;
@@ -143,7 +141,7 @@ fn shorten<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<Numbe
 
 /// A reset has no later fragments, even if it is made of a first one: nobody would put it together.
 #[inline(always)]
-fn make_whole<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<()> {
+fn make_whole<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()> {
     let old = packet.read::<[u8; 2]>(segment.more_at())?;
     let new = if A::VERSION == 4 { [old[0] & !0x20, old[1]] } else { [old[0], old[1] & !1] };
     packet.write(segment.more_at(), new)?;
@@ -158,7 +156,7 @@ fn make_whole<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<()
 /// Writes the length, the addresses and, where there is one, the header's checksum. Options, if any, did not change: the
 /// checksum follows from the fields that did.
 #[inline(always)]
-fn write_ip<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, total: u16, source: A, destination: A) -> Option<()> {
+fn write_ip<A: Family>(packet: &impl Frame, segment: &Segment<A>, total: u16, source: A, destination: A) -> Option<()> {
     let (length_at, _) = length_field(segment);
     let (source_at, destination_at) =
         (segment.l3() + End::Source.addr_at::<A>(), segment.l3() + End::Destination.addr_at::<A>());
@@ -178,18 +176,18 @@ fn write_ip<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, total: u16, so
 
 /// Writes a reset over the headers.
 #[inline(always)]
-fn write<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
+fn write<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
     write_all(packet, segment, reset).then_some(())
 }
 
 /// A function to the kernel too, which returns whether it could.
 #[inline(never)]
-fn write_all<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset<A>) -> bool {
+fn write_all<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset<A>) -> bool {
     try_write(packet, segment, reset).is_some()
 }
 
 #[inline(always)]
-fn try_write<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
+fn try_write<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
     let eth = packet.read::<EthHdr>(0)?;
     packet.write(0, EthHdr { dst_addr: reset.receiver, src_addr: reset.sender, ether_type: eth.ether_type })?;
     let (_, counted) = length_field(segment);
@@ -225,15 +223,11 @@ fn try_write<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, reset: &Reset
 }
 
 /// Writes the TCP checksum: the whole one, or only the pseudo header's sum where the device adds the rest
-/// (CHECKSUM_PARTIAL, the rule on a veth). A program cannot ask which it is, but the helper for a changed port knows:
-/// it leaves a partial checksum alone and changes any other.
+/// (CHECKSUM_PARTIAL, the rule on a veth).
 #[inline(always)]
-fn write_checksum<A: Family>(packet: &Packet<'_>, l4: usize, reset: &Reset<A>) -> Option<()> {
-    const PROBE: [u8; 2] = [0x12, 0x34];
+fn write_checksum<A: Family>(packet: &impl Frame, l4: usize, reset: &Reset<A>) -> Option<()> {
     let at = l4 + TCP_CHECK;
-    packet.write(at, PROBE)?;
-    packet.payload_changed(at, [0, 0], [0, 1])?;
-    let partial = packet.read::<[u8; 2]>(at)? == PROBE;
+    let partial = packet.is_partial(at)?;
     let pseudo = csum::pseudo(reset.source.words(), reset.destination.words(), PROTO_TCP, TcpHdr::LEN as u16);
     let check = if partial {
         csum::fold(pseudo)
@@ -254,7 +248,7 @@ const QUOTED: usize = UdpHdr::LEN;
 /// Turns a datagram into an ICMP "port unreachable" about itself. One with VLAN tags or IPv6 extension headers is not
 /// refused, but passed.
 #[inline(always)]
-fn unreachable<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Option<()> {
+fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()> {
     if segment.l3() != L3 || (A::VERSION == 6 && segment.l4() != L3 + A::HEADER) {
         return None;
     }

@@ -70,10 +70,10 @@ pub fn backend<A: Family>(id: u32) -> Option<&'static Backend<A>> {
     A::backends().get(id).filter(|backend| backend.proto != 0)
 }
 
-/// Index of a backend's interface, if it is on this node; 0 otherwise.
+/// Index of a backend's interface, if it is on this node, and still the one with this address; 0 otherwise.
 #[inline(always)]
-pub fn interface_of<A: Family>(id: u32) -> u32 {
-    A::backends().get(id).map_or(0, |backend| backend.ifindex)
+pub fn interface_of<A: Family>(id: u32, addr: A) -> u32 {
+    A::backends().get(id).filter(|backend| backend.addr == addr).map_or(0, |backend| backend.ifindex)
 }
 
 /// Whether packets of a backend need a look into the flow tables: bits of [`backend_use`].

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     TestRun as _,
-    programs::{SchedClassifier, TestRunOptions},
+    programs::{SchedClassifier, TestRunOptions, Xdp},
 };
 use breaker_agent::{
     config,
@@ -38,6 +38,11 @@ pub mod flags {
 pub const NEXT: u32 = u32::MAX;
 /// `TC_ACT_REDIRECT`.
 pub const REDIRECT: u32 = 7;
+
+/// `XDP_PASS`: on to the stack.
+pub const XDP_PASS: u32 = 2;
+/// `XDP_TX`: back where it came from.
+pub const XDP_TX: u32 = 3;
 
 /// A TCP segment in an Ethernet frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -380,6 +385,7 @@ impl Rig {
                 masquerade_mark: breaker_common::DEFAULT_MASQUERADE_MARK,
                 log_level: None,
                 sockets: false,
+                xdp: true,
             },
         )?;
         let mut datapath = KernelDatapath::new(loaded.maps);
@@ -413,6 +419,19 @@ impl Rig {
         out.truncate(result.data_size_out as usize);
         let mark = <[u8; 4]>::try_from(&context[SKB_MARK..SKB_MARK + 4]).map_or(0, u32::from_ne_bytes);
         Ok((Ran { action: result.return_value, bytes: out, mark }, result.duration.as_nanos()))
+    }
+
+    /// Puts a packet through the program for XDP; the action is one of `xdp_action`.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn run_xdp(&mut self, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
+        let program: &Xdp = self.programs.program("breaker_xdp").context("program")?.try_into()?;
+        let mut out = vec![0; packet.len() + 256];
+        let options = TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
+        let result = program.test_run(options)?;
+        out.truncate(result.data_size_out as usize);
+        Ok((result.return_value, out))
     }
 
     /// Where a map is pinned.

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     check::{Checkers, Report, Target},
-    config::{AgentConfig, AttachMode, ConfigError},
+    config::{AgentConfig, AttachMode, ConfigError, XdpPolicy},
     control::{self, Request},
     datapath::{
         Datapath as _,
@@ -109,8 +109,16 @@ pub async fn run(options: Options) -> Result<()> {
             masquerade_mark: config.masquerade_mark,
             log_level: options.program_log,
             sockets: config.node_sockets,
+            xdp: config.xdp != XdpPolicy::Off,
         },
     )?;
+    let xdp = match &loaded.xdp {
+        Ok(()) => config.xdp,
+        Err(why) => {
+            tracing::warn!("no XDP, tc does its work: {why}");
+            XdpPolicy::Off
+        }
+    };
     if let (true, Err(why)) = (config.node_sockets, &loaded.sockets) {
         tracing::warn!("the node's own processes are not protected: {why}");
     }
@@ -119,7 +127,7 @@ pub async fn run(options: Options) -> Result<()> {
         carry_log(logger);
     }
     let events = loaded.maps.events_ready()?;
-    let attacher = Attacher::new(loaded.programs, &pins, config.attach, config.attach_order);
+    let attacher = Attacher::new(loaded.programs, &pins, config.attach, config.attach_order, xdp);
     let clock = Clock::new();
     let engine = Engine::new(KernelDatapath::new(loaded.maps), clock.now())?;
     let (reports_in, reports) = mpsc::channel(4096);
@@ -155,7 +163,8 @@ pub async fn run(options: Options) -> Result<()> {
         sockets,
         incompatible: preflight::socket_load_balancer(),
         near_wanted,
-        pods: Located::new(),
+        near: false,
+        pods: None,
         beats: 0,
         handover: None,
         unreported: true,
@@ -258,8 +267,10 @@ struct Agent {
     incompatible: Option<String>,
     /// Whether anybody wants to know where pods are.
     near_wanted: watch::Sender<bool>,
-    /// Where they are, as far as it is known.
-    pods: Located,
+    /// Whether a service does.
+    near: bool,
+    /// Where they are, as far as it is known; `None` before the first look: what an earlier agent found goes on.
+    pods: Option<Located>,
     beats: u32,
     /// Until when the last word is to hold without us.
     handover: Option<Duration>,
@@ -302,7 +313,7 @@ impl Agent {
                     self.locate();
                 }
                 Some(pods) = inputs.pods.recv() => {
-                    self.pods = pods;
+                    self.found(pods);
                     self.locate();
                 }
                 ready = inputs.events.readable() => {
@@ -364,6 +375,7 @@ impl Agent {
 
     fn beat(&mut self) {
         self.beats = self.beats.wrapping_add(1);
+        self.want_near();
         if self.beats.is_multiple_of(LOOK_AROUND) {
             let found = preflight::socket_load_balancer();
             self.unreported |= found != self.incompatible;
@@ -384,8 +396,8 @@ impl Agent {
 
     fn configure(&mut self, services: Vec<Service>) {
         self.service_count = Some(services.len());
-        let near = services.iter().any(Service::wants_near);
-        self.near_wanted.send_if_modified(|wanted| std::mem::replace(wanted, near) != near);
+        self.near = services.iter().any(Service::wants_near);
+        self.want_near();
         self.engine.configure(self.clock.now(), services.clone());
         self.check(&services);
     }
@@ -407,13 +419,28 @@ impl Agent {
         self.checkers.want(wanted, |target| engine.known_health(target));
     }
 
+    /// Pods are looked for as long as a service asks for it, or a flow goes by where they are.
+    fn want_near(&mut self) {
+        let wanted = self.near || self.engine.datapath().any_fast();
+        self.near_wanted.send_if_modified(|before| std::mem::replace(before, wanted) != wanted);
+    }
+
+    /// A pod that was found once is where it was, until its address shows elsewhere or its interface is gone: the kernel's
+    /// tables forget a pod that the node does not talk to, and connections go on that do not pass them.
+    fn found(&mut self, pods: Located) {
+        let mut known = self.pods.take().unwrap_or_default();
+        known.retain(|_, index| self.names.contains_key(index));
+        known.extend(pods);
+        self.pods = Some(known);
+    }
+
     /// Tells the programs which backends are pods of this node. One behind an interface without our programs is none: its
     /// answers would not pass us.
     fn locate(&mut self) {
+        let Some(pods) = &self.pods else { return };
         let attached = self.attacher.attached();
         let ours = |index: &u32| attached.get(index).is_some_and(|attached| attached.side == Side::Pod);
-        let near =
-            self.pods.iter().filter(|(_, index)| ours(index)).map(|(address, index)| (*address, *index)).collect();
+        let near = pods.iter().filter(|(_, index)| ours(index)).map(|(address, index)| (*address, *index)).collect();
         self.engine.datapath_mut().locate(near);
     }
 
@@ -450,9 +477,11 @@ impl Agent {
         present.into_iter().for_each(|interface| self.attach(interface));
     }
 
-    fn attach(&mut self, Interface { index, name, side }: Interface) {
+    fn attach(&mut self, interface: Interface) {
+        let outcome = self.attacher.attach(&interface);
+        let Interface { index, name, .. } = interface;
         self.names.insert(index, name.clone());
-        match self.attacher.attach(index, &name, side) {
+        match outcome {
             Ok(()) => {
                 tracing::debug!(interface = name, "attached");
                 self.failed_interfaces.remove(&index);
@@ -527,6 +556,17 @@ impl Agent {
                 attach: format!("{:?}", self.attacher.mode()),
                 interfaces: self.attacher.attached().iter().map(|(i, a)| name_of(i, &a.name)).collect(),
                 failed_interfaces: self.failed_interfaces.values().cloned().collect(),
+                xdp: self
+                    .attacher
+                    .attached()
+                    .iter()
+                    .filter_map(|(index, attached)| {
+                        let outcome = attached.xdp.clone()?;
+                        let words =
+                            outcome.map_or_else(|why| format!("not, tc alone: {why}"), |()| "native".to_owned());
+                        Some((name_of(index, &attached.name), words))
+                    })
+                    .collect(),
                 node_sockets: self.sockets.clone().err(),
                 flow_entries: self.engine.flow_entries(),
                 flow_pressure: self.engine.flow_pressure(),

@@ -75,6 +75,9 @@ pub struct DatapathStatus {
     pub interfaces: Vec<String>,
     /// Interfaces that should have programs and could not get them, with the reason.
     pub failed_interfaces: BTreeMap<String, String>,
+    /// Uplinks where XDP is wanted: `native`, or why tc does it alone.
+    #[serde(default)]
+    pub xdp: BTreeMap<String, String>,
     /// Why the node's own processes and pods with hostNetwork are not protected; `None` where they are.
     pub node_sockets: Option<String>,
     /// Entries in the flow tables at the last look.

@@ -136,6 +136,9 @@ pub(super) fn status(status: &AgentStatus, paint: Paint) -> String {
         };
         let _ = writeln!(text, "{words}");
     }
+    for (name, words) in &status.datapath.xdp {
+        let _ = writeln!(text, "XDP on {name}: {words}");
+    }
     for (name, error) in &status.datapath.failed_interfaces {
         let _ = writeln!(text, "{}", paint.with(RED, &format!("not on {name}: {error}")));
     }

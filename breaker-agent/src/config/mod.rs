@@ -50,6 +50,8 @@ pub struct AgentConfig {
     pub attach: AttachMode,
     /// Before or behind others' on the same hook.
     pub attach_order: AttachOrder,
+    /// XDP on uplinks.
+    pub xdp: XdpPolicy,
     /// How long the programs act on the agent's last word; zero = for ever.
     pub lease: Duration,
     /// How many services there is room for; `None`: by the node's memory.
@@ -69,7 +71,7 @@ impl PartialEq for AgentConfig {
                 c.listen,
                 (c.veths, c.uplinks, c.node_sockets),
                 c.interface_globs.clone(),
-                (c.attach, c.attach_order),
+                (c.attach, c.attach_order, c.xdp),
                 c.lease,
                 (c.max_services, c.max_flows),
                 c.masquerade_mark,
@@ -97,6 +99,17 @@ pub enum AttachOrder {
     First,
     /// They see packets that all others let through.
     Last,
+}
+
+/// Whether uplinks get an XDP program, too; never in the kernel's generic mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum XdpPolicy {
+    /// No.
+    Off,
+    /// Where the driver has a native mode, but for veths.
+    Auto,
+    /// Also on a veth.
+    Native,
 }
 
 /// What is wrong with a configuration file.

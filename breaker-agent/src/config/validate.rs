@@ -13,7 +13,7 @@ use breaker_common::{DEFAULT_MASQUERADE_MARK, NAME_LEN};
 use globset::{Glob, GlobSetBuilder};
 use serde_saphyr::{Location, Spanned};
 
-use super::{AgentConfig, AttachMode, AttachOrder, Config, ConfigError, format};
+use super::{AgentConfig, AttachMode, AttachOrder, Config, ConfigError, XdpPolicy, format};
 use crate::model::{
     Backend, BreakerPolicy, Check, CheckAction, EstablishedPolicy, FailureWindow, FastPath, Frontend, KeepClient, Mode,
     OnAgentLoss, Override, Protocol, Service, ServiceName, Tier, WhenAllUnhealthy,
@@ -201,6 +201,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
             }
         }
     }
+    let xdp = [("Auto", XdpPolicy::Auto), ("Native", XdpPolicy::Native), ("Off", XdpPolicy::Off)];
     let orders = [("First", AttachOrder::First), ("Last", AttachOrder::Last)];
     let attach = [("Auto", AttachMode::Auto), ("Tcx", AttachMode::Tcx), ("Clsact", AttachMode::Clsact)];
     AgentConfig {
@@ -213,6 +214,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
         interfaces: globs.build().unwrap_or_default(),
         interface_globs: raw.interfaces.into_iter().map(|glob| glob.value).collect(),
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),
+        xdp: problems.word(raw.xdp.as_ref(), "agent.xdp", &xdp, XdpPolicy::Off),
         attach_order: problems.word(raw.attach_order.as_ref(), "agent.attachOrder", &orders, AttachOrder::First),
         lease: Duration::from_secs(problems.number(raw.lease_seconds.as_ref(), "agent.leaseSeconds", 60, 0..=86_400)),
         max_services: raw.max_services.map(|n| problems.u32(Some(&n), "agent.maxServices", 1, 16..=MOST_SERVICES)),

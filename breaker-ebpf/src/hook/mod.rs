@@ -2,3 +2,4 @@
 
 pub mod sock;
 pub mod tc;
+pub mod xdp;

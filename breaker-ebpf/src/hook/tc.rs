@@ -474,7 +474,7 @@ fn redirect<A: Family, const OUTSIDE: bool>(
     select::mark_in_use::<A>(id, uses);
     debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
     event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
-    let port_changed = flow.source_port != key.client_port;
+    let port_changed = flow.source_port != key.client_port && back_to == 0;
     count::service(service, |c| {
         c.new_backup += 1;
         c.hairpin += hairpin as u64;
@@ -593,12 +593,12 @@ fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &Case<
 
 #[inline(never)]
 fn refuse_segment<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
-    verdict::settle(reset::refuse_segment(packet, segment).map(Verdict::Redirect))
+    verdict::settle(reset::refuse_segment(packet, segment).map(|()| Verdict::Redirect(packet.send_back())))
 }
 
 #[inline(never)]
 fn refuse_datagram<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
-    verdict::settle(reset::refuse_datagram(packet, segment).map(Verdict::Redirect))
+    verdict::settle(reset::refuse_datagram(packet, segment).map(|()| Verdict::Redirect(packet.send_back())))
 }
 
 /// A client's own connection to a backend. It takes part only so that it never shares a reverse key with a flow of a

@@ -169,9 +169,11 @@ impl Book {
             self.flows.insert(side, flow);
             return Some(side.client.port());
         }
-        if self.is_taken(&Self::backend_side(&side, &flow), &side) {
+        // From veth to veth, the port is none that the client's kernel chooses by itself: conntrack does not see to it.
+        if flow.fast || self.is_taken(&Self::backend_side(&side, &flow), &side) {
             flow.source_port = chosen;
-            if chosen < 1024 || self.is_taken(&Self::backend_side(&side, &flow), &side) {
+            if chosen < 1024 || flow.fast && chosen >= 32768 || self.is_taken(&Self::backend_side(&side, &flow), &side)
+            {
                 return None;
             }
         }

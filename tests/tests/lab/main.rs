@@ -10,6 +10,7 @@ mod near;
 mod policy;
 mod pressure;
 mod sockets;
+mod xdp;
 
 use std::time::Duration;
 

@@ -7,6 +7,7 @@ mod errors;
 mod families;
 mod near;
 mod verifier;
+mod xdp;
 
 use anyhow::{Context as _, Result};
 use breaker_agent::datapath::{Datapath as _, kernel::Sizes};

@@ -35,25 +35,63 @@ fn rig(service: &Service, pods: &[SocketAddr]) -> Result<Rig> {
     Ok(rig)
 }
 
+/// The client as the backend of a fast flow sees it, from its SYN on: with a port that its kernel would not choose by itself.
+fn opened(rig: &mut Rig, client: SocketAddr, vip: SocketAddr) -> Result<SocketAddr> {
+    let ran = rig.from_pod(&Segment::new(client, vip, SYN))?;
+    assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
+    let seen = Segment::read(&ran.bytes)?.source;
+    assert!(seen.ip() == client.ip() && (1024..32768).contains(&seen.port()), "{seen}");
+    Ok(seen)
+}
+
 /// Both ways where each comes from, never by the client's egress.
 #[test]
 fn a_fast_flow_goes_from_veth_to_veth_both_ways() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
         let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
-        for (flags, payload) in [(SYN, &b""[..]), (ACK, b""), (ACK | PSH, b"GET / HTTP/1.1\r\n\r\n")] {
+        let seen = opened(&mut rig, client, vip)?;
+        for (flags, payload) in [(ACK, &b""[..]), (ACK | PSH, b"GET / HTTP/1.1\r\n\r\n")] {
             let there = Segment::new(client, vip, flags).data(5, 6, payload);
             let ran = rig.from_pod(&there)?;
             assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
-            assert_eq!(Segment::read(&ran.bytes)?, moved(&there, client, backup));
-            let back = Segment::new(backup, client, flags | ACK).data(7, 8, payload);
+            assert_eq!(Segment::read(&ran.bytes)?, moved(&there, seen, backup));
+            let back = Segment::new(backup, seen, flags | ACK).data(7, 8, payload);
             let ran = rig.from_pod(&back)?;
             assert_eq!(ran.action, REDIRECT);
             assert_eq!(Segment::read(&ran.bytes)?, moved(&back, vip, client));
         }
+        let ran = rig.from_pod(&Segment::new(client, vip, ACK))?;
+        assert_eq!(ran.action, REDIRECT);
         assert_eq!(flow_count(&mut rig), 1);
         let flows = rig.datapath.flows(&service("dummy", vip, &[backup], "")?.name, 9)?;
         assert_eq!((flows[0].way, flows[0].phase), ("veth", "established"));
+        assert_eq!(rig.datapath.counters(&service("dummy", vip, &[backup], "")?.name)?.port_changed, 0, "no collision");
     }
+    Ok(())
+}
+
+/// conntrack does not see to it that a fast flow's port is its own: the client may use the same port toward the same pod, by
+/// the pod's own address or by a Service that is not protected.
+#[test]
+fn a_fast_flow_has_a_port_of_its_own() -> Result<()> {
+    let (client, vip, backup) = FAMILIES[0];
+    let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
+    let seen = opened(&mut rig, client, vip)?;
+    // To the pod itself, from the same port: by the stack, and its answers are its own.
+    let direct = Segment::new(client, backup, SYN);
+    assert_eq!(rig.from_pod(&direct)?.bytes, direct.bytes());
+    let answer = Segment::new(backup, client, SYN | ACK);
+    let ran = rig.from_pod(&answer)?;
+    assert_eq!((ran.action, ran.bytes), (NEXT, answer.bytes()));
+    assert_eq!(rig.from_pod(&Segment::new(backup, seen, SYN | ACK))?.action, REDIRECT);
+    // Every port of a client gets another one.
+    let mut ports: Vec<u16> = Vec::new();
+    for port in 32768..33768 {
+        ports.push(opened(&mut rig, pod(5, port), vip)?.port());
+    }
+    ports.sort_unstable();
+    ports.dedup();
+    assert_eq!(ports.len(), 1000);
     Ok(())
 }
 
@@ -84,11 +122,12 @@ fn a_flow_keeps_its_way() -> Result<()> {
     let (slow, fast) = (service("dummy", vip, &[backup], "")?, service("dummy", vip, &[backup], FAST)?);
     let data = Segment::new(client, vip, ACK | PSH).data(5, 6, b"x");
     let mut rig = rig(&fast, &[backup])?;
-    rig.from_pod(&Segment::new(client, vip, SYN))?;
+    let seen = opened(&mut rig, client, vip)?;
     rig.apply(&plan(&slow, Open, 6))?;
     assert_eq!(rig.from_pod(&data)?.action, REDIRECT, "began fast");
     assert_eq!(rig.datapath.sweep(None)?.entries, 1);
-    assert_eq!(rig.from_pod(&Segment::new(backup, client, ACK))?.action, REDIRECT, "also the answers, after a sweep");
+    assert_eq!(rig.datapath.sweep(None)?.entries, 1);
+    assert_eq!(rig.from_pod(&Segment::new(backup, seen, ACK))?.action, REDIRECT, "also the answers, after sweeps");
     let other = pod(4, 40_001);
     rig.from_pod(&Segment::new(other, vip, SYN))?;
     rig.apply(&plan(&fast, Open, 7))?;
@@ -126,12 +165,12 @@ fn resets_reach_a_fast_peer() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let service = service("dummy", vip, &[backup], &format!("{FAST} onClose: Reset,"))?;
     let mut rig = rig(&service, &[backup])?;
-    rig.from_pod(&Segment::new(client, vip, SYN))?;
+    let seen = opened(&mut rig, client, vip)?;
     rig.apply(&breaker_tests::packets::plan_with(&service, Closed, 6, 1000, true, &service.backups[0].backends))?;
     let ran = rig.from_pod(&Segment::new(client, vip, ACK | PSH).data(5, 6, b"x"))?;
     assert_eq!(ran.action, REDIRECT);
     let reset = Segment::read(&ran.bytes)?;
-    assert_eq!((reset.source, reset.destination, reset.flags & RST), (client, backup, RST));
+    assert_eq!((reset.source, reset.destination, reset.flags & RST), (seen, backup, RST));
     Ok(())
 }
 
@@ -144,13 +183,14 @@ fn errors_and_fragments_of_fast_datagrams() -> Result<()> {
     let question = Datagram::new(client, vip, b"question").bytes();
     let sent = rig.raw_from_pod(&question)?;
     assert_eq!(sent.action, REDIRECT);
+    let seen = Datagram::read(&sent.bytes)?.source;
     // The backup's "port unreachable" quotes what it got.
-    let error = unreachable(backup, client, &sent.bytes[14..]);
+    let error = unreachable(backup, seen, &sent.bytes[14..]);
     let ran = rig.raw_from_pod(&error)?;
     assert_eq!(ran.action, REDIRECT);
     assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the client knows its own packet");
     // The client's about an answer.
-    let answer = Datagram::new(backup, client, b"answer").bytes();
+    let answer = Datagram::new(backup, seen, b"answer").bytes();
     let got = rig.raw_from_pod(&answer)?;
     let ran = rig.raw_from_pod(&unreachable(client, vip, &got.bytes[14..]))?;
     assert_eq!(ran.action, REDIRECT);

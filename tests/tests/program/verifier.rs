@@ -22,6 +22,10 @@ fn load(program: &mut Program) -> Result<ProgramInfo> {
             program.load()?;
             Ok(program.info()?)
         }
+        Program::Xdp(program) => {
+            program.load()?;
+            Ok(program.info()?)
+        }
         other => bail!("a program of a type that this test does not know: {:?}", other.prog_type()),
     }
 }
@@ -44,7 +48,7 @@ fn the_verifier_has_little_to_do() -> Result<()> {
     for (name, count) in &counts {
         println!("{name:16}{count:>8}{:>7.1} %", f64::from(*count) * 100.0 / f64::from(LIMIT));
     }
-    assert_eq!(counts.len(), 12, "all of tc's and of the sockets'");
+    assert_eq!(counts.len(), 13, "all of tc's and of the sockets', and XDP's");
     for (name, count) in counts {
         assert!(count < BUDGET, "{name}: {count} instructions seen by the verifier, and its budget is {BUDGET}");
     }

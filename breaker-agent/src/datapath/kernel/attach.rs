@@ -27,12 +27,12 @@ use serde::Serialize;
 
 use super::{
     clsact,
-    interfaces::Side,
+    interfaces::{Interface, Side},
     load::{POD_PROGRAMS, UPLINK_PROGRAMS},
     pins::PinDir,
-    sockets,
+    sockets, xdp,
 };
-use crate::config::{AttachMode, AttachOrder};
+use crate::config::{AttachMode, AttachOrder, XdpPolicy};
 
 /// Priority of our clsact filters: early, but not the very first numbers that others are fond of; or behind those that the
 /// kernel gives (from 0xc000 on downward).
@@ -49,6 +49,9 @@ const HANDLE: TcHandle = TcHandle::new(0, 0xb4ea);
 /// In the order of attaching: nothing may be translated on its way there before its way back is.
 const DIRECTIONS: [(TcAttachType, &str); 2] = [(TcAttachType::Egress, "out"), (TcAttachType::Ingress, "in")];
 
+/// What the pin of an XDP link ends in.
+const XDP: &str = "xdp";
+
 /// An interface with our programs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Attached {
@@ -58,6 +61,8 @@ pub struct Attached {
     pub side: Side,
     /// How.
     pub mode: AttachMode,
+    /// Whether an uplink has XDP, too, or why not; `None` where it is not wanted.
+    pub xdp: Option<Result<(), String>>,
 }
 
 /// Attaches programs to interfaces.
@@ -68,19 +73,20 @@ pub struct Attacher {
     clsact: PathBuf,
     mode: AttachMode,
     order: AttachOrder,
+    xdp: XdpPolicy,
     attached: BTreeMap<u32, Attached>,
 }
 
 impl Attacher {
-    /// With loaded programs; `mode` and `order` as configured.
+    /// With loaded programs; the rest as configured.
     #[must_use]
-    pub fn new(programs: Ebpf, pins: &PinDir, mode: AttachMode, order: AttachOrder) -> Self {
+    pub fn new(programs: Ebpf, pins: &PinDir, mode: AttachMode, order: AttachOrder, xdp: XdpPolicy) -> Self {
         let mode = match mode {
             AttachMode::Auto if has_tcx() => AttachMode::Tcx,
             AttachMode::Auto => AttachMode::Clsact,
             chosen => chosen,
         };
-        Self { programs, links: pins.links(), clsact: pins.clsact(), mode, order, attached: BTreeMap::new() }
+        Self { programs, links: pins.links(), clsact: pins.clsact(), mode, order, xdp, attached: BTreeMap::new() }
     }
 
     /// How programs are attached: never `Auto`.
@@ -100,7 +106,8 @@ impl Attacher {
     ///
     /// # Errors
     /// What the kernel said; the interface may have gone meanwhile.
-    pub fn attach(&mut self, index: u32, name: &str, side: Side) -> Result<()> {
+    pub fn attach(&mut self, Interface { index, name, side, is_veth }: &Interface) -> Result<()> {
+        let (index, side) = (*index, *side);
         let programs = match side {
             Side::Pod => POD_PROGRAMS,
             Side::Uplink => UPLINK_PROGRAMS,
@@ -120,13 +127,21 @@ impl Attacher {
             }
             .with_context(|| format!("attach {program_name} to {name}"))?;
         }
-        self.attached.insert(index, Attached { name: name.to_owned(), side, mode: self.mode });
+        let xdp = (side == Side::Uplink).then(|| {
+            let pin = self.links.join(format!("{index}_{XDP}"));
+            xdp::attach(&mut self.programs, index, *is_veth, self.xdp, &pin).map_err(|error| format!("{error:#}"))
+        });
+        if let Some(Err(why)) = &xdp {
+            tracing::info!(interface = name, "tc alone, no XDP: {why}");
+        }
+        let xdp = xdp.filter(|_| self.xdp != XdpPolicy::Off);
+        self.attached.insert(index, Attached { name: name.clone(), side, mode: self.mode, xdp });
         Ok(())
     }
 
     /// Forgets an interface that is gone.
     pub fn forget(&mut self, index: u32) -> Option<Attached> {
-        for (_, suffix) in DIRECTIONS {
+        for suffix in DIRECTIONS.map(|(_, suffix)| suffix).into_iter().chain([XDP]) {
             let _ = fs::remove_file(self.links.join(format!("{index}_{suffix}")));
         }
         let _ = fs::remove_dir(self.clsact.join(index.to_string()));
@@ -246,7 +261,10 @@ pub(super) fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         // The way there first ("in" before "out"), for the reason above; sockets before both, what asks before what answers.
         paths.sort_by_key(|path| {
             let name = path.to_string_lossy().into_owned();
-            (!sockets::is_pin(path), !(name.ends_with("_in") || name.contains("_conn") || name.contains("_send")))
+            (
+                !sockets::is_pin(path),
+                !(name.ends_with("_in") || name.ends_with("_xdp") || name.contains("_conn") || name.contains("_send")),
+            )
         });
         for path in paths {
             // Without its pin a link has no reference left, and the kernel detaches it.

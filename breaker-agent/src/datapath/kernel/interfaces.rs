@@ -57,6 +57,8 @@ pub struct Interface {
     pub name: String,
     /// Who is behind it.
     pub side: Side,
+    /// Whether it is a veth.
+    pub is_veth: bool,
 }
 
 /// Starts to watch. Returns the interfaces that are there already, and a channel of changes from then on (a change may
@@ -150,7 +152,7 @@ fn wanted(message: &LinkMessage, what: &Wanted) -> Option<Interface> {
     let pod = veth && peer_elsewhere && !has_default_route(&name);
     let chosen = what.globs.is_match(&name) || if pod { what.veths } else { what.uplinks && has_default_route(&name) };
     let side = if pod { Side::Pod } else { Side::Uplink };
-    chosen.then_some(Interface { index: message.header.index, name, side })
+    chosen.then_some(Interface { index: message.header.index, name, side, is_veth: veth })
 }
 
 /// Whether a default route of the node's, of either family, leaves by an interface.

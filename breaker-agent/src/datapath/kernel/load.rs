@@ -12,7 +12,7 @@ use super::{
     maps::{Maps, pinned},
     pins::PinDir,
     sizes::Sizes,
-    sockets,
+    sockets, xdp,
 };
 
 /// The object that `build.rs` built.
@@ -32,6 +32,8 @@ pub struct Loaded {
     pub maps: Maps,
     /// Whether the node's own sockets are seen, or why not.
     pub sockets: Result<(), String>,
+    /// Whether there is a program for XDP, or why not.
+    pub xdp: Result<(), String>,
     /// Carries the programs' log to ours, if they log.
     pub logger: Option<EbpfLogger<&'static dyn log::Log>>,
 }
@@ -47,6 +49,8 @@ pub struct Options {
     pub log_level: Option<log::Level>,
     /// Whether programs for the node's own sockets are loaded and attached, too.
     pub sockets: bool,
+    /// Whether the program for XDP is loaded, too.
+    pub xdp: bool,
 }
 
 /// Loads the programs on the maps of a pin directory.
@@ -85,6 +89,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     }
     // Without them everything else works as well.
     let sockets = netns.and_then(|_| sockets::load(&mut programs));
+    let xdp = if options.xdp { xdp::load(&mut programs) } else { Ok(()) }.map_err(|error| format!("{error:#}"));
     let logger = match log_level {
         Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
         None => None,
@@ -94,7 +99,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     if sockets.is_err() {
         sockets::detach(pins)?;
     }
-    Ok(Loaded { programs, maps, sockets, logger })
+    Ok(Loaded { programs, maps, sockets, xdp, logger })
 }
 
 /// Opens the maps of a pin directory without programs.

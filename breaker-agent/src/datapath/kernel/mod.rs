@@ -17,6 +17,7 @@ mod places;
 mod sizes;
 mod sockets;
 mod sweep;
+mod xdp;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -89,8 +90,8 @@ pub struct KernelDatapath {
     backends: HashMap<Destination, u32>,
     /// Backends that a service's tables name, by service.
     named: BTreeMap<ServiceName, BTreeSet<Destination>>,
-    /// Services whose flows may go from veth to veth.
-    fast: BTreeSet<ServiceName>,
+    /// What the last sweep found: flows from veth to veth, or services that have them.
+    fast_before: bool,
     /// Where pods of this node are, by address.
     located: Located,
     service_places: Places,
@@ -109,7 +110,7 @@ impl KernelDatapath {
             services: BTreeMap::new(),
             backends: HashMap::new(),
             named: BTreeMap::new(),
-            fast: BTreeSet::new(),
+            fast_before: true,
             located: Located::new(),
             service_places: Places::new("services", sizes.services),
             route_places: Places::new("routes", sizes.routes),
@@ -122,6 +123,12 @@ impl KernelDatapath {
     #[must_use]
     pub const fn sizes(&self) -> &Sizes {
         &self.maps.sizes
+    }
+
+    /// Whether flows may go from veth to veth, or still do.
+    #[must_use]
+    pub fn any_fast(&self) -> bool {
+        self.maps.any_fast()
     }
 
     /// Takes in where the node's pods are: host-side interfaces with our programs, by the pods' addresses.
@@ -213,7 +220,8 @@ impl KernelDatapath {
         change(&mut role);
         if role == EndpointRole::NOTHING {
             return match endpoints.remove(&key) {
-                Ok(()) | Err(aya::maps::MapError::KeyNotFound) => Ok(()),
+                Ok(()) => Ok(()),
+                Err(error) if is_not_there(&error) => Ok(()),
                 Err(error) => Err(error).with_context(|| format!("remove the endpoint {address}")),
             };
         }
@@ -341,9 +349,7 @@ impl KernelDatapath {
         }
         if plan.flags & switch_flags::FAST != 0 {
             self.maps.set_any_fast(true);
-            self.fast.insert(plan.name.clone());
-        } else {
-            self.fast.remove(&plan.name);
+            self.fast_before = true;
         }
         let decision = &plan.decision;
         let switch = Switch { epoch: decision.epoch, share: decision.share, state: decision.state as u8, flags };
@@ -381,10 +387,11 @@ impl KernelDatapath {
             routes.iter().flat_map(|route| route.frontends.iter().map(|f| (*f, route.index))).collect();
         let had: BTreeMap<Frontend, u32> =
             old.iter().flat_map(|route| route.frontends.iter().map(|f| (*f, route.index))).collect();
-        // Until their roles are written, frontends count as those of the routes that they were of.
+        // Until their roles are written, frontends count as those of the routes that they were of, also those that leave.
         let mut installed = routes.clone();
         for route in &mut installed {
-            route.frontends.retain(|f| had.get(f) == Some(&route.index));
+            let of = |f: &&Frontend| had.get(*f) == Some(&route.index);
+            route.frontends = had.keys().filter(of).copied().collect();
         }
         let leaving: Vec<&InstalledRoute> = old.iter().filter(|o| !routes.iter().any(|r| r.index == o.index)).collect();
         installed.extend(leaving.iter().map(|route| InstalledRoute {
@@ -432,7 +439,6 @@ impl KernelDatapath {
         self.service_places.give_back_later(index);
         self.services.remove(name);
         self.named.remove(name);
-        self.fast.remove(name);
         Ok(())
     }
 
@@ -565,9 +571,14 @@ impl Datapath for KernelDatapath {
         let names: HashMap<u32, ServiceName> = self.services.iter().map(|(n, s)| (s.index, n.clone())).collect();
         let found = sweep::sweep(&mut self.maps, &names, idle)?;
         self.settle_backends(&found.redirected_to, &found.all_to)?;
-        if self.fast.is_empty() && !found.any_fast && self.maps.any_fast() {
-            self.maps.set_any_fast(false);
+        // By the switches themselves: after a restart they are all that is known.
+        let fast = |s: &Installed| self.maps.switch(s.index).has(switch_flags::FAST);
+        let any_fast = found.any_fast || self.services.values().any(fast);
+        // Cleared when two sweeps in a row agree: the walk may miss a flow that is moved between the tables meanwhile.
+        if any_fast || !std::mem::replace(&mut self.fast_before, any_fast) {
+            self.maps.set_any_fast(any_fast);
         }
+        self.fast_before |= any_fast;
         Ok(found.sweep)
     }
 
@@ -588,6 +599,15 @@ impl Datapath for KernelDatapath {
     fn events(&mut self) -> Vec<PacketEvent> {
         let names: HashMap<u32, ServiceName> = self.services.iter().map(|(n, s)| (s.index, n.clone())).collect();
         self.maps.events(&names)
+    }
+}
+
+/// Whether there was nothing to remove.
+fn is_not_there(error: &aya::maps::MapError) -> bool {
+    match error {
+        aya::maps::MapError::KeyNotFound => true,
+        aya::maps::MapError::SyscallError(error) => error.io_error.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
     }
 }
 

@@ -91,6 +91,7 @@ fn locate(neighbors: &[NeighbourMessage], forwarding: &[NeighbourMessage]) -> Lo
         }
     }
     let mut located = Located::new();
+    let mut alone: HashMap<(u32, bool), usize> = HashMap::new();
     for entry in neighbors {
         use NeighbourState::{Failed, Incomplete, None as NoState};
         let address = entry.attributes.iter().find_map(|attribute| match attribute {
@@ -98,6 +99,8 @@ fn locate(neighbors: &[NeighbourMessage], forwarding: &[NeighbourMessage]) -> Lo
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
             _ => None,
         });
+        // Every interface has an address of its link, too.
+        let address = address.filter(|ip| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()));
         let (Some(address), Some(mac)) = (address, mac(entry)) else { continue };
         if matches!(entry.header.state, Failed | Incomplete | NoState) {
             continue;
@@ -107,8 +110,11 @@ fn locate(neighbors: &[NeighbourMessage], forwarding: &[NeighbourMessage]) -> Lo
             located.insert(address, *port);
         } else if !bridges.contains(&on) {
             located.insert(address, on);
+            *alone.entry((on, address.is_ipv4())).or_default() += 1;
         }
     }
+    // Behind a pod's own interface there is that pod, with one address of each family; behind a network's there are many.
+    located.retain(|address, on| alone.get(&(*on, address.is_ipv4())).is_none_or(|count| *count == 1));
     located
 }
 

@@ -60,7 +60,8 @@ fn sweep_family<A: Net>(
     let mut claimed = BTreeSet::new();
     let mut established = 0;
     let family = A::of(maps);
-    for (kept, table) in [(true, &family.flows), (false, &family.pending)] {
+    // Pending ones first: a flow that is kept meanwhile is seen twice rather than never.
+    for (kept, table) in [(false, &family.pending), (true, &family.flows)] {
         for entry in walk(table, &maps.sizes) {
             let Some((key, flow)) = entry_of(entry).context("read the flows")? else { continue };
             let reverse_key = reverse_key(&key, &flow);
@@ -196,8 +197,7 @@ fn remove_reverse<A: Net>(family: &mut FamilyMaps<A>, key: &ReverseKey<A>) -> Re
 
 fn remove<K: aya::Pod, V: aya::Pod>(table: &mut BpfMap<MapData, K, V>, key: &K) -> Result<(), MapError> {
     match table.remove(key) {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) if super::is_not_there(&error) => Ok(()),
         other => other,
     }
 }

@@ -1,0 +1,87 @@
+//! An uplink, before the stack: what is to be refused is answered by the driver, at a fraction of what the stack takes for it.
+//! Of a service that is open, has no usable backup and refuses (`whenAllUnhealthy: Reject`), a flood of connection requests is
+//! what comes.
+//!
+//! All else is tc's: what goes to a backup of another node must be masqueraded, by a mark that only a packet of the stack can
+//! carry; and what goes to one of this node takes the stack's way all the same.
+
+use aya_ebpf::{
+    bindings::xdp_action::{XDP_PASS, XDP_TX},
+    programs::XdpContext,
+};
+use breaker_common::{BreakerState, EventKind, PassReason, SLOT_REJECT, switch_flags};
+use network_types::eth::EtherType;
+
+use crate::{
+    agent, count, endpoint, event,
+    family::{Family, V4, V6},
+    flow,
+    packet::WirePacket,
+    parse::{self, Hook, Kind, Segment},
+    reset, select, service,
+};
+
+/// A packet that comes in by an uplink.
+#[inline(always)]
+pub fn from_wire(ctx: &XdpContext) -> u32 {
+    let packet = WirePacket::new(ctx);
+    let mut l3 = 0;
+    match parse::network::<true>(&packet, &mut l3) {
+        Some(EtherType::Ipv4) => refuse::<V4>(&packet, l3),
+        Some(EtherType::Ipv6) => refuse::<V6>(&packet, l3),
+        _ => XDP_PASS,
+    }
+}
+
+#[inline(always)]
+fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
+    let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return XDP_PASS };
+    let mut service = 0;
+    if !is_refused(packet, l3, segment, &mut service) {
+        return XDP_PASS;
+    }
+    let answered = if segment.is_tcp() { refuse_segment(packet, segment) } else { refuse_datagram(packet, segment) };
+    if !answered {
+        count::reason(PassReason::RewriteFailed);
+        return XDP_PASS;
+    }
+    count::service(service, |c| c.rejected += 1);
+    XDP_TX
+}
+
+/// Whether it is the first packet of a connection that is to be refused. What cannot be parsed, tc counts.
+#[inline(never)]
+fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
+    let Ok(Kind::Transport) = parse::at(packet, l3, segment) else { return false };
+    let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else { return false };
+    let Some(index) = endpoint::index(role.service) else { return false };
+    let Some(switch) = service::switch(index) else { return false };
+    // Half-open, connections are counted out: one place does that.
+    if switch.state != BreakerState::Open as u8 || switch.has(switch_flags::DRY_RUN) || segment.more != 0 {
+        return false;
+    }
+    let key = flow::key(segment);
+    if segment.is_tcp() && !segment.is_syn() || !segment.is_tcp() && flow::find(&key).is_some() {
+        return false;
+    }
+    if !agent::decision_holds(&switch, agent::now_ns())
+        || select::choose(index, role.route, &switch, &key).slot != SLOT_REJECT
+    {
+        return false;
+    }
+    // An earlier connection's, with the same ports.
+    flow::forget(&key);
+    event::send(EventKind::Rejected, index, &switch, &key, None);
+    *service = index;
+    true
+}
+
+#[inline(never)]
+fn refuse_segment<A: Family>(packet: &WirePacket<'_>, segment: &Segment<A>) -> bool {
+    reset::refuse_segment(packet, segment).is_ok()
+}
+
+#[inline(never)]
+fn refuse_datagram<A: Family>(packet: &WirePacket<'_>, segment: &Segment<A>) -> bool {
+    reset::refuse_datagram(packet, segment).is_ok()
+}
