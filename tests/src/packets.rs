@@ -388,6 +388,7 @@ impl Rig {
                 xdp: true,
             },
         )?;
+        loaded.xdp.map_err(anyhow::Error::msg).context("XDP")?;
         let mut datapath = KernelDatapath::new(loaded.maps);
         datapath.beat(std::time::Duration::ZERO, 0);
         Ok(Self { datapath, programs: loaded.programs, pins, _world: world })
