@@ -117,7 +117,24 @@ pub fn fresh(cluster: &Cluster) -> Result<()> {
     lab_up(cluster)?;
     cluster.fake_error("dummy-deployment", false)?;
     cluster.fake_error("backup-deployment", false)?;
-    cluster.wait_state("dummy", "Closed")?;
+    wait_for("dummy to be Closed", Duration::from_secs(60), || {
+        let state = cluster.breaker("dummy")?["status"]["state"].as_str().unwrap_or_default().to_owned();
+        if state == "Closed" {
+            return Ok(Some(()));
+        }
+        // A pod that did not hear of it, or was told otherwise since, is told again, and that is not kept quiet.
+        let mut said = Vec::new();
+        for ip in ips(cluster, "dummy-deployment")? {
+            if let Err(error) = cluster.ask("client", &format!("http://{ip}/ready")) {
+                eprintln!("{ip} is not well yet: {error:#}");
+                said.push(ip);
+            }
+        }
+        if !said.is_empty() {
+            cluster.fake_error("dummy-deployment", false)?;
+        }
+        bail!("it is {state:?}; not well: {said:?}")
+    })?;
     cluster.wait_condition("dummy", "Degraded", "False", "")
 }
 
