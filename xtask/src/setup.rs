@@ -81,8 +81,7 @@ pub fn setup(talk: bool) -> Result<()> {
 /// # Errors
 /// As for [`setup`].
 pub fn setup_lab() -> Result<()> {
-    let packages = missing_packages(LAB_PROGRAMS, &[]);
-    if packages.is_empty() { Ok(()) } else { install_packages(&packages) }
+    install_missing(LAB_PROGRAMS)
 }
 
 /// Installs what only the tests on other kernels need.
@@ -90,7 +89,11 @@ pub fn setup_lab() -> Result<()> {
 /// # Errors
 /// As for [`setup`].
 pub fn setup_vm() -> Result<()> {
-    let packages = missing_packages(VM_PROGRAMS, &[]);
+    install_missing(VM_PROGRAMS)
+}
+
+fn install_missing(programs: &Needed) -> Result<()> {
+    let packages = missing_packages(programs, &[]);
     if packages.is_empty() { Ok(()) } else { install_packages(&packages) }
 }
 

@@ -13,6 +13,7 @@ use aya::{
 };
 use breaker_tests::lab::{
     client::ask_once,
+    netns::NetNs,
     stage::{Checks, Lab, SERVICE},
 };
 
@@ -34,15 +35,35 @@ fn behind() -> TcAttachOptions {
 /// Puts foreign programs on the client's veth; they stay as long as what is returned.
 fn attach(lab: &Lab, programs: &'static [(&'static str, TcAttachType)], place: Place) -> Result<Ebpf> {
     let veth = lab.client.veth.clone();
-    lab.world.node(0).ns().enter(move || -> Result<Ebpf> {
-        let mut foreign = Ebpf::load(FOREIGN)?;
+    load(lab.world.node(0).ns(), move |foreign| {
         for (name, direction) in programs {
             let program: &mut SchedClassifier = foreign.program_mut(name).context(*name)?.try_into()?;
             program.load()?;
             program.attach_with_options(&veth, *direction, place())?;
         }
+        Ok(())
+    })
+}
+
+/// Loads the foreign programs in a network namespace, and lets some of them be attached.
+fn load(ns: &NetNs, attach: impl FnOnce(&mut Ebpf) -> Result<()> + Send + 'static) -> Result<Ebpf> {
+    ns.enter(move || -> Result<Ebpf> {
+        let mut foreign = Ebpf::load(FOREIGN)?;
+        attach(&mut foreign)?;
         Ok(foreign)
     })?
+}
+
+fn attach_xdp(foreign: &mut Ebpf, interface: &str, mode: XdpMode) -> Result<()> {
+    let program: &mut Xdp = foreign.program_mut("foreign_xdp").context("foreign_xdp")?.try_into()?;
+    program.load()?;
+    program.attach(interface, mode)?;
+    Ok(())
+}
+
+/// A foreign XDP program on an interface, in native mode; gone with what is returned.
+pub fn native_xdp(ns: &NetNs, interface: &'static str) -> Result<Ebpf> {
+    load(ns, move |foreign| attach_xdp(foreign, interface, XdpMode::Driver))
 }
 
 /// How often a foreign program counted.
@@ -132,17 +153,14 @@ fn the_order_can_be_chosen() -> Result<()> {
 fn xdp_and_cgroup_programs_stay_as_they_were() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, "    override: ForceOpen\n"))?;
-    let mut foreign = lab.world.node(0).ns().enter(|| -> Result<Ebpf> {
-        let mut foreign = Ebpf::load(FOREIGN)?;
-        let program: &mut Xdp = foreign.program_mut("foreign_xdp").context("foreign_xdp")?.try_into()?;
-        program.load()?;
-        program.attach("eth0", XdpMode::Skb)?;
+    let mut foreign = load(lab.world.node(0).ns(), |foreign| {
+        attach_xdp(foreign, "eth0", XdpMode::Skb)?;
         let program: &mut CgroupSockAddr =
             foreign.program_mut("foreign_connect").context("foreign_connect")?.try_into()?;
         program.load()?;
         program.attach(File::open(breaker_agent::datapath::kernel::cgroup_root()?)?, CgroupAttachMode::Single)?;
-        Ok(foreign)
-    })??;
+        Ok(())
+    })?;
     let before = lab.world.node(0).ns().output("ip", &["link", "show", "dev", "eth0"])?;
     assert!(before.contains("xdp"), "{before}");
     lab.agent.start()?;

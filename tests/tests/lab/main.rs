@@ -7,6 +7,7 @@ mod failover;
 mod foreign;
 mod lifecycle;
 mod near;
+mod netfilter;
 mod policy;
 mod pressure;
 mod sockets;

@@ -5,24 +5,15 @@ use std::net::SocketAddrV4;
 use anyhow::Result;
 use breaker_tests::lab::{
     client::ask_once,
-    netns::NetNs,
     stage::{Checks, Lab, SERVICE},
     wait_for,
 };
 
-use crate::{LONG, started, text, wait_well};
-
-/// Counts, in a namespace's netfilter, packets between two addresses.
-fn count(ns: &NetNs, from: &str, to: &str) -> Result<()> {
-    ns.output("iptables", &["-t", "raw", "-A", "PREROUTING", "-s", from, "-d", to]).map(drop)
-}
-
-/// What was counted: packets of all rules.
-fn counted(ns: &NetNs) -> Result<u64> {
-    let rules = ns.output("iptables", &["-t", "raw", "-L", "PREROUTING", "-vxn"])?;
-    let packets = rules.lines().skip(2).filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    Ok(packets.sum())
-}
+use crate::{
+    LONG,
+    netfilter::{count, counted},
+    started, text, wait_well,
+};
 
 fn is_near(lab: &Lab) -> bool {
     lab.agent.service(SERVICE).is_ok_and(|service| service.tiers[1].backends[0].near)
@@ -35,8 +26,8 @@ fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
     wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
     let (client, backup) = (lab.client.address.to_string(), lab.backup.address());
     let node = lab.world.node(0).ns();
-    count(node, &client, &backup.ip().to_string())?;
-    count(node, &backup.ip().to_string(), &client)?;
+    count(node, &["-s", &client, "-d", &backup.ip().to_string()])?;
+    count(node, &["-s", &backup.ip().to_string(), "-d", &client])?;
     for _ in 0..20 {
         assert_eq!(lab.ask()?.pod(), Some(backup.to_string().as_str()));
     }
@@ -87,7 +78,7 @@ fn external_traffic_policy_local_keeps_the_clients_address() -> Result<()> {
         if policy == "Local" {
             wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
         }
-        count(&lab.backup.pod.ns, seen, &backup.ip().to_string())?;
+        count(&lab.backup.pod.ns, &["-s", seen, "-d", &backup.ip().to_string()])?;
         let before = counted(&lab.backup.pod.ns)?;
         let answer = ask_once(lab.world.lan(), outside)?;
         assert_eq!(answer.pod(), Some(backup.to_string().as_str()));

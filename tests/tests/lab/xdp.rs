@@ -1,32 +1,14 @@
 //! XDP on an uplink, in a driver's native mode (a veth has one).
 
-use anyhow::{Context as _, Result};
-use aya::{
-    Ebpf,
-    programs::{Xdp, XdpMode},
-};
+use anyhow::Result;
 use breaker_tests::lab::{
     client::{Outcome, ask_once},
-    netns::NetNs,
     service::Fault,
     stage::{Checks, Lab, SERVICE},
     wait_for,
 };
 
-use crate::{LONG, wait_well};
-
-static FOREIGN: &[u8] = aya::include_bytes_aligned!(env!("FOREIGN_OBJECT"));
-
-/// Somebody else's program on an interface, in native mode; gone with what is returned.
-fn foreign_xdp(ns: &NetNs, interface: &'static str) -> Result<Ebpf> {
-    ns.enter(move || -> Result<Ebpf> {
-        let mut foreign = Ebpf::load(FOREIGN)?;
-        let program: &mut Xdp = foreign.program_mut("foreign_xdp").context("foreign_xdp")?.try_into()?;
-        program.load()?;
-        program.attach(interface, XdpMode::Driver)?;
-        Ok(foreign)
-    })?
-}
+use crate::{LONG, foreign::native_xdp, netfilter, wait_well};
 
 /// A lab where neither side is well, so that connections are refused, and a client outside.
 fn refusing(xdp: &str) -> Result<Lab> {
@@ -61,21 +43,19 @@ fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
     let mut lab = refusing("Native")?;
     // What one end of a veth sends back by XDP, the other takes only if it has a program, too (drivers/net/veth.c,
     // `veth_xdp_flush`); a real wire does not ask.
-    let _peer = foreign_xdp(lab.world.lan(), "node1")?;
+    let _peer = native_xdp(lab.world.lan(), "node1")?;
     assert_eq!(said(&lab)?, "native");
     assert!(link(&lab)?.contains("xdp") && !link(&lab)?.contains("xdpgeneric"), "{}", link(&lab)?);
     is_refused(&lab)?;
     // The stack saw nothing of it: counted in the node's first hook of netfilter.
     let node = lab.world.node(0).ns().clone();
-    node.output("iptables", &["-t", "raw", "-A", "PREROUTING", "-d", &lab.vip.ip().to_string()])?;
+    netfilter::count(&node, &["-d", &lab.vip.ip().to_string()])?;
     let before = lab.agent.service(SERVICE)?.counters.rejected;
     for _ in 0..5 {
         assert_eq!(ask_once(lab.world.lan(), lab.vip)?, Outcome::Refused);
     }
     assert!(lab.agent.service(SERVICE)?.counters.rejected >= before + 5);
-    let rules = node.output("iptables", &["-t", "raw", "-L", "PREROUTING", "-vxn"])?;
-    let counted = rules.lines().nth(2).and_then(|line| line.split_whitespace().next()).context("no rule")?;
-    assert_eq!(counted, "0", "{rules}");
+    assert_eq!(netfilter::counted(&node)?, 0, "packets in the stack");
     // Another agent takes over, and the primary is back: what XDP has nothing to say of goes its way.
     lab.agent.kill()?;
     lab.agent.start()?;
@@ -98,7 +78,7 @@ fn where_it_cannot_be_tc_refuses() -> Result<()> {
     is_refused(&lab)?;
     drop(lab);
     let mut lab = Lab::new(Checks::Fast)?;
-    let _foreign = foreign_xdp(lab.world.node(0).ns(), "eth0")?;
+    let _foreign = native_xdp(lab.world.node(0).ns(), "eth0")?;
     let before = link(&lab)?;
     lab.agent.write_config("  uplinks: true\n  xdp: Native\n", &lab.services(Checks::Fast, ""))?;
     lab.agent.start()?;

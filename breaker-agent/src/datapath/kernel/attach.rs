@@ -17,7 +17,6 @@ use aya::{
     Ebpf,
     programs::{
         LinkOrder, SchedClassifier, TcAttachType,
-        links::{FdLink, PinnedLink},
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     },
     util::KernelVersion,
@@ -28,6 +27,7 @@ use serde::Serialize;
 use super::{
     clsact,
     interfaces::{Interface, Side},
+    links,
     load::{POD_PROGRAMS, UPLINK_PROGRAMS},
     pins::PinDir,
     sockets, xdp,
@@ -177,32 +177,22 @@ fn attach_tcx(
     order: AttachOrder,
     pin: &Path,
 ) -> Result<()> {
-    if pin.exists() {
-        match replace_tcx(program, pin) {
-            Ok(()) => return Ok(()),
-            // The interface that it was for is gone, and another one has its index now: the link hangs in the air.
-            Err(error) => {
-                tracing::debug!(pin = %pin.display(), "the pinned link is of no use any more: {error:#}");
-                fs::remove_file(pin).with_context(|| format!("remove {}", pin.display()))?;
-            }
-        }
-    }
     let place = match order {
         AttachOrder::First => LinkOrder::first(),
         AttachOrder::Last => LinkOrder::last(),
     };
-    let id = program.attach_with_options(name, direction, TcAttachOptions::TcxOrder(place))?;
-    let link: FdLink = program.take_link(id)?.try_into()?;
-    link.pin(pin).with_context(|| format!("pin {}", pin.display()))?;
-    Ok(())
-}
-
-fn replace_tcx(program: &mut SchedClassifier, pin: &Path) -> Result<()> {
-    let link: SchedClassifierLink = FdLink::from(PinnedLink::from_pin(pin)?).try_into()?;
-    let id = program.attach_to_link(link)?;
-    // The pin keeps it; ours is only a descriptor.
-    drop(FdLink::try_from(program.take_link(id)?)?);
-    Ok(())
+    links::attach(
+        program,
+        pin,
+        |program, link| {
+            let id = program.attach_to_link(SchedClassifierLink::try_from(link)?)?;
+            Ok(program.take_link(id)?.try_into()?)
+        },
+        |program| {
+            let id = program.attach_with_options(name, direction, TcAttachOptions::TcxOrder(place))?;
+            Ok(program.take_link(id)?.try_into()?)
+        },
+    )
 }
 
 fn attach_clsact(

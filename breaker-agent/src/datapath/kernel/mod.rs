@@ -7,6 +7,7 @@
 mod attach;
 mod clsact;
 mod interfaces;
+mod links;
 mod load;
 mod maps;
 mod mmap;
@@ -135,7 +136,7 @@ impl KernelDatapath {
     pub fn locate(&mut self, pods: Located) {
         self.located = pods;
         for ((address, _), id) in &self.backends {
-            let ifindex = self.located.get(&address.ip()).copied().unwrap_or(0);
+            let ifindex = self.where_is(*address);
             if self.interface(*address, *id) != ifindex {
                 match address {
                     SocketAddr::V4(_) => self.maps.v4.set_interface(*id, ifindex),
@@ -143,6 +144,11 @@ impl KernelDatapath {
                 }
             }
         }
+    }
+
+    /// The interface of the pod that has an address; 0 = none that is known.
+    fn where_is(&self, address: SocketAddr) -> u32 {
+        self.located.get(&address.ip()).copied().unwrap_or(0)
     }
 
     /// The interface of the pod that a backend is, as the programs know it; 0 = none.
@@ -177,7 +183,7 @@ impl KernelDatapath {
 
     fn write_backend<A: Net>(&mut self, addr: A, (address, protocol): Destination, id: u32) -> Result<()> {
         let port = address.port().to_be_bytes();
-        let ifindex = self.located.get(&address.ip()).copied().unwrap_or(0);
+        let ifindex = self.where_is(address);
         let backend = Backend { addr, port, proto: number(protocol), pad: 0, in_use: 0, ifindex };
         A::of_mut(&mut self.maps).backends.set(id, backend, 0).with_context(|| format!("write backend {address}"))?;
         self.change_role((address, protocol), |role| role.backend = id)

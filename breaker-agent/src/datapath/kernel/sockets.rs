@@ -17,7 +17,7 @@ use aya::{
 };
 use rustix::net::{AddressFamily, SocketType, socket};
 
-use super::{attach::kernel_at_least, pins::PinDir};
+use super::{attach::kernel_at_least, links, pins::PinDir};
 
 /// Names of the programs, also of their pins.
 const PROGRAMS: [&str; 8] = [
@@ -56,11 +56,7 @@ pub(super) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
             .attach(&root, CgroupAttachMode::Single)
             .with_context(|| format!("attach {name} to {}", path.display()))?;
         let link: FdLink = program.take_link(id)?.try_into()?;
-        let pin = pins.links().join(name);
-        if pin.exists() {
-            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
-        }
-        link.pin(&pin).with_context(|| format!("pin {}", pin.display()))?;
+        links::repin(link, &pins.links().join(name))?;
     }
     Ok(())
 }
@@ -69,10 +65,7 @@ pub(super) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
 pub(super) fn detach(pins: &PinDir) -> Result<()> {
     // What asks before what answers.
     for name in PROGRAMS.iter().rev() {
-        let pin = pins.links().join(name);
-        if pin.exists() {
-            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
-        }
+        links::unpin(&pins.links().join(name))?;
     }
     Ok(())
 }

@@ -3,18 +3,15 @@
 //! The kernel's generic mode is no gain over tc, and copies packets. An interface has one program; where somebody else's is
 //! there already, it stays.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
-    programs::{
-        ProgramError, Xdp, XdpMode,
-        links::{FdLink, PinnedLink},
-        xdp::XdpLink,
-    },
+    programs::{ProgramError, Xdp, XdpMode, xdp::XdpLink},
 };
 
+use super::links;
 use crate::config::XdpPolicy;
 
 const PROGRAM: &str = "breaker_xdp";
@@ -30,41 +27,23 @@ pub(super) fn load(programs: &mut Ebpf) -> Result<()> {
 /// Why not, for people: tc does its work then.
 pub(super) fn attach(programs: &mut Ebpf, index: u32, virtual_: bool, policy: XdpPolicy, pin: &Path) -> Result<()> {
     if policy == XdpPolicy::Off {
-        return detach(pin);
+        return links::unpin(pin);
     }
     if virtual_ && policy == XdpPolicy::Auto {
         bail!("a veth: XDP there would turn segmentation offload off");
     }
-    let program = program(programs)?;
-    if pin.exists() {
-        match replace(program, pin) {
-            Ok(()) => return Ok(()),
-            // As for tcx: the interface that it was for is gone.
-            Err(error) => {
-                tracing::debug!(pin = %pin.display(), "the pinned XDP link is of no use any more: {error:#}");
-                detach(pin)?;
-            }
-        }
-    }
-    let id = program.attach_to_if_index(index, XdpMode::Driver).map_err(why)?;
-    let link: FdLink = program.take_link(id)?.try_into().context("needs kernel 5.9 (links for XDP)")?;
-    link.pin(pin).with_context(|| format!("pin {}", pin.display()))?;
-    Ok(())
-}
-
-fn replace(program: &mut Xdp, pin: &Path) -> Result<()> {
-    let link: XdpLink = FdLink::from(PinnedLink::from_pin(pin)?).try_into()?;
-    let id = program.attach_to_link(link)?;
-    // The pin keeps it; ours is only a descriptor.
-    drop(FdLink::try_from(program.take_link(id)?)?);
-    Ok(())
-}
-
-fn detach(pin: &Path) -> Result<()> {
-    if pin.exists() {
-        fs::remove_file(pin).with_context(|| format!("remove {}", pin.display()))?;
-    }
-    Ok(())
+    links::attach(
+        program(programs)?,
+        pin,
+        |program, link| {
+            let id = program.attach_to_link(XdpLink::try_from(link)?)?;
+            Ok(program.take_link(id)?.try_into()?)
+        },
+        |program| {
+            let id = program.attach_to_if_index(index, XdpMode::Driver).map_err(why)?;
+            program.take_link(id)?.try_into().context("needs kernel 5.9 (links for XDP)")
+        },
+    )
 }
 
 fn why(error: ProgramError) -> anyhow::Error {

@@ -73,23 +73,21 @@ fn ingress(policies: &ByNamespace, primary: &Pods<'_>, backup: &Pods<'_>) -> Opt
         return None;
     }
     let admitted = admitted(&guards, backup);
-    if admitted.iter().any(|(_, peer)| peer.is_none_or(is_everybody)) {
+    if admitted.iter().any(|peer| peer.is_none_or(is_everybody)) {
         return None;
     }
     let names: Vec<String> = guards.iter().map(|policy| full_name(policy)).collect();
     let (names, to) = (names.join(", "), format!("{}'s pods", backup.name));
     let primary_guards = self::guards(policies, primary);
     let wanted = self::admitted(&primary_guards, primary);
-    if primary_guards.is_empty() || wanted.iter().any(|(_, peer)| peer.is_none_or(is_everybody)) {
+    if primary_guards.is_empty() || wanted.iter().any(|peer| peer.is_none_or(is_everybody)) {
         return Some(format!("NetworkPolicy {names} lets in to {to} only some clients, the primary has all"));
     }
-    let lets_in = |(namespace, peer): &(&str, Option<&NetworkPolicyPeer>)| {
-        admitted.iter().any(|(of, other)| {
-            // A peer without a namespaceSelector means pods of its policy's own namespace.
-            let own = |peer: &NetworkPolicyPeer| peer.ip_block.is_none() && peer.namespace_selector.is_none();
-            other == peer && (of == namespace || !peer.is_some_and(own))
-        })
-    };
+    // A peer without a namespaceSelector means pods of its policy's own namespace.
+    let own = |peer: &NetworkPolicyPeer| peer.ip_block.is_none() && peer.namespace_selector.is_none();
+    let same_namespace = primary.namespace == backup.namespace;
+    let lets_in =
+        |peer: &Option<&NetworkPolicyPeer>| admitted.contains(peer) && (same_namespace || !peer.is_some_and(own));
     (!wanted.iter().all(lets_in))
         .then(|| format!("NetworkPolicy {names} does not let in to {to} every client that the primary has"))
 }
@@ -144,14 +142,14 @@ fn guards<'a>(policies: &'a ByNamespace, pods: &Pods<'_>) -> Vec<&'a Arc<Network
     of_namespace.filter(holds).collect()
 }
 
-/// Whom policies let in to a port of pods: peers with their policies' namespaces; `None` is everybody.
-fn admitted<'a>(guards: &[&'a Arc<NetworkPolicy>], pods: &Pods<'a>) -> Vec<(&'a str, Option<&'a NetworkPolicyPeer>)> {
+/// Whom policies let in to a port of pods; `None` is everybody.
+fn admitted<'a>(guards: &[&'a Arc<NetworkPolicy>], pods: &Pods<'_>) -> Vec<Option<&'a NetworkPolicyPeer>> {
     let rules = guards.iter().filter_map(|policy| policy.spec.as_ref()?.ingress.as_ref()).flatten();
     rules
         .filter(|rule| is_port(rule.ports.as_deref(), pods) != Known::No)
         .flat_map(|rule| match rule.from.as_deref() {
-            None | Some([]) => vec![(pods.namespace, None)],
-            Some(peers) => peers.iter().map(|peer| (pods.namespace, Some(peer))).collect(),
+            None | Some([]) => vec![None],
+            Some(peers) => peers.iter().map(Some).collect(),
         })
         .collect()
 }
@@ -166,13 +164,14 @@ fn is_of_type(spec: &NetworkPolicySpec, wanted: &str) -> bool {
 
 /// All pods of all namespaces, or all addresses.
 fn is_everybody(peer: &NetworkPolicyPeer) -> bool {
-    let all = |selector: Option<&LabelSelector>| selector.is_none_or(is_empty);
     match &peer.ip_block {
         Some(block) => {
             block.cidr.parse::<IpNet>().is_ok_and(|net| net.prefix_len() == 0)
                 && block.except.as_ref().is_none_or(Vec::is_empty)
         }
-        None => peer.namespace_selector.as_ref().is_some_and(is_empty) && all(peer.pod_selector.as_ref()),
+        None => {
+            peer.namespace_selector.as_ref().is_some_and(is_empty) && peer.pod_selector.as_ref().is_none_or(is_empty)
+        }
     }
 }
 

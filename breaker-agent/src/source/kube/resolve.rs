@@ -43,6 +43,13 @@ pub struct NodeView {
     pub zone: Option<String>,
 }
 
+impl NodeView {
+    /// Whether an endpoint is on it.
+    fn has(&self, endpoint: &Endpoint) -> bool {
+        endpoint.node.as_deref() == Some(self.name.as_str())
+    }
+}
+
 /// What the API says, at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct World {
@@ -528,17 +535,14 @@ impl<'a> Work<'a> {
         let mut pods: BTreeMap<SocketAddr, String> = primary.all().map(|e| (e.address, e.pod.clone())).collect();
         let mut backup_tiers = Vec::new();
         let mut keep_client = model::KeepClient { frontends: self.outside(service, &frontends), ..Default::default() };
-        let is_here = |e: &&Endpoint| e.node.as_deref() == Some(self.world.node.name.as_str());
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
             let mut pools = Vec::new();
             for found in members {
                 let endpoints = self.backup_endpoints(found, port, protocol, family)?;
                 pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
-                let primary = (key, service, primary.usable().map(|e| e.address).collect::<Vec<_>>());
-                let backup = (&found.key, found.service, endpoints.usable().map(|e| e.address).collect::<Vec<_>>());
-                self.ask_policies(protocol, &primary, &backup);
+                self.ask_policies(protocol, (key, service, &primary), (&found.key, found.service, &endpoints));
                 if !keep_client.frontends.is_empty() {
-                    keep_client.backends.extend(endpoints.all().filter(is_here).map(|e| e.address));
+                    keep_client.backends.extend(endpoints.all().filter(|e| self.world.node.has(e)).map(|e| e.address));
                 }
                 let shared = endpoints.all().filter(|e| avoid.contains(&e.address)).count();
                 if shared > 0 {
@@ -573,24 +577,25 @@ impl<'a> Work<'a> {
     fn ask_policies(
         &mut self,
         protocol: Protocol,
-        primary: &(&Key, &Service, Vec<SocketAddr>),
-        backup: &(&Key, &Service, Vec<SocketAddr>),
+        primary: (&Key, &Service, &Endpoints),
+        backup: (&Key, &Service, &Endpoints),
     ) {
-        // Where there is nobody, nothing can be said of ports and addresses.
-        let nobody = primary.2.is_empty() || backup.2.is_empty();
-        if nobody || self.world.policies.is_empty() || self.subject.reachable.is_err() {
+        if self.world.policies.is_empty() || self.subject.reachable.is_err() {
             return;
         }
-        let names = [primary, backup].map(|side| self.shown(side.0));
-        let pods = |side: usize| {
-            let (key, service, addresses) = if side == 0 { primary } else { backup };
-            network_policy::Pods {
-                name: &names[side],
-                namespace: &key.namespace,
-                labels: &service.spec.selector,
-                protocol: protocol.name(),
-                addresses,
-            }
+        let sides = [primary, backup];
+        let addresses = sides.map(|(.., pods)| pods.usable().map(|e| e.address).collect::<Vec<_>>());
+        // Where there is nobody, nothing can be said of ports and addresses.
+        if addresses.iter().any(Vec::is_empty) {
+            return;
+        }
+        let names = sides.map(|(key, ..)| self.shown(key));
+        let pods = |side: usize| network_policy::Pods {
+            name: &names[side],
+            namespace: &sides[side].0.namespace,
+            labels: &sides[side].1.spec.selector,
+            protocol: protocol.name(),
+            addresses: &addresses[side],
         };
         if let Some(message) = network_policy::obstacle(&self.world.policies, &pods(0), &pods(1)) {
             self.subject.reachable = refuse("NetworkPolicy", message);
@@ -693,12 +698,11 @@ impl<'a> Work<'a> {
     /// A priority's endpoints, as one tier or, where the near ones are preferred, as several.
     fn split(&self, name: &str, pools: &[(&&Found<'_>, Endpoints)], model: &Tier) -> Vec<Tier> {
         let node = &self.world.node;
-        let same_node = |e: &Endpoint| e.node.as_deref() == Some(node.name.as_str());
         let same_zone = |e: &Endpoint| node.zone.is_some() && e.zone == node.zone;
         let rank = |e: &Endpoint| match self.spec.topology {
             Topology::Any => 0,
             Topology::PreferSameNode => match () {
-                () if same_node(e) => 0,
+                () if node.has(e) => 0,
                 () if same_zone(e) => 1,
                 () => 2,
             },

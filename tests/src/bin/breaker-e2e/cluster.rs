@@ -125,6 +125,27 @@ impl Cluster {
         Ok(found.filter_map(pod).collect())
     }
 
+    /// The agent's pod on a node.
+    pub fn agent_on(&self, node: &str) -> Result<String> {
+        let pods = self.get(SYSTEM, "pods", "app.kubernetes.io/component=agent")?;
+        let on_node = |pod: &&Value| pod["spec"]["nodeName"] == *node;
+        let pod = pods["items"].as_array().into_iter().flatten().find(on_node);
+        let name = pod.and_then(|pod| pod["metadata"]["name"].as_str());
+        Ok(name.with_context(|| format!("no agent on {node}"))?.to_owned())
+    }
+
+    /// Every node: its name, and its addresses on the nodes' network.
+    pub fn node_addresses(&self) -> Result<Vec<(String, Vec<String>)>> {
+        let nodes = self.get("", "nodes", "")?;
+        let addresses = |node: &Value| {
+            let all = node["status"]["addresses"].as_array().into_iter().flatten();
+            let internal = all.filter(|a| a["type"] == "InternalIP");
+            let ips = internal.filter_map(|a| Some(a["address"].as_str()?.to_owned())).collect();
+            Some((node["metadata"]["name"].as_str()?.to_owned(), ips))
+        };
+        Ok(nodes["items"].as_array().into_iter().flatten().filter_map(addresses).collect())
+    }
+
     /// A condition of a CircuitBreaker: status and reason.
     pub fn condition(&self, name: &str, type_: &str) -> Result<(String, String)> {
         let breaker = self.breaker(name)?;

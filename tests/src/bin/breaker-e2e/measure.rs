@@ -167,10 +167,7 @@ fn ambassador(services: usize) -> Result<Option<(f64, f64)>> {
 
 /// CPU over ten seconds and resident memory, as the agent tells of itself.
 fn usage(cluster: &Cluster, node: &str) -> Result<(f64, f64)> {
-    let pods = cluster.get(SYSTEM, "pods", "app.kubernetes.io/component=agent")?;
-    let on_node = |p: &&serde_json::Value| p["spec"]["nodeName"] == *node;
-    let pod = pods["items"].as_array().into_iter().flatten().find(on_node).context("no agent on this node")?;
-    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let name = &cluster.agent_on(node)?;
     let look = || -> Result<(f64, f64, Instant)> {
         let text = cluster.kubectl(&["-n", SYSTEM, "exec", name, "--", "/breaker", "status", "-o", "json"])?;
         let status: serde_json::Value = serde_json::from_str(&text)?;

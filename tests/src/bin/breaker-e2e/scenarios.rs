@@ -201,12 +201,8 @@ fn lab(cluster: &Cluster) -> Result<String> {
 
 fn lab_from_lan(cluster: &Cluster) -> Result<String> {
     let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
-    let nodes = cluster.get("", "nodes", "")?;
-    let address = |node: &serde_json::Value| {
-        let addresses = node["status"]["addresses"].as_array()?;
-        Some(addresses.iter().find(|a| a["type"] == "InternalIP")?["address"].as_str()?.to_owned())
-    };
-    let nodes: Vec<String> = nodes["items"].as_array().into_iter().flatten().filter_map(address).collect();
+    let nodes: Vec<String> =
+        cluster.node_addresses()?.into_iter().filter_map(|(_, ips)| ips.into_iter().next()).collect();
     let service = cluster.get(NAMESPACE, "svc/dummy-deployment", "")?;
     let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
     let everywhere = |pods: &[String], who: &str| -> Result<()> {
@@ -323,26 +319,20 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
     ensure!(said.contains("externalTrafficPolicy") && said.contains("NetworkPolicies"), "{said}");
     let service = cluster.get(NAMESPACE, "svc/near", "")?;
     let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
-    let nodes = cluster.get("", "nodes", "")?;
+    let nodes = cluster.node_addresses()?;
     let backups = cluster.pods("backup-deployment")?;
-    let addresses = |node: &serde_json::Value| -> Vec<String> {
-        let all = node["status"]["addresses"].as_array().into_iter().flatten();
-        all.filter(|a| a["type"] == "InternalIP").filter_map(|a| Some(a["address"].as_str()?.to_owned())).collect()
-    };
-    let node_ips: Vec<String> = nodes["items"].as_array().into_iter().flatten().flat_map(addresses).collect();
     let first = backups.first().context("no backup")?;
     let pods_net = first.ip.rsplitn(3, '.').last().map(|net| format!("{net}.")).unwrap_or_default();
     let mut shown = Vec::new();
-    for node in nodes["items"].as_array().into_iter().flatten() {
-        let name = node["metadata"]["name"].as_str().unwrap_or_default();
-        let own = addresses(node);
+    for (name, own) in &nodes {
         let url = format!("http://{}:{node_port}/client", own.first().context("a node without an address")?);
-        let here: Vec<&str> = backups.iter().filter(|pod| pod.node == name).map(|pod| pod.ip.as_str()).collect();
+        let here: Vec<&str> = backups.iter().filter(|pod| pod.node == *name).map(|pod| pod.ip.as_str()).collect();
         wait_for(&format!("a backup's answer by {url}"), Duration::from_secs(20), || {
             let answer = cluster.ask_from_lan(&url)?;
             let client = answer.split(' ').nth(1).unwrap_or_default();
             // A masqueraded one has the node's own address, on its network or on that of its pods.
-            let kept = !node_ips.iter().any(|ip| ip == client) && !client.starts_with(&pods_net);
+            let kept =
+                !nodes.iter().any(|(_, ips)| ips.iter().any(|ip| ip == client)) && !client.starts_with(&pods_net);
             // Where the node has no backup, one of another node answers.
             let by_a_near_one = here.iter().any(|ip| answer.contains(&format!("FROM {ip}:")));
             if by_a_near_one && kept || here.is_empty() && !kept {
@@ -356,10 +346,7 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
     // From a pod of the first node.
     let url = vip(cluster, "near")?;
     answered_by("a backup's answer to a pod", &ips(cluster, "backup-deployment")?, || cluster.ask("client", &url))?;
-    let agents = cluster.get(SYSTEM, "pods", "app.kubernetes.io/component=agent")?;
-    let of_first_node = |pod: &&serde_json::Value| pod["spec"]["nodeName"] == *cluster.nodes[0];
-    let agent = agents["items"].as_array().into_iter().flatten().find(of_first_node).context("no agent there")?;
-    let agent = agent["metadata"]["name"].as_str().unwrap_or_default();
+    let agent = &cluster.agent_on(&cluster.nodes[0])?;
     let flows = ["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080")];
     let here = backups.iter().any(|pod| pod.node == cluster.nodes[0]);
     wait_for("a flow from veth to veth", Duration::from_secs(20), || {

@@ -16,12 +16,10 @@ use breaker_tests::lab::{
     stage::{Checks, Lab, entry},
     wait_for,
 };
-use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::{Row, pairs};
+use super::{CPU, Row, pairs, pin_thread};
 
 const SLICE: Duration = Duration::from_millis(200);
-const CPU: usize = 1;
 
 /// How clients ask.
 #[derive(Clone, Copy)]
@@ -134,26 +132,16 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         let open = || slice(&lab, open_vip, style);
         let fast = || slice(&lab, fast_vip, style);
         let haproxy = || slice(&plain, proxy_vip, style);
-        let closed_aim = match style {
-            Style::KeepAlive => "≥ 0.97",
-            Style::New => "≥ 0.95",
+        let aims = |keep_alive, new| match style {
+            Style::KeepAlive => keep_alive,
+            Style::New => new,
             Style::One => "",
         };
-        rows.push(compare("closed", style, "kube-proxy alone", closed_aim, closed, kube)?);
+        rows.push(compare("closed", style, "kube-proxy alone", aims("≥ 0.97", "≥ 0.95"), closed, kube)?);
         rows.push(compare("open", style, "kube-proxy alone", "≥ 0.92", open, kube)?);
-        let aim = match style {
-            Style::KeepAlive => "≥ 1.4",
-            Style::New => "≥ 1.2",
-            Style::One => "",
-        };
-        rows.push(compare("open", style, "HAProxy, mode tcp", aim, open, haproxy)?);
+        rows.push(compare("open", style, "HAProxy, mode tcp", aims("≥ 1.4", "≥ 1.2"), open, haproxy)?);
         rows.push(compare("open, PeerRedirect", style, "kube-proxy alone", "≥ 1.2", fast, kube)?);
-        let aim = match style {
-            Style::KeepAlive => "≥ 2",
-            Style::New => "≥ 1.6",
-            Style::One => "",
-        };
-        rows.push(compare("open, PeerRedirect", style, "HAProxy, mode tcp", aim, fast, haproxy)?);
+        rows.push(compare("open, PeerRedirect", style, "HAProxy, mode tcp", aims("≥ 2", "≥ 1.6"), fast, haproxy)?);
     }
     Ok(rows)
 }
@@ -180,9 +168,7 @@ fn compare(
 /// Requests per second over one slice, from the client's pod.
 fn slice(lab: &Lab, target: SocketAddrV4, style: Style) -> Result<f64> {
     lab.client.ns.enter(move || -> Result<f64> {
-        let mut cpus = CpuSet::new();
-        cpus.set(CPU);
-        sched_setaffinity(None, &cpus).context("pin the client")?;
+        pin_thread()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
         runtime.block_on(async move {
             let clients = if matches!(style, Style::One) { 1 } else { 8 };

@@ -7,7 +7,8 @@ mod packets;
 mod probes;
 mod ways;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::Serialize;
 
 /// One line of the result.
@@ -64,6 +65,16 @@ pub fn bench(name: Option<&str>, json: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The one CPU that everything of a comparison shares.
+const CPU: usize = 1;
+
+/// Pins this thread to it.
+fn pin_thread() -> Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(CPU);
+    sched_setaffinity(None, &cpus).context("pin a thread")
 }
 
 /// Pairs of a comparison: fewer than fourteen say little (see docs/BENCHMARKS.md).

@@ -16,13 +16,11 @@ use breaker_tests::lab::{
     stage::{Checks, Lab},
     wait_for,
 };
-use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::Value;
 
-use super::{Row, pairs};
+use super::{CPU, Row, pairs, pin_thread};
 
 const SLICE: Duration = Duration::from_millis(200);
-const CPU: usize = 1;
 /// iperf3's own port, for its datagrams' twin as well.
 const PORT: u16 = 5201;
 
@@ -149,9 +147,7 @@ impl Ways {
         let (client, server, target) = self.ends(way);
         let before = arrived(server)?;
         let (sent, took) = client.enter(move || -> Result<(u64, Duration)> {
-            let mut cpus = CpuSet::new();
-            cpus.set(CPU);
-            sched_setaffinity(None, &cpus).context("pin the sender")?;
+            pin_thread()?;
             let socket = UdpSocket::bind(("0.0.0.0", 0)).context("open a socket")?;
             socket.connect(target).context("connect")?;
             let started = Instant::now();
