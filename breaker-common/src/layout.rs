@@ -14,7 +14,21 @@ pub trait Address: Copy + Eq + Ord + core::hash::Hash + core::fmt::Debug + 'stat
     const ZERO: Self;
     /// 4 or 6.
     const VERSION: u8;
+
+    /// In 64 bits, for hashes: the words as they are in memory, so that it is the same for whoever holds the address as words.
+    fn folded(self) -> u64;
 }
+
+/// Folds an IPv6 address's words; see [`Address::folded`].
+#[inline(always)]
+#[must_use]
+pub const fn fold_words(words: [u32; 4]) -> u64 {
+    let [a, b, c, d] = words;
+    (((a as u64) << 32) | b as u64).wrapping_mul(GOLDEN) ^ (((c as u64) << 32) | d as u64)
+}
+
+/// 2^64 divided by the golden ratio, odd: multiplying by it spreads what differs little.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// An IPv4 address as it stands in maps. Aligned as the word that the programs take it for.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -65,11 +79,33 @@ impl core::fmt::Debug for V6 {
 impl Address for V4 {
     const ZERO: Self = Self::new([0; 4]);
     const VERSION: u8 = 4;
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        u32::from_ne_bytes(self.bytes) as u64
+    }
 }
 
 impl Address for V6 {
     const ZERO: Self = Self::new([0; 16]);
     const VERSION: u8 = 6;
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        let word = |at: usize| {
+            u32::from_ne_bytes([self.bytes[at], self.bytes[at + 1], self.bytes[at + 2], self.bytes[at + 3]])
+        };
+        fold_words([word(0), word(4), word(8), word(12)])
+    }
+}
+
+/// Where an endpoint's bit is in `FILTER`: index of the word, and the bit in it.
+#[inline(always)]
+#[must_use]
+pub fn filter_bit<A: Address>(addr: A, port: [u8; 2], proto: u8) -> (u32, u64) {
+    let rest = ((u16::from_ne_bytes(port) as u64) << 32) | ((proto as u64) << 48);
+    let hash = (addr.folded() ^ rest).wrapping_mul(GOLDEN);
+    ((hash >> (64 - crate::FILTER_WORDS.ilog2())) as u32, 1 << ((hash >> 32) & 63))
 }
 
 /// A destination or source: key of `ENDPOINTS4` and `ENDPOINTS6`.
@@ -116,7 +152,7 @@ impl EndpointRole {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Route {
-    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary): where a selection table starts in `SLOTS`, or
+    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary): index of a selection table in `SLOTS`, or
     /// [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::TABLE_OF_ONE`] and a backend's id, for a table that
     /// would hold nothing else.
     pub tables: [[u32; 2]; 2],
@@ -127,6 +163,15 @@ pub struct Route {
 impl Route {
     /// Everything is left to kube-proxy.
     pub const NOTHING: Self = Self { tables: [[crate::SLOT_PASSTHROUGH; 2]; 2], flags: 0 };
+}
+
+/// A selection table: value of `SLOTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Table {
+    /// Backend ids, [`crate::SLOT_PASSTHROUGH`] or [`crate::SLOT_REJECT`]. The first [`crate::SLOTS`] mean something; the rest, zeros,
+    /// is there for the verifier, which must see that an index is inside.
+    pub slots: [u32; crate::SLOTS.next_power_of_two() as usize],
 }
 
 /// Bits of [`Route::flags`].
@@ -537,10 +582,11 @@ mod tests {
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
-        assert_eq!(crate::ABI_VERSION, 3, "check every number below when you raise this");
+        assert_eq!(crate::ABI_VERSION, 4, "check every number below when you raise this");
         assert_eq!((size_of::<EndpointKey<V4>>(), size_of::<EndpointKey<V6>>()), (8, 20));
         assert_eq!(size_of::<EndpointRole>(), 12);
         assert_eq!(size_of::<Route>(), 20);
+        assert_eq!(size_of::<Table>(), 1024);
         assert_eq!((size_of::<Switch>(), align_of::<Switch>()), (8, 8));
         assert_eq!(size_of::<ServiceRecord>(), 160);
         assert_eq!((size_of::<ServiceRuntime>(), align_of::<ServiceRuntime>()), (8, 8));
@@ -583,6 +629,28 @@ mod tests {
             assert_eq!((reverse, last + 4), (address + 20, address + 2 + 2 + 4 + 1 + 3 + 4 + 4));
         }
         assert_eq!(offset_of!(Event, pad) + 7, 8 + 4 + 4 + 3 * 16 + 2 + 2 + 2 + 1 + 1 + 1 + 7);
+    }
+
+    /// Both sides compute it: a program that looks elsewhere than the agent wrote would never see the endpoint.
+    #[test]
+    fn an_endpoints_bit_stays_where_it_is() {
+        let v4 = filter_bit(V4::new([10, 43, 0, 10]), 8080_u16.to_be_bytes(), PROTO_TCP);
+        let v6 = filter_bit(V6::new([0xfd, 0, 0, 43, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 10]), [0x1f, 0x90], PROTO_TCP);
+        assert_eq!((v4, v6), ((15_801, 1 << 4), (797, 1 << 14)));
+    }
+
+    /// One family's addresses in a row take places far apart, so that few others share them.
+    #[test]
+    fn endpoints_share_few_bits() {
+        let mut words = [0_u64; crate::FILTER_WORDS as usize];
+        let mut shared = 0;
+        for n in 0..32_768_u32 {
+            let [_, _, c, d] = n.to_be_bytes();
+            let (word, bit) = filter_bit(V4::new([10, 42, c, d]), [0, 80], PROTO_TCP);
+            shared += u32::from(words[word as usize] & bit != 0);
+            words[word as usize] |= bit;
+        }
+        assert!(shared < 1500, "{shared}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The contract between the programs in the kernel and the agent: what stands in the maps, byte for byte.
 //!
-//! Nothing here computes anything. Both sides import it, so that neither can drift; `bpftool map dump` prints
-//! these names, so they are chosen for the operator who reads them at night.
+//! Both sides import it, so that neither can drift; `bpftool map dump` prints these names, so they are chosen for the
+//! operator who reads them at night. Nothing here computes anything but where an endpoint's bit is ([`filter_bit`]).
 //!
 //! Conventions, all pinned by the tests at the end of [`layout`]:
 //! * addresses and ports are byte arrays in wire order (RFC 791: most significant byte first);
@@ -23,9 +23,9 @@ mod user;
 pub use enums::{BreakerState, EventKind, FlowKind, PassReason, StateReason, UnknownNumber};
 pub use layout::*;
 
-/// Version of everything in this crate. Pins live below a directory named after it (`v2`), so that an agent never
+/// Version of everything in this crate. Pins live below a directory named after it (`v4`), so that an agent never
 /// adopts maps of another layout.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// How many services one node can protect, where the agent does not choose another size when it makes the maps. The same
 /// holds for the other `DEFAULT_`s.
@@ -42,6 +42,9 @@ pub const DEFAULT_ENDPOINTS: u32 = 32_768;
 pub const DEFAULT_FLOWS: u32 = 65_536;
 /// How many flows of a family that no backend has answered yet; the oldest make room.
 pub const DEFAULT_PENDING: u32 = 32_768;
+/// 64-bit words of `FILTER`, a power of two: 128 KiB. With a thousand endpoints one in a thousand of other packets is looked up
+/// for nothing, with a hundred thousand one in ten.
+pub const FILTER_WORDS: u32 = 1 << 14;
 /// How many fragmented packets of a family under way; the oldest make room.
 pub const DEFAULT_FRAGMENTS: u32 = 4096;
 
@@ -51,7 +54,7 @@ pub const DEFAULT_SOCKETS: u32 = 16_384;
 /// Places in one selection table. A prime, as Maglev wants (Eisenbud et al., NSDI 2016, section 3.4); 251 gives a
 /// weight a resolution of 0.4 % in 1 KiB a table.
 pub const SLOTS: u32 = 251;
-/// Where a selection table would start, for one that holds a single backend: this bit and the backend's id. There is no
+/// In place of a selection table's index, for one that holds a single backend: this bit and the backend's id. There is no
 /// table then. (The two numbers below, which have this bit too, stand for themselves.)
 pub const TABLE_OF_ONE: u32 = 1 << 31;
 /// Slot content: leave the connection to kube-proxy.

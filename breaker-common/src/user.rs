@@ -5,7 +5,7 @@ use aya::Pod;
 
 use crate::layout::{
     Address, Backend, EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse, ReverseKey,
-    Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch,
+    Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch, Table,
 };
 
 macro_rules! pod {
@@ -32,7 +32,8 @@ pod!(
     ServiceRuntime,
     SocketKey,
     SocketOrigin,
-    Switch<u8>
+    Switch<u8>,
+    Table,
 );
 
 pod_of_address!(

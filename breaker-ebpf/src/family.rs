@@ -73,11 +73,21 @@ impl PartialEq for V6 {
 impl Address for V4 {
     const ZERO: Self = Self(0);
     const VERSION: u8 = 4;
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        self.0 as u64
+    }
 }
 
 impl Address for V6 {
     const ZERO: Self = Self([0; 4]);
     const VERSION: u8 = 6;
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        common::fold_words(self.0)
+    }
 }
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -157,8 +167,6 @@ pub trait Family: Address {
     /// The difference to another address as the kernel's checksum helpers want it: a 32-bit one's complement sum in
     /// native order.
     fn difference(self, to: Self) -> u32;
-    /// For the flow hash.
-    fn folded(self) -> u64;
     /// As an IPv6 address, IPv4 in its mapped form.
     fn mapped(self) -> V6;
 
@@ -242,11 +250,6 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn folded(self) -> u64 {
-        self.0 as u64
-    }
-
-    #[inline(always)]
     fn mapped(self) -> V6 {
         V6([0, 0, 0x0000_ffff_u32.to_be(), self.0])
     }
@@ -286,13 +289,6 @@ impl Family for V6 {
             sum = csum::add32(sum, csum::sub32(to[i], from[i]));
         }
         sum
-    }
-
-    #[inline(always)]
-    fn folded(self) -> u64 {
-        let q = self.0;
-        (((q[0] as u64) << 32) | q[1] as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            ^ (((q[2] as u64) << 32) | q[3] as u64)
     }
 
     #[inline(always)]

@@ -19,7 +19,7 @@ use breaker_common::{
 use crate::{
     agent, count,
     family::Family,
-    parse::{Segment, flags},
+    parse::{Ports, Segment, flags},
     select,
 };
 
@@ -56,38 +56,47 @@ impl<A: Family> Peer<A> {
     pub fn addressed_by(segment: &Segment<A>) -> Self {
         Self {
             addr: segment.destination,
-            port: segment.destination_port,
-            source_port: segment.source_port,
+            port: segment.ports.destination,
+            source_port: segment.ports.source,
             way: 0,
             ifindex: 0,
         }
     }
 }
 
+/// The bytes of a [`FlowKey`] or [`ReverseKey`], with the protocol and what fills it up as one word: a look-up reads words, and
+/// has to wait for bytes that were stored one by one.
+#[repr(C)]
+struct KeyWords<A> {
+    addresses: [A; 2],
+    ports: Ports,
+    proto: u32,
+}
+
+impl<A: Family> KeyWords<A> {
+    #[inline(always)]
+    fn of(segment: &Segment<A>) -> Self {
+        let proto = u32::from_ne_bytes([segment.proto, 0, 0, 0]);
+        Self { addresses: [segment.source, segment.destination], ports: segment.ports, proto }
+    }
+}
+
 /// The key of a segment that a client sends.
 #[inline(always)]
 pub fn key<A: Family>(segment: &Segment<A>) -> FlowKey<A> {
-    FlowKey {
-        client: segment.source,
-        vip: segment.destination,
-        client_port: segment.source_port,
-        vip_port: segment.destination_port,
-        proto: segment.proto,
-        pad: [0; 3],
-    }
+    let words = KeyWords::of(segment);
+    const { assert!(size_of::<KeyWords<A>>() == size_of::<FlowKey<A>>()) };
+    // SAFETY: the same size and alignment, the fields in the same order; any bytes are a value.
+    unsafe { (&raw const words).cast::<FlowKey<A>>().read() }
 }
 
 /// The key of a segment that a backend sends.
 #[inline(always)]
 pub fn reverse_key<A: Family>(segment: &Segment<A>) -> ReverseKey<A> {
-    ReverseKey {
-        backend: segment.source,
-        client: segment.destination,
-        backend_port: segment.source_port,
-        client_port: segment.destination_port,
-        proto: segment.proto,
-        pad: [0; 3],
-    }
+    let words = KeyWords::of(segment);
+    const { assert!(size_of::<KeyWords<A>>() == size_of::<ReverseKey<A>>()) };
+    // SAFETY: as for `key`.
+    unsafe { (&raw const words).cast::<ReverseKey<A>>().read() }
 }
 
 /// The reverse key that belongs to a flow.
@@ -203,7 +212,11 @@ pub fn find_reverse<A: Family>(key: &ReverseKey<A>) -> Option<&'static mut Rever
 /// else sent it.
 #[inline(always)]
 pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
-    flow.seen = flow.seen & !seen::RST | ended_by(segment);
+    let seen = flow.seen & !seen::RST | ended_by(segment);
+    // Reading first leaves the cache line clean, packet after packet.
+    if flow.seen != seen {
+        flow.seen = seen;
+    }
     let beat = agent::beat_tick();
     if flow.last_seen_tick != beat {
         flow.last_seen_tick = beat;
@@ -215,7 +228,10 @@ pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
 #[inline(always)]
 pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) {
     let answers = segment.flags & flags::RST == 0;
-    reverse.seen |= ended_by(segment) | if answers { seen::ANSWERED } else { 0 };
+    let seen = reverse.seen | ended_by(segment) | if answers { seen::ANSWERED } else { 0 };
+    if reverse.seen != seen {
+        reverse.seen = seen;
+    }
     let beat = agent::beat_tick();
     if reverse.last_seen_tick != beat {
         reverse.last_seen_tick = beat;

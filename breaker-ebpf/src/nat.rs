@@ -92,8 +92,8 @@ pub fn from_backend<A: Family>(
 #[inline(always)]
 pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: End, old: A, new: A) -> Option<()> {
     if let Some(check_at) = A::CHECK_AT {
-        let check = u16::from_be_bytes(packet.read::<[u8; 2]>(l3 + check_at)?);
-        packet.write(l3 + check_at, csum::replaced(check, old.words(), new.words()).to_be_bytes())?;
+        let check = u16::from_be(packet.read::<u16>(l3 + check_at)?);
+        packet.write(l3 + check_at, csum::replaced(check, old.words(), new.words()).to_be())?;
     }
     packet.write(l3 + end.addr_at::<A>(), new)
 }
@@ -109,15 +109,15 @@ fn replace<A: Family>(
     other_port: [u8; 2],
 ) -> Option<()> {
     let (old_addr, old_port, old_other) = match end {
-        End::Source => (segment.source, segment.source_port, segment.destination_port),
-        End::Destination => (segment.destination, segment.destination_port, segment.source_port),
+        End::Source => (segment.source, segment.ports.source, segment.ports.destination),
+        End::Destination => (segment.destination, segment.ports.destination, segment.ports.source),
     };
     // All direct writes first: the checksum helpers void the pointers.
     replace_address(packet, segment.l3(), end, old_addr, addr)?;
-    packet.write(segment.l4() + end.port_at(), port)?;
+    packet.write(segment.l4() + end.port_at(), u16::from_ne_bytes(port))?;
     let other_changed = old_other != other_port;
     if other_changed {
-        packet.write(segment.l4() + end.other().port_at(), other_port)?;
+        packet.write(segment.l4() + end.other().port_at(), u16::from_ne_bytes(other_port))?;
     }
     let check_at = segment.l4() + check_at(segment.proto);
     let before = packet.read::<u16>(check_at)?;
@@ -163,5 +163,5 @@ fn ports_changed(packet: &Packet<'_>, check_at: usize, before: u16, difference: 
     }
     let old = csum::word(ports[0].0) + csum::word(ports[1].0);
     let new = csum::word(ports[0].1) + csum::word(ports[1].1);
-    packet.write(check_at, csum::replaced(u16::from_be(after), old, new).to_be_bytes())
+    packet.write(check_at, csum::replaced(u16::from_be(after), old, new).to_be())
 }

@@ -1,11 +1,7 @@
 //! Headers to a tuple: Ethernet and its VLAN tags, IPv4 and IPv6, TCP and UDP, ICMP errors, fragments.
 
 use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
-use network_types::{
-    eth::{EthHdr, EtherType},
-    tcp::TcpHdr,
-    udp::UdpHdr,
-};
+use network_types::eth::{EthHdr, EtherType};
 
 use crate::{
     count,
@@ -41,6 +37,32 @@ pub enum Kind {
     IcmpError,
 }
 
+/// The ports, as TCP's and UDP's headers begin. One word: what is stored in pieces and read as a whole, the processor has to wait
+/// for.
+#[derive(Clone, Copy)]
+#[repr(C, align(4))]
+pub struct Ports {
+    pub source: [u8; 2],
+    pub destination: [u8; 2],
+}
+
+/// The part of a TCP header that we read (RFC 9293, section 3.1).
+#[repr(C)]
+struct Tcp {
+    ports: Ports,
+    numbers: [u32; 2],
+    offset: u8,
+    flags: u8,
+    rest: [u16; 3],
+}
+
+/// A UDP header (RFC 768), or the begin of an ICMP message.
+#[repr(C)]
+struct Udp {
+    ports: Ports,
+    rest: [u16; 2],
+}
+
 /// What we know of a packet after parsing. Addresses and ports in wire order.
 ///
 /// It lives in a map of one value for each CPU and hook, not on the stack: there is little of that, and the verifier, which
@@ -51,8 +73,7 @@ pub enum Kind {
 pub struct Segment<A> {
     pub source: A,
     pub destination: A,
-    pub source_port: [u8; 2],
-    pub destination_port: [u8; 2],
+    pub ports: Ports,
     /// As in [`breaker_common::FragmentKey`]; means something for fragments only.
     pub fragment_id: [u8; 4],
     pub fragment_proto: u8,
@@ -340,30 +361,29 @@ fn transport<A: Family>(
     segment.l4 = l4 as u32;
     segment.end = (l4 + rest) as u32;
     let ports = if segment.proto == PROTO_TCP {
-        let Some(tcp) = packet.at::<[u8; TcpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
-        if rest < TcpHdr::LEN {
+        let Some(tcp) = packet.at::<Tcp>(l4) else { return Err(PassReason::Truncated) };
+        if rest < size_of::<Tcp>() {
             return Err(PassReason::Truncated);
         }
         // SAFETY: `at` checked the bounds; any bytes are a value.
         let tcp = unsafe { &*tcp };
-        segment.flags = tcp[13];
-        [tcp[0], tcp[1], tcp[2], tcp[3]]
+        segment.flags = tcp.flags;
+        tcp.ports
     } else {
         // UDP's and ICMP's headers are as long as each other.
-        let Some(header) = packet.at::<[u8; UdpHdr::LEN]>(l4) else { return Err(PassReason::Truncated) };
-        if rest < UdpHdr::LEN {
+        let Some(header) = packet.at::<Udp>(l4) else { return Err(PassReason::Truncated) };
+        if rest < size_of::<Udp>() {
             return Err(PassReason::Truncated);
         }
         // SAFETY: as above.
-        let header = unsafe { &*header };
+        let ports = unsafe { (*header).ports };
         if segment.proto == A::ICMP {
-            return Ok(if is_error::<A>(header[0]) { Kind::IcmpError } else { Kind::Other });
+            return Ok(if is_error::<A>(ports.source[0]) { Kind::IcmpError } else { Kind::Other });
         }
         segment.flags = 0;
-        [header[0], header[1], header[2], header[3]]
+        ports
     };
-    segment.source_port = [ports[0], ports[1]];
-    segment.destination_port = [ports[2], ports[3]];
+    segment.ports = ports;
     Ok(Kind::Transport)
 }
 

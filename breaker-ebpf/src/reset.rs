@@ -97,8 +97,8 @@ fn to_client<A: Family>(segment: &Segment<A>, numbers: &Numbers) -> Reset<A> {
         receiver: numbers.sender,
         source: segment.destination,
         destination: segment.source,
-        source_port: segment.destination_port,
-        destination_port: segment.source_port,
+        source_port: segment.ports.destination,
+        destination_port: segment.ports.source,
         sequence: numbers.acknowledgment,
         acknowledgment: numbers.next,
     }

@@ -3,17 +3,15 @@
 
 use aya_ebpf::{btf_maps::Array, macros::btf_map};
 use breaker_common::{
-    Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
-    Switch, TABLE_OF_ONE, backend_use, route_flags,
+    Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, Switch,
+    TABLE_OF_ONE, Table, backend_use, route_flags,
 };
 
 use crate::{atomic, family::Family, hash, service};
 
-const SLOTS_LEN: usize = (DEFAULT_TABLES * SLOTS) as usize;
-
-/// Selection tables, one after the other; a route says where its tables start.
-#[btf_map(name = "SLOTS")]
-static SLOT_TABLES: Array<u32, SLOTS_LEN> = Array::new();
+/// Selection tables; a route says which are its.
+#[btf_map]
+static SLOTS: Array<Table, { DEFAULT_TABLES as usize }> = Array::new();
 
 /// Where a frontend's connections may go.
 #[btf_map]
@@ -46,14 +44,16 @@ pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnc
     let primary = trial || hash::permille(hash) < switch.share;
     let tables = ROUTES.get(route).map_or(Route::NOTHING.tables, |route| route.tables);
     let [first, second] = if switch.buffer() == 0 { tables[0] } else { tables[1] };
-    let start = if primary { first } else { second };
-    // A table that holds only one thing is not there; its start says which.
-    let slot = if start >= SLOT_REJECT {
-        start
-    } else if start & TABLE_OF_ONE != 0 {
-        start & !TABLE_OF_ONE
+    let table = if primary { first } else { second };
+    // A table that holds only one thing is not there; its index says which.
+    let slot = if table >= SLOT_REJECT {
+        table
+    } else if table & TABLE_OF_ONE != 0 {
+        table & !TABLE_OF_ONE
     } else {
-        SLOT_TABLES.get(start.wrapping_add(hash::slot(hash))).map_or(SLOT_PASSTHROUGH, |slot| *slot)
+        let slot =
+            SLOTS.get(table).and_then(|table| table.slots.get(hash::slot(hash) as usize & (table.slots.len() - 1)));
+        slot.copied().unwrap_or(SLOT_PASSTHROUGH)
     };
     Choice { slot, trial }
 }

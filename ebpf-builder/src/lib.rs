@@ -167,6 +167,8 @@ fn cargo(subcommand: &str) -> Result<Command> {
     let flags = [
         format!("-Clinker={}", linker.display()),
         "-Clink-arg=--btf".to_owned(),
+        // Otherwise each copy or fill of a few bytes, such as a key's padding, is a call of a loop over bytes.
+        "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
         // Atomics with a return value, 32-bit jumps: kernel 5.12 and later.
         "-Ctarget-cpu=v3".to_owned(),
         "-Cdebuginfo=2".to_owned(),

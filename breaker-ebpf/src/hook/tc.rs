@@ -167,7 +167,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
         Kind::Transport => fragment::forget(segment, End::Destination),
     }
-    let role = endpoint::find(segment.destination, segment.destination_port, segment.proto);
+    let role = endpoint::find(segment.destination, segment.ports.destination, segment.proto);
     let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (case.service, case.route) = (service, role.route);
@@ -175,7 +175,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
     }
     if !OUTSIDE
         && agent::any_fast()
-        && uses_of(segment.source, segment.source_port, segment.proto) & backend_use::FAST != 0
+        && uses_of(segment.source, segment.ports.source, segment.proto) & backend_use::FAST != 0
     {
         return Ok(Verdict::Then(Step::Answer));
     }
@@ -200,7 +200,7 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
         Kind::IcmpError => return Ok(Verdict::Settled(error_to_client::<A, false>(packet, segment))),
         Kind::Transport => fragment::forget(segment, End::Source),
     }
-    if uses_of(segment.source, segment.source_port, segment.proto) == 0 {
+    if uses_of(segment.source, segment.ports.source, segment.proto) == 0 {
         return Ok(Verdict::Next);
     }
     let Some(reverse) = flow::find_reverse(&flow::reverse_key(segment)) else { return Ok(Verdict::Next) };
@@ -230,8 +230,8 @@ fn translate_back<A: Family>(
 ) -> Result<Verdict, PassReason> {
     flow::touch_reverse(reverse, segment);
     if reverse.vip == segment.source
-        && reverse.vip_port == segment.source_port
-        && reverse.client_port == segment.destination_port
+        && reverse.vip_port == segment.ports.source
+        && reverse.client_port == segment.ports.destination
     {
         return Ok(Verdict::Next);
     }

@@ -53,7 +53,9 @@ fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
 #[inline(never)]
 fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
     let Ok(Kind::Transport) = parse::at(packet, l3, segment) else { return false };
-    let Some(role) = endpoint::find(segment.destination, segment.destination_port, segment.proto) else { return false };
+    let Some(role) = endpoint::find(segment.destination, segment.ports.destination, segment.proto) else {
+        return false;
+    };
     let Some(index) = endpoint::index(role.service) else { return false };
     let Some(switch) = service::switch(index) else { return false };
     // Half-open, connections are counted out: one place does that.

@@ -12,13 +12,17 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
     ABI_VERSION, Address, Backend, EndpointKey, EndpointRole, Event, Flow, FlowKey, Fragment, FragmentKey, Heartbeat,
-    PassReason, Reverse, ReverseKey, Route, SLOTS, ServiceCounters, ServiceRecord, SocketKey, SocketOrigin, Switch, V4,
+    PassReason, Reverse, ReverseKey, Route, ServiceCounters, ServiceRecord, SocketKey, SocketOrigin, Switch, Table, V4,
     V6,
 };
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{mmap::SharedArray, sizes::Sizes};
+use super::{
+    filter::{Filter, Recount},
+    mmap::SharedArray,
+    sizes::Sizes,
+};
 use crate::{
     datapath::PacketEvent,
     model::{Protocol, ServiceName},
@@ -41,13 +45,14 @@ const V4_NAMES: [&str; 7] =
 const V6_NAMES: [&str; 7] =
     ["ENDPOINTS6", "BACKENDS6", "FLOWS6", "REVERSE6", "PENDING6", "PENDING_REVERSE6", "FRAGMENTS6"];
 
-const SHARED: [(&str, usize, usize); 10] = [
+const SHARED: [(&str, usize, usize); 11] = [
+    ("FILTER", 4, 8),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
     ("SERVICES", 4, size_of::<ServiceRecord>()),
     ("ROUTES", 4, size_of::<Route>()),
     ("RUNTIME", 4, 8),
-    ("SLOTS", 4, 4),
+    ("SLOTS", 4, size_of::<Table>()),
     ("HEARTBEAT", 4, size_of::<Heartbeat>()),
     ("COUNTERS", 4, size_of::<ServiceCounters>()),
     ("REASONS", 4, 8),
@@ -166,7 +171,8 @@ pub struct Maps {
     pub(super) services: Array<MapData, ServiceRecord<u8>>,
     records: SharedArray,
     pub(super) routes: Array<MapData, Route>,
-    pub(super) slots: Array<MapData, u32>,
+    pub(super) slots: Array<MapData, Table>,
+    pub(super) filter: Filter,
     /// As they are, which may differ from what is configured: maps of an earlier agent keep their sizes.
     pub(super) sizes: Sizes,
     counters: PerCpuArray<MapData, ServiceCounters>,
@@ -225,7 +231,7 @@ impl Maps {
         let sizes = Sizes {
             services: entries(&switches)?,
             routes: entries(&routes)?,
-            tables: entries(&slots)? / SLOTS,
+            tables: entries(&slots)?,
             backends: v4.backends.len(),
             flows: v4.room.0,
             pending: v4.room.1,
@@ -237,6 +243,7 @@ impl Maps {
             services: typed(Map::Array(services), "SERVICES")?,
             routes: typed(Map::Array(routes), "ROUTES")?,
             slots: typed(Map::Array(slots), "SLOTS")?,
+            filter: Filter::new(shared(&array(open("FILTER")?, "FILTER")?, 8)?),
             sizes,
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
             reasons: typed(open("REASONS")?, "REASONS")?,
@@ -244,6 +251,21 @@ impl Maps {
             switches: shared(&switches, size_of::<Switch>())?,
             heartbeat: shared(&heartbeat, size_of::<Heartbeat>())?,
         })
+    }
+
+    /// Makes the filter what the endpoints say that are there.
+    pub(super) fn adopt_filter(&mut self) -> Result<()> {
+        fn count<A: Net>(maps: &Maps, filter: &mut Recount) -> Result<()> {
+            A::of(maps).endpoints.keys().try_for_each(|key| {
+                filter.add(&key.context("read the endpoints")?);
+                Ok(())
+            })
+        }
+        let mut filter = Recount::default();
+        count::<V4>(self, &mut filter)?;
+        count::<V6>(self, &mut filter)?;
+        self.filter.adopt(filter);
+        Ok(())
     }
 
     /// A service's switch.

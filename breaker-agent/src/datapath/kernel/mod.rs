@@ -6,6 +6,7 @@
 
 mod attach;
 mod clsact;
+mod filter;
 mod interfaces;
 mod links;
 mod load;
@@ -29,7 +30,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use breaker_common::{
     Backend, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
-    ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, V4, V6, route_flags, switch_flags,
+    ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, Table, V4, V6, route_flags, switch_flags,
 };
 
 use super::{
@@ -220,18 +221,26 @@ impl KernelDatapath {
         (address, protocol): Destination,
         change: impl FnOnce(&mut EndpointRole),
     ) -> Result<()> {
-        let endpoints = &mut A::of_mut(&mut self.maps).endpoints;
         let key = EndpointKey::new(addr, address.port().to_be_bytes(), number(protocol));
-        let mut role = endpoints.get(&key, 0).unwrap_or(EndpointRole::NOTHING);
+        let before = A::of(&self.maps).endpoints.get(&key, 0);
+        let mut role = *before.as_ref().unwrap_or(&EndpointRole::NOTHING);
         change(&mut role);
         if role == EndpointRole::NOTHING {
-            return match endpoints.remove(&key) {
-                Ok(()) => Ok(()),
-                Err(error) if is_not_there(&error) => Ok(()),
-                Err(error) => Err(error).with_context(|| format!("remove the endpoint {address}")),
-            };
+            match A::of_mut(&mut self.maps).endpoints.remove(&key) {
+                Ok(()) => self.maps.filter.remove(&key),
+                Err(error) if is_not_there(&error) => {}
+                Err(error) => return Err(error).with_context(|| format!("remove the endpoint {address}")),
+            }
+            return Ok(());
         }
-        endpoints.insert(key, role, 0).with_context(|| format!("write the endpoint {address}"))
+        if before.is_err() {
+            self.maps.filter.add(&key);
+        }
+        let written = A::of_mut(&mut self.maps).endpoints.insert(key, role, 0);
+        if written.is_err() && before.is_err() {
+            self.maps.filter.remove(&key);
+        }
+        written.with_context(|| format!("write the endpoint {address}"))
     }
 
     /// Writes a selection table, and returns what a route says of it.
@@ -246,21 +255,22 @@ impl KernelDatapath {
             SlotTable::All(slot) => return value(slot, self),
             SlotTable::Balanced(_) => table.places(),
         };
-        let values = slots.iter().map(|slot| value(slot, self)).collect::<Result<Vec<u32>>>()?;
-        let place = self.table_places.take()?;
-        for (slot, value) in (place * SLOTS..).zip(values) {
-            if let Err(error) = self.maps.slots.set(slot, value, 0) {
-                self.table_places.give_back(place);
-                return Err(error).with_context(|| format!("write slot {slot}"));
-            }
+        let mut table = Table { slots: [0; SLOTS.next_power_of_two() as usize] };
+        for (place, slot) in table.slots.iter_mut().zip(&slots) {
+            *place = value(slot, self)?;
         }
-        Ok(place * SLOTS)
+        let place = self.table_places.take()?;
+        if let Err(error) = self.maps.slots.set(place, table, 0) {
+            self.table_places.give_back(place);
+            return Err(error).with_context(|| format!("write selection table {place}"));
+        }
+        Ok(place)
     }
 
     /// Gives a table's place back, if it has one. Packets that read the route before may be reading it.
-    fn drop_table(&mut self, start: u32) {
-        if start & TABLE_OF_ONE == 0 {
-            self.table_places.give_back_later(start / SLOTS);
+    fn drop_table(&mut self, table: u32) {
+        if table & TABLE_OF_ONE == 0 {
+            self.table_places.give_back_later(table);
         }
     }
 
@@ -451,6 +461,7 @@ impl KernelDatapath {
     fn try_adopt(&mut self) -> Result<Vec<Adopted>> {
         self.adopt_backends::<V4>()?;
         self.adopt_backends::<V6>()?;
+        self.maps.adopt_filter()?;
         let mut frontends = frontends(&self.maps)?;
         let mut adopted = Vec::new();
         for index in 0..self.maps.sizes.services {
@@ -468,8 +479,8 @@ impl KernelDatapath {
                 self.route_places.claim(route);
                 let Route { tables, flags } = self.maps.routes.get(&route, 0).context("read the routes")?;
                 let in_force = tables[switch.buffer() as usize];
-                for start in in_force.into_iter().filter(|start| start & TABLE_OF_ONE == 0) {
-                    self.table_places.claim(start / SLOTS);
+                for table in in_force.into_iter().filter(|table| table & TABLE_OF_ONE == 0) {
+                    self.table_places.claim(table);
                 }
                 service.backup.extend(self.named_by(frontend.address, in_force[1])?);
                 routes.insert(
@@ -499,14 +510,12 @@ impl KernelDatapath {
     }
 
     /// Backends that a table names, of the family of `like`.
-    fn named_by(&self, like: SocketAddr, start: u32) -> Result<BTreeSet<SocketAddr>> {
+    fn named_by(&self, like: SocketAddr, table: u32) -> Result<BTreeSet<SocketAddr>> {
         let mut ids = BTreeSet::new();
-        if start & TABLE_OF_ONE == 0 {
-            for slot in start..start + SLOTS {
-                ids.insert(self.maps.slots.get(&slot, 0).context("read the slots")?);
-            }
-        } else if start < SLOT_REJECT {
-            ids.insert(start & !TABLE_OF_ONE);
+        if table & TABLE_OF_ONE == 0 {
+            ids.extend(&self.maps.slots.get(&table, 0).context("read the slots")?.slots[..SLOTS as usize]);
+        } else if table < SLOT_REJECT {
+            ids.insert(table & !TABLE_OF_ONE);
         }
         let of_family = self.backends.iter().filter(|((address, _), _)| address.is_ipv4() == like.is_ipv4());
         Ok(of_family.filter(|(_, id)| ids.contains(id)).map(|((address, _), _)| *address).collect())

@@ -1,7 +1,5 @@
 //! How large the maps are: by the node's memory, where the configuration does not say.
 
-use breaker_common::SLOTS;
-
 /// How many of each a node can hold. What is keyed by addresses is so large for each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
@@ -69,7 +67,7 @@ impl Sizes {
             ("RUNTIME", self.services),
             ("COUNTERS", self.services),
             ("ROUTES", self.routes),
-            ("SLOTS", self.tables.saturating_mul(SLOTS)),
+            ("SLOTS", self.tables),
         ]
     }
 }
