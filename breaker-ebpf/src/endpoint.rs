@@ -12,7 +12,7 @@ static FILTER: Array<u64, { FILTER_WORDS as usize }, { BPF_F_MMAPABLE as usize }
 
 /// Whether an address and port (wire order) may have a role under a protocol; without one it is false for nearly all.
 #[inline(always)]
-pub fn may_be<A: Family>(addr: A, port: [u8; 2], proto: u8) -> bool {
+fn may_be<A: Family>(addr: A, port: [u8; 2], proto: u8) -> bool {
     let (word, bit) = filter_bit(addr, port, proto);
     FILTER.get(word).is_some_and(|word| *word & bit != 0)
 }

@@ -10,7 +10,7 @@ use breaker_common::{Address, EndpointKey, FILTER_WORDS, filter_bit};
 use super::mmap::SharedArray;
 
 /// A bit's place.
-type Bit = (u32, u64);
+pub(super) type Bit = (u32, u64);
 
 /// See the module.
 #[derive(Debug)]
@@ -20,17 +20,8 @@ pub(super) struct Filter {
     endpoints: HashMap<Bit, u32>,
 }
 
-/// How many endpoints have which bit, counted anew.
-#[derive(Debug, Default)]
-pub(super) struct Recount(HashMap<Bit, u32>);
-
-impl Recount {
-    pub(super) fn add<A: Address>(&mut self, key: &EndpointKey<A>) {
-        *self.0.entry(bit_of(key)).or_default() += 1;
-    }
-}
-
-fn bit_of<A: Address>(key: &EndpointKey<A>) -> Bit {
+/// The bit of an endpoint.
+pub(super) fn bit_of<A: Address>(key: &EndpointKey<A>) -> Bit {
     filter_bit(key.addr, key.port, key.proto)
 }
 
@@ -41,15 +32,17 @@ impl Filter {
     }
 
     /// Takes over what is there after a restart: bits of endpoints that never came, or that went as the agent died, are cleared.
-    pub(super) fn adopt(&mut self, Recount(endpoints): Recount) {
+    /// `bits`: of all endpoints that are there.
+    pub(super) fn adopt(&mut self, bits: &[Bit]) {
         let mut words = vec![0; FILTER_WORDS as usize];
-        for (word, bit) in endpoints.keys() {
+        self.endpoints.clear();
+        for (word, bit) in bits {
             words[*word as usize] |= bit;
+            *self.endpoints.entry((*word, *bit)).or_default() += 1;
         }
         for (index, word) in (0..).zip(words) {
             self.words.store(index, 0, word);
         }
-        self.endpoints = endpoints;
     }
 
     /// Before an endpoint is there.

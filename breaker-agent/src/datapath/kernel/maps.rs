@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    filter::{Filter, Recount},
+    filter::{Bit, Filter, bit_of},
     mmap::SharedArray,
     sizes::Sizes,
 };
@@ -255,16 +255,10 @@ impl Maps {
 
     /// Makes the filter what the endpoints say that are there.
     pub(super) fn adopt_filter(&mut self) -> Result<()> {
-        fn count<A: Net>(maps: &Maps, filter: &mut Recount) -> Result<()> {
-            A::of(maps).endpoints.keys().try_for_each(|key| {
-                filter.add(&key.context("read the endpoints")?);
-                Ok(())
-            })
+        fn bits<A: Net>(maps: &Maps) -> Result<Vec<Bit>> {
+            A::of(maps).endpoints.keys().map(|key| Ok(bit_of(&key.context("read the endpoints")?))).collect()
         }
-        let mut filter = Recount::default();
-        count::<V4>(self, &mut filter)?;
-        count::<V6>(self, &mut filter)?;
-        self.filter.adopt(filter);
+        self.filter.adopt(&[bits::<V4>(self)?, bits::<V6>(self)?].concat());
         Ok(())
     }
 
