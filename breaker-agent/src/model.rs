@@ -200,7 +200,8 @@ pub enum OnAgentLoss {
 pub enum FastPath {
     /// As all others: through the node's bridge, its routes and netfilter.
     Off,
-    /// From veth to veth (bpf_redirect_peer), both ways: netfilter, and with it NetworkPolicy, does not see them.
+    /// Past the stack (bpf_redirect_peer into the backup's veth, bpf_redirect_neigh out to a client outside), both ways:
+    /// netfilter, and with it NetworkPolicy, does not see them.
     PeerRedirect,
 }
 

@@ -209,7 +209,7 @@ pub mod switch_flags {
     pub const HOLD: u8 = 1 << 4;
     /// Which of the two buffers of slot tables holds.
     pub const BUFFER: u8 = 1 << 5;
-    /// New flows between pods of this node go from veth to veth (`fastPath: PeerRedirect`).
+    /// New flows to a backup pod of this node leave the stack out (`fastPath: PeerRedirect`).
     pub const FAST: u8 = 1 << 6;
 }
 
@@ -374,10 +374,19 @@ pub struct Flow<A, K = FlowKind> {
 /// Bits of [`Flow::way`]: how a flow's packets go, decided with the first one. A connection that netfilter has not seen
 /// from the start is INVALID to it.
 pub mod flow_way {
-    /// From veth to veth, without the stack.
+    /// From interface to interface, without the stack: into the backend's veth, and its answers back from there.
     pub const FAST: u8 = 1;
     /// From outside under the client's own address: nothing is masqueraded.
     pub const KEEP_CLIENT: u8 = 2;
+}
+
+/// Where packets go that leave the stack out: an interface's index, and one bit. Indices are positive numbers of 31 bits
+/// (`struct ifreq`, netdevice(7)).
+pub mod exit {
+    /// Through the stack.
+    pub const STACK: u32 = 0;
+    /// Out of the interface, to the neighbor that the node's routes name; without it, into the namespace behind a veth.
+    pub const NEIGHBOR: u32 = 1 << 31;
 }
 
 /// Bits of [`Flow::seen`] and [`Reverse::seen`].
@@ -426,8 +435,8 @@ pub struct Reverse<A> {
     pub pad: [u8; 3],
     /// The agent's heartbeat at the last packet of the backend, in ticks.
     pub last_seen_tick: u32,
-    /// Index of the client's interface, where replies go there at once ([`flow_way::FAST`]); 0 = through the stack.
-    pub ifindex: u32,
+    /// The client's interface, where replies go there at once ([`flow_way::FAST`]): see [`exit`].
+    pub exit: u32,
 }
 
 /// A fragmented packet: key of `FRAGMENTS4` and `FRAGMENTS6` (RFC 791, section 3.2; RFC 8200, section 4.5).
@@ -455,8 +464,8 @@ pub struct Fragment<A> {
     pub addr: A,
     /// Bits that were set in the packet's mark.
     pub mark: u32,
-    /// Where it went from veth to veth: the index of the other pod's interface; 0 = through the stack.
-    pub ifindex: u32,
+    /// Where it went: see [`exit`].
+    pub exit: u32,
     /// Which address: 0 the source, 1 the destination.
     pub end: u8,
     /// Always 0.
@@ -505,7 +514,7 @@ pub struct Heartbeat {
     pub pid: u32,
     /// [`crate::ABI_VERSION`] of the agent that wrote it.
     pub abi_version: u32,
-    /// 1 where some service may have flows from veth to veth: only then what pods send is asked for by its source, too.
+    /// 1 where some service may have flows that leave the stack out: only then what pods send is asked for by its source, too.
     pub fast: u32,
     /// Always 0.
     pub pad: u32,
@@ -623,8 +632,8 @@ mod tests {
             assert_eq!((flow, last + 4), (address + 28, address + 2 + 2 + 4 + 4 + 4 + 1 + 1 + 1 + 1 + 4 + 4));
         }
         for (address, reverse, last) in [
-            (4, size_of::<Reverse<V4>>(), offset_of!(Reverse<V4>, ifindex)),
-            (16, size_of::<Reverse<V6>>(), offset_of!(Reverse<V6>, ifindex)),
+            (4, size_of::<Reverse<V4>>(), offset_of!(Reverse<V4>, exit)),
+            (16, size_of::<Reverse<V6>>(), offset_of!(Reverse<V6>, exit)),
         ] {
             assert_eq!((reverse, last + 4), (address + 20, address + 2 + 2 + 4 + 1 + 3 + 4 + 4));
         }

@@ -22,7 +22,7 @@ pub fn beat_tick() -> u32 {
     HEARTBEAT.get(0).map_or(0, |beat| tick(beat.beat_ns))
 }
 
-/// Whether some service may have flows from veth to veth.
+/// Whether some service may have flows that leave the stack out.
 #[inline(always)]
 pub fn any_fast() -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| beat.fast != 0)

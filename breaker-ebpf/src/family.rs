@@ -2,7 +2,9 @@
 //! which maps are theirs. Everything else in the programs is generic over [`Family`].
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    bindings::{
+        BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup, bpf_fib_lookup__bindgen_ty_3, bpf_fib_lookup__bindgen_ty_4,
+    },
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
@@ -169,6 +171,8 @@ pub trait Family: Address {
     fn difference(self, to: Self) -> u32;
     /// As an IPv6 address, IPv4 in its mapped form.
     fn mapped(self) -> V6;
+    /// Fills in a question about routes.
+    fn look_up(lookup: &mut bpf_fib_lookup, source: Self, destination: Self);
 
     fn segments() -> &'static Segments<Self>;
     fn endpoints() -> &'static Endpoints<Self>;
@@ -255,6 +259,14 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn look_up(lookup: &mut bpf_fib_lookup, source: Self, destination: Self) {
+        const AF_INET: u8 = 2;
+        lookup.family = AF_INET;
+        lookup.__bindgen_anon_3 = bpf_fib_lookup__bindgen_ty_3 { ipv4_src: source.0 };
+        lookup.__bindgen_anon_4 = bpf_fib_lookup__bindgen_ty_4 { ipv4_dst: destination.0 };
+    }
+
+    #[inline(always)]
     fn segments() -> &'static Segments<Self> {
         &SEGMENTS4
     }
@@ -294,6 +306,14 @@ impl Family for V6 {
     #[inline(always)]
     fn mapped(self) -> V6 {
         self
+    }
+
+    #[inline(always)]
+    fn look_up(lookup: &mut bpf_fib_lookup, source: Self, destination: Self) {
+        const AF_INET6: u8 = 10;
+        lookup.family = AF_INET6;
+        lookup.__bindgen_anon_3 = bpf_fib_lookup__bindgen_ty_3 { ipv6_src: source.0 };
+        lookup.__bindgen_anon_4 = bpf_fib_lookup__bindgen_ty_4 { ipv6_dst: destination.0 };
     }
 
     #[inline(always)]

@@ -13,7 +13,7 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use breaker_common::{
-    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, flow_way, seen,
+    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, exit, flow_way, seen,
 };
 
 use crate::{
@@ -38,8 +38,8 @@ pub struct Peer<A> {
     pub source_port: [u8; 2],
     /// Bits of [`flow_way`].
     pub way: u8,
-    /// Its interface, where packets go there from veth to veth; 0 = through the stack.
-    pub ifindex: u32,
+    /// Its interface, where packets go there at once: see [`exit`].
+    pub exit: u32,
 }
 
 impl<A: Family> Peer<A> {
@@ -47,8 +47,8 @@ impl<A: Family> Peer<A> {
     #[inline(always)]
     pub fn of(flow: &Flow<A>) -> Self {
         let fast = flow.way & flow_way::FAST != 0;
-        let ifindex = if fast { select::interface_of(flow.backend_id, flow.backend) } else { 0 };
-        Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, way: flow.way, ifindex }
+        let exit = if fast { select::interface_of(flow.backend_id, flow.backend) } else { exit::STACK };
+        Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, way: flow.way, exit }
     }
 
     /// What a segment is addressed to, as it is.
@@ -59,7 +59,7 @@ impl<A: Family> Peer<A> {
             port: segment.ports.destination,
             source_port: segment.ports.source,
             way: 0,
-            ifindex: 0,
+            exit: exit::STACK,
         }
     }
 }
@@ -113,7 +113,7 @@ fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> 
 }
 
 #[inline(always)]
-fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, ifindex: u32) -> Reverse<A> {
+fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, exit: u32) -> Reverse<A> {
     Reverse {
         vip: key.vip,
         vip_port: key.vip_port,
@@ -122,7 +122,7 @@ fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, ifindex: u32) -> Reve
         seen: 0,
         pad: [0; 3],
         last_seen_tick: flow.last_seen_tick,
-        ifindex,
+        exit,
     }
 }
 
@@ -301,17 +301,18 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
 /// Pins a flow to a backend in both tables, under a reverse key that is its own: where the client's port is taken
 /// toward this backend by another flow that lives, it gets another one, as conntrack does.
 ///
-/// conntrack does so for those that it sees. One from veth to veth it does not see, and the client may have the same port
+/// conntrack does so for those that it sees. One that leaves the stack out it does not see, and the client may have the same port
 /// toward the same backend by a Service that is nobody's business here: so such a flow never has a port that the client's
 /// kernel would choose.
 ///
-/// `flow` says where to; its source port is what the pinning came to. `ifindex`: where replies go from veth to veth, or 0.
+/// `flow` says where to; its source port is what the pinning came to. `back_by`: where replies go,
+/// see [`exit`].
 ///
 /// # Errors
 /// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]: nothing is left behind.
 #[inline(always)]
-pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, ifindex: u32) -> Result<(), PassReason> {
-    match pin_in_tables(key, flow, ifindex) {
+pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) -> Result<(), PassReason> {
+    match pin_in_tables(key, flow, back_by) {
         PINNED => Ok(()),
         NO_SOURCE_PORT => Err(PassReason::NoSourcePort),
         _ => Err(PassReason::FlowTableFull),
@@ -324,10 +325,10 @@ const TABLE_FULL: u32 = 2;
 
 /// A function to the kernel too, which returns a number.
 #[inline(never)]
-fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, ifindex: u32) -> u32 {
+fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) -> u32 {
     let mut reverse_key = reverse_key_of(key, flow);
-    let reverse = reverse_of(key, flow, ifindex);
-    let fast = ifindex != 0;
+    let reverse = reverse_of(key, flow, back_by);
+    let fast = back_by != exit::STACK;
     if fast || !claim(key, &reverse_key, &reverse) {
         let (first, last) = if fast { (PORT_FIRST, EPHEMERAL_FIRST - 1) } else { (PORT_FIRST, u16::MAX) };
         flow.source_port = claim_other_port(key, &mut reverse_key, &reverse, first, last);

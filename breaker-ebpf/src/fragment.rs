@@ -4,7 +4,7 @@
 //! the bounded table, goes on as it came, counted; the receiver then misses a part, and the sender sends again.
 
 use aya_ebpf::bindings::BPF_ANY;
-use breaker_common::{Fragment, FragmentKey, PassReason};
+use breaker_common::{Fragment, FragmentKey, PassReason, exit};
 
 use crate::{
     family::Family,
@@ -24,11 +24,11 @@ fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
     }
 }
 
-/// Notes what was done to a packet, if more of it follows; `ifindex`: where it went from veth to veth, or 0.
+/// Notes what was done to a packet, if more of it follows; `exit`: where it went.
 #[inline(always)]
-pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32, ifindex: u32) {
+pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32, exit: u32) {
     if segment.more != 0 {
-        let value = Fragment { addr, mark, ifindex, end: end as u8, pad: [0; 3] };
+        let value = Fragment { addr, mark, exit, end: end as u8, pad: [0; 3] };
         // A note that finds no room: the later fragments fail open.
         let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
     }
@@ -54,15 +54,15 @@ fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
 }
 
 /// Whether a note was made on the hook that translates at `end`. Backends' packets are translated where clients' are only if
-/// they go from veth to veth.
+/// they leave the stack out.
 #[inline(always)]
 fn is_of<A: Family>(first: &Fragment<A>, end: u8) -> bool {
-    first.end == end || first.ifindex != 0
+    first.end == end || first.exit != exit::STACK
 }
 
 /// Does to a later fragment what was done to the first, if that was on the same hook: a backend's fragment passes the one
 /// for clients on the backend's own interface, and must not be translated there, before its first one is. Returns where it
-/// goes from veth to veth, or 0.
+/// goes (see [`exit`]).
 ///
 /// # Errors
 /// [`PassReason::Fragment`] where nothing is noted, [`PassReason::RewriteFailed`].
@@ -83,5 +83,5 @@ pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) ->
     if first.mark != 0 {
         packet.add_mark(first.mark);
     }
-    Ok(first.ifindex)
+    Ok(first.exit)
 }

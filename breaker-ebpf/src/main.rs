@@ -14,6 +14,7 @@
 //! | [`flow`] | the pinned decisions, forward and reverse |
 //! | [`nat`], [`icmp`], [`fragment`] | translating there and back; errors about it; what has no ports |
 //! | [`reset`] | refusing and resetting |
+//! | [`fib`] | what the node's routes say |
 //! | [`agent`] | the agent's sign of life |
 //! | [`count`], [`event`] | what is told to userspace |
 //! | [`verdict`] | what becomes of the packet |
@@ -31,6 +32,7 @@ mod csum;
 mod endpoint;
 mod event;
 mod family;
+mod fib;
 mod flow;
 mod fragment;
 mod hash;

@@ -8,11 +8,13 @@ use core::arch::asm;
 use aya_ebpf::{
     bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
     helpers::{
-        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_peer, bpf_skb_adjust_room,
-        bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_pull_data, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
+        bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_pull_data, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_tail,
     },
     programs::{TcContext, XdpContext},
 };
+use breaker_common::exit;
 
 /// A packet's bytes from its Ethernet header on, and how its length changes.
 pub trait Frame {
@@ -190,16 +192,20 @@ impl<'a> Packet<'a> {
         unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
     }
 
-    /// Puts the packet into the network namespace behind a veth, as if it had come in there; the value is the verdict for
-    /// the kernel. (Its frame is for the bridge's address; that a pod's stack takes it goes by the packet's type, which kernels
-    /// before 6.15 leave as it is.)
+    /// Sends the packet past the stack: out of an interface, to the neighbor that the routes name (the kernel writes its MAC
+    /// address), or into the network namespace behind a veth, as if it had come in there. The value is the verdict for the
+    /// kernel. (A frame that goes into a namespace is for the node's or the bridge's address; that a pod's stack takes it goes by
+    /// the packet's type, which kernels before 6.15 leave as it is.)
     #[inline(always)]
-    pub fn send_into(&self, ifindex: u32) -> i32 {
+    pub fn send_by(&self, exit: u32) -> i32 {
         const PACKET_HOST: u32 = 0;
-        // SAFETY: the context is valid; pointers into the packet are not used any more.
+        // SAFETY: the context is valid; pointers into the packet are not used any more; no parameters say: look up the neighbor.
         unsafe {
+            if exit & exit::NEIGHBOR != 0 {
+                return bpf_redirect_neigh(exit & !exit::NEIGHBOR, core::ptr::null_mut(), 0, 0) as i32;
+            }
             bpf_skb_change_type(self.ctx.skb.skb, PACKET_HOST);
-            bpf_redirect_peer(ifindex, 0) as i32
+            bpf_redirect_peer(exit, 0) as i32
         }
     }
 

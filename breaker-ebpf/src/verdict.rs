@@ -34,9 +34,9 @@ pub enum Step {
     Error = 0x1005,
     /// It goes to a backend's own address.
     Direct = 0x1006,
-    /// It may be a backend's answer that goes from veth to veth.
+    /// It may be a backend's answer that leaves the stack out.
     Answer = 0x1007,
-    /// It is an ICMP error, and not about what a backend sent: maybe about what it got from veth to veth.
+    /// It is an ICMP error, and not about what a backend sent: maybe about what it got past the stack.
     AnswerError = 0x1008,
 }
 

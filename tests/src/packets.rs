@@ -22,7 +22,9 @@ use etherparse::{
     EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv4Options, Ipv6Header, TcpHeader, TcpOptions, UdpHeader,
 };
 
-use crate::lab::world::World;
+use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
+
+use crate::lab::{netns::NetNs, world::World};
 
 /// TCP flags, as in byte 13.
 pub mod flags {
@@ -337,6 +339,24 @@ impl Ip {
     }
 }
 
+/// Puts the calling thread into a network namespace that forwards, and has one interface with all routes; returns both.
+/// Programs run where their caller is, and may ask for routes.
+fn enter_node(world: &World) -> Result<(NetNs, u32)> {
+    let ns = NetNs::create(&format!("{}-rig", world.id()))?;
+    ns.ip(&["link", "add", "uplink", "type", "veth", "peer", "name", "beyond"])?;
+    for interface in ["uplink", "beyond"] {
+        ns.ip(&["link", "set", interface, "up"])?;
+    }
+    for family in ["-4", "-6"] {
+        ns.ip(&[family, "route", "add", "default", "dev", "uplink"])?;
+    }
+    ns.sysctl(&["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])?;
+    ns.settle()?;
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None).context("open a socket")?;
+    let uplink = name_to_index(&socket, "uplink").context("the rig's uplink")?;
+    Ok((ns, uplink))
+}
+
 /// What became of a packet.
 #[derive(Clone, Debug)]
 pub struct Ran {
@@ -355,11 +375,16 @@ pub struct Rig {
     pub datapath: KernelDatapath,
     programs: aya::Ebpf,
     pins: PinDir,
+    node: NetNs,
+    /// Interface that packets come in by.
+    uplink: u32,
     _world: World,
 }
 
-/// Offset of `mark` in `struct __sk_buff`.
+/// Offset of `mark` in `struct __sk_buff` (include/uapi/linux/bpf.h).
 const SKB_MARK: usize = 8;
+/// Offset of `ifindex`.
+const SKB_IFINDEX: usize = 40;
 const SKB_SIZE: usize = 192;
 
 impl Rig {
@@ -377,6 +402,7 @@ impl Rig {
     /// As for [`Rig::new`].
     pub fn with_sizes(sizes: &Sizes) -> Result<Self> {
         let world = World::new(0)?;
+        let (node, uplink) = enter_node(&world)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;
         let loaded = load(
             &pins,
@@ -391,7 +417,7 @@ impl Rig {
         loaded.xdp.map_err(anyhow::Error::msg).context("XDP")?;
         let mut datapath = KernelDatapath::new(loaded.maps);
         datapath.beat(std::time::Duration::ZERO, 0);
-        Ok(Self { datapath, programs: loaded.programs, pins, _world: world })
+        Ok(Self { datapath, programs: loaded.programs, pins, node, uplink, _world: world })
     }
 
     /// Puts a packet through a program.
@@ -409,10 +435,13 @@ impl Rig {
     pub fn repeat(&mut self, program: &str, packet: &[u8], times: u32) -> Result<(Ran, u128)> {
         let program: &SchedClassifier = self.programs.program(program).context("program")?.try_into()?;
         let mut out = vec![0; packet.len() + 256];
+        let mut came_by = vec![0; SKB_SIZE];
+        came_by[SKB_IFINDEX..SKB_IFINDEX + 4].copy_from_slice(&self.uplink.to_ne_bytes());
         let mut context = vec![0; SKB_SIZE];
         let result = program.test_run(TestRunOptions {
             data_in: Some(packet),
             data_out: Some(&mut out),
+            ctx_in: Some(&came_by),
             ctx_out: Some(&mut context),
             repeat: times,
             ..TestRunOptions::new()
@@ -433,6 +462,12 @@ impl Rig {
         let result = program.test_run(options)?;
         out.truncate(result.data_size_out as usize);
         Ok((result.return_value, out))
+    }
+
+    /// The network namespace that the programs run in.
+    #[must_use]
+    pub const fn node(&self) -> &NetNs {
+        &self.node
     }
 
     /// Where a map is pinned.

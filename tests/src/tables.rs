@@ -128,7 +128,7 @@ impl<A: Ip> Family<A> {
                 proto: key.proto,
             };
             let answered = value.seen & seen::ANSWERED != 0;
-            let way = WayBack { owner, answered, backend_said: last_words(value.seen), fast: value.ifindex != 0 };
+            let way = WayBack { owner, answered, backend_said: last_words(value.seen), fast: value.exit != 0 };
             ensure!(book.ways_back.insert(side, way).is_none(), "{side:?} is in both tables");
         }
         Ok(())

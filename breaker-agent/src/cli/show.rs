@@ -210,7 +210,7 @@ fn detail(service: &ServiceStatus, paint: Paint) -> String {
     if service.fast_path == "PeerRedirect" {
         let _ = writeln!(
             text,
-            "  fastPath: between pods of this node from veth to veth; netfilter, and with it NetworkPolicy, is left out"
+            "  fastPath: to backup pods of this node past the stack; netfilter, and with it NetworkPolicy, is left out"
         );
     }
     let mut table = Table { rows: Vec::new() };

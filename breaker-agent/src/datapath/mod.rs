@@ -77,7 +77,7 @@ pub struct FlowView {
     pub kind: FlowKind,
     /// In which epoch.
     pub epoch: u32,
-    /// How its packets go: `stack`, or `veth` for from veth to veth.
+    /// How its packets go: `stack`, or `veth`: past the stack, into the backup's veth.
     pub way: &'static str,
     /// How long ago, seconds.
     pub age_seconds: u64,
@@ -173,7 +173,7 @@ pub trait Datapath {
     /// Maps that cannot be read or written; what was done by then stays done.
     fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError>;
 
-    /// Whether a backend is a pod of this node that flows may reach from veth to veth.
+    /// Whether a backend is a pod of this node that flows may reach past the stack.
     fn is_near(&self, destination: Destination) -> bool;
 
     /// The service's flows, up to `limit`.

@@ -14,9 +14,9 @@
 //!
 //! Besides, both ways: ICMP errors about translated packets, and later fragments of translated packets.
 //!
-//! From veth to veth (`fastPath: PeerRedirect`): a flow between two pods of this node may leave the stack out. Then there is no
-//! way back through the client's veth: what the backend sends is translated where it comes from the backend, and goes into
-//! the client's namespace at once.
+//! Past the stack (`fastPath: PeerRedirect`): a flow to a backup pod of this node may leave the stack out, from another pod as
+//! from outside. Then there is no way back through the client's veth or the stack: what the backend sends is translated where it
+//! comes from the backend, and goes into the client's namespace, or out of the uplink, at once.
 //!
 //! Functions that return an action (`i32`) are functions to the kernel, too, and are not inlined: a frame each, because all
 //! of it together would not fit into the 512 bytes of stack that a program has. For the same reason they are called one
@@ -28,13 +28,15 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use breaker_common::{
     BreakerState, DEFAULT_MASQUERADE_MARK, EndpointRole, EventKind, Flow, FlowKey, FlowKind, NONE, PROTO_TCP,
-    PassReason, Reverse, ReverseKey, SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, flow_way, seen, switch_flags,
+    PassReason, Reverse, ReverseKey, SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, exit, flow_way, seen,
+    switch_flags,
 };
 use network_types::eth::EtherType;
 
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
+    fib,
     flow::{self, Peer},
     fragment,
     icmp::{self, Quote},
@@ -108,7 +110,7 @@ struct Case<A> {
 #[inline(always)]
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
-    let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, ifindex: 0 };
+    let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, exit: exit::STACK };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
     let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
@@ -204,10 +206,10 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
         return Ok(Verdict::Next);
     }
     let Some(reverse) = flow::find_reverse(&flow::reverse_key(segment)) else { return Ok(Verdict::Next) };
-    translate_back(packet, segment, reverse, 0)
+    translate_back(packet, segment, reverse, exit::STACK)
 }
 
-/// A backend's packet, on the backend's own interface: into the client's namespace, if its flow goes from veth to veth.
+/// A backend's packet, on the backend's own interface: to the client at once, if its flow leaves the stack out.
 #[inline(never)]
 fn answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
     verdict::settle(try_answer(packet, segment))
@@ -215,9 +217,9 @@ fn answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
 
 #[inline(always)]
 fn try_answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Verdict, PassReason> {
-    let reverse = flow::find_reverse(&flow::reverse_key(segment)).filter(|reverse| reverse.ifindex != 0);
+    let reverse = flow::find_reverse(&flow::reverse_key(segment)).filter(|reverse| reverse.exit != exit::STACK);
     let Some(reverse) = reverse else { return Ok(Verdict::Next) };
-    translate_back(packet, segment, reverse, reverse.ifindex)
+    translate_back(packet, segment, reverse, reverse.exit)
 }
 
 /// Makes a backend's packet what the client expects.
@@ -226,7 +228,7 @@ fn translate_back<A: Family>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
     reverse: &mut Reverse<A>,
-    ifindex: u32,
+    exit: u32,
 ) -> Result<Verdict, PassReason> {
     flow::touch_reverse(reverse, segment);
     if reverse.vip == segment.source
@@ -235,16 +237,16 @@ fn translate_back<A: Family>(
     {
         return Ok(Verdict::Next);
     }
-    fragment::note(segment, End::Source, reverse.vip, 0, ifindex);
+    fragment::note(segment, End::Source, reverse.vip, 0, exit);
     nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
     count::service(reverse.service, |c| c.translated += 1);
-    Ok(onward(packet, ifindex))
+    Ok(onward(packet, exit))
 }
 
-/// On to the stack, or into the namespace behind a veth.
+/// On to the stack, or past it.
 #[inline(always)]
-fn onward(packet: &Packet<'_>, ifindex: u32) -> Verdict {
-    if ifindex == 0 { Verdict::Next } else { Verdict::Redirect(packet.send_into(ifindex)) }
+fn onward(packet: &Packet<'_>, exit: u32) -> Verdict {
+    if exit == exit::STACK { Verdict::Next } else { Verdict::Redirect(packet.send_by(exit)) }
 }
 
 /// What an address is as a backend: bits of [`backend_use`]. With none its packets need no look into the flow tables.
@@ -257,12 +259,12 @@ fn uses_of<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
 /// A fragment without ports: as its first one.
 #[inline(always)]
 fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<Verdict, PassReason> {
-    let ifindex = fragment::follow(packet, segment, end)?;
-    Ok(onward(packet, ifindex))
+    let exit = fragment::follow(packet, segment, end)?;
+    Ok(onward(packet, exit))
 }
 
 /// An error that a router or the backend tells a client of: it quotes what the client sent, as we translated it. `FAST`: it
-/// comes from the backend, on the backend's own interface, and is looked at only if the flow goes from veth to veth.
+/// comes from the backend, on the backend's own interface, and is looked at only if the flow leaves the stack out.
 #[inline(never)]
 fn error_to_client<A: Family, const FAST: bool>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
     verdict::settle(try_error_to_client::<A, FAST>(packet, segment))
@@ -288,8 +290,8 @@ fn try_error_to_client<A: Family, const FAST: bool>(
         pad: [0; 3],
     };
     let Some(reverse) = flow::find_reverse(&key) else { return Ok(Verdict::Next) };
-    let ifindex = if FAST { reverse.ifindex } else { 0 };
-    if FAST && ifindex == 0 {
+    let exit = if FAST { reverse.exit } else { exit::STACK };
+    if FAST && exit == exit::STACK {
         return Ok(Verdict::Next);
     }
     let service = reverse.service;
@@ -301,7 +303,7 @@ fn try_error_to_client<A: Family, const FAST: bool>(
     };
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(onward(packet, ifindex))
+    Ok(onward(packet, exit))
 }
 
 /// An error that a client tells a backend of: it quotes what the backend sent, as we translated it.
@@ -337,10 +339,10 @@ fn try_error_from_client<A: Family, const OUTSIDE: bool>(
     }
     let change =
         icmp::Change { end: End::Source, addr: flow.backend, port: flow.backend_port, other_port: flow.source_port };
-    let ifindex = Peer::of(flow).ifindex;
+    let exit = Peer::of(flow).exit;
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(onward(packet, ifindex))
+    Ok(onward(packet, exit))
 }
 
 #[inline(always)]
@@ -436,7 +438,7 @@ fn try_decide<A: Family, const OUTSIDE: bool>(
             event::send(EventKind::Rejected, service, &switch, &key, None);
             Ok(Verdict::Then(Step::Refuse))
         }
-        id => redirect::<A, OUTSIDE>(packet, case, &switch, &key, id, now_ns),
+        id => redirect::<A, OUTSIDE>(packet, segment, case, &switch, &key, id, now_ns),
     }
 }
 
@@ -444,6 +446,7 @@ fn try_decide<A: Family, const OUTSIDE: bool>(
 #[inline(always)]
 fn redirect<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
+    segment: &Segment<A>,
     case: &mut Case<A>,
     switch: &Switch<u8>,
     key: &FlowKey<A>,
@@ -458,23 +461,24 @@ fn redirect<A: Family, const OUTSIDE: bool>(
     let hairpin = key.client == flow.backend;
     // How it goes is decided once: netfilter does not take up a connection that it has not seen from the start.
     let mut uses = backend_use::REDIRECTED;
-    let mut back_to = 0;
+    let mut back_by = exit::STACK;
     if backend.ifindex != 0 && !hairpin {
-        if OUTSIDE && select::keeps_client(case.route) {
-            flow.way = flow_way::KEEP_CLIENT;
-        } else if !OUTSIDE && switch.has(switch_flags::FAST) {
+        // (A frame's VLAN tag would be the pod's business; the routes say that a tagged client is behind another interface.)
+        if switch.has(switch_flags::FAST) && (!OUTSIDE || segment.l3() == parse::L3 && fib::leads_back(packet, key)) {
             flow.way = flow_way::FAST;
             uses |= backend_use::FAST;
-            back_to = packet.ifindex();
+            back_by = packet.ifindex() | if OUTSIDE { exit::NEIGHBOR } else { 0 };
+        } else if OUTSIDE && select::keeps_client(case.route) {
+            flow.way = flow_way::KEEP_CLIENT;
         }
     }
-    if let Err(reason) = flow::pin(key, &mut flow, back_to) {
+    if let Err(reason) = flow::pin(key, &mut flow, back_by) {
         return fail_open(service, switch, key, now_ns, reason);
     }
     select::mark_in_use::<A>(id, uses);
     debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
     event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
-    let port_changed = flow.source_port != key.client_port && back_to == 0;
+    let port_changed = flow.source_port != key.client_port && back_by == exit::STACK;
     count::service(service, |c| {
         c.new_backup += 1;
         c.hairpin += hairpin as u64;
@@ -498,15 +502,15 @@ fn translate<A: Family, const OUTSIDE: bool>(
     to: &Peer<A>,
 ) -> Result<Verdict, PassReason> {
     // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
-    let masquerade = OUTSIDE && to.way & flow_way::KEEP_CLIENT == 0 || segment.source == to.addr;
+    let masquerade = OUTSIDE && to.way == 0 || segment.source == to.addr;
     let mark = if masquerade { MASQUERADE_MARK.load() } else { 0 };
     if mark != 0 {
         packet.add_mark(mark);
     }
-    fragment::note(segment, End::Destination, to.addr, mark, to.ifindex);
+    fragment::note(segment, End::Destination, to.addr, mark, to.exit);
     nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
     count::service(service, |c| c.translated += 1);
-    Ok(onward(packet, to.ifindex))
+    Ok(onward(packet, to.exit))
 }
 
 /// Leaves a new connection that should have moved to kube-proxy. That is pinned too, if there is room: its next segment
@@ -588,7 +592,7 @@ fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &Case<
     count::service(case.service, |c| c.resets += 1);
     let switch = Switch::from_word(case.switch);
     event::send(EventKind::FlowReset, case.service, &switch, &flow::key(segment), None);
-    verdict::settle(reset::both_ends(packet, segment, &case.peer).map(|()| onward(packet, case.peer.ifindex)))
+    verdict::settle(reset::both_ends(packet, segment, &case.peer).map(|()| onward(packet, case.peer.exit)))
 }
 
 #[inline(never)]
@@ -635,7 +639,7 @@ fn try_to_backend_directly<A: Family>(
             flow::forget(&key);
             let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
             let mut flow = flow::to(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
-            flow::pin(&key, &mut flow, 0)?;
+            flow::pin(&key, &mut flow, exit::STACK)?;
             if flow.source_port != key.client_port {
                 select::mark_in_use::<A>(id, backend_use::DIRECT);
             }
@@ -643,7 +647,7 @@ fn try_to_backend_directly<A: Family>(
         }
     };
     if source_port != key.client_port {
-        fragment::note(segment, End::Destination, key.vip, 0, 0);
+        fragment::note(segment, End::Destination, key.vip, 0, exit::STACK);
         nat::to_backend(packet, segment, key.vip, key.vip_port, source_port)?;
     }
     Ok(Verdict::Next)

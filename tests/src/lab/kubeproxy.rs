@@ -23,6 +23,9 @@ pub struct Service {
     pub protocols: &'static [&'static str],
 }
 
+/// Where the lab's VIPs are.
+pub const VIPS: &str = "10.43.0.0/24";
+
 const PODS: &str = "10.42.0.0/16";
 
 /// Sets up the chains that do not depend on Services.

@@ -99,6 +99,16 @@ impl NetNs {
         Ok(())
     }
 
+    /// Puts the calling thread into it, for the rest of its life.
+    ///
+    /// # Errors
+    /// No root.
+    pub fn settle(&self) -> Result<()> {
+        let ns = File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
+        move_into_link_name_space(std::os::fd::AsFd::as_fd(&ns), Some(LinkNameSpaceType::Network))
+            .context("enter the network namespace")
+    }
+
     /// Runs `work` on a thread that lives in it.
     ///
     /// # Errors
@@ -107,12 +117,11 @@ impl NetNs {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<JoinHandle<Result<T>>> {
-        let ns = File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
+        let ns = self.clone();
         thread::Builder::new()
             .name(self.name.clone())
             .spawn(move || {
-                move_into_link_name_space(std::os::fd::AsFd::as_fd(&ns), Some(LinkNameSpaceType::Network))
-                    .context("enter the network namespace")?;
+                ns.settle()?;
                 Ok(work())
             })
             .context("start a thread")

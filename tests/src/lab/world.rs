@@ -76,6 +76,12 @@ impl World {
         Ok(world)
     }
 
+    /// What the names of its network namespaces begin with.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// A directory of its own, gone with it.
     #[must_use]
     pub fn dir(&self) -> &Path {

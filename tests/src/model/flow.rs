@@ -66,7 +66,7 @@ pub struct Flow {
     pub established: bool,
     /// What the client said last.
     pub client_said: LastWords,
-    /// From veth to veth.
+    /// Past the stack.
     pub fast: bool,
     /// From outside, under the client's own address.
     pub keeps_client: bool,
@@ -81,7 +81,7 @@ pub struct WayBack {
     pub answered: bool,
     /// What the backend said last.
     pub backend_said: LastWords,
-    /// From veth to veth.
+    /// Past the stack.
     pub fast: bool,
 }
 
@@ -169,7 +169,7 @@ impl Book {
             self.flows.insert(side, flow);
             return Some(side.client.port());
         }
-        // From veth to veth, the port is none that the client's kernel chooses by itself: conntrack does not see to it.
+        // Past the stack, the port is none that the client's kernel chooses by itself: conntrack does not see to it.
         if flow.fast || self.is_taken(&Self::backend_side(&side, &flow), &side) {
             flow.source_port = chosen;
             if chosen < 1024 || flow.fast && chosen >= 32768 || self.is_taken(&Self::backend_side(&side, &flow), &side)

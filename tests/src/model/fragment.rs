@@ -33,7 +33,7 @@ pub struct Done {
     pub address: IpAddr,
     /// The mark that was set.
     pub mark: u32,
-    /// It went from veth to veth: then it was translated where clients' packets are, whichever way it goes.
+    /// It left the stack out: then it was translated where clients' packets are, whichever way it goes.
     pub fast: bool,
 }
 

@@ -38,6 +38,9 @@ use headers::{Frame, Headers, Later, addresses, addresses_at, ip_sum, octets};
 use quote::End;
 use service::{Choice, Service};
 
+/// Where the IP header of an Ethernet frame without VLAN tags starts.
+const UNTAGGED: usize = 14;
+
 /// Where a packet passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
@@ -89,7 +92,7 @@ pub struct Model {
     notes: Notes,
     /// Backends that flows of frontends went to: only their packets are looked at.
     watched: BTreeSet<(SocketAddr, u8)>,
-    /// Of them, those with flows from veth to veth.
+    /// Of them, those with flows that leave the stack out.
     watched_fast: BTreeSet<(SocketAddr, u8)>,
     /// Addresses of backends that are pods of this node.
     pub near: BTreeSet<IpAddr>,
@@ -226,7 +229,10 @@ impl Model {
         if service.dry_run {
             return Outcome::untouched(frame, None);
         }
-        let made = choice_made(headers, seen, service.fast && !outside);
+        // A client outside that is behind a VLAN tag is behind another interface than the one that the routes name.
+        let untagged = headers.l3 == UNTAGGED;
+        let (fast, keeps_client) = (service.fast && (!outside || untagged), service.keeps_client && outside);
+        let made = choice_made(headers, seen, fast);
         let choice = if choices.contains(&made) { made } else { choices[0] };
         let flow = Flow {
             kind: FlowKind::Passed,
@@ -238,7 +244,6 @@ impl Model {
             fast: false,
             keeps_client: false,
         };
-        let (fast, keeps_client) = (service.fast && !outside, service.keeps_client && outside);
         match choice {
             Choice::Primary => {
                 // While it is not closed, who is on the primary by decision is told from who was there before. A datagram need
@@ -259,7 +264,7 @@ impl Model {
             Choice::Backup(backend) => {
                 // How it goes is decided once.
                 let near = self.near.contains(&backend.ip()) && headers.source.ip() != backend.ip();
-                let (fast, keeps_client) = (fast && near, keeps_client && near);
+                let (fast, keeps_client) = (fast && near, keeps_client && near && !fast);
                 let flow = Flow { kind: FlowKind::Redirected, backend, fast, keeps_client, ..flow };
                 let Some(source_port) = self.book.pin(side, flow, port_chosen(headers, seen)) else {
                     return Outcome::untouched(frame, Some(PassReason::NoSourcePort));
@@ -274,9 +279,9 @@ impl Model {
     }
 
     /// Sends a client's packet to its flow's backend. Where the replies would not come back to us, netfilter is told to
-    /// masquerade: a client outside, and a pod that is its own backup.
+    /// masquerade: a client outside, but for one that keeps its address, and a pod that is its own backup.
     fn send(&mut self, frame: &[u8], headers: &Headers, flow: &Flow, outside: bool) -> Outcome {
-        let masquerade = outside && !flow.keeps_client || headers.source.ip() == flow.backend.ip();
+        let masquerade = outside && !flow.keeps_client && !flow.fast || headers.source.ip() == flow.backend.ip();
         let mark = if masquerade { DEFAULT_MASQUERADE_MARK } else { 0 };
         let fast = self.goes_fast(flow);
         self.note(headers, Way::There, flow.backend.ip(), mark, fast);
@@ -284,7 +289,7 @@ impl Model {
         Outcome::changed(edit, mark).into_pod(fast)
     }
 
-    /// A flow that goes from veth to veth does so as long as its backend is known to be near.
+    /// A flow that leaves the stack out does so as long as its backend is known to be near.
     fn goes_fast(&self, flow: &Flow) -> bool {
         flow.fast && self.near.contains(&flow.backend.ip())
     }
@@ -344,7 +349,7 @@ impl Model {
         self.back(frame, headers, false)
     }
 
-    /// On the backend's own interface: into the client's namespace, if the flow goes from veth to veth.
+    /// On the backend's own interface: to the client at once, if the flow leaves the stack out.
     fn answer(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
         if !self.book.ways_back.get(&BackendSide::of(headers)).is_some_and(|way| way.fast) {
             return Outcome::untouched(frame, None);
@@ -385,7 +390,7 @@ impl Model {
     }
 
     /// A router or backend tells a client of its packet, as it was sent to the backend. `fast`: on the backend's own interface,
-    /// where only flows from veth to veth are looked at.
+    /// where only flows that leave the stack out are looked at.
     fn error_for_client(&self, frame: &[u8], error: &Headers, fast: bool) -> Outcome {
         let outcome = quote::read(frame, error).and_then(|quote| {
             let side = BackendSide { backend: quote.destination, client: quote.source, proto: quote.proto };
@@ -403,7 +408,7 @@ impl Model {
     fn error_by_client(&self, frame: &[u8], error: &Headers, outside: bool) -> Outcome {
         let Some(quote) = quote::read(frame, error) else { return Outcome::untouched(frame, None) };
         if !self.services.values().any(|s| s.frontends.contains(&quote.source)) {
-            // Not about what a client got: maybe a backend's word about what it got from veth to veth.
+            // Not about what a client got: maybe a backend's word about what it got past the stack.
             let may_be = !outside && self.any_fast;
             return if may_be { self.error_for_client(frame, error, true) } else { Outcome::untouched(frame, None) };
         }

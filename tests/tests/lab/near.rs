@@ -1,4 +1,4 @@
-//! Backends on the client's own node: from veth to veth, and clients outside that keep their address.
+//! Backends on the client's own node: past the stack, and clients outside that keep their address.
 
 use std::net::SocketAddrV4;
 

@@ -3,16 +3,22 @@
 use anyhow::{Result, ensure};
 use breaker_tests::lab::netns::NetNs;
 
-/// Counts packets that match, as iptables has it.
+const FAMILIES: [&str; 2] = ["iptables", "ip6tables"];
+
+/// Counts packets that match, as iptables has it; of IPv6, where an address says so.
 pub fn count(ns: &NetNs, matches: &[&str]) -> Result<()> {
-    ns.output("iptables", &[&["-t", "raw", "-A", "PREROUTING"], matches].concat()).map(drop)
+    let [v4, v6] = FAMILIES;
+    let family = if matches.iter().any(|word| word.contains(':')) { v6 } else { v4 };
+    ns.output(family, &[&["-t", "raw", "-A", "PREROUTING"], matches].concat()).map(drop)
 }
 
 /// What was counted: packets of all rules.
 pub fn counted(ns: &NetNs) -> Result<u64> {
-    let rules = ns.output("iptables", &["-t", "raw", "-L", "PREROUTING", "-vxn"])?;
-    let packets = rules.lines().skip(2).filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    let packets: Vec<u64> = packets.collect();
-    ensure!(!packets.is_empty(), "no rule: {rules}");
-    Ok(packets.iter().sum())
+    let mut counts: Vec<u64> = Vec::new();
+    for family in FAMILIES {
+        let rules = ns.output(family, &["-t", "raw", "-L", "PREROUTING", "-vxn"])?;
+        counts.extend(rules.lines().skip(2).filter_map(|line| line.split_whitespace().next()?.parse::<u64>().ok()));
+    }
+    ensure!(!counts.is_empty(), "no rule");
+    Ok(counts.iter().sum())
 }

@@ -1,4 +1,4 @@
-//! Backends that are pods of this node: from veth to veth (`fastPath: PeerRedirect`), and clients outside that keep their
+//! Backends that are pods of this node: past the stack (`fastPath: PeerRedirect`), and clients outside that keep their
 //! address (`externalTrafficPolicy: Local`).
 
 use std::{collections::HashMap, net::SocketAddr};
@@ -203,6 +203,110 @@ fn errors_and_fragments_of_fast_datagrams() -> Result<()> {
         assert_eq!(ran.action, REDIRECT);
         let ends = (ran.bytes[26..30].to_vec(), ran.bytes[30..34].to_vec());
         assert_eq!(ends, (octets(from), octets(to)));
+    }
+    Ok(())
+}
+
+/// A client outside, by an uplink: into the backup's veth, and its answers out of the uplink from there; never by the stack, and so
+/// under the client's own address, whatever `externalTrafficPolicy` says.
+#[test]
+fn clients_outside_go_past_the_stack() -> Result<()> {
+    let outside = |v6| if v6 { pod6(200, 40_000) } else { SocketAddr::from(([172, 31, 0, 1], 40_000)) };
+    for (_, vip, backup) in FAMILIES {
+        let client = outside(vip.is_ipv6());
+        for local in [false, true] {
+            let mut service = service("dummy", vip, &[backup], &format!("{FAST} onClose: Reset,"))?;
+            if local {
+                service.keep_client.frontends = service.frontends.iter().copied().collect();
+            }
+            let mut rig = rig(&service, &[backup])?;
+            let syn = Segment::new(client, vip, SYN);
+            let ran = rig.run("breaker_up", &syn.bytes())?;
+            assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
+            let seen = Segment::read(&ran.bytes)?.source;
+            assert!(seen.ip() == client.ip() && (1024..32768).contains(&seen.port()), "{seen}");
+            assert_eq!(Segment::read(&ran.bytes)?, moved(&syn, seen, backup));
+            for flags in [SYN | ACK, ACK | PSH] {
+                let back = Segment::new(backup, seen, flags).data(7, 8, b"");
+                let ran = rig.from_pod(&back)?;
+                assert_eq!((ran.action, Segment::read(&ran.bytes)?), (REDIRECT, moved(&back, vip, client)));
+                let there = Segment::new(client, vip, ACK | PSH).data(5, 6, b"GET / HTTP/1.1\r\n\r\n");
+                let ran = rig.run("breaker_up", &there.bytes())?;
+                assert_eq!(
+                    (ran.action, ran.mark, Segment::read(&ran.bytes)?),
+                    (REDIRECT, 0, moved(&there, seen, backup))
+                );
+            }
+            assert_eq!((flow_count(&mut rig), rig.datapath.flows(&service.name, 9)?[0].way), (1, "veth"));
+            // The policy for established flows reaches both ends.
+            rig.apply(&breaker_tests::packets::plan_with(
+                &service,
+                Closed,
+                6,
+                1000,
+                true,
+                &service.backups[0].backends,
+            ))?;
+            let there = Segment::new(client, vip, ACK | PSH).data(5, 6, b"x");
+            let ran = rig.run("breaker_up", &there.bytes())?;
+            let reset = Segment::read(&ran.bytes)?;
+            assert_eq!((ran.action, reset.source, reset.destination, reset.flags & RST), (REDIRECT, seen, backup, RST));
+        }
+    }
+    Ok(())
+}
+
+/// What answers a client outside must leave by the interface that it came in by: elsewhere only the stack knows the way.
+#[test]
+fn a_client_outside_whose_way_back_is_another_goes_by_the_stack() -> Result<()> {
+    let (client, vip, backup) = (SocketAddr::from(([198, 51, 100, 1], 40_000)), vip(10), pod(3, 80));
+    let mut service = service("dummy", vip, &[backup], FAST)?;
+    service.keep_client.frontends = service.frontends.iter().copied().collect();
+    let syn = Segment::new(client, vip, SYN);
+    for (why, route) in [
+        ("by another interface", &["add", "198.51.100.0/24", "dev", "aside"][..]),
+        ("nowhere", &["add", "unreachable", "198.51.100.0/24"]),
+    ] {
+        let mut rig = rig(&service, &[backup])?;
+        let ns = rig.node();
+        ns.ip(&["link", "add", "aside", "type", "veth", "peer", "name", "beyond2"])?;
+        ns.ip(&["link", "set", "aside", "up"])?;
+        ns.ip(&["link", "set", "beyond2", "up"])?;
+        ns.ip(&[&["route"], route].concat())?;
+        let ran = rig.run("breaker_up", &syn.bytes())?;
+        assert_eq!((ran.action, ran.mark), (NEXT, 0), "{why}");
+        assert_eq!(Segment::read(&ran.bytes)?, moved(&syn, client, backup), "{why}");
+        let answer = Segment::new(backup, client, SYN | ACK);
+        let ran = rig.run("breaker_up_out", &answer.bytes())?;
+        assert_eq!(Segment::read(&ran.bytes)?, moved(&answer, vip, client), "{why}");
+    }
+    Ok(())
+}
+
+/// Errors and fragments of clients outside go the way of their flow.
+#[test]
+fn errors_and_fragments_of_clients_outside() -> Result<()> {
+    let (client, vip, backup) = (SocketAddr::from(([172, 31, 0, 1], 5000)), vip(10), pod(3, 53));
+    let mut rig = rig(&service_with("dns", &[(vip, "UDP")], &[backup], FAST)?, &[backup])?;
+    let question = Datagram::new(client, vip, b"question").bytes();
+    let sent = rig.run("breaker_up", &question)?;
+    assert_eq!(sent.action, REDIRECT);
+    let seen = Datagram::read(&sent.bytes)?.source;
+    let ran = rig.raw_from_pod(&unreachable(backup, seen, &sent.bytes[14..]))?;
+    assert_eq!(ran.action, REDIRECT);
+    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the client knows its own packet");
+    let answer = Datagram::new(backup, seen, b"an answer").bytes();
+    let got = rig.raw_from_pod(&answer)?;
+    let ran = rig.run("breaker_up", &unreachable(client, vip, &got.bytes[14..]))?;
+    assert_eq!(ran.action, REDIRECT);
+    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], answer[14..][..20 + 8]);
+    for (packet, program, from, to) in [(&question, "breaker_up", client, backup), (&answer, "breaker_in", vip, client)]
+    {
+        for part in fragments(packet) {
+            let ran = rig.run(program, &part)?;
+            assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
+            assert_eq!((ran.bytes[26..30].to_vec(), ran.bytes[30..34].to_vec()), (octets(from), octets(to)));
+        }
     }
     Ok(())
 }

@@ -36,7 +36,8 @@ const CPU: &str = "max,cx16=off";
 const MEMORY: &str = "2G";
 
 /// What the rigs of the tests call on the way (`tests/src/lab`), and `init.sh`.
-const PROGRAMS: &[&str] = &["sh", "awk", "cat", "ip", "modprobe", "mount", "rm", "setsid", "sleep", "umount", "xargs"];
+const PROGRAMS: &[&str] =
+    &["sh", "awk", "cat", "ip", "modprobe", "mount", "nsenter", "rm", "setsid", "sleep", "umount", "xargs"];
 
 /// Modules that the rigs need: a bridge that netfilter sees, and pods' interfaces.
 const MODULES: &[&str] = &["kernel/net", "kernel/lib", "kernel/drivers/net/veth.ko"];

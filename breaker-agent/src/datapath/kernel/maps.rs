@@ -306,12 +306,12 @@ impl Maps {
         }
     }
 
-    /// Whether the programs look for flows that go from veth to veth.
+    /// Whether the programs look for flows that leave the stack out.
     pub(super) fn any_fast(&self) -> bool {
         self.heartbeat.word32(0, std::mem::offset_of!(Heartbeat, fast)).load(Ordering::SeqCst) != 0
     }
 
-    /// Tells the programs to look for flows that go from veth to veth.
+    /// Tells the programs to look for flows that leave the stack out.
     pub(super) fn set_any_fast(&self, any: bool) {
         self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, fast), u32::from(any));
     }

@@ -92,7 +92,7 @@ pub struct KernelDatapath {
     backends: HashMap<Destination, u32>,
     /// Backends that a service's tables name, by service.
     named: BTreeMap<ServiceName, BTreeSet<Destination>>,
-    /// What the last sweep found: flows from veth to veth, or services that have them.
+    /// What the last sweep found: flows that leave the stack out, or services that have them.
     fast_before: bool,
     /// Where pods of this node are, by address.
     located: Located,
@@ -127,7 +127,7 @@ impl KernelDatapath {
         &self.maps.sizes
     }
 
-    /// Whether flows may go from veth to veth, or still do.
+    /// Whether flows may leave the stack out, or still do.
     #[must_use]
     pub fn any_fast(&self) -> bool {
         self.maps.any_fast()

@@ -1,4 +1,4 @@
-//! Which interface each pod of this node is behind, for what goes from veth to veth and for clients that keep their address:
+//! Which interface each pod of this node is behind, for what leaves the stack out and for clients that keep their address:
 //! from the kernel's neighbor tables, and the forwarding tables of bridges.
 //!
 //! A pod shows in them when the node has talked to it, as probes do, the agent's and kubelet's. One that does not is not near
@@ -99,8 +99,9 @@ fn locate(neighbors: &[NeighbourMessage], forwarding: &[NeighbourMessage]) -> Lo
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
             _ => None,
         });
-        // Every interface has an address of its link, too.
-        let address = address.filter(|ip| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()));
+        // Every interface has an address of its link, too, and groups that the node told of itself (an entry for each).
+        let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        let address = address.filter(|ip| !ip.is_multicast() && !link_local(ip));
         let (Some(address), Some(mac)) = (address, mac(entry)) else { continue };
         if matches!(entry.header.state, Failed | Incomplete | NoState) {
             continue;
@@ -138,9 +139,10 @@ mod tests {
     #[test]
     fn a_pod_is_behind_its_veth_or_its_bridge_port() {
         use NeighbourAttribute::{Controller, Destination, LinkLocalAddress};
-        use NeighbourState::{Failed, Permanent, Reachable, Stale};
+        use NeighbourState::{Failed, Noarp, Permanent, Reachable, Stale};
         let v4 = |last: u8| Destination(NeighbourAddress::Inet(Ipv4Addr::new(10, 42, 0, last)));
         let v6 = Destination(NeighbourAddress::Inet6(Ipv6Addr::LOCALHOST));
+        let group = |last: u16| Destination(NeighbourAddress::Inet6(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, last)));
         let mac = |last: u8| LinkLocalAddress(vec![2, 0, 0, 0, 0, last]);
         let (cni0, uplink, veth) = (3, 2, 9);
         let neighbors = [
@@ -152,6 +154,9 @@ mod tests {
             entry(AddressFamily::Inet, veth, Stale, vec![v4(5), mac(5)]),
             entry(AddressFamily::Inet6, cni0, Reachable, vec![v6, mac(2)]),
             entry(AddressFamily::Inet, uplink, Reachable, vec![v4(6), mac(6)]),
+            // The bridge's port is in groups of its own.
+            entry(AddressFamily::Inet6, 5, Noarp, vec![group(2), mac(1)]),
+            entry(AddressFamily::Inet6, 5, Noarp, vec![group(16), mac(1)]),
         ];
         let forwarding = [
             entry(AddressFamily::Bridge, 5, Reachable, vec![mac(2), Controller(cni0)]),

@@ -35,7 +35,7 @@ pub(super) struct Found {
     pub redirected_to: BTreeSet<Destination>,
     /// Backends that any entry names.
     pub all_to: BTreeSet<Destination>,
-    /// Whether a flow goes from veth to veth.
+    /// Whether a flow leaves the stack out.
     pub any_fast: bool,
 }
 

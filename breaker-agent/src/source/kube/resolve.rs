@@ -321,7 +321,8 @@ impl<'a> Work<'a> {
         }
         if self.spec.fast_path == FastPath::PeerRedirect {
             self.note(
-                "fastPath: PeerRedirect: netfilter and its NetworkPolicies do not see what goes from veth to veth"
+                "fastPath: PeerRedirect: netfilter and its NetworkPolicies do not see what goes to a backup of the node that \
+                 it comes from or comes in by; clients outside keep their address there"
                     .into(),
             );
         }

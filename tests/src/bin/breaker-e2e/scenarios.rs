@@ -290,8 +290,8 @@ fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
     Ok(format!("{}: primary, backup, primary; a socket's datagrams move, too", urls.join(", ")))
 }
 
-/// Backups on the node that the packets come in by: clients outside keep their address with `externalTrafficPolicy: Local`, and
-/// pods reach them from veth to veth.
+/// Backends on the node that the packets come in by: clients outside keep their address with `externalTrafficPolicy: Local`, and
+/// with `fastPath: PeerRedirect` they and pods reach them past the stack.
 fn near_backups(cluster: &Cluster) -> Result<String> {
     for (name, app, policy) in [("near", "dummy-deployment", Some("Local")), ("near-backup", "backup-deployment", None)]
     {
@@ -304,54 +304,33 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
         }
         cluster.apply(&service.to_string())?;
     }
-    let breaker = json!({
-        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "near" },
-        "spec": {
-            "service": { "name": "near" }, "backups": [{ "name": "near-backup" }],
-            "check": { "httpGet": { "path": "/ready" }, "periodMillis": 100, "failureThreshold": 3 },
-            "override": "ForceOpen", "fastPath": "PeerRedirect",
-        },
-    });
-    cluster.apply(&breaker.to_string())?;
-    cluster.wait_programmed("near")?;
+    let goes_by = |fast_path: &str| {
+        let breaker = json!({
+            "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "near" },
+            "spec": {
+                "service": { "name": "near" }, "backups": [{ "name": "near-backup" }],
+                "check": { "httpGet": { "path": "/ready" }, "periodMillis": 100, "failureThreshold": 3 },
+                "override": "ForceOpen", "fastPath": fast_path,
+            },
+        });
+        cluster.apply(&breaker.to_string())?;
+        cluster.wait_programmed("near")
+    };
+    goes_by("Off")?;
     cluster.wait_state("near", "Open")?;
+    let shown = near_backups_from_the_lan(cluster, "stack")?;
+    goes_by("PeerRedirect")?;
     let said = cluster.breaker("near")?["status"]["conditions"].to_string();
     ensure!(said.contains("externalTrafficPolicy") && said.contains("NetworkPolicies"), "{said}");
-    let service = cluster.get(NAMESPACE, "svc/near", "")?;
-    let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
-    let nodes = cluster.node_addresses()?;
-    let backups = cluster.pods("backup-deployment")?;
-    let first = backups.first().context("no backup")?;
-    let pods_net = first.ip.rsplitn(3, '.').last().map(|net| format!("{net}.")).unwrap_or_default();
-    let mut shown = Vec::new();
-    for (name, own) in &nodes {
-        let url = format!("http://{}:{node_port}/client", own.first().context("a node without an address")?);
-        let here: Vec<&str> = backups.iter().filter(|pod| pod.node == *name).map(|pod| pod.ip.as_str()).collect();
-        wait_for(&format!("a backup's answer by {url}"), Duration::from_secs(20), || {
-            let answer = cluster.ask_from_lan(&url)?;
-            let client = answer.split(' ').nth(1).unwrap_or_default();
-            // A masqueraded one has the node's own address, on its network or on that of its pods.
-            let kept =
-                !nodes.iter().any(|(_, ips)| ips.iter().any(|ip| ip == client)) && !client.starts_with(&pods_net);
-            // Where the node has no backup, one of another node answers.
-            let by_a_near_one = here.iter().any(|ip| answer.contains(&format!("FROM {ip}:")));
-            if by_a_near_one && kept || here.is_empty() && !kept {
-                Ok(Some(()))
-            } else {
-                bail!("{answer}; backups here: {here:?}")
-            }
-        })?;
-        shown.push(format!("{name} ({} backups)", here.len()));
-    }
+    near_backups_from_the_lan(cluster, "veth")?;
     // From a pod of the first node.
     let url = vip(cluster, "near")?;
     answered_by("a backup's answer to a pod", &ips(cluster, "backup-deployment")?, || cluster.ask("client", &url))?;
-    let agent = &cluster.agent_on(&cluster.nodes[0])?;
-    let flows = ["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080")];
-    let here = backups.iter().any(|pod| pod.node == cluster.nodes[0]);
-    wait_for("a flow from veth to veth", Duration::from_secs(20), || {
+    let first = &cluster.nodes[0];
+    let here = cluster.pods("backup-deployment")?.iter().any(|pod| pod.node == *first);
+    wait_for("a pod's flow past the stack", Duration::from_secs(20), || {
         cluster.ask("client", &url)?;
-        let shown = cluster.kubectl(&flows)?;
+        let shown = flows_of_near(cluster, first)?;
         if !here || shown.contains(" veth ") { Ok(Some(())) } else { bail!("{shown}") }
     })?;
     // What netfilter would enforce, if its controller ran here, and by its words.
@@ -365,8 +344,50 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
     cluster.lab(&["delete", "networkpolicy/closed"])?;
     cluster.wait_condition("near", "BackupReachable", "True", "Reachable")?;
     cluster.lab(&["delete", "cb/near", "svc/near", "svc/near-backup"])?;
-    let fast = if here { "; from a pod from veth to veth" } else { "" };
-    Ok(format!("from the lan by {}: the client's address is kept where a backup is{fast}", shown.join(", ")))
+    let fast = if here { "; from a pod, too" } else { "" };
+    Ok(format!(
+        "from the lan by {}: the client's address is kept where a backup is, by the stack and past it{fast}",
+        shown.join(", ")
+    ))
+}
+
+/// Asks by each node's own address from outside; where the node has a backup it answers, sees the client itself, and the flow
+/// goes the `way` that `breaker flows` shows.
+fn near_backups_from_the_lan(cluster: &Cluster, way: &str) -> Result<Vec<String>> {
+    let service = cluster.get(NAMESPACE, "svc/near", "")?;
+    let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
+    let nodes = cluster.node_addresses()?;
+    let backups = cluster.pods("backup-deployment")?;
+    let first = backups.first().context("no backup")?;
+    let pods_net = first.ip.rsplitn(3, '.').last().map(|net| format!("{net}.")).unwrap_or_default();
+    let mut shown = Vec::new();
+    for (name, own) in &nodes {
+        let url = format!("http://{}:{node_port}/client", own.first().context("a node without an address")?);
+        let here: Vec<&str> = backups.iter().filter(|pod| pod.node == *name).map(|pod| pod.ip.as_str()).collect();
+        wait_for(&format!("a backup's answer by {url}, {way}"), Duration::from_secs(20), || {
+            let answer = cluster.ask_from_lan(&url)?;
+            let client = answer.split(' ').nth(1).unwrap_or_default();
+            // A masqueraded one has the node's own address, on its network or on that of its pods.
+            let kept =
+                !nodes.iter().any(|(_, ips)| ips.iter().any(|ip| ip == client)) && !client.starts_with(&pods_net);
+            // Where the node has no backup, one of another node answers.
+            let by_a_near_one = here.iter().any(|ip| answer.contains(&format!("FROM {ip}:")));
+            let flows = flows_of_near(cluster, name)?;
+            let so = |line: &str| line.contains(client) && line.contains(&format!(" {way} "));
+            if by_a_near_one && kept && flows.lines().any(so) || here.is_empty() && !kept {
+                Ok(Some(()))
+            } else {
+                bail!("{answer}; backups here: {here:?}; flows:\n{flows}")
+            }
+        })?;
+        shown.push(format!("{name} ({} backups)", here.len()));
+    }
+    Ok(shown)
+}
+
+fn flows_of_near(cluster: &Cluster, node: &str) -> Result<String> {
+    let agent = &cluster.agent_on(node)?;
+    cluster.kubectl(&["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080")])
 }
 
 /// `kubectl apply` itself refuses nonsense and names the field.

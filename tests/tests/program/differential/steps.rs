@@ -38,7 +38,7 @@ pub struct Decision {
     pub reset_on_close: bool,
     pub reject: bool,
     pub half_open_limit: u32,
-    /// Between pods of this node, from veth to veth.
+    /// `fastPath: PeerRedirect`.
     pub fast: bool,
     /// Clients outside keep their address.
     pub keeps_client: bool,

@@ -78,8 +78,9 @@ pub struct CircuitBreakerSpec {
     /// the primary, or the last decision holds.
     #[serde(default)]
     pub on_agent_loss: Loss,
-    /// How new connections to a backup pod of the client's own node go: as all others, or from veth to veth, which is faster
-    /// and leaves netfilter out, and with it the NetworkPolicies that netfilter enforces.
+    /// How new connections to a backup pod of the client's own node, or of the node that a client outside comes in by, go: as
+    /// all others, or past the stack, which is faster and leaves netfilter out, and with it the NetworkPolicies that netfilter
+    /// enforces.
     #[serde(default)]
     pub fast_path: FastPath,
     /// What the operator wants, apart from what is measured: nothing, the backup, or the primary.

@@ -11,7 +11,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use breaker_tests::lab::{
     client::Connection,
-    kubeproxy, netns,
+    kubeproxy,
+    netns::{self, NetNs},
     service::ServicePod,
     stage::{Checks, Lab, entry},
     wait_for,
@@ -112,7 +113,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     let open = entry("open", open_vip, nobody, lab.backup.address(), Checks::Default, "");
     let fast = "    fastPath: PeerRedirect\n";
     let fast = entry("fast", fast_vip, nobody, lab.backup.address(), Checks::Default, fast);
-    lab.agent.write_config("", &format!("{}{open}{fast}", lab.services(Checks::Default, "")))?;
+    lab.agent.write_config("  uplinks: true\n", &format!("{}{open}{fast}", lab.services(Checks::Default, "")))?;
     lab.agent.start()?;
     lab.agent.wait_state("open", "Open", Duration::from_secs(20))?;
     wait_for("the fast service to be open, and its backup near", Duration::from_secs(20), || {
@@ -123,15 +124,20 @@ pub(super) fn rows() -> Result<Vec<Row>> {
             pin_service(pod)?;
             pod.pod.ns.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
         }
-        lab.client.ns.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
+        for client in [&lab.client.ns, lab.world.lan()] {
+            client.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
+        }
+        // A client outside comes in by the node.
+        let node = lab.world.node(0).address().to_string();
+        lab.world.lan().ip(&["route", "add", kubeproxy::VIPS, "via", &node])?;
     }
     let mut rows = Vec::new();
     for style in [Style::KeepAlive, Style::New, Style::One] {
-        let kube = || slice(&plain, plain.vip, style);
-        let closed = || slice(&lab, lab.vip, style);
-        let open = || slice(&lab, open_vip, style);
-        let fast = || slice(&lab, fast_vip, style);
-        let haproxy = || slice(&plain, proxy_vip, style);
+        let kube = || slice(&plain.client.ns, plain.vip, style);
+        let closed = || slice(&lab.client.ns, lab.vip, style);
+        let open = || slice(&lab.client.ns, open_vip, style);
+        let fast = || slice(&lab.client.ns, fast_vip, style);
+        let haproxy = || slice(&plain.client.ns, proxy_vip, style);
         let aims = |keep_alive, new| match style {
             Style::KeepAlive => keep_alive,
             Style::New => new,
@@ -142,6 +148,13 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         rows.push(compare("open", style, "HAProxy, mode tcp", aims("≥ 1.4", "≥ 1.2"), open, haproxy)?);
         rows.push(compare("open, PeerRedirect", style, "kube-proxy alone", "≥ 1.2", fast, kube)?);
         rows.push(compare("open, PeerRedirect", style, "HAProxy, mode tcp", aims("≥ 2", "≥ 1.6"), fast, haproxy)?);
+        let kube = || slice(plain.world.lan(), plain.vip, style);
+        let closed = || slice(lab.world.lan(), lab.vip, style);
+        let open = || slice(lab.world.lan(), open_vip, style);
+        let fast = || slice(lab.world.lan(), fast_vip, style);
+        rows.push(compare("from outside, closed", style, "kube-proxy alone", "", closed, kube)?);
+        rows.push(compare("from outside, open", style, "kube-proxy alone", "", open, kube)?);
+        rows.push(compare("from outside, open, PeerRedirect", style, "kube-proxy alone", "", fast, kube)?);
     }
     Ok(rows)
 }
@@ -165,9 +178,9 @@ fn compare(
     pairs(format!("http: {what}, {}", style.name()), "req/s", base, aim, ours, theirs)
 }
 
-/// Requests per second over one slice, from the client's pod.
-fn slice(lab: &Lab, target: SocketAddrV4, style: Style) -> Result<f64> {
-    lab.client.ns.enter(move || -> Result<f64> {
+/// Requests per second over one slice, from a client's namespace.
+fn slice(client: &NetNs, target: SocketAddrV4, style: Style) -> Result<f64> {
+    client.enter(move || -> Result<f64> {
         pin_thread()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
         runtime.block_on(async move {
