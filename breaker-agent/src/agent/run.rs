@@ -29,7 +29,7 @@ use crate::{
         Datapath as _,
         kernel::{
             Attacher, Interface, InterfaceChange, KernelDatapath, LoadOptions, Located, PinDir, Side, Sizes, Wanted,
-            has_tcx, load, watch_interfaces, watch_pods,
+            has_tcx, install_masquerade_rule, load, remove_masquerade_rule, watch_interfaces, watch_pods,
         },
     },
     model::Service,
@@ -161,6 +161,7 @@ pub async fn run(options: Options) -> Result<()> {
         service_count: None,
         update: Arc::default(),
         sockets,
+        masquerade_rule: masquerade_rule(&config),
         incompatible: preflight::socket_load_balancer(),
         near_wanted,
         near: false,
@@ -193,6 +194,20 @@ pub async fn run(options: Options) -> Result<()> {
         tracing::info!("the datapath stays as it is; the next agent takes it over");
     }
     Ok(())
+}
+
+/// A rule of our own for the masquerade mark. Where there is a kube-proxy, nobody misses it.
+fn masquerade_rule(config: &AgentConfig) -> Result<(), String> {
+    let outcome = if config.masquerade_rule {
+        install_masquerade_rule(config.masquerade_mark)
+    } else {
+        remove_masquerade_rule().map(drop).and_then(|()| Err(anyhow::anyhow!("switched off")))
+    };
+    outcome.map_err(|error| {
+        let why = format!("{error:#}");
+        tracing::info!("no rule of our own for the masquerade mark, kube-proxy's is needed: {why}");
+        why
+    })
 }
 
 /// Everything that can happen.
@@ -263,6 +278,8 @@ struct Agent {
     update: Arc<Update>,
     /// Whether the node's own sockets are seen, or why not.
     sockets: Result<(), String>,
+    /// Whether there is a rule of our own for the masquerade mark, or why not.
+    masquerade_rule: Result<(), String>,
     /// What hides VIPs from the programs.
     incompatible: Option<String>,
     /// Whether anybody wants to know where pods are.
@@ -568,6 +585,7 @@ impl Agent {
                     })
                     .collect(),
                 node_sockets: self.sockets.clone().err(),
+                masquerade_rule: self.masquerade_rule.clone().err(),
                 flow_entries: self.engine.flow_entries(),
                 flow_pressure: self.engine.flow_pressure(),
                 reasons: reasons.into_iter().map(|(reason, count)| (reason.label().to_owned(), count)).collect(),

@@ -80,6 +80,9 @@ pub struct DatapathStatus {
     pub xdp: BTreeMap<String, String>,
     /// Why the node's own processes and pods with hostNetwork are not protected; `None` where they are.
     pub node_sockets: Option<String>,
+    /// Why there is no rule of breaker's own for the masquerade mark; `None` where there is.
+    #[serde(default)]
+    pub masquerade_rule: Option<String>,
     /// Entries in the flow tables at the last look.
     pub flow_entries: usize,
     /// How full the tables of established flows are, percent.

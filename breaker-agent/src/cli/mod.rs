@@ -400,10 +400,11 @@ async fn execute(cli: Cli) -> Result<()> {
         Command::Cleanup { wait } => {
             let cleaned = PinDir::cleanup(&cli.pin_path)?;
             out(&format!(
-                "took away {} links and {} maps below {}\n",
+                "took away {} links and {} maps below {}{}\n",
                 cleaned.links,
                 cleaned.maps,
-                cli.pin_path.display()
+                cli.pin_path.display(),
+                if cleaned.masquerade_rule { ", and the rule for the masquerade mark" } else { "" }
             ))?;
             if *wait {
                 let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

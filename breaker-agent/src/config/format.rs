@@ -38,6 +38,7 @@ pub(super) struct Agent {
     pub max_services: Option<Spanned<u64>>,
     pub max_flows: Option<Spanned<u64>>,
     pub masquerade_mark: Option<Spanned<u64>>,
+    pub masquerade_rule: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -60,6 +60,8 @@ pub struct AgentConfig {
     pub max_flows: Option<u32>,
     /// kube-proxy's masquerade mark.
     pub masquerade_mark: u32,
+    /// Whether there is to be a rule of our own for it, behind kube-proxy's.
+    pub masquerade_rule: bool,
 }
 
 impl PartialEq for AgentConfig {
@@ -74,7 +76,7 @@ impl PartialEq for AgentConfig {
                 (c.attach, c.attach_order, c.xdp),
                 c.lease,
                 (c.max_services, c.max_flows),
-                c.masquerade_mark,
+                (c.masquerade_mark, c.masquerade_rule),
             )
         };
         key(self) == key(other)

@@ -225,6 +225,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
             DEFAULT_MASQUERADE_MARK,
             1..=u32::MAX,
         ),
+        masquerade_rule: raw.masquerade_rule.unwrap_or(true),
     }
 }
 

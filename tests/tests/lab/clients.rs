@@ -73,15 +73,13 @@ fn service(lab: &Lab, port: u16, udp: bool, backups: [IpAddr; 2], more: &str) ->
     text
 }
 
-/// Ways to the VIPs for the lan, and what a node's kube-proxy and flannel do for IPv6.
+/// Ways to the VIPs for the lan. (IPv6 is masqueraded by breaker's own rule: the lab's kube-proxy has none for it.)
 fn ways(lab: &Lab) -> Result<()> {
     let (lan, node) = (lab.world.lan(), lab.world.node(0));
     lan.ip(&["route", "add", VIPS[0], "via", &node.address().to_string()])?;
     for to in [VIPS[1], "fd42::/16"] {
         lan.ip(&["-6", "route", "add", to, "via", &node.address6().to_string()])?;
     }
-    let masquerade = ["-t", "nat", "-A", "POSTROUTING", "-m", "mark", "--mark", "0x4000/0x4000", "-j", "MASQUERADE"];
-    node.ns().output("ip6tables", &masquerade)?;
     // A process of the node needs a way to the VIP, or its kernel does not even try; a k3s node has a default route.
     node.ns().ip(&["-6", "route", "add", VIPS[1], "via", "fd31::1"])
 }

@@ -6,6 +6,7 @@ mod clients;
 mod failover;
 mod foreign;
 mod lifecycle;
+mod masquerade;
 mod near;
 mod netfilter;
 mod policy;

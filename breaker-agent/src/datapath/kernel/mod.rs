@@ -11,6 +11,7 @@ mod interfaces;
 mod links;
 mod load;
 mod maps;
+mod masquerade;
 mod mmap;
 mod neighbors;
 mod offline;
@@ -44,6 +45,7 @@ pub use interfaces::{Interface, InterfaceChange, Side, Wanted, watch as watch_in
 pub use load::{Loaded, Options as LoadOptions, load};
 pub use maps::Maps;
 use maps::{Net, number};
+pub use masquerade::{install as install_masquerade_rule, remove as remove_masquerade_rule};
 pub use neighbors::{Located, watch_pods};
 pub use offline::{Leftover, read as read_offline};
 pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};

@@ -17,7 +17,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{attach, maps::pinned};
+use super::{attach, maps::pinned, masquerade};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -81,6 +81,8 @@ pub struct Cleaned {
     pub links: usize,
     /// Maps.
     pub maps: usize,
+    /// Whether there was a rule for the masquerade mark.
+    pub masquerade_rule: bool,
 }
 
 impl PinDir {
@@ -253,6 +255,8 @@ fn remove_all(root: &Path) -> Result<Cleaned> {
     }
     // Others may be in it, or it is the file system's root.
     let _ = fs::remove_dir(root);
+    // Last: it does no harm by itself.
+    cleaned.masquerade_rule = masquerade::remove()?;
     Ok(cleaned)
 }
 
