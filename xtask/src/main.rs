@@ -34,7 +34,7 @@ enum Task {
     },
     /// Formatting and clippy, warnings as errors, the programs included.
     Lint,
-    /// All tests: those without root first, then the ones in the real kernel. (Other kernels are on call: `test vm`.)
+    /// All tests: those without root first, then the ones in the real kernel. (Other kernels are apart: `test vm`.)
     Test {
         /// Only this tier.
         tier: Option<Tier>,
@@ -50,6 +50,9 @@ enum Task {
         /// With the tier vm: only on this kernel; may be given several times.
         #[arg(long)]
         kernel: Vec<vm::Kernel>,
+        /// With the tier vm: only this tier, in the guest.
+        #[arg(long = "tier", value_name = "TIER")]
+        guest: Option<vm::Guest>,
     },
     /// Build container images of the agent and the dummy service into dist/, without a container engine: each archive is
     /// an OCI image layout and a docker archive at once.
@@ -101,7 +104,7 @@ enum Tier {
     Lab,
     /// Random packets through the programs and a model of their rules (root); a few of them are in `program`, too.
     Fuzz,
-    /// The program tier on other kernels under qemu: not part of "all".
+    /// The tiers program and lab on other kernels under qemu: not part of "all".
     Vm,
 }
 
@@ -129,13 +132,18 @@ fn execute(task: Task) -> Result<()> {
             setup::setup(false)?;
             fuzz(cases, seed)
         }
-        Task::Test { tier: Some(Tier::Vm), filter, kernel, .. } => {
+        Task::Test { tier: Some(Tier::Vm), filter, kernel, guest, .. } => {
             setup::setup(false)?;
             setup::setup_vm()?;
+            let guests = guest.as_ref().map_or(vm::Guest::value_variants(), std::slice::from_ref);
+            if guests.contains(&vm::Guest::Lab) {
+                setup::setup_lab()?;
+            }
             let all = vm::Kernel::value_variants();
-            vm::test(if kernel.is_empty() { all } else { &kernel }, filter.as_deref())
+            vm::test(if kernel.is_empty() { all } else { &kernel }, guests, filter.as_deref())
         }
-        Task::Test { tier, filter, kernel, .. } => {
+        Task::Test { tier, filter, kernel, guest, .. } => {
+            ensure!(guest.is_none(), "--tier is for the tier vm only: cargo xtask test vm --tier lab");
             ensure!(kernel.is_empty(), "--kernel is for the tier vm only: cargo xtask test vm --kernel {}", kernel[0]);
             setup::setup(false)?;
             test(tier, filter.as_deref())
@@ -212,7 +220,7 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
     }
     if wanted(Tier::Lab) {
         setup::setup_lab()?;
-        run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
+        build_lab()?;
         run(&mut root("lab"))?;
     }
     Ok(())
@@ -227,9 +235,14 @@ fn fuzz(cases: u64, seed: u64) -> Result<()> {
         .env("BREAKER_FUZZ_SEED", seed.to_string()))
 }
 
-/// Runs a command of the lab binary, built for release: the stories and numbers are about what users run.
+/// Builds what the lab runs, for release: the stories and numbers are about what users run.
+fn build_lab() -> Result<()> {
+    run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))
+}
+
+/// Runs a command of the lab binary.
 fn lab<'a>(command: &str, args: impl Iterator<Item = &'a str>) -> Result<()> {
-    run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
+    build_lab()?;
     run(cargo()
         .args(["run", "--quiet", "--release", "-p", "breaker-tests", "--bin", "breaker-lab", "--", command])
         .args(args))

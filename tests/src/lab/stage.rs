@@ -163,6 +163,7 @@ impl Lab {
             records.len() > 40 && records.iter().rev().take(20).all(|r| r.outcome.pod() == Some(&primary))
         })?;
         watch(Moment::Well(&load));
+        let injecting = Instant::now();
         self.primary.inject(fault)?;
         let injected = Instant::now();
         watch(Moment::Injected(&load));
@@ -184,7 +185,7 @@ impl Lab {
         watch(Moment::Back(&load));
         let records = load.stop()?;
         let transitions = self.agent.events()?.into_iter().filter(|e| e.id > events_before && e.kind == "Transition");
-        let times = Times { injected, opened, healing, healed, closed };
+        let times = Times { injecting, injected, opened, healing, healed, closed };
         Ok(Play::judge(fault, checks, &records, &times, &primary, &backup, transitions.map(Into::into).collect()))
     }
 }
@@ -248,6 +249,8 @@ pub enum Moment<'a> {
 
 #[derive(Clone, Copy, Debug)]
 struct Times {
+    /// The injection begins; it may have worked before it ends.
+    injecting: Instant,
     injected: Instant,
     opened: Instant,
     /// Healing begins; it may have worked before it ends.
@@ -373,11 +376,11 @@ fn is_wrong(record: &Record, fault: Fault, times: &Times, primary: &str, backup:
         }
         Outcome::Answer(200, pod) if pod == backup => {
             // Before there was a reason, or as a new connection long after it was closed again.
-            ended < times.injected || !record.keep_alive && began > times.closed + MARGIN
+            ended < times.injecting || !record.keep_alive && began > times.closed + MARGIN
         }
         Outcome::Answer(503, pod) if pod == primary => fault != Fault::FakeError || began > times.healed,
         Outcome::Answer(..) | Outcome::Other(_) => true,
         // An error is explained by the fault from a little before it until a little after everybody has moved.
-        _ => ended < times.injected || began > times.healed,
+        _ => ended < times.injecting || began > times.healed,
     }
 }

@@ -73,6 +73,20 @@ impl Initramfs {
         Ok(())
     }
 
+    /// A folder of this machine's, with the files in it, links followed.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn add_folder(&mut self, folder: &Path) -> Result<()> {
+        for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+            let path = entry?.path();
+            if path.is_file() {
+                self.add_file(&path.to_string_lossy(), &path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// A file with these contents.
     pub fn add_bytes(&mut self, path: &str, bytes: &[u8], mode: u32) {
         let path = merged(Path::new(path));

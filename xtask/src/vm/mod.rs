@@ -1,7 +1,7 @@
-//! `cargo xtask test vm`: the program tier on other kernels than this machine's.
+//! `cargo xtask test vm`: the tiers program and lab on other kernels than this machine's.
 //!
 //! Debian's kernels are unpacked (not installed) into `target/vm`, booted by qemu under software emulation, and find as
-//! their whole world an initramfs with the test binary in it. What the guest says on its serial console is shown; its last
+//! their whole world an initramfs with the test binaries in it. What the guest says on its serial console is shown; its last
 //! line says how the tests ended. Nothing of the host is mounted, no network leads out of the guest.
 
 mod initramfs;
@@ -18,6 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum;
 
 use crate::run::{cargo, output};
 use initramfs::Initramfs;
@@ -28,32 +29,75 @@ const INIT: &str = include_str!("init.sh");
 /// What its last line begins with, before the tests' exit status. `init.sh` writes it.
 const MARKER: &str = "breaker-vm: exit ";
 /// How long a kernel may take for everything: minutes are usual, and many more where others are at work on the machine.
-const DEADLINE: Duration = Duration::from_secs(2400);
+const DEADLINE: Duration = Duration::from_secs(5400);
 /// All that qemu can, but for cmpxchg16b: kernel 6.12's allocator uses it, and finds its lists broken within seconds under
 /// the emulation of qemu 7.2, Debian 12's. Without it, it takes a lock.
 const CPU: &str = "max,cx16=off";
-/// Guest's memory: the tests make maps as for a node with 1 GiB, two at a time.
-const MEMORY: &str = "2G";
+/// Guest's memory: the tests make maps as for a node with 1 GiB, two at a time; and there is no other place for files.
+const MEMORY: &str = "3G";
 
 /// What the rigs of the tests call on the way (`tests/src/lab`), and `init.sh`.
 const PROGRAMS: &[&str] =
     &["sh", "awk", "cat", "ip", "modprobe", "mount", "nsenter", "rm", "setsid", "sleep", "umount", "xargs"];
 
-/// Modules that the rigs need: a bridge that netfilter sees, and pods' interfaces.
-const MODULES: &[&str] = &["kernel/net", "kernel/lib", "kernel/drivers/net/veth.ko"];
+/// What the lab calls beside that.
+const LAB_PROGRAMS: &[&str] = &[
+    "bpftool",
+    "bridge",
+    "curl",
+    "dig",
+    "dnsmasq",
+    "ethtool",
+    "ip6tables",
+    "iperf3",
+    "iptables",
+    "iptables-restore",
+    "iptables-save",
+    "nghttp",
+    "nghttpd",
+    "ss",
+    "tc",
+    "tcpdump",
+    "tshark",
+];
 
-/// Runs the program tier on these kernels, one after the other.
+/// Users that these programs want to be, or to know.
+const USERS: &str = "root:x:0:0::/:/bin/sh\ntcpdump:x:100:100::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
+const GROUPS: &str = "root:x:0:\ntcpdump:x:100:\nnogroup:x:65534:\n";
+
+/// Modules that the rigs need: a bridge that netfilter sees, and pods' interfaces; flannel's tunnel.
+const MODULES: &[&str] = &["kernel/net", "kernel/lib", "kernel/drivers/net/veth.ko", "kernel/drivers/net/vxlan"];
+
+/// A tier that runs in the guest.
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub enum Guest {
+    /// The programs, packet by packet.
+    Program,
+    /// Real sockets, and the real agent.
+    Lab,
+}
+
+impl Guest {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Program => "program",
+            Self::Lab => "lab",
+        }
+    }
+}
+
+/// Runs tiers on these kernels, one after the other.
 ///
 /// # Errors
 /// The kernels that failed, after all had their turn; or what could not be built, had or started.
-pub fn test(kernels: &[Kernel], filter: Option<&str>) -> Result<()> {
+pub fn test(kernels: &[Kernel], tiers: &[Guest], filter: Option<&str>) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "the kernel matrix is for x86-64: qemu's machine and Debian's kernels are");
-    let binary = test_binary("program")?;
+    let tests: Vec<Tests> = tiers.iter().map(|tier| Tests::build(*tier)).collect::<Result<_>>()?;
     let mut failed = Vec::new();
     for kernel in kernels {
         let started = Instant::now();
         println!("kernel {kernel}");
-        match run_on(*kernel, &binary, filter) {
+        match run_on(*kernel, &tests, filter) {
             Ok(()) => println!("kernel {kernel}: passed in {} s\n", started.elapsed().as_secs()),
             Err(error) => {
                 eprintln!("kernel {kernel}: {error:#}\n");
@@ -61,11 +105,56 @@ pub fn test(kernels: &[Kernel], filter: Option<&str>) -> Result<()> {
             }
         }
     }
-    ensure!(failed.is_empty(), "the program tier failed on kernel {}", failed.join(" and "));
+    ensure!(failed.is_empty(), "tests failed on kernel {}", failed.join(" and "));
     Ok(())
 }
 
-fn run_on(kernel: Kernel, binary: &Path, filter: Option<&str>) -> Result<()> {
+/// A tier's binaries.
+struct Tests {
+    tier: Guest,
+    binary: PathBuf,
+    /// What it starts itself, as they are named.
+    starts: Vec<(&'static str, PathBuf)>,
+}
+
+impl Tests {
+    fn build(tier: Guest) -> Result<Self> {
+        let mut starts = Vec::new();
+        if tier == Guest::Lab {
+            for (package, name) in [("breaker-agent", "breaker"), ("breaker-tests", "dummy-service")] {
+                starts.push((name, built(&["build", "--release", "-p", package, "--bin", name], name, false)?));
+            }
+        }
+        let binary = built(&["test", "--no-run", "-p", "breaker-tests", "--test", tier.name()], tier.name(), true)?;
+        Ok(Self { tier, binary, starts })
+    }
+
+    /// Puts them where the tests look for them: below one directory, with a folder for their profile.
+    fn add_to(&self, files: &mut Initramfs) -> Result<()> {
+        files.add_file(&format!("breaker/tests/{}", self.tier.name()), &self.binary)?;
+        for (name, path) in &self.starts {
+            files.add_file(&format!("breaker/release/{name}"), path)?;
+        }
+        if self.tier == Guest::Lab {
+            for name in LAB_PROGRAMS {
+                files.add_program(name)?;
+            }
+            files.add_folder(&iptables_extensions()?)?;
+            files.add_bytes("etc/passwd", USERS.as_bytes(), 0o644);
+            files.add_bytes("etc/group", GROUPS.as_bytes(), 0o644);
+        }
+        Ok(())
+    }
+}
+
+/// Where iptables has its matches and targets.
+fn iptables_extensions() -> Result<PathBuf> {
+    let mut places =
+        ["/usr/lib/x86_64-linux-gnu/xtables", "/usr/lib64/xtables", "/usr/lib/xtables"].iter().map(PathBuf::from);
+    places.find(|path| path.is_dir()).context("iptables' matches and targets (xtables) are nowhere")
+}
+
+fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
     let dir = ebpf_builder::workspace().join("target/vm").join(kernel.to_string());
     let image = kernel.fetch(&dir)?;
     let mut files = Initramfs::new();
@@ -76,7 +165,11 @@ fn run_on(kernel: Kernel, binary: &Path, filter: Option<&str>) -> Result<()> {
         files.add_tree(&image.modules, path)?;
     }
     files.add_modules_index(&image.modules, &dir)?;
-    files.add_file("program", binary)?;
+    for tests in tests {
+        tests.add_to(&mut files)?;
+    }
+    let tiers: Vec<&str> = tests.iter().map(|tests| tests.tier.name()).collect();
+    files.add_bytes("tiers", tiers.join(" ").as_bytes(), 0o644);
     files.add_bytes("init", INIT.as_bytes(), 0o755);
     files.add_bytes("filter", filter.unwrap_or_default().as_bytes(), 0o644);
     let initramfs = dir.join("initramfs.cpio");
@@ -84,17 +177,17 @@ fn run_on(kernel: Kernel, binary: &Path, filter: Option<&str>) -> Result<()> {
     boot(&image.vmlinuz, &initramfs)
 }
 
-/// Builds a test binary of `breaker-tests`, and says where it is.
-fn test_binary(name: &str) -> Result<PathBuf> {
+/// Builds a binary, of a test or not, and says where it is.
+fn built(args: &[&str], name: &str, test: bool) -> Result<PathBuf> {
     let mut command = cargo();
-    command.args(["test", "--quiet", "--no-run", "--message-format", "json-render-diagnostics"]);
-    let messages = output(command.args(["-p", "breaker-tests", "--test", name]))?;
+    command.args(args).args(["--quiet", "--message-format", "json-render-diagnostics"]);
+    let messages = output(&mut command)?;
     let mut executables = messages.split(|byte| *byte == b'\n').filter_map(|line| {
         let message: serde_json::Value = serde_json::from_slice(line).ok()?;
-        let is_it = message["target"]["name"] == name && message["profile"]["test"] == true;
+        let is_it = message["target"]["name"] == name && message["profile"]["test"] == test;
         is_it.then(|| message["executable"].as_str().map(PathBuf::from)).flatten()
     });
-    executables.next().with_context(|| format!("cargo built no test binary {name}"))
+    executables.next().with_context(|| format!("cargo built no binary {name}"))
 }
 
 /// Boots a kernel, shows what it says, and waits for its end.
