@@ -99,7 +99,17 @@ impl Address for V6 {
     }
 }
 
-/// Where an endpoint's bit is in `FILTER`: index of the word, and the bit in it.
+/// What is known of 64 places of endpoints, a bit for each: value of `FILTER`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FilterWords {
+    /// An endpoint is there.
+    pub present: u64,
+    /// It is a frontend of a service whose flows are looked for ([`switch_flags::TRACK`]). It saves a look-up, and decides nothing.
+    pub tracked: u64,
+}
+
+/// Where an endpoint's bit is in `FILTER`: index of the words, and the bit in them.
 #[inline(always)]
 #[must_use]
 pub fn filter_bit<A: Address>(addr: A, port: [u8; 2], proto: u8) -> (u32, u64) {
@@ -591,9 +601,10 @@ mod tests {
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
-        assert_eq!(crate::ABI_VERSION, 4, "check every number below when you raise this");
+        assert_eq!(crate::ABI_VERSION, 5, "check every number below when you raise this");
         assert_eq!((size_of::<EndpointKey<V4>>(), size_of::<EndpointKey<V6>>()), (8, 20));
         assert_eq!(size_of::<EndpointRole>(), 12);
+        assert_eq!(size_of::<FilterWords>(), 16);
         assert_eq!(size_of::<Route>(), 20);
         assert_eq!(size_of::<Table>(), 1024);
         assert_eq!((size_of::<Switch>(), align_of::<Switch>()), (8, 8));

@@ -4,8 +4,8 @@
 use aya::Pod;
 
 use crate::layout::{
-    Address, Backend, EndpointKey, EndpointRole, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse, ReverseKey,
-    Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch, Table,
+    Address, Backend, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse,
+    ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch, Table,
 };
 
 macro_rules! pod {
@@ -25,6 +25,7 @@ macro_rules! pod_of_address {
 
 pod!(
     EndpointRole,
+    FilterWords,
     Heartbeat,
     Route,
     ServiceCounters,

@@ -22,7 +22,11 @@ use etherparse::{
     EtherType, Ethernet2Header, IpNumber, Ipv4Header, Ipv4Options, Ipv6Header, TcpHeader, TcpOptions, UdpHeader,
 };
 
-use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
+use rustix::{
+    net::{AddressFamily, SocketType, netdevice::name_to_index, socket},
+    process::getpid,
+    thread::gettid,
+};
 
 use crate::lab::{netns::NetNs, world::World};
 
@@ -388,10 +392,10 @@ const SKB_IFINDEX: usize = 40;
 const SKB_SIZE: usize = 192;
 
 impl Rig {
-    /// Loads the programs.
+    /// Loads the programs, and settles the calling thread in a network namespace.
     ///
     /// # Errors
-    /// No root, or what the kernel said.
+    /// No root, or what the kernel said; the process's first thread, which would be killed with the namespace's end.
     pub fn new() -> Result<Self> {
         Self::with_sizes(&Sizes::for_memory(1024))
     }
@@ -401,6 +405,7 @@ impl Rig {
     /// # Errors
     /// As for [`Rig::new`].
     pub fn with_sizes(sizes: &Sizes) -> Result<Self> {
+        ensure!(gettid() != getpid(), "a rig is made on a thread of its own");
         let world = World::new(0)?;
         let (node, uplink) = enter_node(&world)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;

@@ -169,11 +169,26 @@ fn try_look<A: Family, const OUTSIDE: bool>(
         Kind::IcmpError => return Ok(Verdict::Then(Step::Error)),
         Kind::Transport => fragment::forget(segment, End::Destination),
     }
-    let role = endpoint::find(segment.destination, segment.ports.destination, segment.proto);
+    let (addr, port, proto) = (segment.destination, segment.ports.destination, segment.proto);
+    let guess = endpoint::guess(addr, port, proto);
+    // Most packets to a service that is open go on with a flow, which says of which service it is.
+    let mut unknown = false;
+    if guess.tracked && !segment.is_syn() {
+        match flow::find_going_on(&flow::key(segment)) {
+            Some(flow) => {
+                if let Some(switch) = tracked_by(flow, segment) {
+                    (case.service, case.switch) = (flow.service, switch.to_word());
+                    return established::<A, OUTSIDE>(packet, segment, &switch, case, flow);
+                }
+            }
+            None => unknown = true,
+        }
+    }
+    let role = if guess.present { endpoint::look_up(addr, port, proto) } else { None };
     let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (case.service, case.route) = (service, role.route);
-        return to_frontend::<A, OUTSIDE>(packet, segment, case);
+        return to_frontend::<A, OUTSIDE>(packet, segment, case, unknown);
     }
     if !OUTSIDE
         && agent::any_fast()
@@ -345,11 +360,26 @@ fn try_error_from_client<A: Family, const OUTSIDE: bool>(
     Ok(onward(packet, exit))
 }
 
+/// The switch of a flow's service, if the flow holds for a packet.
+#[inline(always)]
+fn tracked_by<A: Family>(flow: &Flow<A>, segment: &Segment<A>) -> Option<Switch<u8>> {
+    let switch = service::switch(flow.service)?;
+    (switch.has(switch_flags::TRACK) && holds(flow, segment, &switch)).then_some(switch)
+}
+
+/// A datagram's flow holds for its service's epoch only: with the next one a client may be somewhere else.
+#[inline(always)]
+fn holds<A: Family>(flow: &Flow<A>, segment: &Segment<A>, switch: &Switch<u8>) -> bool {
+    segment.is_tcp() || flow.epoch == switch.epoch
+}
+
+/// `unknown`: it was looked for its flow, and there is none.
 #[inline(always)]
 fn to_frontend<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
     case: &mut Case<A>,
+    unknown: bool,
 ) -> Result<Verdict, PassReason> {
     let switch = service::switch(case.service).ok_or(PassReason::UnknownService)?;
     case.switch = switch.to_word();
@@ -363,11 +393,9 @@ fn to_frontend<A: Family, const OUTSIDE: bool>(
     if !switch.has(switch_flags::TRACK) {
         return Ok(if segment.is_tcp() { Verdict::Next } else { Verdict::Then(Step::Decide) });
     }
-    match flow::find_going_on(&flow::key(segment)) {
-        // A datagram's flow holds for its service's epoch only: with the next one a client may be somewhere else.
-        Some(flow) if segment.is_tcp() || flow.epoch == switch.epoch => {
-            established::<A, OUTSIDE>(packet, segment, &switch, case, flow)
-        }
+    let flow = if unknown { None } else { flow::find_going_on(&flow::key(segment)) };
+    match flow {
+        Some(flow) if holds(flow, segment, &switch) => established::<A, OUTSIDE>(packet, segment, &switch, case, flow),
         None if segment.is_tcp() => unseen(segment, &switch, case),
         _ => Ok(Verdict::Then(Step::Decide)),
     }

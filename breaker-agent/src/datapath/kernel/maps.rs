@@ -11,9 +11,9 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
-    ABI_VERSION, Address, Backend, EndpointKey, EndpointRole, Event, Flow, FlowKey, Fragment, FragmentKey, Heartbeat,
-    PassReason, Reverse, ReverseKey, Route, ServiceCounters, ServiceRecord, SocketKey, SocketOrigin, Switch, Table, V4,
-    V6,
+    ABI_VERSION, Address, Backend, EndpointKey, EndpointRole, Event, FilterWords, Flow, FlowKey, Fragment, FragmentKey,
+    Heartbeat, PassReason, Reverse, ReverseKey, Route, ServiceCounters, ServiceRecord, SocketKey, SocketOrigin, Switch,
+    Table, V4, V6,
 };
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -46,7 +46,7 @@ const V6_NAMES: [&str; 7] =
     ["ENDPOINTS6", "BACKENDS6", "FLOWS6", "REVERSE6", "PENDING6", "PENDING_REVERSE6", "FRAGMENTS6"];
 
 const SHARED: [(&str, usize, usize); 11] = [
-    ("FILTER", 4, 8),
+    ("FILTER", 4, size_of::<FilterWords>()),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
     ("SERVICES", 4, size_of::<ServiceRecord>()),
@@ -243,7 +243,7 @@ impl Maps {
             services: typed(Map::Array(services), "SERVICES")?,
             routes: typed(Map::Array(routes), "ROUTES")?,
             slots: typed(Map::Array(slots), "SLOTS")?,
-            filter: Filter::new(shared(&array(open("FILTER")?, "FILTER")?, 8)?),
+            filter: Filter::new(shared(&array(open("FILTER")?, "FILTER")?, size_of::<FilterWords>())?),
             sizes,
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
             reasons: typed(open("REASONS")?, "REASONS")?,

@@ -41,6 +41,7 @@ use super::{
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
+use filter::{Bit, bit_of};
 pub use interfaces::{Interface, InterfaceChange, Side, Wanted, watch as watch_interfaces};
 pub use load::{Loaded, Options as LoadOptions, load};
 pub use maps::Maps;
@@ -94,6 +95,8 @@ pub struct KernelDatapath {
     backends: HashMap<Destination, u32>,
     /// Backends that a service's tables name, by service.
     named: BTreeMap<ServiceName, BTreeSet<Destination>>,
+    /// Frontends whose flows are looked for, by service.
+    tracked: BTreeMap<ServiceName, BTreeSet<Frontend>>,
     /// What the last sweep found: flows that leave the stack out, or services that have them.
     fast_before: bool,
     /// Where pods of this node are, by address.
@@ -114,6 +117,7 @@ impl KernelDatapath {
             services: BTreeMap::new(),
             backends: HashMap::new(),
             named: BTreeMap::new(),
+            tracked: BTreeMap::new(),
             fast_before: true,
             located: Located::new(),
             service_places: Places::new("services", sizes.services),
@@ -229,20 +233,41 @@ impl KernelDatapath {
         change(&mut role);
         if role == EndpointRole::NOTHING {
             match A::of_mut(&mut self.maps).endpoints.remove(&key) {
-                Ok(()) => self.maps.filter.remove(&key),
+                Ok(()) => self.maps.filter.remove(bit_of(&key)),
                 Err(error) if is_not_there(&error) => {}
                 Err(error) => return Err(error).with_context(|| format!("remove the endpoint {address}")),
             }
             return Ok(());
         }
         if before.is_err() {
-            self.maps.filter.add(&key);
+            self.maps.filter.add(bit_of(&key));
         }
         let written = A::of_mut(&mut self.maps).endpoints.insert(key, role, 0);
         if written.is_err() && before.is_err() {
-            self.maps.filter.remove(&key);
+            self.maps.filter.remove(bit_of(&key));
         }
         written.with_context(|| format!("write the endpoint {address}"))
+    }
+
+    /// Tells the filter whether flows to a plan's frontends are looked for.
+    fn track_all(&mut self, plan: &ServicePlan) {
+        let frontends = plan.routes.iter().flat_map(|route| &route.frontends).copied();
+        let tracks = plan.flags & switch_flags::TRACK != 0;
+        self.track(&plan.name, frontends.filter(|_| tracks).collect());
+    }
+
+    /// Tells the filter which of a service's frontends' flows are looked for.
+    fn track(&mut self, name: &ServiceName, wanted: BTreeSet<Frontend>) {
+        let before = self.tracked.remove(name).unwrap_or_default();
+        for frontend in wanted.difference(&before) {
+            self.maps.filter.track(bit_of_frontend(frontend));
+        }
+        for frontend in before.difference(&wanted) {
+            self.maps.filter.untrack(bit_of_frontend(frontend));
+        }
+        if !wanted.is_empty() {
+            self.tracked.insert(name.clone(), wanted);
+        }
     }
 
     /// Writes a selection table, and returns what a route says of it.
@@ -343,8 +368,11 @@ impl KernelDatapath {
     fn try_apply(&mut self, plan: &ServicePlan) -> Result<()> {
         // A flip, and nothing else.
         if let Some(installed) = self.services.get(&plan.name).filter(|installed| installed.has(&plan.routes)) {
-            let index = installed.index;
-            self.throw(plan, index, self.maps.switch(index).buffer());
+            let (index, before) = (installed.index, self.maps.switch(installed.index));
+            if (before.flags ^ plan.flags) & switch_flags::TRACK != 0 {
+                self.track_all(plan);
+            }
+            self.throw(plan, index, before.buffer());
             return Ok(());
         }
         let (index, old) = match self.services.get(&plan.name) {
@@ -390,6 +418,7 @@ impl KernelDatapath {
             let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
             self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
         }
+        self.track_all(plan);
         self.throw(plan, index, buffer);
 
         // From here on the new routes are in force, whatever fails below and is tried again.
@@ -445,6 +474,7 @@ impl KernelDatapath {
             self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
         }
         self.maps.set_switch(index, Switch::from_word(0));
+        self.track(name, BTreeSet::new());
         self.maps.set_record(index, &record_of_nobody());
         self.maps.clear_counters(index)?;
         for route in routes {
@@ -491,6 +521,9 @@ impl KernelDatapath {
                 );
             }
             let routes = routes.into_values().collect();
+            if switch.has(switch_flags::TRACK) {
+                self.track(&service.name, service.frontends.iter().copied().collect());
+            }
             self.services.insert(service.name.clone(), Installed { index, routes });
             // What its tables name is not known before the first plan; until then every backend counts as named.
             self.named.insert(service.name.clone(), self.backends.keys().copied().collect());
@@ -631,6 +664,15 @@ fn is_not_there(error: &aya::maps::MapError) -> bool {
 /// Bits of [`route_flags`].
 const fn flags_of(route: &RoutePlan) -> u32 {
     if route.keep_client { route_flags::KEEP_CLIENT } else { 0 }
+}
+
+/// A frontend's bit in the filter.
+fn bit_of_frontend(frontend: &Frontend) -> Bit {
+    let (port, proto) = (frontend.address.port().to_be_bytes(), number(frontend.protocol));
+    match frontend.address {
+        SocketAddr::V4(v4) => bit_of(&EndpointKey::new(V4::new(v4.ip().octets()), port, proto)),
+        SocketAddr::V6(v6) => bit_of(&EndpointKey::new(V6::new(v6.ip().octets()), port, proto)),
+    }
 }
 
 /// The address is no frontend of this service any more; it may be another's already.
