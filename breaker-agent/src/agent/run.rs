@@ -201,7 +201,7 @@ fn masquerade_rule(config: &AgentConfig) -> Result<(), String> {
     let outcome = if config.masquerade_rule {
         install_masquerade_rule(config.masquerade_mark)
     } else {
-        remove_masquerade_rule().map(drop).and_then(|()| Err(anyhow::anyhow!("switched off")))
+        remove_masquerade_rule().and_then(|_| Err(anyhow::anyhow!("switched off")))
     };
     outcome.map_err(|error| {
         let why = format!("{error:#}");

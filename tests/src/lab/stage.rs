@@ -115,6 +115,14 @@ impl Lab {
         )
     }
 
+    /// As [`Lab::services`], by these frontends instead of the VIP, each as it stands in a list.
+    #[must_use]
+    pub fn services_by(&self, checks: Checks, service: &str, frontends: &[String]) -> String {
+        let listed = |frontend: &String| format!("      - {frontend}\n");
+        let vip = listed(&frontend(self.vip));
+        self.services(checks, service).replacen(&vip, &frontends.iter().map(listed).collect::<String>(), 1)
+    }
+
     /// Starts clients in the client's pod.
     ///
     /// # Errors
@@ -190,6 +198,12 @@ impl Lab {
     }
 }
 
+/// An address and port as they stand in a list of frontends.
+#[must_use]
+pub fn frontend(at: SocketAddrV4) -> String {
+    format!("{{address: {}, port: {}}}", at.ip(), at.port())
+}
+
 /// The configuration of one service.
 #[must_use]
 pub fn entry(
@@ -203,7 +217,7 @@ pub fn entry(
     let mut text = format!(
         "  - name: {name}
     frontends:
-      - {{address: {}, port: {}}}
+      - {}
     primary:
       name: dummy-deployment
       backends:
@@ -215,8 +229,7 @@ pub fn entry(
           - {{address: {}, port: {}}}
         check: {}
 ",
-        vip.ip(),
-        vip.port(),
+        frontend(vip),
         primary.ip(),
         primary.port(),
         checks.yaml(),

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use breaker_tests::lab::{
     client::ask_once,
     netns::NetNs,
-    stage::{Checks, Lab},
+    stage::{Checks, Lab, frontend},
     wait_for,
 };
 
@@ -29,9 +29,7 @@ fn no_kube_proxy(node: &NetNs) -> Result<()> {
 
 /// The lab's service, by an address of the node's, too.
 fn services(lab: &Lab, outside: SocketAddrV4) -> String {
-    let vip = format!("      - {{address: {}, port: {}}}\n", lab.vip.ip(), lab.vip.port());
-    let both = format!("{vip}      - {{address: {}, port: {}}}\n", outside.ip(), outside.port());
-    lab.services(Checks::Fast, "    override: ForceOpen\n").replacen(&vip, &both, 1)
+    lab.services_by(Checks::Fast, "    override: ForceOpen\n", &[lab.vip, outside].map(frontend))
 }
 
 /// The lab without kube-proxy, its backup in force; and where clients outside come in.

@@ -64,14 +64,9 @@ fn external_traffic_policy_local_keeps_the_clients_address() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     let outside = SocketAddrV4::new(lab.world.node(0).address(), 30080);
     let backup = lab.backup.address();
-    let services = lab.services(Checks::Fast, "    override: ForceOpen\n");
     for (policy, seen) in [("Cluster", "10.42.1.1"), ("Local", "172.31.0.1")] {
         let frontend = format!("{{address: {}, port: 30080, externalTrafficPolicy: {policy}}}", outside.ip());
-        let services = services.replacen(
-            &format!("      - {{address: {}, port: {}}}\n", lab.vip.ip(), lab.vip.port()),
-            &format!("      - {frontend}\n"),
-            1,
-        );
+        let services = lab.services_by(Checks::Fast, "    override: ForceOpen\n", &[frontend]);
         lab.agent.write_config("  uplinks: true\n", &services)?;
         lab.agent.start()?;
         wait_well(&lab)?;

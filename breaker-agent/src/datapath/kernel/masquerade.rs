@@ -8,8 +8,8 @@ use std::{ffi::CStr, io};
 
 use anyhow::{Context as _, Result};
 use netlink_bindings::{
-    nftables::{Chained, CmpOps, MetaKeys, Nfgenmsg, Registers},
-    traits::Pusher as _,
+    nftables::{Chained, CmpOps, MetaKeys, Nfgenmsg, PushExprListAttrs, Registers},
+    traits::Pusher,
     utils::{finalize_nested_header, push_header, push_nested_header},
 };
 use netlink_socket2::NetlinkSocket;
@@ -29,6 +29,8 @@ const SUBSYSTEM: u16 = 10;
 /// The attributes of an expression of which the bindings have no words: NFTA_EXPR_DATA, and in it NFTA_MASQ_FLAGS.
 const EXPR_DATA: u16 = 2;
 const MASQ_FLAGS: u16 = 1;
+/// Where the rule has the mark.
+const REGISTER: u32 = Registers::Reg1 as u32;
 
 /// Masquerades what has `mark`, and takes the mark away. A rule that is there is replaced, all at once.
 ///
@@ -78,30 +80,27 @@ pub fn remove() -> Result<bool> {
 /// In nft's words: `meta mark & MARK == MARK meta mark set meta mark & ~MARK masquerade fully-random`. (A mark that stays would
 /// have a tunnel's own packet masqueraded as well.)
 fn push_rule(batch: &mut Chained<'_>, mark: u32) {
-    let register = Registers::Reg1 as u32;
-    let (this, others, none) = (mark.to_ne_bytes(), (!mark).to_ne_bytes(), [0; 4]);
     let mut request = batch.request().set_create().set_append().op_newrule_do(&of_inet());
     let rule = request.encode().push_table(TABLE).push_chain(CHAIN).nested_expressions();
-    let rule = rule.nested_elem().nested_data_meta();
-    let rule = rule.push_dreg(register).push_key(MetaKeys::Mark as u32).end_nested().end_nested();
-    let rule = rule.nested_elem().nested_data_bitwise();
-    let rule = rule.push_sreg(register).push_dreg(register).push_len(4).nested_mask().push_value(&this).end_nested();
-    let rule = rule.nested_xor().push_value(&none).end_nested().end_nested().end_nested();
-    let rule = rule.nested_elem().nested_data_cmp().push_sreg(register).push_op(CmpOps::Eq as u32);
-    let rule = rule.nested_data().push_value(&this).end_nested().end_nested().end_nested();
-    let rule = rule.nested_elem().nested_data_meta();
-    let rule = rule.push_dreg(register).push_key(MetaKeys::Mark as u32).end_nested().end_nested();
-    let rule = rule.nested_elem().nested_data_bitwise();
-    let rule = rule.push_sreg(register).push_dreg(register).push_len(4).nested_mask().push_value(&others).end_nested();
-    let rule = rule.nested_xor().push_value(&none).end_nested().end_nested().end_nested();
-    let rule = rule.nested_elem().nested_data_meta();
-    let rule = rule.push_key(MetaKeys::Mark as u32).push_sreg(register).end_nested().end_nested();
+    let rule = load_mark(rule, mark).nested_elem().nested_data_cmp().push_sreg(REGISTER).push_op(CmpOps::Eq as u32);
+    let rule = rule.nested_data().push_value(&mark.to_ne_bytes()).end_nested().end_nested().end_nested();
+    let rule = load_mark(rule, !mark).nested_elem().nested_data_meta();
+    let rule = rule.push_key(MetaKeys::Mark as u32).push_sreg(REGISTER).end_nested().end_nested();
     let mut masquerade = rule.nested_elem().push_name(c"masq");
     let bytes = masquerade.as_vec_mut();
     let data = push_nested_header(bytes, EXPR_DATA);
     push_header(bytes, MASQ_FLAGS, 4);
     bytes.extend(RANDOM_FULLY.to_be_bytes());
     finalize_nested_header(bytes, data);
+}
+
+/// `meta mark & MASK`, into the register.
+fn load_mark<P: Pusher>(rule: PushExprListAttrs<P>, mask: u32) -> PushExprListAttrs<P> {
+    let rule = rule.nested_elem().nested_data_meta();
+    let rule = rule.push_dreg(REGISTER).push_key(MetaKeys::Mark as u32).end_nested().end_nested();
+    let rule = rule.nested_elem().nested_data_bitwise().push_sreg(REGISTER).push_dreg(REGISTER).push_len(4);
+    let rule = rule.nested_mask().push_value(&mask.to_ne_bytes()).end_nested();
+    rule.nested_xor().push_value(&[0; 4]).end_nested().end_nested().end_nested()
 }
 
 /// All of a batch, or nothing.

@@ -290,7 +290,7 @@ fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
     Ok(format!("{}: primary, backup, primary; a socket's datagrams move, too", urls.join(", ")))
 }
 
-/// Backends on the node that the packets come in by: clients outside keep their address with `externalTrafficPolicy: Local`, and
+/// Backups on the node that the packets come in by: clients outside keep their address with `externalTrafficPolicy: Local`, and
 /// with `fastPath: PeerRedirect` they and pods reach them past the stack.
 fn near_backups(cluster: &Cluster) -> Result<String> {
     for (name, app, policy) in [("near", "dummy-deployment", Some("Local")), ("near-backup", "backup-deployment", None)]
