@@ -103,10 +103,10 @@ impl Address for V6 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct FilterWords {
-    /// An endpoint is there.
-    pub present: u64,
-    /// It is a frontend of a service whose flows are looked for ([`switch_flags::TRACK`]). It saves a look-up, and decides nothing.
-    pub tracked: u64,
+    /// A frontend is there: what may be the first packet of a flow counts.
+    pub frontend: u64,
+    /// Every packet counts: a backend is there, or a frontend of a service whose flows are looked for ([`switch_flags::TRACK`]).
+    pub every: u64,
 }
 
 /// Where an endpoint's bit is in `FILTER`: index of the words, and the bit in them.
@@ -601,7 +601,7 @@ mod tests {
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
-        assert_eq!(crate::ABI_VERSION, 5, "check every number below when you raise this");
+        assert_eq!(crate::ABI_VERSION, 6, "check every number below when you raise this");
         assert_eq!((size_of::<EndpointKey<V4>>(), size_of::<EndpointKey<V6>>()), (8, 20));
         assert_eq!(size_of::<EndpointRole>(), 12);
         assert_eq!(size_of::<FilterWords>(), 16);

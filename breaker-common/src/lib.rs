@@ -23,9 +23,9 @@ mod user;
 pub use enums::{BreakerState, EventKind, FlowKind, PassReason, StateReason, UnknownNumber};
 pub use layout::*;
 
-/// Version of everything in this crate. Pins live below a directory named after it (`v5`), so that an agent never
+/// Version of everything in this crate. Pins live below a directory named after it (`v6`), so that an agent never
 /// adopts maps of another layout.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// How many services one node can protect, where the agent does not choose another size when it makes the maps. The same
 /// holds for the other `DEFAULT_`s.

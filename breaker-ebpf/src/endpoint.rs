@@ -5,34 +5,36 @@ use breaker_common::{EndpointKey, EndpointRole, FILTER_WORDS, FilterWords, NONE,
 
 use crate::family::Family;
 
-/// A bit for every endpoint that there is, which others may share (a Bloom filter of one hash). The agent has it in its
-/// memory, sets a bit before the endpoint is there, and clears it when it is gone.
+/// Bits for every endpoint that there is, which others may share (Bloom filters of one hash). The agent has it in its memory,
+/// sets a bit before what it says is so, and clears it after.
 #[btf_map]
 static FILTER: Array<FilterWords, { FILTER_WORDS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// What the filter says of an address and port.
 #[derive(Clone, Copy)]
 pub struct Guess {
-    /// It may have a role; nearly all that have none are told.
-    pub present: bool,
-    /// There may be flows to it.
-    pub tracked: bool,
+    /// It may be a frontend: what may be the first packet of a flow to it counts.
+    pub frontend: bool,
+    /// Every packet counts: it may be a backend, or a frontend of a service whose flows are looked for. Not so for those of a
+    /// service that is closed and settled, nor for nearly all that have no role.
+    pub every: bool,
 }
 
 /// Asks the filter for an address and port (wire order) under a protocol.
 #[inline(always)]
 pub fn guess<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Guess {
     let (place, bit) = filter_bit(addr, port, proto);
-    FILTER.get(place).map_or(Guess { present: false, tracked: false }, |words| Guess {
-        present: words.present & bit != 0,
-        tracked: words.tracked & bit != 0,
+    FILTER.get(place).map_or(Guess { frontend: false, every: false }, |words| Guess {
+        frontend: words.frontend & bit != 0,
+        every: words.every & bit != 0,
     })
 }
 
 /// The role of an address and port (wire order) under a protocol, if it has one.
 #[inline(always)]
 pub fn find<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Option<EndpointRole> {
-    if guess(addr, port, proto).present { look_up(addr, port, proto) } else { None }
+    let guess = guess(addr, port, proto);
+    if guess.frontend || guess.every { look_up(addr, port, proto) } else { None }
 }
 
 /// As [`find`], where the filter was asked already.

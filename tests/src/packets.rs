@@ -391,6 +391,22 @@ const SKB_MARK: usize = 8;
 const SKB_IFINDEX: usize = 40;
 const SKB_SIZE: usize = 192;
 
+/// The programs, on maps that are there or are made.
+fn loaded(pins: &PinDir, sizes: &Sizes) -> Result<(KernelDatapath, aya::Ebpf)> {
+    let options = LoadOptions {
+        sizes: *sizes,
+        masquerade_mark: breaker_common::DEFAULT_MASQUERADE_MARK,
+        log_level: None,
+        sockets: false,
+        xdp: true,
+    };
+    let loaded = load(pins, &options)?;
+    loaded.xdp.map_err(anyhow::Error::msg).context("XDP")?;
+    let mut datapath = KernelDatapath::new(loaded.maps);
+    datapath.beat(std::time::Duration::ZERO, 0);
+    Ok((datapath, loaded.programs))
+}
+
 impl Rig {
     /// Loads the programs, and settles the calling thread in a network namespace.
     ///
@@ -409,20 +425,18 @@ impl Rig {
         let world = World::new(0)?;
         let (node, uplink) = enter_node(&world)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;
-        let loaded = load(
-            &pins,
-            &LoadOptions {
-                sizes: *sizes,
-                masquerade_mark: breaker_common::DEFAULT_MASQUERADE_MARK,
-                log_level: None,
-                sockets: false,
-                xdp: true,
-            },
-        )?;
-        loaded.xdp.map_err(anyhow::Error::msg).context("XDP")?;
-        let mut datapath = KernelDatapath::new(loaded.maps);
-        datapath.beat(std::time::Duration::ZERO, 0);
-        Ok(Self { datapath, programs: loaded.programs, pins, node, uplink, _world: world })
+        let (datapath, programs) = loaded(&pins, sizes)?;
+        Ok(Self { datapath, programs, pins, node, uplink, _world: world })
+    }
+
+    /// As if the agent ended and another one came: the maps stay.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn restart(&mut self) -> Result<()> {
+        (self.datapath, self.programs) = loaded(&self.pins, &Sizes::for_memory(1024))?;
+        self.datapath.adopt()?;
+        Ok(())
     }
 
     /// Puts a packet through a program.

@@ -173,7 +173,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
     let guess = endpoint::guess(addr, port, proto);
     // Most packets to a service that is open go on with a flow, which says of which service it is.
     let mut unknown = false;
-    if guess.tracked && !segment.is_syn() {
+    if guess.frontend && guess.every && !segment.is_syn() {
         match flow::find_going_on(&flow::key(segment)) {
             Some(flow) => {
                 if let Some(switch) = tracked_by(flow, segment) {
@@ -184,7 +184,9 @@ fn try_look<A: Family, const OUTSIDE: bool>(
             None => unknown = true,
         }
     }
-    let role = if guess.present { endpoint::look_up(addr, port, proto) } else { None };
+    // Of a service that is closed and settled only what may be the first of a flow counts.
+    let counts = guess.every || guess.frontend && (segment.is_syn() || !segment.is_tcp());
+    let role = if counts { endpoint::look_up(addr, port, proto) } else { None };
     let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (case.service, case.route) = (service, role.route);
@@ -267,7 +269,10 @@ fn onward(packet: &Packet<'_>, exit: u32) -> Verdict {
 /// What an address is as a backend: bits of [`backend_use`]. With none its packets need no look into the flow tables.
 #[inline(always)]
 fn uses_of<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
-    let backend = endpoint::find(addr, port, proto).and_then(|role| endpoint::index(role.backend));
+    if !endpoint::guess(addr, port, proto).every {
+        return 0;
+    }
+    let backend = endpoint::look_up(addr, port, proto).and_then(|role| endpoint::index(role.backend));
     backend.map_or(0, select::backend_in_use::<A>)
 }
 

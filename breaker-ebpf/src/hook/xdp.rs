@@ -53,6 +53,9 @@ fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
 #[inline(never)]
 fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
     let Ok(Kind::Transport) = parse::at(packet, l3, segment) else { return false };
+    if segment.is_tcp() && !segment.is_syn() {
+        return false;
+    }
     let Some(role) = endpoint::find(segment.destination, segment.ports.destination, segment.proto) else {
         return false;
     };
@@ -63,7 +66,7 @@ fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segme
         return false;
     }
     let key = flow::key(segment);
-    if segment.is_tcp() && !segment.is_syn() || !segment.is_tcp() && flow::find(&key).is_some() {
+    if !segment.is_tcp() && flow::find(&key).is_some() {
         return false;
     }
     if !agent::decision_holds(&switch, agent::now_ns())

@@ -140,7 +140,7 @@ fn ask_everything(ns: &NetNs, vip: &str, backup: IpAddr, interface: &str) -> Res
         ensure!(answer.trim() == "\"the backup\"", "dig {more}: {answer}");
     }
     let port = IPERF.to_string();
-    for more in [&["-n", "2M"][..], &["-n", "2M", "-R"], &["-u", "-b", "100M", "-n", "500K"]] {
+    for more in [&["-n", "2M"][..], &["-n", "2M", "-R"], &["-u", "-b", "10M", "-n", "500K"]] {
         let report = said("iperf3", &[&["-c", vip, "-p", &port, "-J", "--connect-timeout", "3000"], more].concat())?;
         let report: serde_json::Value = serde_json::from_str(&report)?;
         let bytes = report["end"]["sum_received"]["bytes"].as_u64().or(report["end"]["sum"]["bytes"].as_u64());

@@ -5,6 +5,7 @@ mod datagrams;
 mod differential;
 mod errors;
 mod families;
+mod filter;
 mod near;
 mod verifier;
 mod xdp;

@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    filter::{Bit, Filter, bit_of},
+    filter::{Bit, Filter, bit_of, said_of},
     mmap::SharedArray,
     sizes::Sizes,
 };
@@ -253,12 +253,17 @@ impl Maps {
         })
     }
 
-    /// Makes the filter what the endpoints say that are there.
+    /// Tells the filter of the endpoints that are there.
     pub(super) fn adopt_filter(&mut self) -> Result<()> {
-        fn bits<A: Net>(maps: &Maps) -> Result<Vec<Bit>> {
-            A::of(maps).endpoints.keys().map(|key| Ok(bit_of(&key.context("read the endpoints")?))).collect()
+        fn roles<A: Net>(maps: &Maps) -> Result<Vec<(Bit, EndpointRole)>> {
+            let entries = A::of(maps).endpoints.iter();
+            entries.map(|entry| entry.map(|(key, role)| (bit_of(&key), role)).context("read the endpoints")).collect()
         }
-        self.filter.adopt(&[bits::<V4>(self)?, bits::<V6>(self)?].concat());
+        for (bit, role) in [roles::<V4>(self)?, roles::<V6>(self)?].concat() {
+            for says in said_of(&role) {
+                self.filter.add(says, bit);
+            }
+        }
         Ok(())
     }
 

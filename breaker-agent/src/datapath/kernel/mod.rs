@@ -41,7 +41,7 @@ use super::{
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
-use filter::{Bit, bit_of};
+use filter::{Bit, Says, bit_of};
 pub use interfaces::{Interface, InterfaceChange, Side, Wanted, watch as watch_interfaces};
 pub use load::{Loaded, Options as LoadOptions, load};
 pub use maps::Maps;
@@ -95,8 +95,8 @@ pub struct KernelDatapath {
     backends: HashMap<Destination, u32>,
     /// Backends that a service's tables name, by service.
     named: BTreeMap<ServiceName, BTreeSet<Destination>>,
-    /// Frontends whose flows are looked for, by service.
-    tracked: BTreeMap<ServiceName, BTreeSet<Frontend>>,
+    /// Frontends to which every packet counts, by service.
+    watched: BTreeMap<ServiceName, BTreeSet<Frontend>>,
     /// What the last sweep found: flows that leave the stack out, or services that have them.
     fast_before: bool,
     /// Where pods of this node are, by address.
@@ -117,7 +117,7 @@ impl KernelDatapath {
             services: BTreeMap::new(),
             backends: HashMap::new(),
             named: BTreeMap::new(),
-            tracked: BTreeMap::new(),
+            watched: BTreeMap::new(),
             fast_before: true,
             located: Located::new(),
             service_places: Places::new("services", sizes.services),
@@ -228,45 +228,50 @@ impl KernelDatapath {
         change: impl FnOnce(&mut EndpointRole),
     ) -> Result<()> {
         let key = EndpointKey::new(addr, address.port().to_be_bytes(), number(protocol));
-        let before = A::of(&self.maps).endpoints.get(&key, 0);
-        let mut role = *before.as_ref().unwrap_or(&EndpointRole::NOTHING);
+        let bit = bit_of(&key);
+        let before = A::of(&self.maps).endpoints.get(&key, 0).unwrap_or(EndpointRole::NOTHING);
+        let mut role = before;
         change(&mut role);
-        if role == EndpointRole::NOTHING {
-            match A::of_mut(&mut self.maps).endpoints.remove(&key) {
-                Ok(()) => self.maps.filter.remove(bit_of(&key)),
-                Err(error) if is_not_there(&error) => {}
-                Err(error) => return Err(error).with_context(|| format!("remove the endpoint {address}")),
+        for says in filter::said_of(&role) {
+            self.maps.filter.add(says, bit);
+        }
+        let endpoints = &mut A::of_mut(&mut self.maps).endpoints;
+        let written = if role != EndpointRole::NOTHING {
+            endpoints.insert(key, role, 0).with_context(|| format!("write the endpoint {address}"))
+        } else {
+            match endpoints.remove(&key) {
+                Err(error) if is_not_there(&error) => Ok(()),
+                removed => removed.with_context(|| format!("remove the endpoint {address}")),
             }
-            return Ok(());
+        };
+        for says in filter::said_of(if written.is_ok() { &before } else { &role }) {
+            self.maps.filter.remove(says, bit);
         }
-        if before.is_err() {
-            self.maps.filter.add(bit_of(&key));
-        }
-        let written = A::of_mut(&mut self.maps).endpoints.insert(key, role, 0);
-        if written.is_err() && before.is_err() {
-            self.maps.filter.remove(bit_of(&key));
-        }
-        written.with_context(|| format!("write the endpoint {address}"))
+        written
     }
 
-    /// Tells the filter whether flows to a plan's frontends are looked for.
-    fn track_all(&mut self, plan: &ServicePlan) {
-        let frontends = plan.routes.iter().flat_map(|route| &route.frontends).copied();
-        let tracks = plan.flags & switch_flags::TRACK != 0;
-        self.track(&plan.name, frontends.filter(|_| tracks).collect());
+    /// Has every packet to a plan's frontends looked at, if the plan asks for it: before it is in force.
+    fn watch_more(&mut self, plan: &ServicePlan) {
+        let before = self.watched.get(&plan.name).into_iter().flatten();
+        self.watch(&plan.name, watched_of(plan).chain(before.copied()).collect());
     }
 
-    /// Tells the filter which of a service's frontends' flows are looked for.
-    fn track(&mut self, name: &ServiceName, wanted: BTreeSet<Frontend>) {
-        let before = self.tracked.remove(name).unwrap_or_default();
+    /// Has packets to a plan's frontends looked at only as far as the plan asks for it: when it is in force.
+    fn watch_less(&mut self, plan: &ServicePlan) {
+        self.watch(&plan.name, watched_of(plan).collect());
+    }
+
+    /// Tells the filter to which of a service's frontends every packet counts.
+    fn watch(&mut self, name: &ServiceName, wanted: BTreeSet<Frontend>) {
+        let before = self.watched.remove(name).unwrap_or_default();
         for frontend in wanted.difference(&before) {
-            self.maps.filter.track(bit_of_frontend(frontend));
+            self.maps.filter.add(Says::Every, bit_of_frontend(frontend));
         }
         for frontend in before.difference(&wanted) {
-            self.maps.filter.untrack(bit_of_frontend(frontend));
+            self.maps.filter.remove(Says::Every, bit_of_frontend(frontend));
         }
         if !wanted.is_empty() {
-            self.tracked.insert(name.clone(), wanted);
+            self.watched.insert(name.clone(), wanted);
         }
     }
 
@@ -369,10 +374,14 @@ impl KernelDatapath {
         // A flip, and nothing else.
         if let Some(installed) = self.services.get(&plan.name).filter(|installed| installed.has(&plan.routes)) {
             let (index, before) = (installed.index, self.maps.switch(installed.index));
-            if (before.flags ^ plan.flags) & switch_flags::TRACK != 0 {
-                self.track_all(plan);
+            let watch_changes = is_watched(before.flags) != is_watched(plan.flags);
+            if watch_changes {
+                self.watch_more(plan);
             }
             self.throw(plan, index, before.buffer());
+            if watch_changes {
+                self.watch_less(plan);
+            }
             return Ok(());
         }
         let (index, old) = match self.services.get(&plan.name) {
@@ -418,7 +427,7 @@ impl KernelDatapath {
             let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
             self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
         }
-        self.track_all(plan);
+        self.watch_more(plan);
         self.throw(plan, index, buffer);
 
         // From here on the new routes are in force, whatever fails below and is tried again.
@@ -464,6 +473,7 @@ impl KernelDatapath {
             self.write_route(route.index, [route.tables; 2], route.flags)?;
         }
         self.services.insert(plan.name.clone(), Installed { index, routes });
+        self.watch_less(plan);
         Ok(())
     }
 
@@ -474,7 +484,7 @@ impl KernelDatapath {
             self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
         }
         self.maps.set_switch(index, Switch::from_word(0));
-        self.track(name, BTreeSet::new());
+        self.watch(name, BTreeSet::new());
         self.maps.set_record(index, &record_of_nobody());
         self.maps.clear_counters(index)?;
         for route in routes {
@@ -521,14 +531,15 @@ impl KernelDatapath {
                 );
             }
             let routes = routes.into_values().collect();
-            if switch.has(switch_flags::TRACK) {
-                self.track(&service.name, service.frontends.iter().copied().collect());
+            if is_watched(switch.flags) {
+                self.watch(&service.name, service.frontends.iter().copied().collect());
             }
             self.services.insert(service.name.clone(), Installed { index, routes });
             // What its tables name is not known before the first plan; until then every backend counts as named.
             self.named.insert(service.name.clone(), self.backends.keys().copied().collect());
             adopted.push(service);
         }
+        self.maps.filter.settle();
         Ok(adopted)
     }
 
@@ -664,6 +675,17 @@ fn is_not_there(error: &aya::maps::MapError) -> bool {
 /// Bits of [`route_flags`].
 const fn flags_of(route: &RoutePlan) -> u32 {
     if route.keep_client { route_flags::KEEP_CLIENT } else { 0 }
+}
+
+/// Whether packets that are not the first of a flow count, by bits of [`switch_flags`].
+const fn is_watched(flags: u8) -> bool {
+    flags & switch_flags::TRACK != 0
+}
+
+/// The frontends of a plan to which every packet counts.
+fn watched_of(plan: &ServicePlan) -> impl Iterator<Item = Frontend> {
+    let frontends = plan.routes.iter().flat_map(|route| &route.frontends).copied();
+    frontends.filter(|_| is_watched(plan.flags))
 }
 
 /// A frontend's bit in the filter.

@@ -1,0 +1,74 @@
+//! The filter: which packets are looked at at all.
+
+use std::net::SocketAddr;
+
+use anyhow::{Result, ensure};
+use aya::maps::{Array, Map, MapData};
+use breaker_common::{FilterWords, PROTO_TCP, V4, filter_bit};
+
+use super::*;
+
+/// No role at all; only first packets count; every packet does, and those of flows are looked for in the flow tables first.
+const NOTHING: (bool, bool) = (false, false);
+const FIRST: (bool, bool) = (true, false);
+const EVERY: (bool, bool) = (true, true);
+/// Every packet counts, and no flow is looked for before it is known that there may be one.
+const BACKEND: (bool, bool) = (false, true);
+
+/// What the map says of an IPv4 address: frontend, every.
+fn said(rig: &Rig, of: SocketAddr) -> Result<(bool, bool)> {
+    let SocketAddr::V4(v4) = of else { anyhow::bail!("{of} is not IPv4") };
+    let filter: Array<_, FilterWords> = Map::Array(MapData::from_pin(rig.map("FILTER"))?).try_into()?;
+    let (word, bit) = filter_bit(V4::new(v4.ip().octets()), v4.port().to_be_bytes(), PROTO_TCP);
+    let words = filter.get(&word, 0)?;
+    Ok((words.frontend & bit != 0, words.every & bit != 0))
+}
+
+#[test]
+fn of_a_settled_service_only_first_packets_count() -> Result<()> {
+    let mut rig = Rig::new()?;
+    let (frontend, backup) = (vip(10), pod(BACKUP, 80));
+    let service = service("dummy", frontend, &[backup], "")?;
+    let backends = service.backups[0].backends.clone();
+    let settled = |epoch| plan_with(&service, Closed, epoch, 1000, false, &backends);
+    assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (NOTHING, NOTHING));
+    let steps = [
+        (settled(1), FIRST, "new"),
+        (plan(&service, Open, 2), EVERY, "open"),
+        (plan(&service, Closed, 3), EVERY, "closed, with flows on the backup"),
+        (settled(3), FIRST, "settled"),
+        (plan(&service, HalfOpen, 4), EVERY, "half-open"),
+    ];
+    for (plan, expected, when) in steps {
+        rig.apply(&plan)?;
+        assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (expected, BACKEND), "{when}");
+        let before = said(&rig, frontend)?;
+        rig.restart()?;
+        assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (before, BACKEND), "{when}, after a restart");
+    }
+    rig.datapath.remove(&service.name)?;
+    rig.datapath.sweep(None)?;
+    assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (NOTHING, NOTHING), "removed");
+    Ok(())
+}
+
+/// Two frontends of one service come and go by themselves; a frontend that is a backend, too, is both.
+#[test]
+fn frontends_come_and_go() -> Result<()> {
+    let mut rig = Rig::new()?;
+    let backup = pod(BACKUP, 80);
+    let with = |frontends: &[SocketAddr]| {
+        let frontends: Vec<_> = frontends.iter().map(|frontend| (*frontend, "TCP")).collect();
+        breaker_tests::packets::service_with("dummy", &frontends, &[backup], "")
+    };
+    rig.apply(&plan(&with(&[vip(10), vip(11)])?, Open, 1))?;
+    rig.apply(&plan(&with(&[vip(11), vip(12)])?, Open, 1))?;
+    let all = [vip(10), vip(11), vip(12)].map(|frontend| said(&rig, frontend));
+    ensure!(all.into_iter().collect::<Result<Vec<_>>>()? == [NOTHING, EVERY, EVERY]);
+    let chained = service("chained", backup, &[pod(5, 80)], "")?;
+    rig.apply(&plan_with(&chained, Closed, 1, 1000, false, &chained.backups[0].backends))?;
+    assert_eq!(said(&rig, backup)?, EVERY);
+    rig.datapath.remove(&chained.name)?;
+    assert_eq!(said(&rig, backup)?, BACKEND);
+    Ok(())
+}
