@@ -20,6 +20,14 @@ pub struct Guess {
     pub every: bool,
 }
 
+impl Guess {
+    /// Whether a packet counts that may be the first of its flow, or not. Of a service that is closed and settled others do not.
+    #[inline(always)]
+    pub fn counts(self, may_begin: bool) -> bool {
+        self.every || self.frontend && may_begin
+    }
+}
+
 /// Asks the filter for an address and port (wire order) under a protocol.
 #[inline(always)]
 pub fn guess<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Guess {

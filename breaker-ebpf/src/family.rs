@@ -16,7 +16,7 @@ use breaker_common::{
 use crate::{
     csum,
     packet::Frame,
-    parse::{self, Kind, Segment},
+    parse::{self, Kind, Plain, Segment},
 };
 
 /// An IPv4 address as the word that it is in memory: what a map has as bytes, for people.
@@ -164,6 +164,8 @@ pub trait Family: Address {
     /// # Errors
     /// See [`parse::at`].
     fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason>;
+    /// The IP header at `l3`, if it is one without options and extension headers, and the packet no fragment.
+    fn plain(packet: &impl Frame, l3: usize) -> Option<Plain<Self>>;
     /// The sum of its 16-bit words, most significant byte first.
     fn words(self) -> u64;
     /// The difference to another address as the kernel's checksum helpers want it: a 32-bit one's complement sum in
@@ -244,6 +246,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn plain(packet: &impl Frame, l3: usize) -> Option<Plain<Self>> {
+        parse::plain4(packet, l3)
+    }
+
+    #[inline(always)]
     fn words(self) -> u64 {
         csum::words4(self.0.to_ne_bytes())
     }
@@ -284,6 +291,11 @@ impl Family for V6 {
     #[inline(always)]
     fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason> {
         parse::ipv6(packet, l3, segment)
+    }
+
+    #[inline(always)]
+    fn plain(packet: &impl Frame, l3: usize) -> Option<Plain<Self>> {
+        parse::plain6(packet, l3)
     }
 
     #[inline(always)]

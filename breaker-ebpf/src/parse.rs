@@ -128,10 +128,16 @@ impl<A: Family> Segment<A> {
         self.proto == PROTO_TCP
     }
 
-    /// A connection request: SYN without ACK. (With RST or FIN beside it, it is none: hosts drop those.)
+    /// A connection request.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
-        self.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
+        is_request(self.flags)
+    }
+
+    /// Whether it may be the first of its flow: a connection request, or any datagram.
+    #[inline(always)]
+    pub fn may_begin(&self) -> bool {
+        !self.is_tcp() || self.is_syn()
     }
 
     /// The sender's last word, or nearly: FIN or RST.
@@ -360,31 +366,100 @@ fn transport<A: Family>(
 ) -> Result<Kind, PassReason> {
     segment.l4 = l4 as u32;
     segment.end = (l4 + rest) as u32;
-    let ports = if segment.proto == PROTO_TCP {
-        let Some(tcp) = packet.at::<Tcp>(l4) else { return Err(PassReason::Truncated) };
+    let (ports, flags) = ports(packet, l4, rest, segment.proto).ok_or(PassReason::Truncated)?;
+    if segment.proto == A::ICMP {
+        return Ok(if is_error::<A>(ports.source[0]) { Kind::IcmpError } else { Kind::Other });
+    }
+    segment.flags = flags;
+    segment.ports = ports;
+    Ok(Kind::Transport)
+}
+
+/// How the header at `l4` begins, of which there must be `rest` bytes, and TCP's flags.
+#[inline(always)]
+fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> Option<(Ports, u8)> {
+    if proto == PROTO_TCP {
+        let tcp = packet.at::<Tcp>(l4)?;
         if rest < size_of::<Tcp>() {
-            return Err(PassReason::Truncated);
+            return None;
         }
         // SAFETY: `at` checked the bounds; any bytes are a value.
         let tcp = unsafe { &*tcp };
-        segment.flags = tcp.flags;
-        tcp.ports
-    } else {
-        // UDP's and ICMP's headers are as long as each other.
-        let Some(header) = packet.at::<Udp>(l4) else { return Err(PassReason::Truncated) };
-        if rest < size_of::<Udp>() {
-            return Err(PassReason::Truncated);
-        }
-        // SAFETY: as above.
-        let ports = unsafe { (*header).ports };
-        if segment.proto == A::ICMP {
-            return Ok(if is_error::<A>(ports.source[0]) { Kind::IcmpError } else { Kind::Other });
-        }
-        segment.flags = 0;
-        ports
-    };
-    segment.ports = ports;
-    Ok(Kind::Transport)
+        return Some((tcp.ports, tcp.flags));
+    }
+    // UDP's and ICMP's headers are as long as each other.
+    let header = packet.at::<Udp>(l4)?;
+    if rest < size_of::<Udp>() {
+        return None;
+    }
+    // SAFETY: as above.
+    Some((unsafe { (*header).ports }, 0))
+}
+
+/// The two ends of a packet of the commonest kind.
+#[derive(Clone, Copy)]
+pub struct Glance<A> {
+    pub source: A,
+    pub destination: A,
+    pub ports: Ports,
+    pub proto: u8,
+    /// It may be the first of its flow.
+    pub may_begin: bool,
+}
+
+/// The ends of a segment or datagram without IP options and extension headers, whole, and with its headers where they can be
+/// read at once. Nothing is written down: it is for those that go on untouched. Everything else, and what does not go on, is
+/// parsed.
+#[inline(always)]
+pub fn glance<A: Family>(packet: &impl Frame, l3: usize) -> Option<Glance<A>> {
+    let ip = A::plain(packet, l3)?;
+    if ip.proto != PROTO_TCP && ip.proto != PROTO_UDP {
+        return None;
+    }
+    let (ports, flags) = ports(packet, l3 + A::HEADER, ip.rest, ip.proto)?;
+    let may_begin = ip.proto != PROTO_TCP || is_request(flags);
+    Some(Glance { source: ip.source, destination: ip.destination, ports, proto: ip.proto, may_begin })
+}
+
+/// What an IP header without options and extension headers says of a whole packet.
+pub struct Plain<A> {
+    source: A,
+    destination: A,
+    proto: u8,
+    /// How many bytes follow the header.
+    rest: usize,
+}
+
+/// See [`Family::plain`].
+#[inline(always)]
+pub fn plain4(packet: &impl Frame, l3: usize) -> Option<Plain<V4>> {
+    let ip = packet.at::<Ipv4>(l3)?;
+    // SAFETY: `at` checked the bounds; any bytes are a value; `Packet::read` has the word on alignment.
+    let ip = unsafe { &*ip };
+    if ip.version_and_length != 0x45 || u16::from_be(ip.fragment) & 0x3fff != 0 {
+        return None;
+    }
+    let rest = (u16::from_be(ip.total_length) as usize).checked_sub(size_of::<Ipv4>())?;
+    Some(Plain { source: ip.source, destination: ip.destination, proto: ip.proto, rest })
+}
+
+/// See [`Family::plain`].
+#[inline(always)]
+pub fn plain6(packet: &impl Frame, l3: usize) -> Option<Plain<V6>> {
+    let ip = packet.at::<Ipv6>(l3)?;
+    // SAFETY: as for IPv4.
+    let ip = unsafe { &*ip };
+    if ip.version[0] >> 4 != 6 {
+        return None;
+    }
+    let rest = u16::from_be(ip.length) as usize;
+    Some(Plain { source: ip.source, destination: ip.destination, proto: ip.next, rest })
+}
+
+/// A connection request: SYN without ACK. (With RST or FIN beside it, it is none: hosts drop those.)
+#[inline(always)]
+fn is_request(tcp_flags: u8) -> bool {
+    tcp_flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
 }
 
 /// Whether an ICMP type quotes the packet that it is about, and tells of an error (RFC 792, RFC 4443 section 2.1).

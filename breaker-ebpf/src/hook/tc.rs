@@ -109,10 +109,14 @@ struct Case<A> {
 /// `OUTSIDE`: the way back must be led past us.
 #[inline(always)]
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
+    let mut action = glance_in::<A, OUTSIDE>(packet, l3);
+    if action != Step::Look as i32 {
+        return action;
+    }
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
     let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, exit: exit::STACK };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
-    let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
+    action = look_in::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
         action = decide::<A, OUTSIDE>(packet, segment, &mut case);
     }
@@ -140,24 +144,52 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
     action
 }
 
-/// What is it? Most packets' way ends here.
+#[inline(always)]
+fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
+    let mut action = glance_out::<A>(packet, l3);
+    if action == Step::Look as i32 {
+        action = look_out::<A>(packet, l3);
+    }
+    action
+}
+
+/// Whether a client's packet goes on untouched, by its ends alone. Most packets' way ends here, at the least cost that there is.
+#[inline(always)]
+fn glance_in<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
+    let Some(ends) = parse::glance::<A>(packet, l3) else { return Step::Look as i32 };
+    if endpoint::guess(ends.destination, ends.ports.destination, ends.proto).counts(ends.may_begin) {
+        return Step::Look as i32;
+    }
+    if !OUTSIDE && agent::any_fast() { glance_out::<A>(packet, l3) } else { verdict::settle(Ok(Verdict::Next)) }
+}
+
+/// The same by where it comes from: of a packet to the client, or of what may be a backend's answer that leaves the stack out.
 #[inline(never)]
-fn look<A: Family, const OUTSIDE: bool>(
+fn glance_out<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
+    let Some(ends) = parse::glance::<A>(packet, l3) else { return Step::Look as i32 };
+    let counts = endpoint::guess(ends.source, ends.ports.source, ends.proto).every;
+    if counts { Step::Look as i32 } else { verdict::settle(Ok(Verdict::Next)) }
+}
+
+/// What a client sends.
+#[inline(never)]
+fn look_in<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     l3: usize,
     segment: &mut Segment<A>,
     case: &mut Case<A>,
 ) -> i32 {
-    verdict::settle(try_look::<A, OUTSIDE>(packet, l3, segment, case))
+    verdict::settle(try_look_in::<A, OUTSIDE>(packet, l3, segment, case))
 }
 
+/// What a client gets.
 #[inline(never)]
-fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
-    verdict::settle(try_to_client::<A>(packet, l3))
+fn look_out<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
+    verdict::settle(try_look_out::<A>(packet, l3))
 }
 
 #[inline(always)]
-fn try_look<A: Family, const OUTSIDE: bool>(
+fn try_look_in<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     l3: usize,
     segment: &mut Segment<A>,
@@ -184,9 +216,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
             None => unknown = true,
         }
     }
-    // Of a service that is closed and settled only what may be the first of a flow counts.
-    let counts = guess.every || guess.frontend && (segment.is_syn() || !segment.is_tcp());
-    let role = if counts { endpoint::look_up(addr, port, proto) } else { None };
+    let role = if guess.counts(segment.may_begin()) { endpoint::look_up(addr, port, proto) } else { None };
     let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (case.service, case.route) = (service, role.route);
@@ -211,7 +241,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
 }
 
 #[inline(always)]
-fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, PassReason> {
+fn try_look_out<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, PassReason> {
     let Some(segment) = Segment::<A>::place(Hook::Egress) else { return Ok(Verdict::Next) };
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),

@@ -17,7 +17,7 @@ use crate::{
     family::{Family, V4, V6},
     flow,
     packet::WirePacket,
-    parse::{self, Hook, Kind, Segment},
+    parse::{self, Glance, Hook, Kind, Segment},
     reset, select, service,
 };
 
@@ -35,6 +35,9 @@ pub fn from_wire(ctx: &XdpContext) -> u32 {
 
 #[inline(always)]
 fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
+    if parse::glance::<A>(packet, l3).is_some_and(|glance| !is_asked_for(&glance)) {
+        return XDP_PASS;
+    }
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return XDP_PASS };
     let mut service = 0;
     if !is_refused(packet, l3, segment, &mut service) {
@@ -49,11 +52,17 @@ fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
     XDP_TX
 }
 
+/// Whether it may be the first packet of a flow to a frontend.
+#[inline(always)]
+fn is_asked_for<A: Family>(glance: &Glance<A>) -> bool {
+    glance.may_begin && endpoint::guess(glance.destination, glance.ports.destination, glance.proto).frontend
+}
+
 /// Whether it is the first packet of a connection that is to be refused. What cannot be parsed, tc counts.
 #[inline(never)]
 fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
     let Ok(Kind::Transport) = parse::at(packet, l3, segment) else { return false };
-    if segment.is_tcp() && !segment.is_syn() {
+    if !segment.may_begin() {
         return false;
     }
     let Some(role) = endpoint::find(segment.destination, segment.ports.destination, segment.proto) else {
