@@ -182,10 +182,15 @@ fn lab(cluster: &Cluster) -> Result<String> {
     cluster.wait_state("dummy", "Open")?;
     cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
     cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup")?;
-    let table = cluster.lab(&["get", "cb", "dummy"])?;
-    for word in ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "2/2", " 0%"] {
-        ensure!(table.contains(word), "kubectl get cb does not show {word}:\n{table}");
-    }
+    // Open is said with the first node that is, and its share is what all of them send to the primary.
+    wait_for("kubectl get cb to show it", Duration::from_secs(20), || {
+        let table = cluster.lab(&["get", "cb", "dummy"])?;
+        let words = ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "2/2", " 0%"];
+        match words.iter().find(|word| !table.contains(*word)) {
+            Some(word) => bail!("no {word} in\n{table}"),
+            None => Ok(Some(())),
+        }
+    })?;
     let plugin = cluster.plugin()?;
     for word in cluster.nodes.iter().map(String::as_str).chain(["dummy", "Open"]) {
         ensure!(plugin.contains(word), "kubectl breaker does not show {word}:\n{plugin}");
