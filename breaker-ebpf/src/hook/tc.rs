@@ -1,4 +1,4 @@
-//! Both directions of the host side of a pod's veth.
+//! Both directions of the host side of a pod's veth. Most packets go on after a glance at their ends; the others are parsed.
 //!
 //! From the pod (tc ingress): is it for a frontend? → a first packet: decide, pin, translate → another one: what was
 //! decided for its flow.
@@ -103,8 +103,9 @@ struct Case<A> {
     peer: Peer<A>,
 }
 
-/// What it looks at first is a function of its own, also for IPv4, which has the smaller frame: this one lies under the
-/// frames of all steps that follow, and kernel 6.1 had no room for that: 576 bytes by its reckoning.
+/// What looks closer is a function of its own, also for IPv4, which has the smaller frame: this one lies under the frames of
+/// all steps that follow, and kernel 6.1 had no room for that: 576 bytes by its reckoning. The glance is not: a call would
+/// cost more than all that it does.
 ///
 /// `OUTSIDE`: the way back must be led past us.
 #[inline(always)]
@@ -160,15 +161,21 @@ fn glance_in<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> 
     if endpoint::guess(ends.destination, ends.ports.destination, ends.proto).counts(ends.may_begin) {
         return Step::Look as i32;
     }
-    if !OUTSIDE && agent::any_fast() { glance_out::<A>(packet, l3) } else { verdict::settle(Ok(Verdict::Next)) }
+    if !OUTSIDE && agent::any_fast() { glance_at_answer::<A>(packet, l3) } else { verdict::settle(Ok(Verdict::Next)) }
 }
 
-/// The same by where it comes from: of a packet to the client, or of what may be a backend's answer that leaves the stack out.
-#[inline(never)]
+/// The same of a packet to the client, by where it comes from.
+#[inline(always)]
 fn glance_out<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
     let Some(ends) = parse::glance::<A>(packet, l3) else { return Step::Look as i32 };
     let counts = endpoint::guess(ends.source, ends.ports.source, ends.proto).every;
     if counts { Step::Look as i32 } else { verdict::settle(Ok(Verdict::Next)) }
+}
+
+/// The same of what may be a backend's answer that leaves the stack out.
+#[inline(never)]
+fn glance_at_answer<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
+    glance_out::<A>(packet, l3)
 }
 
 /// What a client sends.

@@ -3,7 +3,8 @@
 //! what comes.
 //!
 //! All else is tc's: what goes to a backup of another node must be masqueraded, by a mark that only a packet of the stack can
-//! carry; and what goes to one of this node takes the stack's way all the same.
+//! carry; and what goes to one of this node takes the stack's way all the same. Nor could it be translated here: nothing says
+//! whether its checksum is complete, and where an uplink is a veth, many are partial.
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_TX},
