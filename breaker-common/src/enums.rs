@@ -128,5 +128,21 @@ numbered! {
         ExtensionHeaders = 9 => "ExtensionHeaders",
         /// SCTP, which is left to kube-proxy.
         Sctp = 10 => "Sctp",
+        /// A program of ours that was to look closer is not there.
+        ProgramMissing = 11 => "ProgramMissing",
+    }
+}
+
+numbered! {
+    /// Where a program of tc sits: key of `PROGRAMS`.
+    Place {
+        /// What a pod sends.
+        PodIn = 0 => "PodIn",
+        /// What a pod gets.
+        PodOut = 1 => "PodOut",
+        /// What comes in by an uplink.
+        UplinkIn = 2 => "UplinkIn",
+        /// What leaves by an uplink.
+        UplinkOut = 3 => "UplinkOut",
     }
 }

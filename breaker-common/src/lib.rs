@@ -20,7 +20,7 @@ mod layout;
 #[cfg(feature = "user")]
 mod user;
 
-pub use enums::{BreakerState, EventKind, FlowKind, PassReason, StateReason, UnknownNumber};
+pub use enums::{BreakerState, EventKind, FlowKind, PassReason, Place, StateReason, UnknownNumber};
 pub use layout::*;
 
 /// Version of everything in this crate. Pins live below a directory named after it (`v6`), so that an agent never

@@ -1,6 +1,6 @@
 //! breaker's programs on the packet path: entry points only.
 //!
-//! Read [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own, [`hook::xdp`] for what
+//! Read [`hook::glance`] and [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own, [`hook::xdp`] for what
 //! never gets that far; every step there is a module of its own:
 //!
 //! | module | one concern |
@@ -50,28 +50,53 @@ use aya_ebpf::{
     macros::{cgroup_sock_addr, classifier, xdp},
     programs::{SockAddrContext, TcContext, XdpContext},
 };
+use breaker_common::Place;
 
 /// tc ingress on the host side of a pod's veth: what the pod sends.
 #[classifier]
 pub fn breaker_in(ctx: TcContext) -> i32 {
+    hook::glance::sent::<false>(&ctx, Place::PodIn)
+}
+
+/// The same, for what does not go on after a glance.
+#[classifier]
+pub fn breaker_in_look(ctx: TcContext) -> i32 {
     hook::tc::from_pod(&ctx)
 }
 
 /// tc ingress on a node's uplink: what comes from outside for a Service.
 #[classifier]
 pub fn breaker_up(ctx: TcContext) -> i32 {
+    hook::glance::sent::<true>(&ctx, Place::UplinkIn)
+}
+
+/// The same, for what does not go on after a glance.
+#[classifier]
+pub fn breaker_up_look(ctx: TcContext) -> i32 {
     hook::tc::from_outside(&ctx)
 }
 
 /// tc egress on the host side of a pod's veth: what the pod gets.
 #[classifier]
 pub fn breaker_out(ctx: TcContext) -> i32 {
+    hook::glance::got::<false>(&ctx, Place::PodOut)
+}
+
+/// The same, for what does not go on after a glance.
+#[classifier]
+pub fn breaker_out_look(ctx: TcContext) -> i32 {
     hook::tc::to_pod(&ctx)
 }
 
 /// tc egress on a node's uplink: what clients outside get.
 #[classifier]
 pub fn breaker_up_out(ctx: TcContext) -> i32 {
+    hook::glance::got::<true>(&ctx, Place::UplinkOut)
+}
+
+/// The same, for what does not go on after a glance.
+#[classifier]
+pub fn breaker_up_out_look(ctx: TcContext) -> i32 {
     hook::tc::to_outside(&ctx)
 }
 

@@ -22,8 +22,6 @@ pub enum Verdict {
 #[derive(Clone, Copy)]
 #[repr(i32)]
 pub enum Step {
-    /// It may count: look closer.
-    Look = 0x1000,
     /// It is the first of its flow: decide.
     Decide = 0x1001,
     /// Translate it as was decided.

@@ -1,5 +1,31 @@
 //! The hooks, each as a packet travels through it.
 
+pub mod glance;
 pub mod sock;
 pub mod tc;
 pub mod xdp;
+
+use aya_ebpf::programs::TcContext;
+use network_types::eth::EtherType;
+
+use crate::{
+    packet::Packet,
+    parse,
+    verdict::{self, Verdict},
+};
+
+/// What a hook does with a packet, by its family. `TAGGED`: there may be VLAN tags.
+#[inline(always)]
+fn by_family<const TAGGED: bool>(
+    ctx: &TcContext,
+    v4: impl FnOnce(&Packet<'_>, usize) -> i32,
+    v6: impl FnOnce(&Packet<'_>, usize) -> i32,
+) -> i32 {
+    let packet = Packet::new(ctx);
+    let mut l3 = 0;
+    match parse::network::<TAGGED>(&packet, &mut l3) {
+        Some(EtherType::Ipv4) => v4(&packet, l3),
+        Some(EtherType::Ipv6) => v6(&packet, l3),
+        _ => verdict::settle(Ok(Verdict::Next)),
+    }
+}

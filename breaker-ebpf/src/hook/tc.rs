@@ -1,4 +1,4 @@
-//! Both directions of the host side of a pod's veth. Most packets go on after a glance at their ends; the others are parsed.
+//! Both directions of the host side of a pod's veth, for what does not go on after a [glance](super::glance).
 //!
 //! From the pod (tc ingress): is it for a frontend? → a first packet: decide, pin, translate → another one: what was
 //! decided for its flow.
@@ -31,8 +31,8 @@ use breaker_common::{
     PassReason, Reverse, ReverseKey, SLOT_PASSTHROUGH, SLOT_REJECT, Switch, backend_use, exit, flow_way, seen,
     switch_flags,
 };
-use network_types::eth::EtherType;
 
+use super::by_family;
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
@@ -75,22 +75,6 @@ pub fn to_outside(ctx: &TcContext) -> i32 {
     by_family::<true>(ctx, to_client::<V4>, to_client::<V6>)
 }
 
-/// `TAGGED`: there may be VLAN tags.
-#[inline(always)]
-fn by_family<const TAGGED: bool>(
-    ctx: &TcContext,
-    v4: impl FnOnce(&Packet<'_>, usize) -> i32,
-    v6: impl FnOnce(&Packet<'_>, usize) -> i32,
-) -> i32 {
-    let packet = Packet::new(ctx);
-    let mut l3 = 0;
-    match parse::network::<TAGGED>(&packet, &mut l3) {
-        Some(EtherType::Ipv4) => v4(&packet, l3),
-        Some(EtherType::Ipv6) => v6(&packet, l3),
-        _ => verdict::settle(Ok(Verdict::Next)),
-    }
-}
-
 /// What is known of a client's packet, from one function to the next.
 struct Case<A> {
     service: u32,
@@ -104,20 +88,15 @@ struct Case<A> {
 }
 
 /// What looks closer is a function of its own, also for IPv4, which has the smaller frame: this one lies under the frames of
-/// all steps that follow, and kernel 6.1 had no room for that: 576 bytes by its reckoning. The glance is not: a call would
-/// cost more than all that it does.
+/// all steps that follow, and kernel 6.1 had no room for that: 576 bytes by its reckoning.
 ///
 /// `OUTSIDE`: the way back must be led past us.
 #[inline(always)]
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
-    let mut action = glance_in::<A, OUTSIDE>(packet, l3);
-    if action != Step::Look as i32 {
-        return action;
-    }
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
     let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, exit: exit::STACK };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
-    action = look_in::<A, OUTSIDE>(packet, l3, segment, &mut case);
+    let mut action = look_in::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
         action = decide::<A, OUTSIDE>(packet, segment, &mut case);
     }
@@ -145,39 +124,6 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
     action
 }
 
-#[inline(always)]
-fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
-    let mut action = glance_out::<A>(packet, l3);
-    if action == Step::Look as i32 {
-        action = look_out::<A>(packet, l3);
-    }
-    action
-}
-
-/// Whether a client's packet goes on untouched, by its ends alone. Most packets' way ends here, at the least cost that there is.
-#[inline(always)]
-fn glance_in<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
-    let Some(ends) = parse::glance::<A>(packet, l3) else { return Step::Look as i32 };
-    if endpoint::guess(ends.destination, ends.ports.destination, ends.proto).counts(ends.may_begin) {
-        return Step::Look as i32;
-    }
-    if !OUTSIDE && agent::any_fast() { glance_at_answer::<A>(packet, l3) } else { verdict::settle(Ok(Verdict::Next)) }
-}
-
-/// The same of a packet to the client, by where it comes from.
-#[inline(always)]
-fn glance_out<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
-    let Some(ends) = parse::glance::<A>(packet, l3) else { return Step::Look as i32 };
-    let counts = endpoint::guess(ends.source, ends.ports.source, ends.proto).every;
-    if counts { Step::Look as i32 } else { verdict::settle(Ok(Verdict::Next)) }
-}
-
-/// The same of what may be a backend's answer that leaves the stack out.
-#[inline(never)]
-fn glance_at_answer<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
-    glance_out::<A>(packet, l3)
-}
-
 /// What a client sends.
 #[inline(never)]
 fn look_in<A: Family, const OUTSIDE: bool>(
@@ -191,8 +137,8 @@ fn look_in<A: Family, const OUTSIDE: bool>(
 
 /// What a client gets.
 #[inline(never)]
-fn look_out<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
-    verdict::settle(try_look_out::<A>(packet, l3))
+fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
+    verdict::settle(try_to_client::<A>(packet, l3))
 }
 
 #[inline(always)]
@@ -248,7 +194,7 @@ fn try_look_in<A: Family, const OUTSIDE: bool>(
 }
 
 #[inline(always)]
-fn try_look_out<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, PassReason> {
+fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, PassReason> {
     let Some(segment) = Segment::<A>::place(Hook::Egress) else { return Ok(Verdict::Next) };
     match parse::at(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),

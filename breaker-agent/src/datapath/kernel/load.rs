@@ -3,10 +3,11 @@
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    maps::{Map, MapData, MapInfo},
+    maps::{Map, MapData, MapInfo, ProgramArray},
     programs::SchedClassifier,
 };
 use aya_log::EbpfLogger;
+use breaker_common::Place;
 
 use super::{
     maps::{Maps, pinned},
@@ -22,6 +23,14 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
 pub(super) const POD_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
 /// Names of the programs of an uplink.
 pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_up_out", "breaker_up"];
+
+/// Names of the programs that look closer, which those call.
+const LOOK_PROGRAMS: [(Place, &str); 4] = [
+    (Place::PodIn, "breaker_in_look"),
+    (Place::PodOut, "breaker_out_look"),
+    (Place::UplinkIn, "breaker_up_look"),
+    (Place::UplinkOut, "breaker_up_out_look"),
+];
 
 /// Programs in the kernel, and their maps.
 #[expect(missing_debug_implementations, reason = "the logger has none")]
@@ -79,13 +88,14 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         }
     }
     let mut programs = loader.load(OBJECT).context("load the maps into the kernel")?;
+    // What looks closer is there before what calls it.
+    let mut look = ProgramArray::try_from(programs.take_map("PROGRAMS").context("the object has no map PROGRAMS")?)?;
+    for (place, name) in LOOK_PROGRAMS {
+        let program = loaded(&mut programs, name)?;
+        look.set(place as u32, program.fd()?, 0).with_context(|| format!("say where the program {name} is"))?;
+    }
     for name in POD_PROGRAMS.into_iter().chain(UPLINK_PROGRAMS) {
-        let program: &mut SchedClassifier = programs
-            .program_mut(name)
-            .with_context(|| format!("the object has no program {name}"))?
-            .try_into()
-            .with_context(|| format!("{name} is no tc program"))?;
-        program.load().with_context(|| format!("load the program {name} into the kernel"))?;
+        loaded(&mut programs, name)?;
     }
     // Without them everything else works as well.
     let sockets = netns.and_then(|_| sockets::load(&mut programs));
@@ -100,6 +110,17 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         sockets::detach(pins)?;
     }
     Ok(Loaded { programs, maps, sockets, xdp, logger })
+}
+
+/// Loads a program of tc.
+fn loaded<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    let program: &mut SchedClassifier = programs
+        .program_mut(name)
+        .with_context(|| format!("the object has no program {name}"))?
+        .try_into()
+        .with_context(|| format!("{name} is no tc program"))?;
+    program.load().with_context(|| format!("load the program {name} into the kernel"))?;
+    Ok(program)
 }
 
 /// Opens the maps of a pin directory without programs.

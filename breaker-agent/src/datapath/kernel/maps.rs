@@ -45,7 +45,7 @@ const V4_NAMES: [&str; 7] =
 const V6_NAMES: [&str; 7] =
     ["ENDPOINTS6", "BACKENDS6", "FLOWS6", "REVERSE6", "PENDING6", "PENDING_REVERSE6", "FRAGMENTS6"];
 
-const SHARED: [(&str, usize, usize); 11] = [
+const SHARED: [(&str, usize, usize); 12] = [
     ("FILTER", 4, size_of::<FilterWords>()),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
@@ -53,6 +53,7 @@ const SHARED: [(&str, usize, usize); 11] = [
     ("ROUTES", 4, size_of::<Route>()),
     ("RUNTIME", 4, 8),
     ("SLOTS", 4, size_of::<Table>()),
+    ("PROGRAMS", 4, 4),
     ("HEARTBEAT", 4, size_of::<Heartbeat>()),
     ("COUNTERS", 4, size_of::<ServiceCounters>()),
     ("REASONS", 4, 8),
