@@ -97,7 +97,7 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     };
     assert_eq!(programs()?, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
-    assert!(text(&cleaned.stdout).starts_with("took away 14 links and 25 maps"), "{}", text(&cleaned.stdout));
+    assert!(text(&cleaned.stdout).starts_with("took away 14 links and 26 maps"), "{}", text(&cleaned.stdout));
     wait_for("the kernel to have let go", LONG, || programs().is_ok_and(|count| count == 0))?;
     assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());
