@@ -1,10 +1,10 @@
-//! The filter: which packets are looked at at all.
+//! Which packets are looked at closer: the filter, and the program behind the tail call.
 
 use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
-use aya::maps::{Array, Map, MapData};
-use breaker_common::{FilterWords, PROTO_TCP, V4, filter_bit};
+use aya::maps::{Array, Map, MapData, ProgramArray};
+use breaker_common::{FilterWords, PROTO_TCP, Place, V4, filter_bit};
 
 use super::*;
 
@@ -70,5 +70,19 @@ fn frontends_come_and_go() -> Result<()> {
     assert_eq!(said(&rig, backup)?, EVERY);
     rig.datapath.remove(&chained.name)?;
     assert_eq!(said(&rig, backup)?, BACKEND);
+    Ok(())
+}
+
+/// What cannot be looked at closer goes on as it came, and is counted.
+#[test]
+fn without_the_second_program_packets_go_on() -> Result<()> {
+    let mut rig = rig(Open, "")?;
+    let mut programs: ProgramArray<_> = Map::ProgramArray(MapData::from_pin(rig.map("PROGRAMS"))?).try_into()?;
+    programs.clear_index(&(Place::PodIn as u32))?;
+    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no program");
+    assert_eq!(reason(&rig, PassReason::ProgramMissing), 1);
+    // An agent that comes puts it there.
+    rig.restart()?;
+    is(&rig.from_pod(&syn(2))?, &moved(&syn(2), pod(CLIENT, 2), pod(BACKUP, 80)));
     Ok(())
 }
