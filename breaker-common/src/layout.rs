@@ -207,7 +207,7 @@ pub struct Switch<S = BreakerState> {
 
 /// Bits of [`Switch::flags`].
 pub mod switch_flags {
-    /// Flows may exist that the tables must be asked for; without it a data packet costs one look-up.
+    /// Flows may exist that the tables must be asked for; without it a data packet costs a glance.
     pub const TRACK: u8 = 1;
     /// Reset established flows that are on the primary and were decided in an older epoch, or never seen.
     pub const RESET_PRIMARY: u8 = 1 << 1;

@@ -218,8 +218,8 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// A packet as the driver got it, before the stack. Its checksum is whole: a driver that leaves checksums to the device has no
-/// native XDP but on a veth, where what is written here is whole as well.
+/// A packet as the driver got it, before the stack. On a veth its checksum may be a partial one, and nothing says so; what is
+/// written here is whole.
 pub struct WirePacket<'a> {
     ctx: &'a XdpContext,
 }

@@ -400,7 +400,8 @@ fn loaded(pins: &PinDir, sizes: &Sizes) -> Result<(KernelDatapath, aya::Ebpf)> {
         sockets: false,
         xdp: true,
     };
-    let loaded = load(pins, &options)?;
+    let mut loaded = load(pins, &options)?;
+    loaded.tail_calls.lead_to(&loaded.programs)?;
     loaded.xdp.map_err(anyhow::Error::msg).context("XDP")?;
     let mut datapath = KernelDatapath::new(loaded.maps);
     datapath.beat(std::time::Duration::ZERO, 0);

@@ -227,7 +227,9 @@ impl<D: Datapath> Engine<D> {
         }
         for (name, service) in wanted {
             let adopted = self.left_behind.remove(&name);
-            let running = Running::new(now, service, adopted.as_ref());
+            let mut running = Running::new(now, service, adopted.as_ref());
+            let frontends = adopted.into_iter().flat_map(|adopted| adopted.frontends);
+            running.linger(frontends.filter(|frontend| !claimed.contains(frontend)).collect());
             self.services.insert(name, running);
         }
         // What no configuration wants any more and an earlier agent left goes, unless flows hang on it; those were
@@ -910,8 +912,14 @@ impl Running {
         self.draining = true;
         self.closed_at = Some(now.mono);
         let before = std::mem::replace(&mut self.service, service).frontends;
-        let stays = |frontend: &Frontend| self.service.frontends.contains(frontend);
-        if before.iter().any(|frontend| frontend.protocol == Protocol::Udp && !stays(frontend)) {
+        self.linger(before);
+    }
+
+    /// Lets connections to frontends of before end in peace, but for those that are still there. Datagrams go to kube-proxy with
+    /// the next one.
+    fn linger(&mut self, before: Vec<Frontend>) {
+        let gone = |frontend: &Frontend| !self.service.frontends.contains(frontend);
+        if before.iter().any(|frontend| frontend.protocol == Protocol::Udp && gone(frontend)) {
             self.new_epoch();
         }
         self.lingering.extend(before);
@@ -1001,9 +1009,12 @@ impl Running {
         };
         if self.leaving {
             let service = Service { on_close: EstablishedPolicy::Keep, ..self.service.clone() };
-            return ServicePlan::new(&service, decision, &[]);
+            return self.with_lingering(ServicePlan::new(&service, decision, &[]));
         }
-        let mut plan = ServicePlan::new(&self.service, decision, &backup);
+        self.with_lingering(ServicePlan::new(&self.service, decision, &backup))
+    }
+
+    fn with_lingering(&self, mut plan: ServicePlan) -> ServicePlan {
         plan.linger(&self.lingering);
         plan
     }

@@ -145,7 +145,7 @@ fn flows_are_looked_for_until_the_last_one_has_ended() {
     e.datapath_mut().alive.clear();
     e.tick(at(8100));
     assert!(!applied(&e).decision.draining);
-    assert_eq!(applied(&e).flags, 0, "closed and settled: one look-up a packet again");
+    assert_eq!(applied(&e).flags, 0, "closed and settled: a glance a packet again");
 }
 
 #[test]
@@ -210,6 +210,34 @@ fn an_earlier_agents_work_is_adopted_before_anything_changes() {
     assert!(!e.datapath().applied.contains_key(&ServiceName::new("forgotten")));
     probe(&mut e, 9500, 0, CheckCode::L7Ok);
     assert_eq!(state(&e), (Closed, 42));
+}
+
+#[test]
+fn connections_to_a_frontend_that_went_while_no_agent_looked_end_in_peace() {
+    let gone = Frontend { address: "10.43.0.77:8080".parse().unwrap(), protocol: Protocol::Tcp };
+    let mut frontends = services("")[0].frontends.clone();
+    frontends.push(gone);
+    let left = Adopted {
+        name: ServiceName::new("dummy"),
+        frontends,
+        state: Open,
+        epoch: 41,
+        share: 0,
+        reason: StateReason::ConnectTimeout,
+        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
+        trips: 3,
+        override_: (Override::Auto, 0),
+        backup: BTreeSet::new(),
+    };
+    let alive = [(ServiceName::new("dummy"), 1)].into();
+    let mut e = engine("", FakeDatapath { left_behind: vec![left], alive, ..FakeDatapath::default() });
+    for ms in [2000, 4000, 6000] {
+        e.tick(at(ms));
+        assert!(applied(&e).frontends().any(|frontend| *frontend == gone), "{ms}");
+    }
+    e.datapath_mut().alive.clear();
+    e.tick(at(8100));
+    assert!(!applied(&e).frontends().any(|frontend| *frontend == gone));
 }
 
 #[test]

@@ -127,7 +127,7 @@ pub async fn run(options: Options) -> Result<()> {
         carry_log(logger);
     }
     let events = loaded.maps.events_ready()?;
-    let attacher = Attacher::new(loaded.programs, &pins, config.attach, config.attach_order, xdp);
+    let attacher = Attacher::new(loaded.programs, loaded.tail_calls, &pins, config.attach, config.attach_order, xdp);
     let clock = Clock::new();
     let engine = Engine::new(KernelDatapath::new(loaded.maps), clock.now())?;
     let (reports_in, reports) = mpsc::channel(4096);
@@ -180,6 +180,7 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let wanted = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.clone() };
     let (present, interfaces) = watch_interfaces(wanted).await.context("watch the interfaces")?;
+    agent.attacher.begin()?;
     agent.attach_all(present);
     let pid = std::process::id();
     let mode = agent.attacher.mode();

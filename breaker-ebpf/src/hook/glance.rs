@@ -45,9 +45,14 @@ pub fn got<const OUTSIDE: bool>(ctx: &TcContext, place: Place) -> i32 {
 #[inline(always)]
 fn sent_counts<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> bool {
     let Some(ends) = parse::glance::<A>(packet, l3) else { return true };
-    endpoint::guess(ends.destination, ends.ports.destination, ends.proto).counts(ends.may_begin)
-        // It may be a backend's answer that leaves the stack out.
-        || !OUTSIDE && agent::any_fast() && endpoint::guess(ends.source, ends.ports.source, ends.proto).every
+    let to = endpoint::guess(ends.destination, ends.ports.destination, ends.proto);
+    if OUTSIDE {
+        // What goes to a backend's own address is other nodes' business.
+        return to.frontend && to.counts(ends.may_begin);
+    }
+    // It may be a backend's answer that leaves the stack out.
+    let answers = || agent::any_fast() && endpoint::guess(ends.source, ends.ports.source, ends.proto).every;
+    to.counts(ends.may_begin) || answers()
 }
 
 #[inline(always)]

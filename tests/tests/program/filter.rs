@@ -4,9 +4,11 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 use aya::maps::{Array, Map, MapData, ProgramArray};
+use breaker_agent::model::{Route, Service};
 use breaker_common::{FilterWords, PROTO_TCP, Place, V4, filter_bit};
 
 use super::*;
+use breaker_tests::packets::service_with;
 
 /// No role at all; only first packets count; every packet does, and those of flows are looked for in the flow tables first.
 const NOTHING: (bool, bool) = (false, false);
@@ -59,12 +61,13 @@ fn frontends_come_and_go() -> Result<()> {
     let backup = pod(BACKUP, 80);
     let with = |frontends: &[SocketAddr]| {
         let frontends: Vec<_> = frontends.iter().map(|frontend| (*frontend, "TCP")).collect();
-        breaker_tests::packets::service_with("dummy", &frontends, &[backup], "")
+        service_with("dummy", &frontends, &[backup], "")
     };
     rig.apply(&plan(&with(&[vip(10), vip(11)])?, Open, 1))?;
     rig.apply(&plan(&with(&[vip(11), vip(12)])?, Open, 1))?;
     let all = [vip(10), vip(11), vip(12)].map(|frontend| said(&rig, frontend));
-    ensure!(all.into_iter().collect::<Result<Vec<_>>>()? == [NOTHING, EVERY, EVERY]);
+    // What left is looked at for flows as long as the service is; another may have it by now.
+    ensure!(all.into_iter().collect::<Result<Vec<_>>>()? == [BACKEND, EVERY, EVERY]);
     let chained = service("chained", backup, &[pod(5, 80)], "")?;
     rig.apply(&plan_with(&chained, Closed, 1, 1000, false, &chained.backups[0].backends))?;
     assert_eq!(said(&rig, backup)?, EVERY);
@@ -84,5 +87,31 @@ fn without_the_second_program_packets_go_on() -> Result<()> {
     // An agent that comes puts it there.
     rig.restart()?;
     is(&rig.from_pod(&syn(2))?, &moved(&syn(2), pod(CLIENT, 2), pod(BACKUP, 80)));
+    Ok(())
+}
+
+/// A service was renamed while no agent looked: what is left of it, without routes of its own, does not take its frontends back.
+#[test]
+fn what_is_left_of_a_service_takes_no_frontend_back() -> Result<()> {
+    let mut rig = Rig::new()?;
+    let (one, other) = (vip(10), SocketAddr::new(vip(11).ip(), 9090));
+    let (backup, second) = (pod(BACKUP, 80), pod(BACKUP, 90));
+    let named = |name: &str| -> Result<Service> {
+        let mut service = service_with(name, &[(one, "TCP"), (other, "TCP")], &[backup], "")?;
+        let frontends = service.frontends.iter().filter(|frontend| frontend.address == other).copied().collect();
+        service.routes.push(Route { frontends, backends: [(backup, second)].into() });
+        Ok(service)
+    };
+    rig.apply(&plan(&named("before")?, Open, 1))?;
+    rig.restart()?;
+    rig.apply(&plan(&named("after")?, Open, 2))?;
+    let before = named("before")?;
+    let left = Service { frontends: before.frontends, ..Service::nothing(before.name.clone()) };
+    rig.apply(&plan_with(&left, Closed, 2, 1000, true, &[]))?;
+    rig.datapath.remove(&before.name)?;
+    for (port, frontend, backend) in [(1, one, backup), (2, other, second)] {
+        let segment = Segment { destination: frontend, ..syn(port) };
+        is(&rig.from_pod(&segment)?, &moved(&segment, pod(CLIENT, port), backend));
+    }
     Ok(())
 }

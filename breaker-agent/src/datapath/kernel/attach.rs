@@ -28,7 +28,7 @@ use super::{
     clsact,
     interfaces::{Interface, Side},
     links,
-    load::{POD_PROGRAMS, UPLINK_PROGRAMS},
+    load::{POD_PROGRAMS, TailCalls, UPLINK_PROGRAMS},
     pins::PinDir,
     sockets, xdp,
 };
@@ -69,6 +69,7 @@ pub struct Attached {
 #[derive(Debug)]
 pub struct Attacher {
     programs: Ebpf,
+    tail_calls: TailCalls,
     links: PathBuf,
     clsact: PathBuf,
     mode: AttachMode,
@@ -80,13 +81,29 @@ pub struct Attacher {
 impl Attacher {
     /// With loaded programs; the rest as configured.
     #[must_use]
-    pub fn new(programs: Ebpf, pins: &PinDir, mode: AttachMode, order: AttachOrder, xdp: XdpPolicy) -> Self {
+    pub fn new(
+        programs: Ebpf,
+        tail_calls: TailCalls,
+        pins: &PinDir,
+        mode: AttachMode,
+        order: AttachOrder,
+        xdp: XdpPolicy,
+    ) -> Self {
         let mode = match mode {
             AttachMode::Auto if has_tcx() => AttachMode::Tcx,
             AttachMode::Auto => AttachMode::Clsact,
             chosen => chosen,
         };
-        Self { programs, links: pins.links(), clsact: pins.clsact(), mode, order, xdp, attached: BTreeMap::new() }
+        Self {
+            programs,
+            tail_calls,
+            links: pins.links(),
+            clsact: pins.clsact(),
+            mode,
+            order,
+            xdp,
+            attached: BTreeMap::new(),
+        }
     }
 
     /// How programs are attached: never `Auto`.
@@ -99,6 +116,14 @@ impl Attacher {
     #[must_use]
     pub const fn attached(&self) -> &BTreeMap<u32, Attached> {
         &self.attached
+    }
+
+    /// Lets the programs that an earlier agent attached call ours; before the first is attached.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn begin(&mut self) -> Result<()> {
+        self.tail_calls.lead_to(&self.programs)
     }
 
     /// Puts the programs on both directions of an interface; on one that has them already, the new ones replace the

@@ -37,6 +37,8 @@ const LOOK_PROGRAMS: [(Place, &str); 4] = [
 pub struct Loaded {
     /// The programs, loaded but not attached.
     pub programs: Ebpf,
+    /// Where those are that others call.
+    pub tail_calls: TailCalls,
     /// Their maps.
     pub maps: Maps,
     /// Whether the node's own sockets are seen, or why not.
@@ -88,14 +90,13 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         }
     }
     let mut programs = loader.load(OBJECT).context("load the maps into the kernel")?;
-    // What looks closer is there before what calls it.
-    let mut look = ProgramArray::try_from(programs.take_map("PROGRAMS").context("the object has no map PROGRAMS")?)?;
-    for (place, name) in LOOK_PROGRAMS {
-        let program = loaded(&mut programs, name)?;
-        look.set(place as u32, program.fd()?, 0).with_context(|| format!("say where the program {name} is"))?;
-    }
-    for name in POD_PROGRAMS.into_iter().chain(UPLINK_PROGRAMS) {
-        loaded(&mut programs, name)?;
+    for name in POD_PROGRAMS.into_iter().chain(UPLINK_PROGRAMS).chain(LOOK_PROGRAMS.map(|(_, name)| name)) {
+        let program: &mut SchedClassifier = programs
+            .program_mut(name)
+            .with_context(|| format!("the object has no program {name}"))?
+            .try_into()
+            .with_context(|| format!("{name} is no tc program"))?;
+        program.load().with_context(|| format!("load the program {name} into the kernel"))?;
     }
     // Without them everything else works as well.
     let sockets = netns.and_then(|_| sockets::load(&mut programs));
@@ -104,23 +105,41 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
         None => None,
     };
+    let tail_calls = TailCalls(programs.take_map("PROGRAMS").context("the object has no map PROGRAMS")?.try_into()?);
     let maps = Maps::open(|name| programs.take_map(name).with_context(|| format!("the object has no map {name}")))?;
     let sockets = sockets.and_then(|()| sockets::attach(&mut programs, pins)).map_err(|error| format!("{error:#}"));
     if sockets.is_err() {
         sockets::detach(pins)?;
     }
-    Ok(Loaded { programs, maps, sockets, xdp, logger })
+    Ok(Loaded { programs, tail_calls, maps, sockets, xdp, logger })
 }
 
-/// Loads a program of tc.
-fn loaded<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
-    let program: &mut SchedClassifier = programs
-        .program_mut(name)
-        .with_context(|| format!("the object has no program {name}"))?
-        .try_into()
-        .with_context(|| format!("{name} is no tc program"))?;
-    program.load().with_context(|| format!("load the program {name} into the kernel"))?;
-    Ok(program)
+/// Where the programs are that others call.
+pub struct TailCalls(ProgramArray<MapData>);
+
+impl std::fmt::Debug for TailCalls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TailCalls").finish_non_exhaustive()
+    }
+}
+
+impl TailCalls {
+    /// Lets the programs that are attached, an earlier agent's too, call these: from here on they translate.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn lead_to(&mut self, programs: &Ebpf) -> Result<()> {
+        for (place, name) in LOOK_PROGRAMS {
+            let program: &SchedClassifier =
+                programs.program(name).with_context(|| format!("the object has no program {name}"))?.try_into()?;
+            self.0.set(place as u32, program.fd()?, 0).with_context(|| {
+                format!(
+                    "put {name} in its place (only programs like an earlier agent's are taken: see breaker cleanup)"
+                )
+            })?;
+        }
+        Ok(())
+    }
 }
 
 /// Opens the maps of a pin directory without programs.

@@ -1,8 +1,8 @@
 //! The real datapath: programs and maps in the kernel.
 //!
 //! Order of writes, so that a packet at any moment sees something whole: backends before the slots that name them,
-//! slots into the buffer that is not in force, then the switch (one word, one store), then new frontends. Taking away
-//! goes the other way round. A backend stays known while a flow to it lives.
+//! slots into the buffer that is not in force, the filter's bits, then the switch (one word, one store), then new frontends.
+//! Taking away goes the other way round. A backend stays known while a flow to it lives.
 
 mod attach;
 mod clsact;
@@ -43,7 +43,7 @@ use crate::model::{Frontend, Override, Protocol, ServiceName};
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
 use filter::{Bit, Says, bit_of};
 pub use interfaces::{Interface, InterfaceChange, Side, Wanted, watch as watch_interfaces};
-pub use load::{Loaded, Options as LoadOptions, load};
+pub use load::{Loaded, Options as LoadOptions, TailCalls, load};
 pub use maps::Maps;
 use maps::{Net, number};
 pub use masquerade::{install as install_masquerade_rule, remove as remove_masquerade_rule};
@@ -193,7 +193,12 @@ impl KernelDatapath {
         let ifindex = self.where_is(address);
         let backend = Backend { addr, port, proto: number(protocol), pad: 0, in_use: 0, ifindex };
         A::of_mut(&mut self.maps).backends.set(id, backend, 0).with_context(|| format!("write backend {address}"))?;
-        self.change_role((address, protocol), |role| role.backend = id)
+        let written = self.change_role((address, protocol), |role| role.backend = id);
+        if written.is_err() {
+            // An agent that adopts it would take it for whole.
+            self.clear_backend::<A>((address, protocol), id)?;
+        }
+        written
     }
 
     /// Forgets a backend that no table names and no flow uses.
@@ -232,6 +237,9 @@ impl KernelDatapath {
         let before = A::of(&self.maps).endpoints.get(&key, 0).unwrap_or(EndpointRole::NOTHING);
         let mut role = before;
         change(&mut role);
+        if role == before {
+            return Ok(());
+        }
         for says in filter::said_of(&role) {
             self.maps.filter.add(says, bit);
         }
@@ -256,9 +264,12 @@ impl KernelDatapath {
         self.watch(&plan.name, watched_of(plan).chain(before.copied()).collect());
     }
 
-    /// Has packets to a plan's frontends looked at only as far as the plan asks for it: when it is in force.
+    /// Has packets to a plan's frontends looked at no more, if the plan does not ask for it: when it is in force. (While it does,
+    /// frontends that it lost stay as well: flows to them may be the service's, and another has the frontend.)
     fn watch_less(&mut self, plan: &ServicePlan) {
-        self.watch(&plan.name, watched_of(plan).collect());
+        if !is_watched(plan.flags) {
+            self.watch(&plan.name, BTreeSet::new());
+        }
     }
 
     /// Tells the filter to which of a service's frontends every packet counts.
@@ -374,7 +385,7 @@ impl KernelDatapath {
         // A flip, and nothing else.
         if let Some(installed) = self.services.get(&plan.name).filter(|installed| installed.has(&plan.routes)) {
             let (index, before) = (installed.index, self.maps.switch(installed.index));
-            let watch_changes = is_watched(before.flags) != is_watched(plan.flags);
+            let watch_changes = self.watched.contains_key(&plan.name) != is_watched(plan.flags);
             if watch_changes {
                 self.watch_more(plan);
             }
@@ -458,8 +469,12 @@ impl KernelDatapath {
         self.services.insert(plan.name.clone(), Installed { index, routes: installed });
         self.named.insert(plan.name.clone(), plan.backends());
         for (frontend, route) in wanted.iter().filter(|(f, route)| had.get(f) != Some(route)) {
+            // One that was ours may be another service's by now: of a service that leaves, above all.
+            let was_ours = had.contains_key(frontend);
             self.change_role((frontend.address, frontend.protocol), |role| {
-                (role.service, role.route) = (index, *route);
+                if !was_ours || role.service == index {
+                    (role.service, role.route) = (index, *route);
+                }
             })?;
         }
         for frontend in had.keys().filter(|f| !wanted.contains_key(f)) {
@@ -482,6 +497,10 @@ impl KernelDatapath {
         let (index, routes) = (installed.index, installed.routes.clone());
         for frontend in routes.iter().flat_map(|route| &route.frontends) {
             self.change_role((frontend.address, frontend.protocol), |role| leave(role, index))?;
+            // Should something fail below, and the service come back: what is gone is known to be.
+            for route in self.services.get_mut(name).into_iter().flat_map(|installed| &mut installed.routes) {
+                route.frontends.retain(|left| left != frontend);
+            }
         }
         self.maps.set_switch(index, Switch::from_word(0));
         self.watch(name, BTreeSet::new());
@@ -504,6 +523,10 @@ impl KernelDatapath {
         self.adopt_backends::<V4>()?;
         self.adopt_backends::<V6>()?;
         self.maps.adopt_filter()?;
+        // An earlier agent may have died between a backend and its role.
+        for (destination, id) in self.backends.clone() {
+            self.change_role(destination, |role| role.backend = id)?;
+        }
         let mut frontends = frontends(&self.maps)?;
         let mut adopted = Vec::new();
         for index in 0..self.maps.sizes.services {
