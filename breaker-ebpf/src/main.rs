@@ -1,7 +1,7 @@
 //! breaker's programs on the packet path: entry points only.
 //!
-//! Read [`hook::glance`] and [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own, [`hook::xdp`] for what
-//! never gets that far; every step there is a module of its own:
+//! Read [`hook::glance`] and [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own,
+//! [`hook::xdp`] for what never gets that far; every step there is a module of its own:
 //!
 //! | module | one concern |
 //! |---|---|

@@ -27,6 +27,22 @@ fn engine(extra: &str, datapath: FakeDatapath) -> Engine<FakeDatapath> {
     engine
 }
 
+/// What an earlier agent left of the service: open.
+fn left_open() -> Adopted {
+    Adopted {
+        name: ServiceName::new("dummy"),
+        frontends: services("")[0].frontends.clone(),
+        state: Open,
+        epoch: 41,
+        share: 0,
+        reason: StateReason::ConnectTimeout,
+        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
+        trips: 3,
+        override_: (Override::Auto, 0),
+        backup: ["10.42.0.3:80".parse().unwrap()].into(),
+    }
+}
+
 /// One probe of the primary (tier 0) or the backup (tier 1); rise and fall are the lab's 1 and 1.
 fn probe(engine: &mut Engine<FakeDatapath>, ms: u64, tier: usize, code: CheckCode) {
     let backend = if tier == 0 { "10.42.0.2:80" } else { "10.42.0.3:80" };
@@ -183,18 +199,7 @@ fn a_service_that_goes_waits_for_its_flows() {
 
 #[test]
 fn an_earlier_agents_work_is_adopted_before_anything_changes() {
-    let left = Adopted {
-        name: ServiceName::new("dummy"),
-        frontends: services("")[0].frontends.clone(),
-        state: Open,
-        epoch: 41,
-        share: 0,
-        reason: StateReason::ConnectTimeout,
-        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
-        trips: 3,
-        override_: (Override::Auto, 0),
-        backup: ["10.42.0.3:80".parse().unwrap()].into(),
-    };
+    let left = left_open();
     let other = Adopted { name: ServiceName::new("forgotten"), ..left.clone() };
     let mut e = engine("", FakeDatapath { left_behind: vec![left, other], ..FakeDatapath::default() });
     let status = e.get(at(0), "dummy").unwrap();
@@ -215,20 +220,8 @@ fn an_earlier_agents_work_is_adopted_before_anything_changes() {
 #[test]
 fn connections_to_a_frontend_that_went_while_no_agent_looked_end_in_peace() {
     let gone = Frontend { address: "10.43.0.77:8080".parse().unwrap(), protocol: Protocol::Tcp };
-    let mut frontends = services("")[0].frontends.clone();
-    frontends.push(gone);
-    let left = Adopted {
-        name: ServiceName::new("dummy"),
-        frontends,
-        state: Open,
-        epoch: 41,
-        share: 0,
-        reason: StateReason::ConnectTimeout,
-        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
-        trips: 3,
-        override_: (Override::Auto, 0),
-        backup: BTreeSet::new(),
-    };
+    let mut left = Adopted { backup: BTreeSet::new(), ..left_open() };
+    left.frontends.push(gone);
     let alive = [(ServiceName::new("dummy"), 1)].into();
     let mut e = engine("", FakeDatapath { left_behind: vec![left], alive, ..FakeDatapath::default() });
     for ms in [2000, 4000, 6000] {
@@ -290,16 +283,11 @@ fn a_configured_override_is_the_configurations() {
 #[test]
 fn an_override_that_ended_while_nobody_looked_waits_for_the_checks() {
     let left = Adopted {
-        name: ServiceName::new("dummy"),
-        frontends: services("")[0].frontends.clone(),
-        backup: ["10.42.0.3:80".parse().unwrap()].into(),
-        state: Open,
         epoch: 7,
-        share: 0,
         reason: StateReason::Operator,
-        since_unix_ns: u64::try_from(ORIGIN - 100).unwrap() * 1_000_000_000,
         trips: 0,
         override_: (Override::ForceOpen, u64::try_from(ORIGIN - 1).unwrap() * 1_000_000_000),
+        ..left_open()
     };
     let mut e = engine("", FakeDatapath { left_behind: vec![left], ..FakeDatapath::default() });
     assert_eq!(state(&e), (Open, 7), "nothing is known of the primary yet");
@@ -379,18 +367,7 @@ fn flows_to_pods_that_went_while_no_agent_looked_end_too() {
     let tcp = |address| (address, Protocol::Tcp);
     let mut first = engine("", FakeDatapath::default());
     probe(&mut first, 10, 1, CheckCode::L7Ok);
-    let adopted = Adopted {
-        name: ServiceName::new("dummy"),
-        frontends: services("")[0].frontends.clone(),
-        backup: [stays].into(),
-        state: Open,
-        epoch: 7,
-        share: 0,
-        reason: StateReason::HttpStatus,
-        since_unix_ns: 1,
-        trips: 1,
-        override_: (Override::Auto, 0),
-    };
+    let adopted = Adopted { epoch: 7, backup: [stays].into(), ..left_open() };
     let datapath =
         FakeDatapath { left_behind: vec![adopted], flows_to: [stays, gone].map(tcp).into(), ..FakeDatapath::default() };
     let e = engine("", datapath);

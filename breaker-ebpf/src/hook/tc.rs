@@ -96,7 +96,7 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
     let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, exit: exit::STACK };
     let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
-    let mut action = look_in::<A, OUTSIDE>(packet, l3, segment, &mut case);
+    let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
         action = decide::<A, OUTSIDE>(packet, segment, &mut case);
     }
@@ -124,15 +124,15 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
     action
 }
 
-/// What a client sends.
+/// What does a client send?
 #[inline(never)]
-fn look_in<A: Family, const OUTSIDE: bool>(
+fn look<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     l3: usize,
     segment: &mut Segment<A>,
     case: &mut Case<A>,
 ) -> i32 {
-    verdict::settle(try_look_in::<A, OUTSIDE>(packet, l3, segment, case))
+    verdict::settle(try_look::<A, OUTSIDE>(packet, l3, segment, case))
 }
 
 /// What a client gets.
@@ -142,7 +142,7 @@ fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
 }
 
 #[inline(always)]
-fn try_look_in<A: Family, const OUTSIDE: bool>(
+fn try_look<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
     l3: usize,
     segment: &mut Segment<A>,

@@ -260,8 +260,10 @@ impl KernelDatapath {
 
     /// Has every packet to a plan's frontends looked at, if the plan asks for it: before it is in force.
     fn watch_more(&mut self, plan: &ServicePlan) {
-        let before = self.watched.get(&plan.name).into_iter().flatten();
-        self.watch(&plan.name, watched_of(plan).chain(before.copied()).collect());
+        if is_watched(plan.flags) {
+            let before = self.watched.get(&plan.name).into_iter().flatten();
+            self.watch(&plan.name, plan.frontends().chain(before).copied().collect());
+        }
     }
 
     /// Has packets to a plan's frontends looked at no more, if the plan does not ask for it: when it is in force. (While it does,
@@ -703,12 +705,6 @@ const fn flags_of(route: &RoutePlan) -> u32 {
 /// Whether packets that are not the first of a flow count, by bits of [`switch_flags`].
 const fn is_watched(flags: u8) -> bool {
     flags & switch_flags::TRACK != 0
-}
-
-/// The frontends of a plan to which every packet counts.
-fn watched_of(plan: &ServicePlan) -> impl Iterator<Item = Frontend> {
-    let frontends = plan.routes.iter().flat_map(|route| &route.frontends).copied();
-    frontends.filter(|_| is_watched(plan.flags))
 }
 
 /// A frontend's bit in the filter.
