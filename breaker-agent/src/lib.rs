@@ -8,7 +8,7 @@
 //!                                     breaker, pool, maglev      (pure: no clock, no socket, no map)
 //! ```
 //!
-//! Who may know whom: `breaker`, `health`, `pool`, `maglev` and `model` know core and std only; only `datapath` uses
+//! Who may know whom: `breaker`, `health`, `limits`, `pool`, `maglev` and `model` know core and std only; only `datapath` uses
 //! aya, only `check` opens probe sockets, only `agent::run` reads the clock.
 
 pub mod agent;
@@ -19,6 +19,7 @@ pub mod config;
 pub mod control;
 pub mod datapath;
 pub mod health;
+pub mod limits;
 pub mod maglev;
 pub mod model;
 pub mod pool;

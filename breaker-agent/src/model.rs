@@ -12,6 +12,8 @@ use std::{
 
 use serde::Serialize;
 
+use crate::limits::Limits;
+
 /// A service's name, unique on a node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
@@ -310,6 +312,8 @@ pub struct Service {
     pub fast_path: FastPath,
     /// For clients outside.
     pub keep_client: KeepClient,
+    /// How much each tier takes; `None`: all of it.
+    pub limits: Option<Limits>,
 }
 
 impl Service {
@@ -350,6 +354,7 @@ impl Service {
             on_agent_loss: OnAgentLoss::PassThrough,
             fast_path: FastPath::Off,
             keep_client: KeepClient::default(),
+            limits: None,
         }
     }
 

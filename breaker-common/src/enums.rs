@@ -130,6 +130,8 @@ numbered! {
         Sctp = 10 => "Sctp",
         /// A program of ours that was to look closer is not there.
         ProgramMissing = 11 => "ProgramMissing",
+        /// No room to remember a new connection of a service with limits: it is admitted and not counted.
+        LimitTableFull = 12 => "LimitTableFull",
     }
 }
 
@@ -144,5 +146,31 @@ numbered! {
         UplinkIn = 2 => "UplinkIn",
         /// What leaves by an uplink.
         UplinkOut = 3 => "UplinkOut",
+    }
+}
+
+numbered! {
+    /// Which limit refused a new connection. The number is the index in [`crate::LimitCounters`].
+    LimitKind {
+        /// New connections a second, all clients together.
+        NewConnections = 0 => "newConnectionsPerSecond",
+        /// New connections a second of one client.
+        ClientNewConnections = 1 => "perClient.newConnectionsPerSecond",
+        /// Connections at the same time, all clients together.
+        Concurrent = 2 => "concurrentConnections",
+        /// Connections at the same time of one client.
+        ClientConcurrent = 3 => "perClient.concurrentConnections",
+    }
+}
+
+numbered! {
+    /// What happens to a new connection over a limit.
+    LimitAction {
+        /// TCP: a reset. UDP: ICMP "port unreachable".
+        Reset = 0 => "Reset",
+        /// The packet is dropped.
+        Drop = 1 => "Drop",
+        /// The connection goes to the other tier. From the backup tier, as `Reset`.
+        Failover = 2 => "Failover",
     }
 }

@@ -109,6 +109,11 @@ pub struct FilterWords {
     pub every: u64,
 }
 
+/// Set in a protocol number, it names a second bit of a frontend in `FILTER`, among those of [`FilterWords::frontend`]: its
+/// service counts connections, so the segments that begin and end them (SYN, FIN, RST) take the full path. No IP protocol
+/// that has frontends has this bit.
+pub const COUNTED: u8 = 0x80;
+
 /// Where an endpoint's bit is in `FILTER`: index of the words, and the bit in them.
 #[inline(always)]
 #[must_use]
@@ -221,6 +226,8 @@ pub mod switch_flags {
     pub const BUFFER: u8 = 1 << 5;
     /// New flows to a backup pod of this node leave the stack out (`fastPath: PeerRedirect`).
     pub const FAST: u8 = 1 << 6;
+    /// The service has limits: see [`crate::ServiceLimits`].
+    pub const LIMITED: u8 = 1 << 7;
 }
 
 impl<S> Switch<S> {
@@ -526,8 +533,8 @@ pub struct Heartbeat {
     pub abi_version: u32,
     /// 1 where some service may have flows that leave the stack out: only then what pods send is asked for by its source, too.
     pub fast: u32,
-    /// Always 0.
-    pub pad: u32,
+    /// 1 where some service limits concurrent connections: only then the end of the node's own sockets is looked at.
+    pub counts_sockets: u32,
 }
 
 /// What happened to a service's packets on one CPU: value of `COUNTERS`, index = service.
@@ -601,7 +608,7 @@ mod tests {
     /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
     #[test]
     fn sizes_are_pinned() {
-        assert_eq!(crate::ABI_VERSION, 6, "check every number below when you raise this");
+        assert_eq!(crate::ABI_VERSION, 7, "check every number below when you raise this");
         assert_eq!((size_of::<EndpointKey<V4>>(), size_of::<EndpointKey<V6>>()), (8, 20));
         assert_eq!(size_of::<EndpointRole>(), 12);
         assert_eq!(size_of::<FilterWords>(), 16);

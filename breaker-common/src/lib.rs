@@ -1,7 +1,8 @@
 //! The contract between the programs in the kernel and the agent: what stands in the maps, byte for byte.
 //!
 //! Both sides import it, so that neither can drift; `bpftool map dump` prints these names, so they are chosen for the
-//! operator who reads them at night. Nothing here computes anything but where an endpoint's bit is ([`filter_bit`]).
+//! operator who reads them at night. Two things are computed here, because both sides must agree on them: the place of an
+//! endpoint's bit ([`filter_bit`]), and a rate limit ([`gcra`]).
 //!
 //! Conventions, all pinned by the tests at the end of [`layout`]:
 //! * addresses and ports are byte arrays in wire order (RFC 791: most significant byte first);
@@ -16,16 +17,21 @@
 #![no_std]
 
 mod enums;
+pub mod gcra;
 mod layout;
+mod limits;
 #[cfg(feature = "user")]
 mod user;
 
-pub use enums::{BreakerState, EventKind, FlowKind, PassReason, Place, StateReason, UnknownNumber};
+pub use enums::{
+    BreakerState, EventKind, FlowKind, LimitAction, LimitKind, PassReason, Place, StateReason, UnknownNumber,
+};
 pub use layout::*;
+pub use limits::*;
 
-/// Version of everything in this crate. Pins live below a directory named after it (`v6`), so that an agent never
+/// Version of everything in this crate. Pins live below a directory named after it (`v7`), so that an agent never
 /// adopts maps of another layout.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// How many services one node can protect, where the agent does not choose another size when it makes the maps. The same
 /// holds for the other `DEFAULT_`s.
@@ -50,6 +56,13 @@ pub const DEFAULT_FRAGMENTS: u32 = 4096;
 
 /// How many sockets of the node's own are remembered that were sent to a backup; the oldest make room.
 pub const DEFAULT_SOCKETS: u32 = 16_384;
+
+/// How many connections to services with limits are remembered, in buckets of [`WAYS`].
+pub const DEFAULT_CONNECTION_BUCKETS: u32 = 2048;
+/// How many clients of services with limits per client are remembered, in buckets of [`WAYS`].
+pub const DEFAULT_CLIENT_BUCKETS: u32 = 2048;
+/// How many clients are remembered as refused most often; a power of two.
+pub const LIMITED_CLIENTS: u32 = 4096;
 
 /// Places in one selection table. A prime, as Maglev wants (Eisenbud et al., NSDI 2016, section 3.4); 251 gives a
 /// weight a resolution of 0.4 % in 1 KiB a table.

@@ -3,6 +3,7 @@
 
 use aya::Pod;
 
+use crate::limits::{Bucket, ClientState, ConnectionState, LimitCounters, LimitedClient, Limiter, ServiceLimits};
 use crate::layout::{
     Address, Backend, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse,
     ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch, Table,
@@ -26,7 +27,13 @@ macro_rules! pod_of_address {
 pod!(
     EndpointRole,
     FilterWords,
+    Bucket<ClientState>,
+    Bucket<ConnectionState>,
     Heartbeat,
+    LimitCounters,
+    LimitedClient,
+    Limiter,
+    ServiceLimits,
     Route,
     ServiceCounters,
     ServiceRecord<u8>,

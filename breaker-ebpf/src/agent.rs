@@ -28,6 +28,12 @@ pub fn any_fast() -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| beat.fast != 0)
 }
 
+/// Whether some service counts connections, so that the end of the node's own sockets matters.
+#[inline(always)]
+pub fn counts_sockets() -> bool {
+    HEARTBEAT.get(0).is_some_and(|beat| beat.counts_sockets != 0)
+}
+
 /// A time in ticks.
 #[inline(always)]
 pub fn tick(ns: u64) -> u32 {
@@ -37,9 +43,12 @@ pub fn tick(ns: u64) -> u32 {
 /// Whether the agent's last decision may still be acted on.
 #[inline(always)]
 pub fn decision_holds(switch: &Switch<u8>, now_ns: u64) -> bool {
-    if switch.has(switch_flags::HOLD) {
-        return true;
-    }
+    switch.has(switch_flags::HOLD) || is_heard(now_ns)
+}
+
+/// Whether the agent has given a sign of life within its lease.
+#[inline(always)]
+pub fn is_heard(now_ns: u64) -> bool {
     match HEARTBEAT.get(0) {
         Some(beat) => beat.lease_ns == 0 || now_ns.saturating_sub(beat.beat_ns) <= beat.lease_ns,
         None => true,

@@ -1,7 +1,7 @@
 //! Compare-and-swap and friends. `core::sync::atomic` offers no read-modify-write for this target, the intrinsics
 //! behind it do (BPF_ATOMIC instructions, target-cpu v3).
 
-use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or};
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd, atomic_xsub};
 
 /// Replaces `*at` by `new` if it is `old`.
 ///
@@ -11,6 +11,36 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or};
 pub unsafe fn compare_exchange(at: *mut u64, old: u64, new: u64) -> bool {
     // SAFETY: the caller's promise.
     unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1 }
+}
+
+/// As [`compare_exchange`], for 32 bits.
+///
+/// # Safety
+/// As for [`compare_exchange`].
+#[inline(always)]
+pub unsafe fn compare_exchange32(at: *mut u32, old: u32, new: u32) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_cxchg::<u32, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1 }
+}
+
+/// Adds one to `*at`.
+///
+/// # Safety
+/// As for [`compare_exchange`].
+#[inline(always)]
+pub unsafe fn increment(at: *mut u32) {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(at, 1) };
+}
+
+/// Takes one from `*at`.
+///
+/// # Safety
+/// As for [`compare_exchange`].
+#[inline(always)]
+pub unsafe fn decrement(at: *mut u32) {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_xsub::<u32, u32, { AtomicOrdering::SeqCst }>(at, 1) };
 }
 
 /// Sets bits in `*at`.
@@ -23,12 +53,32 @@ pub unsafe fn or(at: *mut u32, bits: u32) {
     unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(at, bits) };
 }
 
+/// Sets bits in `*at`, 64 of them.
+///
+/// # Safety
+/// As for [`compare_exchange`].
+#[inline(always)]
+pub unsafe fn or64(at: *mut u64, bits: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_or::<u64, u64, { AtomicOrdering::SeqCst }>(at, bits) };
+}
+
 /// Reads a word at once; the compiler may not split or repeat it.
 ///
 /// # Safety
 /// `at` points to a live, aligned map value.
 #[inline(always)]
 pub unsafe fn load(at: *const u64) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { core::ptr::read_volatile(at) }
+}
+
+/// As [`load`], for 32 bits.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+pub unsafe fn load32(at: *const u32) -> u32 {
     // SAFETY: the caller's promise.
     unsafe { core::ptr::read_volatile(at) }
 }

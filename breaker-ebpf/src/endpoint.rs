@@ -1,9 +1,9 @@
 //! What an address is to us. Most packets' addresses are nothing: a filter says so at a tenth of what the look-up costs.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
-use breaker_common::{EndpointKey, EndpointRole, FILTER_WORDS, FilterWords, NONE, filter_bit};
+use breaker_common::{COUNTED, EndpointKey, EndpointRole, FILTER_WORDS, FilterWords, NONE, PROTO_TCP, filter_bit};
 
-use crate::family::Family;
+use crate::{atomic, family::Family};
 
 /// Bits for every endpoint that there is, which others may share (Bloom filters of one hash). The agent has it in its memory,
 /// sets a bit before what it says is so, and clears it after.
@@ -36,6 +36,29 @@ pub fn guess<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Guess {
         frontend: words.frontend & bit != 0,
         every: words.every & bit != 0,
     })
+}
+
+/// Whether an address and port (wire order) may be a TCP frontend of a service that counts connections: then SYN, FIN and RST
+/// count, both ways.
+#[inline(always)]
+pub fn is_counted<A: Family>(addr: A, port: [u8; 2]) -> bool {
+    guess(addr, port, PROTO_TCP | COUNTED).frontend
+}
+
+/// Tells the filter that every packet to an address and port (wire order) counts from now on. The agent keeps the bit, or
+/// clears it when no flow needs it any more.
+#[inline(always)]
+pub fn watch<A: Family>(addr: A, port: [u8; 2], proto: u8) {
+    let (place, bit) = filter_bit(addr, port, proto);
+    let Some(words) = FILTER.get_ptr_mut(place) else { return };
+    // SAFETY: the kernel returned a pointer to a value of this map; the field is 8 bytes, aligned.
+    unsafe {
+        let at = &raw mut (*words).every;
+        // Reading first keeps the cache line shared.
+        if atomic::load(at) & bit == 0 {
+            atomic::or64(at, bit);
+        }
+    }
 }
 
 /// The role of an address and port (wire order) under a protocol, if it has one.

@@ -51,6 +51,13 @@ impl V6 {
         Self(words)
     }
 
+    /// From wire order.
+    #[inline(always)]
+    pub fn from_bytes(b: [u8; 16]) -> Self {
+        let word = |at: usize| u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
+        Self([word(0), word(4), word(8), word(12)])
+    }
+
     #[inline(always)]
     pub fn in_words(self) -> [u32; 4] {
         self.0
@@ -173,6 +180,8 @@ pub trait Family: Address {
     fn difference(self, to: Self) -> u32;
     /// As an IPv6 address, IPv4 in its mapped form.
     fn mapped(self) -> V6;
+    /// What tells clients apart: an IPv4 address in its mapped form, of an IPv6 address the bits of the mask.
+    fn client(self, mask: V6) -> V6;
     /// Fills in a question about routes.
     fn look_up(lookup: &mut bpf_fib_lookup, source: Self, destination: Self);
 
@@ -266,6 +275,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn client(self, _mask: V6) -> V6 {
+        self.mapped()
+    }
+
+    #[inline(always)]
     fn look_up(lookup: &mut bpf_fib_lookup, source: Self, destination: Self) {
         const AF_INET: u8 = 2;
         lookup.family = AF_INET;
@@ -318,6 +332,12 @@ impl Family for V6 {
     #[inline(always)]
     fn mapped(self) -> V6 {
         self
+    }
+
+    #[inline(always)]
+    fn client(self, mask: V6) -> V6 {
+        let (words, mask) = (self.0, mask.0);
+        V6([words[0] & mask[0], words[1] & mask[1], words[2] & mask[2], words[3] & mask[3]])
     }
 
     #[inline(always)]

@@ -13,6 +13,12 @@ pub fn flow(client: u64, vip: u64, client_port: [u8; 2], vip_port: [u8; 2], prot
     mix(mix(addresses ^ ports) ^ ports ^ seed as u64 ^ ((proto as u64) << 56))
 }
 
+/// Hashes up to 192 bits with a key to a tag, which is never 0 (see [`breaker_common::Bucket`]).
+#[inline(always)]
+pub fn tag(a: u64, b: u64, c: u64, key: u64) -> u64 {
+    mix(mix(mix(a ^ key) ^ b) ^ c ^ key.rotate_left(32)) | 1
+}
+
 #[inline(always)]
 fn mix(mut h: u64) -> u64 {
     h ^= h >> 33;

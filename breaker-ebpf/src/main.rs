@@ -11,6 +11,7 @@
 //! | [`endpoint`] | what an address is to us: frontend, backend, nothing |
 //! | [`service`] | a service's switch and record |
 //! | [`select`] | which tier and which slot a new connection gets |
+//! | [`limit`] | how many new connections, and how many at the same time |
 //! | [`flow`] | the pinned decisions, forward and reverse |
 //! | [`nat`], [`icmp`], [`fragment`] | translating there and back; errors about it; what has no ports |
 //! | [`reset`] | refusing and resetting |
@@ -38,6 +39,7 @@ mod fragment;
 mod hash;
 mod hook;
 mod icmp;
+mod limit;
 mod nat;
 mod packet;
 mod parse;
@@ -47,8 +49,8 @@ mod service;
 mod verdict;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier, xdp},
-    programs::{SockAddrContext, TcContext, XdpContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
+    programs::{SockAddrContext, SockContext, TcContext, XdpContext},
 };
 use breaker_common::Place;
 
@@ -133,6 +135,12 @@ sockets! {
     breaker_peer4: getpeername4 => back4,
     /// The same, IPv6.
     breaker_peer6: getpeername6 => back6,
+}
+
+/// close(2) of the node's own sockets: their connections count no more.
+#[cgroup_sock(sock_release)]
+pub fn breaker_release(ctx: SockContext) -> i32 {
+    hook::sock::released(&ctx)
 }
 
 #[cfg(not(test))]

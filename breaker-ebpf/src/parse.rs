@@ -143,7 +143,13 @@ impl<A: Family> Segment<A> {
     /// The sender's last word, or nearly: FIN or RST.
     #[inline(always)]
     pub fn ends(&self) -> bool {
-        self.flags & (flags::FIN | flags::RST) != 0
+        ends(self.flags)
+    }
+
+    /// Whether it changes the state of a connection: SYN, FIN or RST. Never a datagram.
+    #[inline(always)]
+    pub fn is_control(&self) -> bool {
+        is_control(self.flags)
     }
 
     #[inline(always)]
@@ -405,6 +411,22 @@ pub struct Glance<A> {
     pub proto: u8,
     /// It may be the first of its flow.
     pub may_begin: bool,
+    /// TCP flags; 0 for UDP.
+    flags: u8,
+}
+
+impl<A> Glance<A> {
+    /// As [`Segment::ends`].
+    #[inline(always)]
+    pub fn ends(&self) -> bool {
+        ends(self.flags)
+    }
+
+    /// As [`Segment::is_control`].
+    #[inline(always)]
+    pub fn is_control(&self) -> bool {
+        is_control(self.flags)
+    }
 }
 
 /// The ends of a segment or datagram without IP options and extension headers, whole, and with its headers where they can be
@@ -418,7 +440,7 @@ pub fn glance<A: Family>(packet: &impl Frame, l3: usize) -> Option<Glance<A>> {
     }
     let (ports, flags) = ports(packet, l3 + A::HEADER, ip.rest, ip.proto)?;
     let may_begin = ip.proto != PROTO_TCP || is_request(flags);
-    Some(Glance { source: ip.source, destination: ip.destination, ports, proto: ip.proto, may_begin })
+    Some(Glance { source: ip.source, destination: ip.destination, ports, proto: ip.proto, may_begin, flags })
 }
 
 /// What an IP header without options and extension headers says of a whole packet.
@@ -460,6 +482,16 @@ pub fn plain6(packet: &impl Frame, l3: usize) -> Option<Plain<V6>> {
 #[inline(always)]
 fn is_request(tcp_flags: u8) -> bool {
     tcp_flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
+}
+
+#[inline(always)]
+fn ends(tcp_flags: u8) -> bool {
+    tcp_flags & (flags::FIN | flags::RST) != 0
+}
+
+#[inline(always)]
+fn is_control(tcp_flags: u8) -> bool {
+    tcp_flags & (flags::SYN | flags::FIN | flags::RST) != 0
 }
 
 /// Whether an ICMP type quotes the packet that it is about, and tells of an error (RFC 792, RFC 4443 section 2.1).

@@ -42,11 +42,17 @@ pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnc
     let trial = switch.state == BreakerState::HalfOpen as u8
         && service::take_half_open(service, switch.epoch, record.half_open_limit);
     let primary = trial || hash::permille(hash) < switch.share;
+    Choice { slot: in_tier(route, switch, !primary, hash), trial }
+}
+
+/// What a hash gets in a tier, the primary or the backup.
+#[inline(always)]
+fn in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32 {
     let tables = ROUTES.get(route).map_or(Route::NOTHING.tables, |route| route.tables);
     let [first, second] = if switch.buffer() == 0 { tables[0] } else { tables[1] };
-    let table = if primary { first } else { second };
+    let table = if backup { second } else { first };
     // A table that holds only one thing is not there; its index says which.
-    let slot = if table >= SLOT_REJECT {
+    if table >= SLOT_REJECT {
         table
     } else if table & TABLE_OF_ONE != 0 {
         table & !TABLE_OF_ONE
@@ -54,8 +60,22 @@ pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnc
         let slot =
             SLOTS.get(table).and_then(|table| table.slots.get(hash::slot(hash) as usize & (table.slots.len() - 1)));
         slot.copied().unwrap_or(SLOT_PASSTHROUGH)
-    };
-    Choice { slot, trial }
+    }
+}
+
+/// The backend that a flow gets in the backup, whatever the state: a slot's content.
+#[inline(always)]
+pub fn in_backup<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> u32 {
+    in_backup_by(service, route, switch, |seed| {
+        hash::flow(key.client.folded(), key.vip.folded(), key.client_port, key.vip_port, key.proto, seed)
+    })
+}
+
+/// As [`in_backup`], by a hash that is made with the service's seed.
+#[inline(always)]
+pub fn in_backup_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> u32 {
+    let Some(record) = service::record(service) else { return SLOT_PASSTHROUGH };
+    in_tier(route, switch, true, hash(record.seed))
 }
 
 /// Whether a client outside keeps its address on a route, toward a backend of this node.

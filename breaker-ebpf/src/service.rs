@@ -1,9 +1,9 @@
 //! A service's switch (which way connections go), its record and what the programs keep for it.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
-use breaker_common::{DEFAULT_SERVICES, ServiceRecord, ServiceRuntime, Switch};
+use breaker_common::{DEFAULT_SERVICES, ServiceRecord, ServiceRuntime, Switch, switch_flags};
 
-use crate::atomic;
+use crate::{atomic, limit};
 
 const SERVICES_LEN: usize = DEFAULT_SERVICES as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -29,6 +29,12 @@ pub fn switch(service: u32) -> Option<Switch<u8>> {
     let word = SWITCHES.get_ptr(service)?.cast::<u64>();
     // SAFETY: the kernel returned a pointer to a value of this map, 8 bytes and aligned.
     Some(Switch::from_word(unsafe { atomic::load(word) }))
+}
+
+/// Whether a service may have flows that the tables must be asked for.
+#[inline(always)]
+pub fn tracks(service: u32, switch: &Switch<u8>) -> bool {
+    switch.has(switch_flags::TRACK) || switch.has(switch_flags::LIMITED) && limit::has_overflowed(service)
 }
 
 /// A service's record.
@@ -83,4 +89,24 @@ pub fn take_half_open(service: u32, epoch: u32, limit: u32) -> bool {
         }
     }
     false
+}
+
+/// Gives back one of the connections that [`take_half_open`] took, for one that a limit keeps from the primary. One that loses
+/// every race stays taken, which is the safe side.
+#[inline(always)]
+pub fn give_back_half_open(service: u32, epoch: u32) {
+    let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return };
+    let at = runtime.cast::<u64>();
+    for _ in 0..TRIES {
+        // SAFETY: see `adopt`.
+        let word = unsafe { atomic::load(at) };
+        let (seen, taken) = unpack(word);
+        if seen != epoch || taken == 0 {
+            return;
+        }
+        // SAFETY: see `adopt`.
+        if unsafe { atomic::compare_exchange(at, word, pack(epoch, taken - 1)) } {
+            return;
+        }
+    }
 }

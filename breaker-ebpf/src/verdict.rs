@@ -38,6 +38,12 @@ pub enum Step {
     Answer = 0x1007,
     /// It is an ICMP error, and not about what a backend sent: maybe about what it got past the stack.
     AnswerError = 0x1008,
+    /// It is the first of its flow, and its service has limits: ask whether it is admitted.
+    Admit = 0x1009,
+    /// As `Admit`, for the backup: the primary is at a limit, and connections over it go there.
+    AdmitToBackup = 0x100a,
+    /// Carry out what was decided for it.
+    CarryOut = 0x100b,
 }
 
 /// Turns the outcome of a hook into the action that the kernel wants. An error is never the packet's fault: it goes

@@ -58,6 +58,42 @@ pub(super) struct Service {
     pub when_all_unhealthy: Option<Spanned<String>>,
     pub on_agent_loss: Option<Spanned<String>>,
     pub fast_path: Option<Spanned<String>>,
+    pub limits: Option<Spanned<Limits>>,
+}
+
+/// The primary's limits, and what holds for all.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Limits {
+    pub new_connections_per_second: Option<Spanned<f64>>,
+    pub burst: Option<Spanned<f64>>,
+    pub concurrent_connections: Option<Spanned<f64>>,
+    pub per_client: Option<ClientLimits>,
+    pub on_limit: Option<Spanned<String>>,
+    pub backup: Option<TierLimits>,
+    #[serde(rename = "clientPrefixLengthIPv6")]
+    pub client_prefix_length: Option<Spanned<u64>>,
+    pub idle_seconds: Option<Spanned<u64>>,
+    pub scope: Option<Spanned<String>>,
+}
+
+/// The backup's limits.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct TierLimits {
+    pub new_connections_per_second: Option<Spanned<f64>>,
+    pub burst: Option<Spanned<f64>>,
+    pub concurrent_connections: Option<Spanned<f64>>,
+    pub per_client: Option<ClientLimits>,
+    pub on_limit: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct ClientLimits {
+    pub new_connections_per_second: Option<Spanned<f64>>,
+    pub burst: Option<Spanned<f64>>,
+    pub concurrent_connections: Option<Spanned<f64>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -3,6 +3,7 @@
 //! Parsing is strict and happens once: behind [`Config`] nothing is checked again.
 
 mod format;
+mod limits;
 mod validate;
 
 use std::{

@@ -13,7 +13,7 @@ use breaker_common::{DEFAULT_MASQUERADE_MARK, NAME_LEN};
 use globset::{Glob, GlobSetBuilder};
 use serde_saphyr::{Location, Spanned};
 
-use super::{AgentConfig, AttachMode, AttachOrder, Config, ConfigError, XdpPolicy, format};
+use super::{AgentConfig, AttachMode, AttachOrder, Config, ConfigError, XdpPolicy, format, limits};
 use crate::model::{
     Backend, BreakerPolicy, Check, CheckAction, EstablishedPolicy, FailureWindow, FastPath, Frontend, KeepClient, Mode,
     OnAgentLoss, Override, Protocol, Service, ServiceName, Tier, WhenAllUnhealthy,
@@ -31,18 +31,18 @@ const DAY: u64 = 86_400_000;
 /// What one node can be told to protect.
 const MOST_SERVICES: u32 = 65_536;
 
-struct Problems<'a> {
+pub(super) struct Problems<'a> {
     file: &'a Path,
     found: Vec<ConfigError>,
 }
 
 impl Problems<'_> {
-    fn add(&mut self, at: Location, field: &str, problem: String) {
+    pub(super) fn add(&mut self, at: Location, field: &str, problem: String) {
         self.found.push(ConfigError { file: self.file.to_owned(), line: at.line(), field: field.to_owned(), problem });
     }
 
     /// A number within its limits.
-    fn number(&mut self, value: Option<&Spanned<u64>>, field: &str, default: u64, allowed: RangeInclusive<u64>) -> u64 {
+    pub(super) fn number(&mut self, value: Option<&Spanned<u64>>, field: &str, default: u64, allowed: RangeInclusive<u64>) -> u64 {
         let Some(value) = value else { return default };
         if allowed.contains(&value.value) {
             return value.value;
@@ -57,7 +57,7 @@ impl Problems<'_> {
         u32::try_from(self.number(value, field, u64::from(default), allowed)).unwrap_or(default)
     }
 
-    fn percent(&mut self, value: Option<&Spanned<u64>>, field: &str, default: u8, allowed: RangeInclusive<u64>) -> u8 {
+    pub(super) fn percent(&mut self, value: Option<&Spanned<u64>>, field: &str, default: u8, allowed: RangeInclusive<u64>) -> u8 {
         u8::try_from(self.number(value, field, u64::from(default), allowed)).unwrap_or(default)
     }
 
@@ -66,7 +66,7 @@ impl Problems<'_> {
     }
 
     /// One of a few words.
-    fn word<T: Copy>(&mut self, value: Option<&Spanned<String>>, field: &str, words: &[(&str, T)], default: T) -> T {
+    pub(super) fn word<T: Copy>(&mut self, value: Option<&Spanned<String>>, field: &str, words: &[(&str, T)], default: T) -> T {
         let Some(value) = value else { return default };
         if let Some((_, meaning)) = words.iter().find(|(word, _)| *word == value.value) {
             return *meaning;
@@ -304,6 +304,8 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
             min_healthy: min_healthy(problems, &field, raw.min_healthy.as_ref()),
         });
     }
+    let field = |name: &str| format!("{path}.{name}");
+    let limits = limits::limits(problems, &field("limits"), raw.limits, !backups.is_empty());
     let established = [("Keep", EstablishedPolicy::Keep), ("Reset", EstablishedPolicy::Reset)];
     let unhealthy = [("PassThrough", WhenAllUnhealthy::PassThrough), ("Reject", WhenAllUnhealthy::Reject)];
     let loss = [("PassThrough", OnAgentLoss::PassThrough), ("Hold", OnAgentLoss::Hold)];
@@ -311,7 +313,6 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
     let modes = [("Enforce", Mode::Enforce), ("DryRun", Mode::DryRun)];
     let overrides =
         [("Auto", Override::Auto), ("ForceOpen", Override::ForceOpen), ("ForceClosed", Override::ForceClosed)];
-    let field = |name: &str| format!("{path}.{name}");
     Service {
         name: ServiceName::new(&raw.name.value),
         frontends,
@@ -338,6 +339,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
         ),
         fast_path: problems.word(raw.fast_path.as_ref(), &field("fastPath"), &fast_paths, FastPath::Off),
         keep_client,
+        limits,
     }
 }
 

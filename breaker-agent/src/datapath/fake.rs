@@ -5,9 +5,11 @@ use std::{
     time::Duration,
 };
 
-use breaker_common::{PassReason, ServiceCounters};
+use breaker_common::{LimitCounters, PassReason, ServiceCounters};
 
-use super::{Adopted, Datapath, DatapathError, Destination, FlowView, PacketEvent, Sweep, plan::ServicePlan};
+use super::{
+    Adopted, Datapath, DatapathError, Destination, FlowView, LimitReport, PacketEvent, Sweep, plan::ServicePlan,
+};
 use crate::model::ServiceName;
 
 /// See the module.
@@ -27,6 +29,10 @@ pub struct FakeDatapath {
     pub flows_to: BTreeSet<Destination>,
     /// How often the heart beat.
     pub beats: usize,
+    /// What limits did, by service.
+    pub limited: BTreeMap<ServiceName, LimitCounters>,
+    /// Services whose primary was at a limit.
+    pub overflowed: BTreeSet<ServiceName>,
 }
 
 impl FakeDatapath {
@@ -65,12 +71,16 @@ impl Datapath for FakeDatapath {
         Ok(ServiceCounters::default())
     }
 
+    fn limits(&self, name: &ServiceName, _clients: usize) -> Result<LimitReport, DatapathError> {
+        Ok(LimitReport { counters: self.limited.get(name).copied().unwrap_or_default(), ..LimitReport::default() })
+    }
+
     fn reasons(&self) -> Result<Vec<(PassReason, u64)>, DatapathError> {
         Ok(Vec::new())
     }
 
     fn sweep(&mut self, _idle: Option<Duration>) -> Result<Sweep, DatapathError> {
-        Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum(), ..Sweep::default() })
+        Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum(), overflowed: self.overflowed.clone(), ..Sweep::default() })
     }
 
     fn cut(&mut self, _name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError> {

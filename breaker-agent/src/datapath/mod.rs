@@ -8,13 +8,14 @@ pub mod kernel;
 pub mod plan;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
-use breaker_common::{BreakerState, EventKind, FlowKind, PassReason, ServiceCounters, StateReason};
-use serde::Serialize;
+use breaker_common::{BreakerState, EventKind, FlowKind, LimitCounters, PassReason, ServiceCounters, StateReason};
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Frontend, Override, Protocol, ServiceName};
 use plan::ServicePlan;
@@ -112,6 +113,29 @@ fn event_label<S: serde::Serializer>(kind: &EventKind, s: S) -> Result<S::Ok, S:
     s.serialize_str(kind.label())
 }
 
+/// A client that limits refuse, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LimitedClientView {
+    /// Its address, or the network that counts as one client; absent for the node's own processes.
+    pub client: Option<IpAddr>,
+    /// `primary` or `backup`.
+    pub tier: Cow<'static, str>,
+    /// New connections of the last minute that were over a limit; about, where many clients are refused.
+    pub refused: u64,
+}
+
+/// What limits did for a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LimitReport {
+    /// Since the service is in the maps.
+    pub counters: LimitCounters,
+    /// Connections that are counted now: to the primary, to the backup.
+    pub concurrent: [u32; 2],
+    /// The clients that were refused most often in the last minute, most first.
+    pub clients: Vec<LimitedClientView>,
+}
+
 /// What a look through the flow tables found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sweep {
@@ -123,6 +147,8 @@ pub struct Sweep {
     pub established: usize,
     /// How full that table is.
     pub pressure_percent: u8,
+    /// Services whose primary was at a limit, so that connections went to the backup while it is closed.
+    pub overflowed: BTreeSet<ServiceName>,
 }
 
 /// What the engine needs of the datapath.
@@ -153,6 +179,12 @@ pub trait Datapath {
     /// # Errors
     /// Maps that cannot be read.
     fn counters(&self, name: &ServiceName) -> Result<ServiceCounters, DatapathError>;
+
+    /// What limits did for a service, with up to `clients` of its clients.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    fn limits(&self, name: &ServiceName, clients: usize) -> Result<LimitReport, DatapathError>;
 
     /// Packets that failed open, by reason; only reasons that happened.
     ///

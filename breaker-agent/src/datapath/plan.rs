@@ -8,6 +8,7 @@ use std::{
 use breaker_common::{BreakerState, StateReason, switch_flags};
 
 use crate::{
+    limits::Limits,
     maglev::{self, Candidate},
     model::{
         Backend, EstablishedPolicy, FastPath, Frontend, Mode, OnAgentLoss, Override, Protocol, Service, ServiceName,
@@ -112,6 +113,8 @@ pub struct ServicePlan {
     pub flags: u8,
     /// Connections that a half-open breaker lets through.
     pub half_open_limit: u32,
+    /// How much each tier takes.
+    pub limits: Option<Limits>,
 }
 
 impl ServicePlan {
@@ -124,6 +127,7 @@ impl ServicePlan {
             flags: flags(service, &decision, !backup.is_empty()),
             decision,
             half_open_limit: service.breaker.half_open_connections,
+            limits: service.limits,
         }
     }
 
@@ -226,6 +230,9 @@ fn flags(service: &Service, decision: &Decision, backup_usable: bool) -> u8 {
     if service.fast_path == FastPath::PeerRedirect {
         flags |= switch_flags::FAST;
     }
+    if service.limits.is_some() {
+        flags |= switch_flags::LIMITED;
+    }
     if service.mode == Mode::DryRun {
         // Decided and counted, but no packet of an established flow is looked at, let alone reset; flows that were
         // moved before still end in peace.
@@ -273,7 +280,7 @@ mod tests {
         }
     }
 
-    use switch_flags::{DRY_RUN, FAST, HOLD, RESET_BACKUP, RESET_PRIMARY, TRACK};
+    use switch_flags::{DRY_RUN, FAST, HOLD, LIMITED, RESET_BACKUP, RESET_PRIMARY, TRACK};
 
     #[test]
     fn flags_follow_from_state_and_policy() {
@@ -288,6 +295,7 @@ mod tests {
             ("onClose: Reset,", BreakerState::Closed, 1000, true, true, TRACK | RESET_BACKUP),
             ("onAgentLoss: Hold,", BreakerState::Closed, 1000, false, true, HOLD),
             ("fastPath: PeerRedirect,", BreakerState::Closed, 1000, false, true, FAST),
+            ("limits: {concurrentConnections: 1},", BreakerState::Closed, 1000, false, true, LIMITED),
             ("mode: DryRun,", BreakerState::Open, 0, false, true, DRY_RUN),
             ("mode: DryRun,", BreakerState::Open, 0, true, true, DRY_RUN | TRACK),
         ];

@@ -46,19 +46,21 @@ pub fn got<const OUTSIDE: bool>(ctx: &TcContext, place: Place) -> i32 {
 fn sent_counts<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> bool {
     let Some(ends) = parse::glance::<A>(packet, l3) else { return true };
     let to = endpoint::guess(ends.destination, ends.ports.destination, ends.proto);
+    let closes = || ends.ends() && endpoint::is_counted(ends.destination, ends.ports.destination);
     if OUTSIDE {
         // What goes to a backend's own address is other nodes' business.
-        return to.frontend && to.counts(ends.may_begin);
+        return to.frontend && (to.counts(ends.may_begin) || closes());
     }
     // It may be a backend's answer that leaves the stack out.
     let answers = || agent::any_fast() && endpoint::guess(ends.source, ends.ports.source, ends.proto).every;
-    to.counts(ends.may_begin) || answers()
+    to.counts(ends.may_begin) || closes() || answers()
 }
 
 #[inline(always)]
 fn got_counts<A: Family>(packet: &Packet<'_>, l3: usize) -> bool {
     let Some(ends) = parse::glance::<A>(packet, l3) else { return true };
     endpoint::guess(ends.source, ends.ports.source, ends.proto).every
+        || ends.is_control() && endpoint::is_counted(ends.source, ends.ports.source)
 }
 
 /// On to the next program on the hook, or to the one that looks closer.

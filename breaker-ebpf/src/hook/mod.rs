@@ -1,6 +1,7 @@
 //! The hooks, each as a packet travels through it.
 
 pub mod glance;
+pub mod limited;
 pub mod sock;
 pub mod tc;
 pub mod xdp;

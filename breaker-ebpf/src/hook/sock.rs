@@ -15,17 +15,17 @@ use aya_ebpf::{
     btf_maps::LruHashMap,
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
     macros::btf_map,
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockContext},
 };
 use breaker_common::{
-    DEFAULT_SOCKETS, EventKind, FlowKey, PROTO_TCP, PROTO_UDP, PassReason, SLOT_PASSTHROUGH, SLOT_REJECT, SocketKey,
-    SocketOrigin, switch_flags,
+    Address as _, DEFAULT_SOCKETS, EventKind, FlowKey, LimitAction, PROTO_TCP, PROTO_UDP, PassReason, SLOT_PASSTHROUGH,
+    SLOT_REJECT, SocketKey, SocketOrigin, Switch, connection_state, switch_flags,
 };
 
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
-    hash, select, service,
+    hash, limit, select, service,
 };
 
 /// The network namespace whose sockets are ours (SO_NETNS_COOKIE); the loader sets it. 0: none.
@@ -154,22 +154,41 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     }
     *service = index;
     let dry_run = switch.has(switch_flags::DRY_RUN);
-    if !switch.has(switch_flags::TRACK) && !dry_run {
+    let limited = switch.has(switch_flags::LIMITED);
+    if !service::tracks(index, &switch) && !dry_run && !limited {
         count::service(index, |c| c.new_primary += 1);
         return Choice::Stays;
     }
-    if !agent::decision_holds(&switch, agent::now_ns()) {
+    // A socket has no port yet; its cookie tells it from the others.
+    let hash = |seed| hash::flow(cookie, vip.folded(), [0; 2], port, proto, seed);
+    let mut chosen = if agent::decision_holds(&switch, agent::now_ns()) {
+        select::choose_by(index, role.route, &switch, hash)
+    } else {
         count::reason(PassReason::AgentLost);
-        count::service(index, |c| {
-            c.agent_lost += 1;
-            c.new_primary += 1;
-        });
-        return Choice::Stays;
+        count::service(index, |c| c.agent_lost += 1);
+        select::Choice { slot: SLOT_PASSTHROUGH, trial: false }
+    };
+    if limited && chosen.slot != SLOT_REJECT {
+        let asked = Asked { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
+        if let Over::Refused(tier) = ask(&asked, chosen.slot != SLOT_PASSTHROUGH) {
+            if chosen.trial {
+                service::give_back_half_open(index, switch.epoch);
+            }
+            let over = if tier == limit::PRIMARY && fails_over(index) {
+                select::in_backup_by(index, role.route, &switch, hash)
+            } else {
+                SLOT_REJECT
+            };
+            if over >= SLOT_REJECT {
+                return Choice::Refused;
+            }
+            limit::counters(index, |c| c.failed_over += 1);
+            if let Over::Refused(_) = ask(&asked, true) {
+                return Choice::Refused;
+            }
+            chosen = select::Choice { slot: over, trial: false };
+        }
     }
-    let chosen = select::choose_by(index, role.route, &switch, |seed| {
-        // A socket has no port yet; its cookie tells it from the others.
-        hash::flow(cookie, vip.folded(), [0; 2], port, proto, seed)
-    });
     if dry_run || chosen.slot == SLOT_PASSTHROUGH {
         let would_move = dry_run && chosen.slot != SLOT_PASSTHROUGH;
         count::service(index, |c| {
@@ -184,6 +203,82 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
         return Choice::Refused;
     }
     Choice::Backend(chosen.slot)
+}
+
+/// A connection or datagram of the node's own that its service's limits are asked about.
+struct Asked {
+    service: u32,
+    switch: u64,
+    cookie: u64,
+    /// Folded: see [`breaker_common::Address::folded`].
+    vip: u64,
+    port: [u8; 2],
+    proto: u8,
+}
+
+/// What limits say.
+enum Over {
+    /// It may go on.
+    No,
+    /// It is over a limit of this tier.
+    Refused(u32),
+}
+
+/// Asks the limits of a tier, and counts what is over one. A dry run refuses nothing.
+#[inline(always)]
+fn ask(asked: &Asked, backup: bool) -> Over {
+    let tier = if backup { limit::BACKUP } else { limit::PRIMARY };
+    let tcp = asked.proto == PROTO_TCP;
+    let request = limit::Request {
+        // A socket's connection is found again by the socket alone, when it is closed.
+        tag: if tcp {
+            tag_of(asked.cookie)
+        } else {
+            let rest = (u16::from_ne_bytes(asked.port) as u64) << 16 | asked.proto as u64;
+            hash::tag(asked.cookie, asked.vip, rest, 0)
+        },
+        // All processes of the node are one client.
+        client: V6::ZERO,
+        service: asked.service,
+        switch: asked.switch,
+        tier,
+        number: 0,
+        what: connection_state::SOCKET | if tcp { 0 } else { connection_state::DATAGRAMS },
+    };
+    let Some(kind) = limit::kind_over(request.admit()) else { return Over::No };
+    let dry_run = Switch::from_word(asked.switch).has(switch_flags::DRY_RUN);
+    limit::counters(asked.service, |c| {
+        *limit::of_kind(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind) += 1;
+    });
+    if dry_run { Over::No } else { Over::Refused(tier) }
+}
+
+/// Whether connections over the primary's limits go to the backup.
+#[inline(always)]
+fn fails_over(service: u32) -> bool {
+    limit::of(service).is_some_and(|limits| limits.tiers[0].action == LimitAction::Failover as u32)
+}
+
+/// The tag of a socket's connection.
+#[inline(always)]
+fn tag_of(cookie: u64) -> u64 {
+    hash::tag(cookie, 0, PROTO_TCP as u64, 0)
+}
+
+/// A socket of the node is closed: its connection counts no more.
+#[inline(always)]
+pub fn released(ctx: &SockContext) -> i32 {
+    let ours = NODE_NETNS.load();
+    // SAFETY: the context is valid for the run of the program.
+    if ours == 0 || !agent::counts_sockets() || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != ours {
+        return PROCEED;
+    }
+    // SAFETY: as above.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if let Some(place) = limit::connections::find(tag_of(cookie)) {
+        place.release();
+    }
+    PROCEED
 }
 
 /// Refuses; `true` for what is not to go on.

@@ -32,7 +32,7 @@ use breaker_common::{
     switch_flags,
 };
 
-use super::by_family;
+use super::{by_family, limited};
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
@@ -76,13 +76,19 @@ pub fn to_outside(ctx: &TcContext) -> i32 {
 }
 
 /// What is known of a client's packet, from one function to the next.
-struct Case<A> {
-    service: u32,
-    route: u32,
+pub struct Case<A> {
+    pub service: u32,
+    pub route: u32,
     /// The backend whose own address it is for.
     backend: u32,
+    /// What was decided for the first packet of a flow: a slot's content.
+    pub slot: u32,
+    /// 1 if it is one of the half-open breaker's trial connections, else 0.
+    pub trial: u32,
+    /// When it was decided.
+    pub now_ns: u64,
     /// The service's switch, as a word.
-    switch: u64,
+    pub switch: u64,
     /// Where the packet is to go: the backend, or the other end of the connection that is reset.
     peer: Peer<A>,
 }
@@ -95,10 +101,20 @@ struct Case<A> {
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
     let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], way: 0, exit: exit::STACK };
-    let mut case = Case { service: NONE, route: NONE, backend: NONE, switch: 0, peer };
+    let slot = SLOT_PASSTHROUGH;
+    let mut case = Case { service: NONE, route: NONE, backend: NONE, slot, trial: 0, now_ns: 0, switch: 0, peer };
     let mut action = look::<A, OUTSIDE>(packet, l3, segment, &mut case);
     if action == Step::Decide as i32 {
-        action = decide::<A, OUTSIDE>(packet, segment, &mut case);
+        action = decide(segment, &mut case);
+    }
+    if action == Step::Admit as i32 {
+        action = limited::admit(packet, segment, &mut case, false);
+    }
+    if action == Step::AdmitToBackup as i32 {
+        action = limited::admit(packet, segment, &mut case, true);
+    }
+    if action == Step::CarryOut as i32 {
+        action = carry_out::<A, OUTSIDE>(packet, segment, &mut case);
     }
     if action == Step::Translate as i32 {
         action = translate_first::<A, OUTSIDE>(packet, segment, &case);
@@ -163,13 +179,17 @@ fn try_look<A: Family, const OUTSIDE: bool>(
             Some(flow) => {
                 if let Some(switch) = tracked_by(flow, segment) {
                     (case.service, case.switch) = (flow.service, switch.to_word());
+                    if switch.has(switch_flags::LIMITED) && segment.is_tcp() {
+                        limited::note_client(segment, flow.service);
+                    }
                     return established::<A, OUTSIDE>(packet, segment, &switch, case, flow);
                 }
             }
             None => unknown = true,
         }
     }
-    let role = if guess.counts(segment.may_begin()) { endpoint::look_up(addr, port, proto) } else { None };
+    let counts = guess.counts(segment.may_begin()) || guess.frontend && segment.ends();
+    let role = if counts { endpoint::look_up(addr, port, proto) } else { None };
     let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (case.service, case.route) = (service, role.route);
@@ -202,6 +222,9 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
         Kind::IcmpError => return Ok(Verdict::Settled(error_to_client::<A, false>(packet, segment))),
         Kind::Transport => fragment::forget(segment, End::Source),
     }
+    if segment.is_control() && endpoint::is_counted(segment.source, segment.ports.source) {
+        limited::note_server(segment);
+    }
     if uses_of(segment.source, segment.ports.source, segment.proto) == 0 {
         return Ok(Verdict::Next);
     }
@@ -231,6 +254,9 @@ fn translate_back<A: Family>(
     exit: u32,
 ) -> Result<Verdict, PassReason> {
     flow::touch_reverse(reverse, segment);
+    if segment.is_control() && reverse.service != NONE {
+        limited::note_backend(segment, reverse);
+    }
     if reverse.vip == segment.source
         && reverse.vip_port == segment.ports.source
         && reverse.client_port == segment.ports.destination
@@ -352,7 +378,7 @@ fn try_error_from_client<A: Family, const OUTSIDE: bool>(
 #[inline(always)]
 fn tracked_by<A: Family>(flow: &Flow<A>, segment: &Segment<A>) -> Option<Switch<u8>> {
     let switch = service::switch(flow.service)?;
-    (switch.has(switch_flags::TRACK) && holds(flow, segment, &switch)).then_some(switch)
+    (service::tracks(flow.service, &switch) && holds(flow, segment, &switch)).then_some(switch)
 }
 
 /// A datagram's flow holds for its service's epoch only: with the next one a client may be somewhere else.
@@ -371,14 +397,19 @@ fn to_frontend<A: Family, const OUTSIDE: bool>(
 ) -> Result<Verdict, PassReason> {
     let switch = service::switch(case.service).ok_or(PassReason::UnknownService)?;
     case.switch = switch.to_word();
+    let tracks = service::tracks(case.service, &switch);
+    let limited = switch.has(switch_flags::LIMITED);
+    if limited && segment.is_tcp() && !segment.is_syn() {
+        limited::note_client(segment, case.service);
+    }
     // Closed and settled: no flow of ours can exist, so nothing needs to be looked up.
-    if !switch.has(switch_flags::TRACK) && !switch.has(switch_flags::DRY_RUN) {
-        return closed(segment, case.service, &switch);
+    if !tracks && !switch.has(switch_flags::DRY_RUN) {
+        return if limited { Ok(limited::closed(segment, case, &switch)) } else { closed(segment, case.service, &switch) };
     }
     if segment.is_syn() {
         return Ok(Verdict::Then(Step::Decide));
     }
-    if !switch.has(switch_flags::TRACK) {
+    if !tracks {
         return Ok(if segment.is_tcp() { Verdict::Next } else { Verdict::Then(Step::Decide) });
     }
     let flow = if unknown { None } else { flow::find_going_on(&flow::key(segment)) };
@@ -404,48 +435,63 @@ fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) ->
 /// A SYN always decides anew: ports get used again, and a client that got no answer must be able to move. So does a
 /// datagram of a flow that is not known, or was decided in another epoch.
 #[inline(never)]
-fn decide<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> i32 {
-    verdict::settle(try_decide::<A, OUTSIDE>(packet, segment, case))
+fn decide<A: Family>(segment: &Segment<A>, case: &mut Case<A>) -> i32 {
+    verdict::settle(Ok(Verdict::Then(choose(segment, case))))
 }
 
+/// Decides where it goes, and what comes next: to carry that out, or, where there are limits, to ask whether it is admitted.
 #[inline(always)]
-fn try_decide<A: Family, const OUTSIDE: bool>(
-    packet: &Packet<'_>,
-    segment: &Segment<A>,
-    case: &mut Case<A>,
-) -> Result<Verdict, PassReason> {
+fn choose<A: Family>(segment: &Segment<A>, case: &mut Case<A>) -> Step {
     let (service, switch) = (case.service, Switch::from_word(case.switch));
     let key = flow::key(segment);
     let now_ns = agent::now_ns();
     if service::adopt(service, switch.epoch) {
         event::send(EventKind::StateAdopted, service, &switch, &key, None);
     }
-    let dry_run = switch.has(switch_flags::DRY_RUN);
-    if switch.has(switch_flags::TRACK) {
+    if service::tracks(service, &switch) {
         flow::forget(&key);
     }
-    if !agent::decision_holds(&switch, now_ns) {
+    case.now_ns = now_ns;
+    if agent::decision_holds(&switch, now_ns) {
+        let choice = select::choose(service, case.route, &switch, &key);
+        (case.slot, case.trial) = (choice.slot, choice.trial as u32);
+    } else {
         count::reason(PassReason::AgentLost);
-        count::service(service, |c| {
-            c.agent_lost += 1;
-            c.new_primary += 1;
-        });
-        return pass_and_pin(service, &switch, &key, now_ns);
+        count::service(service, |c| c.agent_lost += 1);
+        case.slot = SLOT_PASSTHROUGH;
     }
-    let choice = select::choose(service, case.route, &switch, &key);
-    if dry_run {
-        let would_move = choice.slot != SLOT_PASSTHROUGH;
+    let limited = switch.has(switch_flags::LIMITED) && case.slot != SLOT_REJECT;
+    if limited { Step::Admit } else { Step::CarryOut }
+}
+
+/// Carries out what was decided for the first packet of a flow.
+#[inline(never)]
+fn carry_out<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> i32 {
+    verdict::settle(try_carry_out::<A, OUTSIDE>(packet, segment, case))
+}
+
+#[inline(always)]
+fn try_carry_out<A: Family, const OUTSIDE: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    case: &mut Case<A>,
+) -> Result<Verdict, PassReason> {
+    let (service, switch, now_ns) = (case.service, Switch::from_word(case.switch), case.now_ns);
+    let key = flow::key(segment);
+    if switch.has(switch_flags::DRY_RUN) {
+        let would_move = case.slot != SLOT_PASSTHROUGH;
         count::service(service, |c| {
             c.new_primary += 1;
             c.dry_run += would_move as u64;
         });
         return Ok(Verdict::Next);
     }
-    match choice.slot {
+    match case.slot {
         SLOT_PASSTHROUGH => {
+            let trial = case.trial;
             count::service(service, |c| {
                 c.new_primary += 1;
-                c.half_open += choice.trial as u64;
+                c.half_open += trial as u64;
             });
             pass_and_pin(service, &switch, &key, now_ns)
         }

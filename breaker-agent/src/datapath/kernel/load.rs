@@ -79,6 +79,13 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         .override_global("AYA_LOG_LEVEL", &level, true)
         .override_global("MASQUERADE_MARK", masquerade_mark, true)
         .override_global("NODE_NETNS", &cookie, true);
+    // A map that is there stays as large as it was made.
+    let size_of = |name: &str, wanted: u32| MapInfo::from_pin(pins.map(name)).map_or(wanted, |info| info.max_entries());
+    let connection_mask = size_of("CONNECTIONS", sizes.connection_buckets) - 1;
+    let client_mask = size_of("CLIENTS", sizes.client_buckets) - 1;
+    loader
+        .override_global("CONNECTION_MASK", &connection_mask, true)
+        .override_global("CLIENT_MASK", &client_mask, true);
     for (name, ..) in pinned() {
         loader.map_pin_path(name, pins.map(name));
         let shared = sizes.shared().into_iter().find(|(of, _)| *of == name);

@@ -20,6 +20,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     filter::{Bit, Filter, bit_of, said_of},
+    limits::LimitMaps,
     mmap::SharedArray,
     sizes::Sizes,
 };
@@ -62,7 +63,7 @@ const SHARED: [(&str, usize, usize); 12] = [
 
 /// Every map's name, and the sizes of its keys and values: what a pin must look like to be adopted.
 pub(super) fn pinned() -> impl Iterator<Item = (&'static str, usize, usize)> {
-    SHARED.into_iter().chain(of_family::<V4>(V4_NAMES)).chain(of_family::<V6>(V6_NAMES))
+    SHARED.into_iter().chain(LimitMaps::SIZES).chain(of_family::<V4>(V4_NAMES)).chain(of_family::<V6>(V6_NAMES))
 }
 
 /// A family's addresses, as userspace handles them.
@@ -174,6 +175,7 @@ pub struct Maps {
     pub(super) routes: Array<MapData, Route>,
     pub(super) slots: Array<MapData, Table>,
     pub(super) filter: Filter,
+    pub(super) limits: LimitMaps,
     /// As they are, which may differ from what is configured: maps of an earlier agent keep their sizes.
     pub(super) sizes: Sizes,
     counters: PerCpuArray<MapData, ServiceCounters>,
@@ -189,11 +191,11 @@ impl std::fmt::Debug for Maps {
     }
 }
 
-fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(map: Map, name: &str) -> Result<T> {
+pub(super) fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(map: Map, name: &str) -> Result<T> {
     T::try_from(map).with_context(|| format!("the map {name} is of another type"))
 }
 
-fn array(map: Map, name: &str) -> Result<MapData> {
+pub(super) fn array(map: Map, name: &str) -> Result<MapData> {
     match map {
         Map::Array(data) => Ok(data),
         other => anyhow::bail!("the map {name} is no array: {other:?}"),
@@ -208,11 +210,11 @@ fn room(map: &Map) -> Result<u32> {
     }
 }
 
-fn entries(map: &MapData) -> Result<u32> {
+pub(super) fn entries(map: &MapData) -> Result<u32> {
     Ok(map.info().context("ask for a map's size")?.max_entries())
 }
 
-fn shared(map: &MapData, value_size: usize) -> Result<SharedArray> {
+pub(super) fn shared(map: &MapData, value_size: usize) -> Result<SharedArray> {
     SharedArray::new(map.fd().as_fd(), value_size, entries(map)?)
 }
 
@@ -229,6 +231,7 @@ impl Maps {
         let slots = array(open("SLOTS")?, "SLOTS")?;
         let v4 = FamilyMaps::<V4>::open(&mut open, V4_NAMES)?;
         let v6 = FamilyMaps::<V6>::open(&mut open, V6_NAMES)?;
+        let limits = LimitMaps::open(&mut open)?;
         let sizes = Sizes {
             services: entries(&switches)?,
             routes: entries(&routes)?,
@@ -236,6 +239,8 @@ impl Maps {
             backends: v4.backends.len(),
             flows: v4.room.0,
             pending: v4.room.1,
+            connection_buckets: limits.connection_buckets,
+            client_buckets: limits.client_buckets,
         };
         Ok(Self {
             v4,
@@ -245,6 +250,7 @@ impl Maps {
             routes: typed(Map::Array(routes), "ROUTES")?,
             slots: typed(Map::Array(slots), "SLOTS")?,
             filter: Filter::new(shared(&array(open("FILTER")?, "FILTER")?, size_of::<FilterWords>())?),
+            limits,
             sizes,
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
             reasons: typed(open("REASONS")?, "REASONS")?,
@@ -308,7 +314,10 @@ impl Maps {
             pid: u32::from_ne_bytes([ids[0], ids[1], ids[2], ids[3]]),
             abi_version: u32::from_ne_bytes([ids[4], ids[5], ids[6], ids[7]]),
             fast: u32::from(self.any_fast()),
-            pad: 0,
+            counts_sockets: self
+                .heartbeat
+                .word32(0, std::mem::offset_of!(Heartbeat, counts_sockets))
+                .load(Ordering::SeqCst),
         }
     }
 
@@ -320,6 +329,11 @@ impl Maps {
     /// Tells the programs to look for flows that leave the stack out.
     pub(super) fn set_any_fast(&self, any: bool) {
         self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, fast), u32::from(any));
+    }
+
+    /// Tells the programs whether the end of the node's own sockets matters.
+    pub(super) fn set_counts_sockets(&self, any: bool) {
+        self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, counts_sockets), u32::from(any));
     }
 
     /// A service's counters over all CPUs.

@@ -65,6 +65,19 @@ impl SharedArray {
         }
     }
 
+    /// Reads a whole value, word by word: some of it may be older than the rest.
+    pub(super) fn read<T: aya::Pod>(&self, index: u32) -> T {
+        debug_assert_eq!((size_of::<T>() % 8, self.stride), (0, size_of::<T>()), "values of this map are whole words");
+        let mut value = std::mem::MaybeUninit::<T>::uninit();
+        for word in 0..size_of::<T>() / 8 {
+            let bytes = self.word(index, word * 8).load(Ordering::Relaxed);
+            // SAFETY: inside of the value, which may be aligned by less.
+            unsafe { value.as_mut_ptr().cast::<u64>().add(word).write_unaligned(bytes) };
+        }
+        // SAFETY: every byte was written, and `Pod` says that any bytes are a value.
+        unsafe { value.assume_init() }
+    }
+
     /// The 32-bit word at `offset` of a value.
     pub(super) fn word32(&self, index: u32, offset: usize) -> &AtomicU32 {
         // SAFETY: as for `word`.

@@ -8,6 +8,7 @@ mod attach;
 mod clsact;
 mod filter;
 mod interfaces;
+mod limits;
 mod links;
 mod load;
 mod maps;
@@ -25,20 +26,24 @@ mod xdp;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
+    sync::atomic::Ordering,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use breaker_common::{
-    Backend, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
+    Backend, COUNTED, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
     ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, Table, V4, V6, route_flags, switch_flags,
 };
 
 use super::{
-    Adopted, Datapath, DatapathError, Destination, FlowView, PacketEvent, Sweep,
+    Adopted, Datapath, DatapathError, Destination, FlowView, LimitReport, PacketEvent, Sweep,
     plan::{RoutePlan, ServicePlan, Slot, SlotTable},
 };
-use crate::model::{Frontend, Override, Protocol, ServiceName};
+use crate::{
+    limits::Limits,
+    model::{Frontend, Override, Protocol, ServiceName},
+};
 
 pub use attach::{Attached, Attacher, has_tcx, kernel_at_least};
 use filter::{Bit, Says, bit_of};
@@ -86,6 +91,17 @@ struct InstalledRoute {
     tables: [u32; 2],
 }
 
+/// A service whose limits are in the maps.
+#[derive(Debug, Default)]
+struct Limited {
+    /// What is configured; `None` after adoption, when it is not known.
+    limits: Option<Limits>,
+    /// Frontends whose SYN, FIN and RST segments take the full path.
+    counted: BTreeSet<Frontend>,
+    /// Since when every packet is seen, by [`maps::monotonic_ns`].
+    census_since: Option<u64>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct KernelDatapath {
@@ -97,6 +113,8 @@ pub struct KernelDatapath {
     named: BTreeMap<ServiceName, BTreeSet<Destination>>,
     /// Frontends to which every packet counts, by service.
     watched: BTreeMap<ServiceName, BTreeSet<Frontend>>,
+    /// Services with limits.
+    limited: BTreeMap<ServiceName, Limited>,
     /// What the last sweep found: flows that leave the stack out, or services that have them.
     fast_before: bool,
     /// Where pods of this node are, by address.
@@ -118,6 +136,7 @@ impl KernelDatapath {
             backends: HashMap::new(),
             named: BTreeMap::new(),
             watched: BTreeMap::new(),
+            limited: BTreeMap::new(),
             fast_before: true,
             located: Located::new(),
             service_places: Places::new("services", sizes.services),
@@ -268,10 +287,122 @@ impl KernelDatapath {
 
     /// Has packets to a plan's frontends looked at no more, if the plan does not ask for it: when it is in force. (While it does,
     /// frontends that it lost stay as well: flows to them may be the service's, and another has the frontend.)
-    fn watch_less(&mut self, plan: &ServicePlan) {
-        if !is_watched(plan.flags) {
-            self.watch(&plan.name, BTreeSet::new());
+    fn watch_less(&mut self, plan: &ServicePlan, index: u32) {
+        if is_watched(plan.flags) || self.is_in_census(&plan.name) {
+            return;
         }
+        self.watch(&plan.name, BTreeSet::new());
+        // A program may have sent a connection to the backup, because of a limit, since the last sweep looked.
+        if plan.limits.is_some() && self.has_overflowed(index) {
+            self.watch(&plan.name, plan.frontends().copied().collect());
+        }
+    }
+
+    fn has_overflowed(&self, index: u32) -> bool {
+        self.maps.limits.overflowed(index).load(Ordering::SeqCst) != 0
+    }
+
+    fn is_in_census(&self, name: &ServiceName) -> bool {
+        self.limited.get(name).is_some_and(|limited| limited.census_since.is_some())
+    }
+
+    /// Writes a plan's limits, and has the ends of connections seen if they are counted: before the plan is in force.
+    fn limit_more(&mut self, plan: &ServicePlan, index: u32) {
+        let Some(limits) = plan.limits else { return };
+        let limited = self.limited.entry(plan.name.clone()).or_default();
+        if limited.limits != Some(limits) {
+            limited.limits = Some(limits);
+            let in_census = limited.census_since.is_some();
+            self.maps.limits.set(index, limits.in_kernel());
+            self.maps.limits.set_census(index, in_census);
+        }
+        let counts = |f: &&Frontend| limits.counts() && f.protocol == Protocol::Tcp;
+        let before = limited.counted.clone();
+        let wanted: BTreeSet<Frontend> = plan.frontends().filter(counts).copied().collect();
+        if limits.counts() {
+            self.maps.set_counts_sockets(true);
+        }
+        self.count(&plan.name, wanted.union(&before).copied().collect());
+    }
+
+    /// Takes away what a plan's limits do not need any more: when it is in force.
+    fn limit_less(&mut self, plan: &ServicePlan, index: u32) -> Result<()> {
+        let Some(limits) = plan.limits else { return self.unlimit(&plan.name, index) };
+        let counts = |f: &&Frontend| limits.counts() && f.protocol == Protocol::Tcp;
+        self.count(&plan.name, plan.frontends().filter(counts).copied().collect());
+        Ok(())
+    }
+
+    /// Forgets a service's limits, and whom they counted.
+    fn unlimit(&mut self, name: &ServiceName, index: u32) -> Result<()> {
+        if !self.limited.contains_key(name) {
+            return Ok(());
+        }
+        self.count(name, BTreeSet::new());
+        self.limited.remove(name);
+        self.settle_sockets();
+        self.maps.limits.clear(index)
+    }
+
+    /// Tells the filter which of a service's frontends count connections.
+    fn count(&mut self, name: &ServiceName, wanted: BTreeSet<Frontend>) {
+        let Some(limited) = self.limited.get_mut(name) else { return };
+        let before = std::mem::take(&mut limited.counted);
+        for frontend in wanted.difference(&before) {
+            self.maps.filter.add(Says::Frontend, counted_bit_of(frontend));
+        }
+        for frontend in before.difference(&wanted) {
+            self.maps.filter.remove(Says::Frontend, counted_bit_of(frontend));
+        }
+        limited.counted = wanted;
+    }
+
+    /// Tells the programs whether anybody counts connections.
+    fn settle_sockets(&self) {
+        let counts = |limited: &Limited| limited.limits.is_none_or(|limits| limits.counts());
+        self.maps.set_counts_sockets(self.limited.values().any(counts));
+    }
+
+    /// Takes out connections that have ended without a sign, and asks for all packets of services that are near a limit.
+    /// Returns the services whose primary was at a limit.
+    fn sweep_limits(&mut self) -> BTreeSet<ServiceName> {
+        let now = maps::monotonic_ns();
+        let mut rules = BTreeMap::new();
+        for (name, limited) in &self.limited {
+            let Some(installed) = self.services.get(name) else { continue };
+            let seen = limited.census_since.map(|since| Duration::from_nanos(now.saturating_sub(since)));
+            let idle = limited.limits.map(|limits| limits.idle);
+            rules.insert(installed.index, limits::Rule { idle: idle.filter(|idle| seen.is_some_and(|seen| seen > *idle)) });
+        }
+        let found = self.maps.limits.sweep(&rules);
+        let mut overflowed = BTreeSet::new();
+        let names: Vec<(ServiceName, u32)> =
+            self.limited.keys().filter_map(|name| Some((name.clone(), self.services.get(name)?.index))).collect();
+        for (name, index) in names {
+            let Some(use_) = found.get(&index) else { continue };
+            let switch = self.maps.switch(index);
+            if use_.overflowed {
+                overflowed.insert(name.clone());
+                // The switch says so from now on. A program that sends another one there sets it again.
+                if switch.has(switch_flags::TRACK) {
+                    self.maps.limits.overflowed(index).store(0, Ordering::SeqCst);
+                }
+            }
+            let Some(limited) = self.limited.get_mut(&name) else { continue };
+            if use_.near == limited.census_since.is_some() {
+                continue;
+            }
+            limited.census_since = use_.near.then_some(now);
+            self.maps.limits.set_census(index, use_.near);
+            let frontends = self.services.get(&name).into_iter().flat_map(|s| s.routes.iter().flat_map(|r| &r.frontends));
+            let frontends: BTreeSet<Frontend> = frontends.copied().collect();
+            if use_.near {
+                self.watch(&name, frontends);
+            } else if !is_watched(switch.flags) && !self.has_overflowed(index) {
+                self.watch(&name, BTreeSet::new());
+            }
+        }
+        overflowed
     }
 
     /// Tells the filter to which of a service's frontends every packet counts.
@@ -391,11 +522,12 @@ impl KernelDatapath {
             if watch_changes {
                 self.watch_more(plan);
             }
+            self.limit_more(plan, index);
             self.throw(plan, index, before.buffer());
             if watch_changes {
-                self.watch_less(plan);
+                self.watch_less(plan, index);
             }
-            return Ok(());
+            return self.limit_less(plan, index);
         }
         let (index, old) = match self.services.get(&plan.name) {
             Some(installed) => (installed.index, installed.routes.clone()),
@@ -441,6 +573,7 @@ impl KernelDatapath {
             self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
         }
         self.watch_more(plan);
+        self.limit_more(plan, index);
         self.throw(plan, index, buffer);
 
         // From here on the new routes are in force, whatever fails below and is tried again.
@@ -490,8 +623,8 @@ impl KernelDatapath {
             self.write_route(route.index, [route.tables; 2], route.flags)?;
         }
         self.services.insert(plan.name.clone(), Installed { index, routes });
-        self.watch_less(plan);
-        Ok(())
+        self.watch_less(plan, index);
+        self.limit_less(plan, index)
     }
 
     fn try_remove(&mut self, name: &ServiceName) -> Result<()> {
@@ -506,6 +639,7 @@ impl KernelDatapath {
         }
         self.maps.set_switch(index, Switch::from_word(0));
         self.watch(name, BTreeSet::new());
+        self.unlimit(name, index)?;
         self.maps.set_record(index, &record_of_nobody());
         self.maps.clear_counters(index)?;
         for route in routes {
@@ -556,8 +690,16 @@ impl KernelDatapath {
                 );
             }
             let routes = routes.into_values().collect();
-            if is_watched(switch.flags) {
+            if is_watched(switch.flags) || switch.has(switch_flags::LIMITED) && self.has_overflowed(index) {
                 self.watch(&service.name, service.frontends.iter().copied().collect());
+            }
+            if switch.has(switch_flags::LIMITED) {
+                self.limited.insert(service.name.clone(), Limited::default());
+                self.maps.limits.set_census(index, false);
+                if self.maps.limits.get(index).tiers.iter().any(breaker_common::TierLimits::counts) {
+                    let tcp = service.frontends.iter().filter(|frontend| frontend.protocol == Protocol::Tcp);
+                    self.count(&service.name, tcp.copied().collect());
+                }
             }
             self.services.insert(service.name.clone(), Installed { index, routes });
             // What its tables name is not known before the first plan; until then every backend counts as named.
@@ -565,6 +707,7 @@ impl KernelDatapath {
             adopted.push(service);
         }
         self.maps.filter.settle();
+        self.settle_sockets();
         Ok(adopted)
     }
 
@@ -649,6 +792,16 @@ impl Datapath for KernelDatapath {
         Ok(self.maps.counters(index)?)
     }
 
+    fn limits(&self, name: &ServiceName, clients: usize) -> Result<LimitReport, DatapathError> {
+        let index = self.index(name)?;
+        let limits = &self.maps.limits;
+        Ok(LimitReport {
+            counters: limits.counters(index)?,
+            concurrent: limits.concurrent(index),
+            clients: if clients == 0 { Vec::new() } else { limits.limited_clients(index, clients) },
+        })
+    }
+
     fn reasons(&self) -> Result<Vec<(PassReason, u64)>, DatapathError> {
         Ok(self.maps.reasons()?)
     }
@@ -665,7 +818,7 @@ impl Datapath for KernelDatapath {
             self.maps.set_any_fast(any_fast);
         }
         self.fast_before |= any_fast;
-        Ok(found.sweep)
+        Ok(Sweep { overflowed: self.sweep_limits(), ..found.sweep })
     }
 
     fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError> {
@@ -709,7 +862,16 @@ const fn is_watched(flags: u8) -> bool {
 
 /// A frontend's bit in the filter.
 fn bit_of_frontend(frontend: &Frontend) -> Bit {
-    let (port, proto) = (frontend.address.port().to_be_bytes(), number(frontend.protocol));
+    bit_under(frontend, number(frontend.protocol))
+}
+
+/// The bit in the filter that says that a frontend's service counts connections.
+fn counted_bit_of(frontend: &Frontend) -> Bit {
+    bit_under(frontend, number(frontend.protocol) | COUNTED)
+}
+
+fn bit_under(frontend: &Frontend, proto: u8) -> Bit {
+    let port = frontend.address.port().to_be_bytes();
     match frontend.address {
         SocketAddr::V4(v4) => bit_of(&EndpointKey::new(V4::new(v4.ip().octets()), port, proto)),
         SocketAddr::V6(v6) => bit_of(&EndpointKey::new(V6::new(v6.ip().octets()), port, proto)),

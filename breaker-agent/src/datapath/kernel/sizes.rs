@@ -1,5 +1,9 @@
 //! How large the maps are: by the node's memory, where the configuration does not say.
 
+/// Places in a bucket.
+#[expect(clippy::cast_possible_truncation, reason = "eight")]
+const WAYS: u32 = breaker_common::WAYS as u32;
+
 /// How many of each a node can hold. What is keyed by addresses is so large for each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
@@ -15,6 +19,10 @@ pub struct Sizes {
     pub flows: u32,
     /// Flows that were not answered yet.
     pub pending: u32,
+    /// Buckets for connections to services with limits; a power of two.
+    pub connection_buckets: u32,
+    /// Buckets for clients of services with limits for each client; a power of two.
+    pub client_buckets: u32,
 }
 
 impl Sizes {
@@ -38,13 +46,18 @@ impl Sizes {
             backends,
             flows: breaker_common::DEFAULT_FLOWS,
             pending: breaker_common::DEFAULT_PENDING,
+            connection_buckets: breaker_common::DEFAULT_CONNECTION_BUCKETS,
+            client_buckets: breaker_common::DEFAULT_CLIENT_BUCKETS,
         }
     }
 
     /// For so many established flows.
     #[must_use]
     pub fn with_flows(self, flows: u32) -> Self {
-        Self { flows, pending: (flows / 2).clamp(8192, 131_072), ..self }
+        // A place for every fourth flow: limits are for some services, and full tables fail open.
+        let buckets = (flows / 4 / WAYS).clamp(1024, 1 << 16).next_power_of_two();
+        let pending = (flows / 2).clamp(8192, 131_072);
+        Self { flows, pending, connection_buckets: buckets, client_buckets: buckets, ..self }
     }
 
     /// The sizes of maps by their names, without the family's number.
@@ -60,8 +73,13 @@ impl Sizes {
     }
 
     /// The sizes of maps that are there once.
-    pub(super) fn shared(&self) -> [(&'static str, u32); 6] {
+    pub(super) fn shared(&self) -> [(&'static str, u32); 11] {
         [
+            ("LIMITS", self.services),
+            ("LIMITERS", self.services.saturating_mul(2)),
+            ("LIMIT_COUNTERS", self.services),
+            ("CONNECTIONS", self.connection_buckets),
+            ("CLIENTS", self.client_buckets),
             ("SWITCHES", self.services),
             ("SERVICES", self.services),
             ("RUNTIME", self.services),
@@ -96,6 +114,7 @@ mod tests {
         assert_eq!((small.services, small.flows, small.pending), (1024, 65_536, 32_768));
         let large = Sizes::for_memory(16 * 1024);
         assert_eq!((large.services, large.backends, large.flows), (16_384, 131_072, 262_144));
+        assert_eq!((small.connection_buckets * WAYS, large.client_buckets * WAYS), (16_384, 65_536));
         assert_eq!(Sizes::for_memory(u64::MAX), large);
     }
 }

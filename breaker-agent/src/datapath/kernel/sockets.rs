@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
-    programs::{CgroupAttachMode, CgroupSockAddr, links::FdLink},
+    programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, links::FdLink},
 };
 use rustix::net::{AddressFamily, SocketType, socket};
 
@@ -30,6 +30,8 @@ const PROGRAMS: [&str; 8] = [
     "breaker_conn4",
     "breaker_conn6",
 ];
+/// Name of the program that sees sockets close, also of its pin.
+const RELEASE: &str = "breaker_release";
 
 /// Loads the programs: before their maps are taken from them.
 ///
@@ -39,7 +41,7 @@ pub(super) fn load(programs: &mut Ebpf) -> Result<()> {
     for name in PROGRAMS {
         program(programs, name)?.load().with_context(|| format!("load the program {name} into the kernel"))?;
     }
-    Ok(())
+    release_program(programs)?.load().with_context(|| format!("load the program {RELEASE} into the kernel"))
 }
 
 /// Attaches the programs that [`load`] loaded, what answers before what asks.
@@ -49,6 +51,13 @@ pub(super) fn load(programs: &mut Ebpf) -> Result<()> {
 pub(super) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
     let path = cgroup_root()?;
     let root = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+    // What counts down before what counts up.
+    let release = release_program(programs)?;
+    let id = release
+        .attach(&root, CgroupAttachMode::Single)
+        .with_context(|| format!("attach {RELEASE} to {}", path.display()))?;
+    let link: FdLink = release.take_link(id)?.try_into()?;
+    links::repin(link, &pins.links().join(RELEASE))?;
     for name in PROGRAMS {
         let program = program(programs, name)?;
         // A link lets others attach beside it whatever the mode says.
@@ -67,7 +76,12 @@ pub(super) fn detach(pins: &PinDir) -> Result<()> {
     for name in PROGRAMS.iter().rev() {
         links::unpin(&pins.links().join(name))?;
     }
-    Ok(())
+    links::unpin(&pins.links().join(RELEASE))
+}
+
+fn release_program(programs: &mut Ebpf) -> Result<&mut CgroupSock> {
+    let program = programs.program_mut(RELEASE).with_context(|| format!("the object has no program {RELEASE}"))?;
+    program.try_into().with_context(|| format!("{RELEASE} is no program for sockets"))
 }
 
 fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr> {
@@ -124,7 +138,7 @@ fn cookie_of(socket: &OwnedFd) -> Result<u64> {
 
 /// Whether a pin is one of ours here.
 pub(super) fn is_pin(path: &Path) -> bool {
-    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| PROGRAMS.contains(&name))
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name == RELEASE || PROGRAMS.contains(&name))
 }
 
 #[cfg(test)]

@@ -1,0 +1,184 @@
+//! What limits do with a packet, on the hooks of tc: admit the first of a flow, note what begins and ends a connection.
+//!
+//! A service that is closed and settled, and has limits: its SYN, and every datagram, is asked about here, its FIN and RST are
+//! noted, and its data packets are not seen.
+
+use aya_ebpf::bindings::TC_ACT_SHOT;
+use breaker_common::{
+    BreakerState, EventKind, FlowKey, LimitAction, PROTO_TCP, PassReason, Reverse, SLOT_PASSTHROUGH, SLOT_REJECT,
+    ServiceLimits, Switch, connection_state, limit_flags, switch_flags,
+};
+
+use super::tc::Case;
+use crate::{
+    count, endpoint, event,
+    family::{Family, V6},
+    flow, hash,
+    limit::{self, BACKUP, PRIMARY, Request, connections},
+    packet::Packet,
+    parse::{Segment, flags},
+    select, service,
+    verdict::{self, Step, Verdict},
+};
+
+/// Asks whether the first packet of a flow is admitted to the tier that was chosen for it (`case.slot`).
+#[inline(never)]
+pub fn admit<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>, to_backup: bool) -> i32 {
+    verdict::settle(try_admit(packet, segment, case, to_backup))
+}
+
+#[inline(always)]
+fn try_admit<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    case: &mut Case<A>,
+    to_backup: bool,
+) -> Result<Verdict, PassReason> {
+    let service = case.service;
+    let switch = Switch::from_word(case.switch);
+    let limits = limit::of(service).ok_or(PassReason::UnknownService)?;
+    let key = flow::key(segment);
+    let tier = if to_backup || case.slot != SLOT_PASSTHROUGH { BACKUP } else { PRIMARY };
+    let request = Request {
+        tag: tag(&key, limits),
+        client: client(key.client, limits),
+        service,
+        switch: case.switch,
+        tier,
+        number: if segment.is_tcp() { sequence(packet, segment) } else { 0 },
+        what: if segment.is_tcp() { 0 } else { connection_state::DATAGRAMS },
+    };
+    let answer = request.admit();
+    let dry_run = switch.has(switch_flags::DRY_RUN);
+    let Some(kind) = limit::kind_over(answer) else {
+        if is_settled(case, &switch) {
+            // A datagram of a flow that is known is not a new connection.
+            if segment.is_tcp() || answer != limit::REPEATED {
+                count::service(service, |c| c.new_primary += 1);
+            }
+            return Ok(Verdict::Next);
+        }
+        return Ok(Verdict::Then(Step::CarryOut));
+    };
+    if dry_run {
+        limit::counters(service, |c| *limit::of_kind(&mut c.dry_run, tier, kind) += 1);
+        return Ok(Verdict::Then(Step::CarryOut));
+    }
+    let action = limit::of_tier(limits, tier).action;
+    limit::counters(service, |c| *limit::of_kind(&mut c.limited, tier, kind) += 1);
+    if case.trial != 0 {
+        service::give_back_half_open(service, switch.epoch);
+        case.trial = 0;
+    }
+    if tier == PRIMARY && action == LimitAction::Failover as u32 {
+        let slot = select::in_backup(service, case.route, &switch, &key);
+        if slot < SLOT_REJECT {
+            case.slot = slot;
+            limit::counters(service, |c| c.failed_over += 1);
+            limit::mark_overflowed(service);
+            endpoint::watch(key.vip, key.vip_port, key.proto);
+            return Ok(Verdict::Then(Step::AdmitToBackup));
+        }
+    }
+    if action == LimitAction::Drop as u32 {
+        return Ok(Verdict::Settled(TC_ACT_SHOT));
+    }
+    Ok(Verdict::Then(Step::Refuse))
+}
+
+/// The first packet of a flow to a service that is closed and settled, and has limits.
+#[inline(always)]
+pub fn closed<A: Family>(segment: &Segment<A>, case: &mut Case<A>, switch: &Switch<u8>) -> Verdict {
+    if !segment.may_begin() {
+        return Verdict::Next;
+    }
+    if segment.is_tcp() && service::adopt(case.service, switch.epoch) {
+        event::send(EventKind::StateAdopted, case.service, switch, &flow::key(segment), None);
+    }
+    case.slot = SLOT_PASSTHROUGH;
+    Verdict::Then(Step::Admit)
+}
+
+/// Whether nothing needs to be done for a connection that is left to kube-proxy.
+#[inline(always)]
+fn is_settled<A>(case: &Case<A>, switch: &Switch<u8>) -> bool {
+    case.slot == SLOT_PASSTHROUGH
+        && switch.state == BreakerState::Closed as u8
+        && !switch.has(switch_flags::TRACK)
+        && !switch.has(switch_flags::DRY_RUN)
+}
+
+/// The tag of a connection.
+#[inline(always)]
+fn tag<A: Family>(key: &FlowKey<A>, limits: &ServiceLimits) -> u64 {
+    let ports = u32::from_ne_bytes([key.client_port[0], key.client_port[1], key.vip_port[0], key.vip_port[1]]);
+    let rest = ((ports as u64) << 32) | key.proto as u64;
+    hash::tag(key.client.folded(), key.vip.folded(), rest, limits.hash_key)
+}
+
+/// What tells a client apart.
+#[inline(always)]
+fn client<A: Family>(addr: A, limits: &ServiceLimits) -> V6 {
+    addr.client(V6::from_bytes(limits.client_mask.bytes))
+}
+
+/// A segment's sequence number, as it is in memory.
+#[inline(always)]
+fn sequence<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> u32 {
+    use crate::packet::Frame as _;
+    packet.read::<u32>(segment.l4() + 4).unwrap_or(0)
+}
+
+/// Notes a segment of a client: its FIN or RST, or, during a census, any.
+#[inline(never)]
+pub fn note_client<A: Family>(segment: &Segment<A>, service: u32) {
+    let Some(limits) = limit::of(service) else { return };
+    let census = limits.flags & limit_flags::CENSUS != 0;
+    if !segment.ends() && !census {
+        return;
+    }
+    let tag = tag(&flow::key(segment), limits);
+    let bit = if segment.flags & flags::FIN != 0 { connection_state::CLIENT_FIN } else { 0 };
+    connections::note(tag, bit, segment.is_rst());
+}
+
+/// Notes a segment of a server that comes from the frontend itself: kube-proxy has translated it back.
+#[inline(never)]
+pub fn note_server<A: Family>(segment: &Segment<A>) {
+    let role = endpoint::find(segment.source, segment.ports.source, segment.proto);
+    let Some(service) = role.and_then(|role| endpoint::index(role.service)) else { return };
+    let key = FlowKey {
+        client: segment.destination,
+        vip: segment.source,
+        client_port: segment.ports.destination,
+        vip_port: segment.ports.source,
+        proto: PROTO_TCP,
+        pad: [0; 3],
+    };
+    note_server_of(segment, service, &key);
+}
+
+/// Notes a segment of a backup's backend.
+#[inline(never)]
+pub fn note_backend<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>) {
+    let key = FlowKey {
+        client: segment.destination,
+        vip: reverse.vip,
+        client_port: reverse.client_port,
+        vip_port: reverse.vip_port,
+        proto: PROTO_TCP,
+        pad: [0; 3],
+    };
+    note_server_of(segment, reverse.service, &key);
+}
+
+#[inline(always)]
+fn note_server_of<A: Family>(segment: &Segment<A>, service: u32, key: &FlowKey<A>) {
+    if !service::switch(service).is_some_and(|switch| switch.has(switch_flags::LIMITED)) {
+        return;
+    }
+    let Some(limits) = limit::of(service) else { return };
+    let fin = if segment.flags & flags::FIN != 0 { connection_state::SERVER_FIN } else { 0 };
+    let bits = connection_state::ANSWERED | fin;
+    connections::note(tag(key, limits), bits, segment.is_rst());
+}

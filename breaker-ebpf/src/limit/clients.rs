@@ -1,0 +1,159 @@
+//! Clients of tiers with limits for each client, and the clients that are refused most often.
+
+use aya_ebpf::{Global, bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
+use breaker_common::{
+    Address as _, Bucket, ClientState, DEFAULT_CLIENT_BUCKETS, LIMITED_CLIENTS, LIMITED_WINDOW_SHIFT, LimitedClient,
+    WAYS,
+};
+
+use super::bucket;
+use crate::{agent, atomic, family::V6, hash};
+
+type Buckets = Bucket<ClientState>;
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+
+#[btf_map]
+static CLIENTS: Array<Buckets, { DEFAULT_CLIENT_BUCKETS as usize }, MMAPABLE> = Array::new();
+
+/// The number of buckets less 1; the loader sets it to what the map has.
+#[unsafe(no_mangle)]
+static CLIENT_MASK: Global<u32> = Global::new(DEFAULT_CLIENT_BUCKETS - 1);
+
+/// Written as words; a map has bytes, for people.
+#[btf_map]
+static LIMITED: Array<LimitedClient, { LIMITED_CLIENTS as usize }, MMAPABLE> = Array::new();
+
+/// The tag of a limiter's client.
+#[inline(always)]
+pub fn tag(client: V6, limiter: u32, key: u64) -> u64 {
+    let [a, b, c, d] = client.in_words();
+    hash::tag(((a as u64) << 32) | b as u64, ((c as u64) << 32) | d as u64, limiter as u64, key)
+}
+
+/// The number of a client's place plus 1, of a new one if it has none. 0: all places of its buckets are of clients that have
+/// connections, or whose bucket is not full.
+#[inline(always)]
+pub fn place(tag: u64, now_ns: u64) -> u32 {
+    breaker_client(tag, now_ns)
+}
+
+/// See [`place`]. A global function, as [`super::breaker_admit`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_client(tag: u64, now_ns: u64) -> u32 {
+    let [first, second] = bucket::of_tag(tag, CLIENT_MASK.load());
+    let number = |index: u32, way: usize| index * WAYS as u32 + way as u32 + 1;
+    for index in [first, second] {
+        if let Some(way) = CLIENTS.get_ptr_mut(index).and_then(|bucket| bucket::find(bucket, tag)) {
+            return number(index, way);
+        }
+    }
+    for index in [first, second] {
+        if let Some(way) = CLIENTS.get_ptr_mut(index).and_then(|bucket| claim(bucket, tag, now_ns)) {
+            return number(index, way);
+        }
+    }
+    0
+}
+
+/// A place that is taken over needs no reset: a full bucket and no connections is how a new client starts. (Two clients that
+/// claim one place within the moment before the first of them is counted share it for that connection.)
+#[inline(always)]
+fn claim(bucket: *mut Buckets, tag: u64, now_ns: u64) -> Option<usize> {
+    let idle = bucket::where_free(bucket, |state| {
+        // SAFETY: a state of this bucket; its fields are aligned.
+        let (arrival, concurrent) =
+            unsafe { (atomic::load(&raw const (*state).arrival_ns), atomic::load32(&raw const (*state).concurrent)) };
+        let is_full = 1 - bucket::highest(now_ns.wrapping_sub(arrival));
+        is_full & bucket::is_zero(concurrent as u64)
+    });
+    bucket::claim(bucket, tag, idle)
+}
+
+/// The client in a place (its number plus 1, or 0 for nobody).
+#[inline(always)]
+pub fn at(number: u32) -> Option<*mut ClientState> {
+    let place = number.checked_sub(1)?;
+    let bucket = CLIENTS.get_ptr_mut(place / WAYS as u32)?;
+    // SAFETY: the bucket is a value of the map, and the place is inside.
+    Some(unsafe { &raw mut (*bucket).states[place as usize & (WAYS - 1)] })
+}
+
+/// A client's theoretical arrival time.
+#[inline(always)]
+pub fn arrival(client: *mut ClientState) -> *mut u64 {
+    // SAFETY: the caller has the client from [`at`].
+    unsafe { &raw mut (*client).arrival_ns }
+}
+
+/// A client's connections.
+#[inline(always)]
+pub fn concurrent(client: *mut ClientState) -> *mut u32 {
+    // SAFETY: as above.
+    unsafe { &raw mut (*client).concurrent }
+}
+
+/// Takes a connection out of a client's count.
+#[inline(always)]
+pub fn decrement(client: *mut ClientState) {
+    // SAFETY: as above; the field is 4 bytes, aligned, and only changed by atomics.
+    unsafe { atomic::decrement(concurrent(client)) };
+}
+
+/// Takes a connection out of the count of the client that is in a place (its number plus 1, or 0 for nobody).
+#[inline(always)]
+pub fn count_down(number: u32) {
+    if let Some(client) = at(number) {
+        decrement(client);
+    }
+}
+
+/// Notes that a client was refused. Two CPUs may lose one of two notes: it is a list for people.
+#[inline(always)]
+pub fn note_refused(client: V6, service: u32, tier: u32) {
+    let [a, b, c, d] = client.in_words();
+    let words = |high: u32, low: u32| (high as u64) << 32 | low as u64;
+    let _ = breaker_refused(words(a, b), words(c, d), (service * 2 + tier) as u64);
+}
+
+/// See [`note_refused`]. A global function, as [`super::breaker_admit`]; one must return a number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u64) -> u32 {
+    let words = [(client_high >> 32) as u32, client_high as u32, (client_low >> 32) as u32, client_low as u32];
+    let (client, limiter) = (V6::from_words(words), limiter as u32);
+    let now_ns = agent::now_ns();
+    let Some(limits) = super::of(limiter / 2) else { return 0 };
+    let place = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - 1);
+    let Some(entry) = LIMITED.get_ptr_mut(place) else { return 0 };
+    let entry = entry.cast::<Entry>();
+    // SAFETY: the kernel returned a pointer to a value of this map, which has the size, the alignment and the bytes of `Entry`.
+    let entry = unsafe { &mut *entry };
+    let window = (now_ns >> LIMITED_WINDOW_SHIFT) as u32;
+    if entry.window != window {
+        entry.before = if entry.window.wrapping_add(1) == window { entry.count } else { 0 };
+        entry.count = 0;
+        entry.window = window;
+    }
+    if entry.limiter == limiter + 1 && entry.client == client {
+        entry.count = entry.count.saturating_add(1);
+    } else if entry.count == 0 {
+        *entry = Entry { client, limiter: limiter + 1, window, count: 1, before: 0 };
+    } else {
+        entry.count -= 1;
+    }
+    0
+}
+
+/// A [`LimitedClient`] with its address in words.
+#[repr(C)]
+struct Entry {
+    client: V6,
+    limiter: u32,
+    window: u32,
+    count: u32,
+    before: u32,
+}
+
+const _: () = assert!(size_of::<Entry>() == size_of::<LimitedClient>() && V6::VERSION == 6);

@@ -1,0 +1,224 @@
+//! The connections that were admitted: so that a SYN that is sent again is not charged twice, and that a connection that was
+//! counted is counted down once, when both ends have sent a FIN or one has sent a RST.
+//!
+//! What ends without such a sign, the agent takes out (`datapath/kernel/connections.rs` there).
+//!
+//! A connection that is not counted (there are limits on rates only) makes room for others when a bucket is full; one that is
+//! counted never does.
+
+use aya_ebpf::{Global, bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
+use breaker_common::{
+    Bucket, CONNECTION_TURN, ConnectionState, DEFAULT_CONNECTION_BUCKETS, WAYS, connection_state as bits, gcra,
+};
+
+use super::{Asked, LIMITERS, bucket, clients};
+use crate::{agent, atomic};
+
+type Buckets = Bucket<ConnectionState>;
+
+#[btf_map]
+static CONNECTIONS: Array<Buckets, { DEFAULT_CONNECTION_BUCKETS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// The number of buckets less 1; the loader sets it to what the map has.
+#[unsafe(no_mangle)]
+static CONNECTION_MASK: Global<u32> = Global::new(DEFAULT_CONNECTION_BUCKETS - 1);
+
+/// How long a flow of datagrams is remembered without a packet, in ticks. The agent goes by the same time.
+const DATAGRAMS_TICKS: u32 = 60;
+
+/// Where a connection is remembered.
+#[derive(Clone, Copy)]
+pub struct Place {
+    bucket: *mut Buckets,
+    way: usize,
+}
+
+/// The place of a connection.
+#[inline(always)]
+pub fn find(tag: u64) -> Option<Place> {
+    let [first, second] = bucket::of_tag(tag, CONNECTION_MASK.load());
+    find_in(first, tag).or_else(|| find_in(second, tag))
+}
+
+#[inline(always)]
+fn find_in(index: u32, tag: u64) -> Option<Place> {
+    let bucket = CONNECTIONS.get_ptr_mut(index)?;
+    let way = bucket::find(bucket, tag)?;
+    Some(Place { bucket, way })
+}
+
+/// Remembers a connection that was admitted. False: there is no room, and nobody will count it down.
+#[inline(always)]
+pub fn insert(tag: u64, limiter: u32, number: u32, what: u32, client: u32, tick: u32) -> bool {
+    let words = |high: u32, low: u32| (high as u64) << 32 | low as u64;
+    breaker_remember(tag, words(limiter, client), words(number, what), tick as u64) != 0
+}
+
+/// See [`insert`]. A global function, as [`super::breaker_admit`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_remember(tag: u64, limiter_client: u64, number_what: u64, tick: u64) -> u32 {
+    let (limiter, client) = ((limiter_client >> 32) as u32, limiter_client as u32);
+    let (number, what, tick) = ((number_what >> 32) as u32, number_what as u32, tick as u32);
+    let [first, second] = bucket::of_tag(tag, CONNECTION_MASK.load());
+    // One that is not counted makes do with the first bucket, where it may take the place of another that is not.
+    let place = if what & bits::COUNTED == 0 {
+        claim_in(first, tag, true)
+    } else {
+        claim_in(first, tag, false).or_else(|| claim_in(second, tag, false)).or_else(|| claim_in(first, tag, true))
+    };
+    let Some(place) = place else { return 0 };
+    let state = place.state();
+    // SAFETY: the place is ours since its tag was swapped. Who finds the tag meanwhile sees an earlier connection's fields, as
+    // if this one had not come yet.
+    unsafe {
+        let turn = atomic::load32(&raw const (*state).state) & !(CONNECTION_TURN - 1);
+        (&raw mut (*state).limiter).write_volatile(limiter);
+        (&raw mut (*state).number).write_volatile(number);
+        (&raw mut (*state).last_tick).write_volatile(tick);
+        (&raw mut (*state).client).write_volatile(client);
+        (&raw mut (*state).state).write_volatile(turn.wrapping_add(CONNECTION_TURN) | what);
+    }
+    1
+}
+
+#[inline(always)]
+fn claim_in(index: u32, tag: u64, displace: bool) -> Option<Place> {
+    let bucket = CONNECTIONS.get_ptr_mut(index)?;
+    let candidates = if displace {
+        // A random one of those that are not counted, where none is free.
+        let uncounted = bucket::where_free(bucket, |state| {
+            // SAFETY: a state of this bucket; its fields are aligned.
+            bucket::is_zero((unsafe { atomic::load32(&raw const (*state).state) } & bits::COUNTED) as u64)
+        });
+        let from = uncounted & (0xff << ((tag >> 3) & 7)) & 0xff;
+        if from != 0 { from } else { uncounted }
+    } else {
+        0
+    };
+    let way = bucket::claim(bucket, tag, candidates)?;
+    Some(Place { bucket, way })
+}
+
+/// Takes a connection out of the counts of its limiter and its client (a place plus 1, or 0).
+#[inline(always)]
+pub fn count_down(limiter: u32, client: u32) {
+    if let Some(limiter) = LIMITERS.get_ptr_mut(limiter) {
+        // SAFETY: the kernel returned a pointer to a value of this map; the field is 4 bytes, aligned.
+        unsafe { atomic::decrement(&raw mut (*limiter).concurrent) };
+    }
+    clients::count_down(client);
+}
+
+/// Notes a segment that ends a connection, or begins to: `over` for a RST, else the FIN of [`bits::CLIENT_FIN`] or
+/// [`bits::SERVER_FIN`], or [`bits::ANSWERED`].
+#[inline(always)]
+pub fn note(tag: u64, bit: u32, over: bool) {
+    let _ = breaker_note(tag, bit as u64 | (over as u64) << 32);
+}
+
+/// See [`note`]. A global function, as [`super::breaker_admit`]; one must return a number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
+    let Some(place) = find(tag) else { return 0 };
+    place.touch(agent::tick(agent::now_ns()));
+    if what >> 32 != 0 {
+        place.release();
+        return 0;
+    }
+    let bit = what as u32;
+    let at = place.state_word();
+    for _ in 0..gcra::TRIES {
+        // SAFETY: the field of a map's value, 4 bytes and aligned.
+        let before = unsafe { atomic::load32(at) };
+        let after = before | bit;
+        // SAFETY: as above.
+        if before == after || unsafe { atomic::compare_exchange32(at, before, after) } {
+            let both = bits::CLIENT_FIN | bits::SERVER_FIN;
+            if after & both == both {
+                place.release();
+            }
+            return 0;
+        }
+    }
+    0
+}
+
+impl Place {
+    #[inline(always)]
+    fn state(&self) -> *mut ConnectionState {
+        // SAFETY: the bucket is a value of the map, and the place is inside.
+        unsafe { &raw mut (*self.bucket).states[self.way & (WAYS - 1)] }
+    }
+
+    #[inline(always)]
+    fn state_word(&self) -> *mut u32 {
+        // SAFETY: as above.
+        unsafe { &raw mut (*self.state()).state }
+    }
+
+    /// Whether a request is about the connection that is here: a SYN that is sent again, or a datagram of a flow that lives.
+    #[inline(always)]
+    pub fn is_again(&self, request: &Asked, limiter: u32) -> bool {
+        let state = self.state();
+        // SAFETY: as above; the fields are aligned.
+        let (of, number, last) = unsafe {
+            (
+                atomic::load32(&raw const (*state).limiter),
+                atomic::load32(&raw const (*state).number),
+                atomic::load32(&raw const (*state).last_tick),
+            )
+        };
+        let fresh = request.what & bits::DATAGRAMS == 0
+            || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
+        // Each connect() of a socket of the node's own is a connection of its own.
+        let socket = request.what & (bits::SOCKET | bits::DATAGRAMS) == bits::SOCKET;
+        of == limiter && number == request.number && fresh && !socket
+    }
+
+    /// Notes a sign of life.
+    #[inline(always)]
+    pub fn touch(&self, tick: u32) {
+        let state = self.state();
+        // SAFETY: as above. Reading first keeps the cache line clean.
+        unsafe {
+            let at = &raw mut (*state).last_tick;
+            if atomic::load32(at) != tick {
+                at.write_volatile(tick);
+            }
+        }
+    }
+
+    /// Forgets the connection, and counts it down if it was counted. Of those who do so at once, one counts.
+    #[inline(always)]
+    pub fn release(&self) {
+        let (state, at) = (self.state(), self.state_word());
+        // SAFETY: as above.
+        let (limiter, client, first) = unsafe {
+            (
+                atomic::load32(&raw const (*state).limiter),
+                atomic::load32(&raw const (*state).client),
+                atomic::load32(at),
+            )
+        };
+        let mut before = first;
+        for _ in 0..gcra::TRIES {
+            if before & bits::COUNTED == 0 {
+                break;
+            }
+            // SAFETY: as above.
+            if unsafe { atomic::compare_exchange32(at, before, before & !bits::COUNTED) } {
+                count_down(limiter, client);
+                break;
+            }
+            // SAFETY: as above.
+            before = unsafe { atomic::load32(at) };
+            if (before ^ first) >= CONNECTION_TURN {
+                // The place is another connection's by now.
+                return;
+            }
+        }
+        bucket::free(self.bucket, self.way);
+    }
+}
