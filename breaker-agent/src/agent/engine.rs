@@ -13,7 +13,10 @@ use std::{
 use breaker_common::{BreakerState, SHARE_ALL};
 use jiff::Timestamp;
 
-use super::status::{Applied, BackendStatus, EventLine, ServiceStatus, Summary, TierStatus, TierSummary};
+use super::{
+    limits,
+    status::{Applied, BackendStatus, EventLine, ServiceStatus, Summary, TierStatus, TierSummary},
+};
 use crate::{
     breaker::{Breaker, Instant, Restored, Transition},
     check::{ProbeResult, Report, Target},
@@ -128,6 +131,8 @@ struct Running {
     dirty: bool,
     /// Something happened since the plan was made last: it must be made again. Most probes change nothing.
     stale: bool,
+    /// Whether its limits bite.
+    limits: limits::Watcher,
 }
 
 /// See the module.
@@ -542,7 +547,14 @@ impl<D: Datapath> Engine<D> {
         let mut gone = Vec::new();
         for (name, running) in &mut self.services {
             running.flows = found.redirected.get(name).copied().unwrap_or(0);
+            // Connections over a limit of the primary went to the backup: their flows are looked for until they have ended.
+            if found.overflowed.contains(name) {
+                running.stale |= !running.draining;
+                running.draining = true;
+                running.closed_at = Some(now.mono);
+            }
         }
+        self.watch_limits(now);
         // A frontend that changed hands while flows of its old service live: its new one must look for them, too.
         let leaving = self.services.values().filter(|running| running.leaving && running.flows > 0);
         let busy: Vec<Frontend> = leaving.flat_map(|running| running.service.frontends.clone()).collect();
@@ -569,6 +581,25 @@ impl<D: Datapath> Engine<D> {
                 Ok(()) => drop(self.services.remove(&name)),
                 Err(error) => tracing::warn!(service = %name, "cannot be removed yet: {error}"),
             }
+        }
+    }
+
+    /// Tells of limits that bite.
+    fn watch_limits(&mut self, now: Now) {
+        let mut told = Vec::new();
+        for (name, running) in &mut self.services {
+            if running.service.limits.is_none() {
+                continue;
+            }
+            let Ok(report) = self.datapath.limits(name, 0) else { continue };
+            let before = running.limits.biting().cloned();
+            let words = running.limits.look(now.mono, now.unix, &report.counters);
+            self.changes += u64::from(running.limits.biting() != before.as_ref());
+            told.extend(words.map(|words| (name.clone(), words)));
+        }
+        for (name, words) in told {
+            tracing::warn!(service = %name, "{words}");
+            self.record(now, &name, "Limited", words);
         }
     }
 
@@ -741,6 +772,10 @@ impl<D: Datapath> Engine<D> {
             failed_writes: running.failed_writes,
             flows: running.flows,
             counters: self.datapath.counters(name).unwrap_or_default().into(),
+            limits: running.service.limits.map(|configured| {
+                let report = self.datapath.limits(name, limits::CLIENTS).unwrap_or_default();
+                limits::show(&configured, report, running.limits.biting().cloned())
+            }),
         }
     }
 }
@@ -863,6 +898,7 @@ impl Running {
             only_known: adopted.is_some(),
             dirty: false,
             stale: true,
+            limits: limits::Watcher::default(),
             service,
         }
     }
@@ -965,6 +1001,8 @@ impl Running {
             in_force: applied.is_some() && self.error.is_none() && !self.dirty,
             error: self.error.clone(),
             tiers: tiers.collect(),
+            limits_shared_by: self.service.limits.map_or(0, |limits| limits.shared_by()),
+            limited: self.limits.biting().cloned(),
         }
     }
 
@@ -1008,7 +1046,7 @@ impl Running {
             draining: self.draining,
         };
         if self.leaving {
-            let service = Service { on_close: EstablishedPolicy::Keep, ..self.service.clone() };
+            let service = Service { on_close: EstablishedPolicy::Keep, limits: None, ..self.service.clone() };
             return self.with_lingering(ServicePlan::new(&service, decision, &[]));
         }
         self.with_lingering(ServicePlan::new(&self.service, decision, &backup))

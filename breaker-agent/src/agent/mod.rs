@@ -4,5 +4,6 @@
 //! and owns the sockets.
 
 pub mod engine;
+pub mod limits;
 pub mod run;
 pub mod status;

@@ -6,6 +6,7 @@ use breaker_common::ServiceCounters;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+pub use super::limits::{Biting, LimitsStatus, TierLimitsStatus};
 use crate::model::ServiceName;
 
 /// `GET /v1/status`.
@@ -137,6 +138,9 @@ pub struct ServiceStatus {
     pub flows: usize,
     /// Since the maps exist.
     pub counters: Counters,
+    /// Its limits, if it has any.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub limits: Option<LimitsStatus>,
 }
 
 /// The part of a plan that people compare.
@@ -210,6 +214,10 @@ pub struct Summary {
     pub error: Option<String>,
     /// The primary, then the backups.
     pub tiers: Vec<TierSummary>,
+    /// By how many nodes its limits are divided; 0 without limits.
+    pub limits_shared_by: u32,
+    /// The limit that bites, if one does.
+    pub limited: Option<Biting>,
 }
 
 /// A tier in short.
@@ -287,7 +295,7 @@ pub struct EventLine {
     pub at: Timestamp,
     /// Which service.
     pub service: String,
-    /// `Transition`, `Health`, `StateAdopted`, `FlowMoved`, `Rejected`, `FlowReset`, `WriteFailed`, `Config`.
+    /// `Transition`, `Health`, `Limited`, `StateAdopted`, `FlowMoved`, `Rejected`, `FlowReset`, `WriteFailed`, `Config`.
     pub kind: String,
     /// For a person.
     pub message: String,

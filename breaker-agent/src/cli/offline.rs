@@ -65,5 +65,6 @@ fn show(service: &Adopted, counters: ServiceCounters) -> ServiceStatus {
         failed_writes: 0,
         flows: 0,
         counters: counters.into(),
+        limits: None,
     }
 }

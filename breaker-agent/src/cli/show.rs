@@ -10,7 +10,7 @@ use breaker_common::PassReason;
 use jiff::Timestamp;
 
 use crate::{
-    agent::status::{AgentStatus, BackendStatus, EventLine, ServiceStatus, TierStatus},
+    agent::status::{AgentStatus, BackendStatus, EventLine, LimitsStatus, ServiceStatus, TierLimitsStatus, TierStatus},
     preflight::{Finding, Verdict},
 };
 
@@ -158,7 +158,7 @@ pub(super) fn services(services: &[ServiceStatus], paint: Paint) -> String {
         return "no services\n".into();
     }
     let mut table =
-        Table::new(&["SERVICE", "STATE", "SINCE", "REASON", "PRIMARY", "FLOWS", "MOVED", "REJECTED", "APPLIED"]);
+        Table::new(&["SERVICE", "STATE", "SINCE", "REASON", "PRIMARY", "FLOWS", "MOVED", "REJECTED", "LIMITED", "APPLIED"]);
     for service in services {
         let applied = service.applied.as_ref() == Some(&service.desired);
         table.row(vec![
@@ -170,12 +170,73 @@ pub(super) fn services(services: &[ServiceStatus], paint: Paint) -> String {
             plain(service.flows.to_string()),
             plain(service.counters.moved.to_string()),
             plain(service.counters.rejected.to_string()),
+            limited_cell(service.limits.as_ref()),
             if applied { plain("yes") } else { ("NO".into(), Some(RED)) },
         ]);
     }
     let mut text = table.print(paint);
     for service in services {
         text.push_str(&detail(service, paint));
+    }
+    text
+}
+
+/// How many new connections limits have refused or sent to the other tier; red while they do.
+fn limited_cell(limits: Option<&LimitsStatus>) -> (String, Option<&'static str>) {
+    let Some(limits) = limits else { return plain("-") };
+    let count: u64 = [&limits.primary, &limits.backup].iter().flat_map(|tier| tier.limited.values()).sum();
+    (count.to_string(), limits.limited.is_some().then_some(RED))
+}
+
+/// A service's limits, and what they did.
+fn limits(limits: &LimitsStatus, paint: Paint) -> String {
+    let mut text = String::new();
+    let scope = match (limits.scope.as_str(), limits.shared_by) {
+        ("Cluster", nodes) => format!("for the cluster, a part of 1/{nodes} on this node"),
+        _ => "for each node".to_owned(),
+    };
+    for (name, tier) in [("primary", &limits.primary), ("backup", &limits.backup)] {
+        if !tier.limits.is_empty() {
+            let _ = writeln!(text, "  limits of the {name} ({scope}): {}", tier_limits(tier));
+        }
+    }
+    let count = |count: u64, words: &str| if count > 0 { format!("; {count} {words}") } else { String::new() };
+    let rest = [
+        count(limits.failed_over, "sent to the backup for it"),
+        count(limits.contended, "admitted after lost races"),
+        count(limits.untracked, "admitted and not counted: no room"),
+    ]
+    .concat();
+    if !rest.is_empty() {
+        let _ = writeln!(text, "  limits: {}", rest.trim_start_matches("; "));
+    }
+    if let Some(biting) = &limits.limited {
+        let line = format!("  LIMITED for {}: {}, {} a minute", ago(biting.since), biting.limit, biting.per_minute);
+        let _ = writeln!(text, "{}", paint.with(RED, &line));
+    }
+    if !limits.limited_clients.is_empty() {
+        let client = |client: Option<std::net::IpAddr>| client.map_or("this node".to_owned(), |ip| ip.to_string());
+        let clients: Vec<String> =
+            limits.limited_clients.iter().map(|c| format!("{} {} ({})", client(c.client), c.refused, c.tier)).collect();
+        let _ = writeln!(text, "  most limited clients of the last minute: {}", clients.join(", "));
+    }
+    text
+}
+
+fn tier_limits(tier: &TierLimitsStatus) -> String {
+    let list = |counts: &std::collections::BTreeMap<String, u64>| {
+        counts.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", ")
+    };
+    let limits: Vec<String> = tier.limits.iter().map(|(name, value)| format!("{name} {value}")).collect();
+    let mut text = format!("{}, then {}; {} connections now", limits.join(", "), tier.on_limit, tier.concurrent);
+    if !tier.limits.keys().any(|name| name.ends_with("concurrentConnections")) {
+        text = format!("{}, then {}", limits.join(", "), tier.on_limit);
+    }
+    if !tier.limited.is_empty() {
+        let _ = write!(text, "; over a limit: {}", list(&tier.limited));
+    }
+    if !tier.dry_run.is_empty() {
+        let _ = write!(text, "; would have been over a limit: {}", list(&tier.dry_run));
     }
     text
 }
@@ -212,6 +273,9 @@ fn detail(service: &ServiceStatus, paint: Paint) -> String {
             text,
             "  fastPath: to backup pods of this node past the stack; netfilter, and with it NetworkPolicy, is left out"
         );
+    }
+    if let Some(of_service) = &service.limits {
+        text.push_str(&limits(of_service, paint));
     }
     let mut table = Table { rows: Vec::new() };
     for tier in &service.tiers {
@@ -254,7 +318,7 @@ fn backend_row(tier: &TierStatus, backend: &BackendStatus) -> Vec<(String, Optio
 pub(super) fn event(event: &EventLine, paint: Paint) -> String {
     let colour = match event.to.as_deref() {
         Some(state) => Some(state_colour(state)),
-        None if event.kind == "WriteFailed" || event.kind == "ConfigRefused" => Some(RED),
+        None if ["WriteFailed", "ConfigRefused", "Limited"].contains(&event.kind.as_str()) => Some(RED),
         None => None,
     };
     let kind = format!("{:<13}", event.kind);

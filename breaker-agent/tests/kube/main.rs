@@ -94,6 +94,8 @@ fn primary(update: &Update) -> Vec<String> {
 fn facts(update: &Arc<Update>, state: &'static str) -> Facts {
     let tier = |name: &str, active: bool| TierSummary { name: name.into(), up: 1, total: 1, checking: 0, active };
     let summary = |name: &ServiceName| Summary {
+        limits_shared_by: 0,
+        limited: None,
         name: name.clone(),
         state,
         since: None,

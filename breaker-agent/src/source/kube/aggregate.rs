@@ -160,6 +160,8 @@ pub fn status(
         backup: backup.clone().map(|b| b.0),
         share,
         open: worst.map(|_| format!("{}/{}", counts.open, counts.nodes)),
+        limits_shared_by: live().flat_map(|(_, ports)| *ports).map(|s| s.limits_shared_by).max().filter(|by| *by > 0),
+        limited: limited_words(live().flat_map(|(_, ports)| ports.iter().copied())),
         counts,
         conditions: Vec::new(),
         nodes: Vec::new(),
@@ -194,6 +196,13 @@ fn backup_words<'a>(services: impl Iterator<Item = &'a ReportedService>) -> Opti
         }
     }
     weakest.map(|w| (w.1, w.2))
+}
+
+/// How many new connections were over a limit in a minute, and which limit was reached most.
+fn limited_words<'a>(services: impl Iterator<Item = &'a ReportedService>) -> Option<String> {
+    let limited: Vec<_> = services.filter_map(|service| service.limited.as_ref()).collect();
+    let most = limited.iter().max_by_key(|limit| limit.per_minute)?;
+    Some(format!("{}/min {}", limited.iter().map(|limit| limit.per_minute).sum::<i64>(), most.limit))
 }
 
 type NewCondition = (&'static str, &'static str, String, String);
@@ -341,6 +350,10 @@ pub fn happenings(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus
             }
             _ => {}
         }
+    }
+    if let (None, Some(limited)) = (old.and_then(|old| old.limited.as_ref()), &new.limited) {
+        let words = "new connections over it are refused, or go to the other tier (limits.onLimit)";
+        tell(true, "Limited", format!("a limit is reached: {limited}; {words}"));
     }
     let find = |status: Option<&CircuitBreakerStatus>, type_: &str| -> Option<(String, String, String)> {
         let condition = status?.conditions.iter().find(|c| c.type_ == type_)?;

@@ -14,6 +14,8 @@ pub const PREFIX: &str = "breaker.dev/";
 enum Form {
     Text,
     Number,
+    /// `100/s`.
+    Rate,
 }
 
 /// Annotation, the field it stands for (dots lead inside), and its form. docs/KUBERNETES.md has the same table.
@@ -35,6 +37,16 @@ const FIELDS: &[(&str, &str, Form)] = &[
     ("when-all-unhealthy", "whenAllUnhealthy", Form::Text),
     ("on-agent-loss", "onAgentLoss", Form::Text),
     ("fast-path", "fastPath", Form::Text),
+    ("limit", "limits.newConnectionsPerSecond", Form::Rate),
+    ("limit-burst", "limits.burst", Form::Number),
+    ("limit-connections", "limits.concurrentConnections", Form::Number),
+    ("limit-per-client", "limits.perClient.newConnectionsPerSecond", Form::Rate),
+    ("limit-per-client-connections", "limits.perClient.concurrentConnections", Form::Number),
+    ("limit-backup", "limits.backup.newConnectionsPerSecond", Form::Rate),
+    ("limit-backup-burst", "limits.backup.burst", Form::Number),
+    ("limit-backup-connections", "limits.backup.concurrentConnections", Form::Number),
+    ("limit-scope", "limits.scope", Form::Text),
+    ("on-limit", "limits.onLimit", Form::Text),
     ("override", "override", Form::Text),
     ("until", "until", Form::Text),
     ("mode", "mode", Form::Text),
@@ -83,6 +95,15 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
                 let number: i32 = text
                     .parse()
                     .map_err(|_| format!("annotation {PREFIX}{name}: {text:?} is not allowed; allowed: a number"))?;
+                json!(number)
+            }
+            Form::Rate => {
+                let number = text.strip_suffix("/s").and_then(|number| number.trim().parse::<i32>().ok());
+                let number = number.ok_or_else(|| {
+                    format!(
+                        "annotation {PREFIX}{name}: {text:?} is not allowed; allowed: new connections a second, like 100/s"
+                    )
+                })?;
                 json!(number)
             }
         };
@@ -197,12 +218,15 @@ mod tests {
             ("breaker.dev/failure-threshold", "3"),
             ("breaker.dev/on-open", "Keep"),
             ("breaker.dev/ports", "8080,web"),
+            ("breaker.dev/limit", "100/s"),
+            ("breaker.dev/limit-backup", "50/s"),
         ]);
         let expected: CircuitBreakerSpec = serde_json::from_value(json!({
             "service": {"name": "dummy", "ports": [8080, "web"]},
             "backups": [{"name": "backup-deployment"}, {"name": "spare", "namespace": "other", "port": "http"}],
             "check": {"httpGet": {"path": "/ready", "port": 8081}, "periodMillis": 100, "failureThreshold": 3},
             "onOpen": "Keep",
+            "limits": {"newConnectionsPerSecond": 100, "backup": {"newConnectionsPerSecond": 50}},
         }))
         .unwrap();
         assert_eq!(spec, Some(Ok(expected)));
@@ -242,6 +266,10 @@ mod tests {
             ),
             (&[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "100")], "needs breaker.dev/check"),
             (&[("breaker.dev/backup", "b"), ("breaker.dev/mode", "Try")], "unknown variant `Try`"),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/limit", "100")],
+                "\"100\" is not allowed; allowed: new connections a second, like 100/s",
+            ),
         ];
         for (pairs, expected) in rows {
             let error = parse(pairs).unwrap().unwrap_err();

@@ -46,7 +46,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{agent::status::Summary, model};
+use crate::{agent::status::Summary, limits::Scope, model};
 use policy::Policies;
 use publish::Published;
 use resolve::{Good, NodeView, Subject, resolve};
@@ -55,6 +55,8 @@ use wish::Owner;
 
 /// Changes come in bursts (a rolling update, a list): one resolution for all of a moment's.
 const GATHER: Duration = Duration::from_millis(50);
+/// How often the number of nodes is looked at, where limits are divided by it.
+const NODES: Duration = Duration::from_secs(1);
 /// How long a last word may take when the agent ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -173,7 +175,7 @@ impl KubeSource {
         let published = Published::new(watches.breakers());
         let ending = CancellationToken::new();
         let tasks = vec![
-            tokio::spawn(follow(watches, changed, updates_in, place.room)),
+            tokio::spawn(follow(watches, changed, updates_in, place.room, published.clone())),
             tokio::spawn(report::publish(client.clone(), facts_out, published.clone())),
         ];
         let (namespace, node) = (place.namespace.clone(), place.node.clone());
@@ -211,18 +213,28 @@ impl KubeSource {
 }
 
 /// From the API to updates, for ever.
-async fn follow(mut watches: Watches, changed: Arc<Notify>, updates: channel::Sender<Arc<Update>>, room: usize) {
+async fn follow(
+    mut watches: Watches,
+    changed: Arc<Notify>,
+    updates: channel::Sender<Arc<Update>>,
+    room: usize,
+    published: Published,
+) {
     let mut policies = Policies::default();
     let mut good = Good::new();
     let mut next: Option<Timestamp> = None;
     let mut held: BTreeMap<Owner, BTreeMap<i32, model::Service>> = BTreeMap::new();
     let mut serial = 0;
+    // Limits that all nodes share, and how many nodes that was.
+    let (mut shares, mut nodes) = (false, 0);
     loop {
         let due =
             next.map(|at| Instant::now() + Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
         tokio::select! {
             () = changed.notified() => {}
             () = wait_until(due) => {}
+            () = sleep(NODES), if shares && published.agents() == nodes => continue,
+            () = std::future::ready(()), if shares && published.agents() != nodes => {}
         }
         sleep(GATHER).await;
         let Some(world) = watches.world() else { continue };
@@ -241,6 +253,14 @@ async fn follow(mut watches: Watches, changed: Arc<Notify>, updates: channel::Se
             {
                 subject.ports.clone_from(before);
             }
+        }
+        nodes = published.agents();
+        let services = resolution.subjects.iter_mut().flat_map(|subject| subject.ports.values_mut());
+        let shared = services.filter_map(|service| service.limits.as_mut()).filter(|l| l.scope == Scope::Cluster);
+        shares = false;
+        for limits in shared {
+            shares = true;
+            limits.nodes = u32::try_from(nodes).unwrap_or(u32::MAX).max(1);
         }
         held = resolution.subjects.iter().map(|s| (s.owner.clone(), s.ports.clone())).collect();
         serial += 1;

@@ -50,6 +50,9 @@ impl Policies {
             "onAgentLoss": spec.on_agent_loss,
             "fastPath": spec.fast_path,
         });
+        if let (Some(limits), Value::Object(service)) = (&spec.limits, &mut service) {
+            service.insert("limits".into(), json!(limits));
+        }
         if let (Some(least), Value::Object(primary)) = (spec.min_healthy, &mut service["primary"]) {
             primary.insert("minHealthy".into(), json!(least));
         }

@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     Facts,
     aggregate::short,
-    api::{NodeReport, NodeReportSpec, ReportedAgent, ReportedService, ReportedTier},
+    api::{NodeReport, NodeReportSpec, ReportedAgent, ReportedLimit, ReportedService, ReportedTier},
     publish::Published,
     watch::{Patience, words},
 };
@@ -67,6 +67,12 @@ pub fn make(facts: &Facts, applied: &mut HashMap<String, i64>) -> NodeReportSpec
                 message: short(&summary.message),
                 share: coarse(summary.share),
                 error: summary.error.as_deref().map(short),
+                limits_shared_by: i32::try_from(summary.limits_shared_by).unwrap_or(i32::MAX),
+                limited: summary.limited.as_ref().map(|biting| ReportedLimit {
+                    since: Some(biting.since),
+                    limit: biting.limit.clone(),
+                    per_minute: i64::try_from(biting.per_minute).unwrap_or(i64::MAX),
+                }),
                 primary: summary.tiers.first().map(tier).unwrap_or_default(),
                 backups: summary.tiers.iter().skip(1).map(tier).collect(),
             });
@@ -122,6 +128,7 @@ fn is_urgent(old: Option<&NodeReportSpec>, new: &NodeReportSpec) -> bool {
                 || (a.desired_generation, a.applied_generation) != (b.desired_generation, b.applied_generation)
                 || (&a.state, &a.since, &a.reason, &a.error) != (&b.state, &b.since, &b.reason, &b.error)
                 || usable(a) != usable(b)
+                || (a.limited.is_some(), a.limits_shared_by) != (b.limited.is_some(), b.limits_shared_by)
         })
 }
 

@@ -25,6 +25,7 @@ use super::{Check, CircuitBreakerStatus, Port};
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.reason","description":"Why it is in this state."}"#,
     printcolumn = r#"{"name":"Backup","type":"string","jsonPath":".status.backup","description":"What takes over, and how many of its pods are Up."}"#,
     printcolumn = r#"{"name":"Share","type":"string","jsonPath":".status.share","description":"The primary's share of new connections, over all nodes."}"#,
+    printcolumn = r#"{"name":"Limited","type":"string","jsonPath":".status.limited","description":"New connections over a limit in a minute, and the limit that is reached most."}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
     printcolumn = r#"{"name":"Open","type":"string","jsonPath":".status.open","description":"Nodes where it is open, of those that report.","priority":1}"#,
     printcolumn = r#"{"name":"Override","type":"string","jsonPath":".spec.override","description":"What the operator wants.","priority":1}"#,
@@ -83,6 +84,10 @@ pub struct CircuitBreakerSpec {
     /// enforces.
     #[serde(default)]
     pub fast_path: FastPath,
+    /// How many new connections a second, and how many at the same time, go to the primary and to the backup, of all clients
+    /// and of each; no limit if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
     /// What the operator wants, apart from what is measured: nothing, the backup, or the primary.
     #[serde(default)]
     pub r#override: Override,
@@ -209,6 +214,111 @@ impl Default for Breaker {
     }
 }
 
+/// The primary's limits, and what holds for the backup's, too. Each holds for every node, or, with scope Cluster, is divided
+/// by the number of nodes that report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.newConnectionsPerSecond) || has(self.concurrentConnections) || has(self.perClient) || has(self.backup)")
+        .message("limits nothing: it needs newConnectionsPerSecond, concurrentConnections, perClient or backup"),
+    validation = Rule::new("!has(self.burst) || has(self.newConnectionsPerSecond)")
+        .message("burst says how many new connections may come at once: it needs newConnectionsPerSecond").field_path(".burst"),
+    validation = Rule::new("!has(self.perClient) || !has(self.perClient.newConnectionsPerSecond) || !has(self.newConnectionsPerSecond) || self.perClient.newConnectionsPerSecond <= self.newConnectionsPerSecond")
+        .message("a client's newConnectionsPerSecond must not be above that of all clients together").field_path(".perClient"),
+    validation = Rule::new("!has(self.perClient) || !has(self.perClient.concurrentConnections) || !has(self.concurrentConnections) || self.perClient.concurrentConnections <= self.concurrentConnections")
+        .message("a client's concurrentConnections must not be above those of all clients together").field_path(".perClient"),
+)]
+pub struct Limits {
+    /// New connections a second.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_connections_per_second: Option<i32>,
+    /// How many of them may come at once; a tenth of newConnectionsPerSecond and at least 5 if not given.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst: Option<i32>,
+    /// Connections at the same time.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrent_connections: Option<i32>,
+    /// The same for each client.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_client: Option<ClientLimits>,
+    /// What a new connection over a limit gets: a reset at once (UDP: ICMP port unreachable), nothing, or the backup.
+    #[serde(default)]
+    pub on_limit: OnLimit,
+    /// The backup's limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup: Option<BackupLimits>,
+    /// How many leading bits of an IPv6 client's address tell clients apart.
+    #[schemars(range(min = 1, max = 128))]
+    #[serde(default = "sixty_four", rename = "clientPrefixLengthIPv6")]
+    pub client_prefix_length: i32,
+    /// How long a connection without packets counts while concurrentConnections is nearly reached, seconds.
+    #[schemars(range(min = 5, max = 86_400))]
+    #[serde(default = "nine_hundred")]
+    pub idle_seconds: i32,
+    /// Whether a limit holds for each node, or is divided by the number of nodes that report.
+    #[serde(default)]
+    pub scope: LimitScope,
+}
+
+/// The backup's limits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.burst) || has(self.newConnectionsPerSecond)")
+        .message("burst says how many new connections may come at once: it needs newConnectionsPerSecond").field_path(".burst"),
+    validation = Rule::new("!has(self.perClient) || !has(self.perClient.newConnectionsPerSecond) || !has(self.newConnectionsPerSecond) || self.perClient.newConnectionsPerSecond <= self.newConnectionsPerSecond")
+        .message("a client's newConnectionsPerSecond must not be above that of all clients together").field_path(".perClient"),
+    validation = Rule::new("!has(self.perClient) || !has(self.perClient.concurrentConnections) || !has(self.concurrentConnections) || self.perClient.concurrentConnections <= self.concurrentConnections")
+        .message("a client's concurrentConnections must not be above those of all clients together").field_path(".perClient"),
+)]
+pub struct BackupLimits {
+    /// New connections a second.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_connections_per_second: Option<i32>,
+    /// How many of them may come at once; a tenth of newConnectionsPerSecond and at least 5 if not given.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst: Option<i32>,
+    /// Connections at the same time.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrent_connections: Option<i32>,
+    /// The same for each client.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_client: Option<ClientLimits>,
+    /// What a new connection over a limit gets: a reset at once, or nothing. Failover is as Reset: there is no other tier.
+    #[serde(default)]
+    pub on_limit: OnLimit,
+}
+
+/// The limits of each client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.newConnectionsPerSecond) || has(self.concurrentConnections)")
+        .message("perClient limits nothing: it needs newConnectionsPerSecond or concurrentConnections"),
+    validation = Rule::new("!has(self.burst) || has(self.newConnectionsPerSecond)")
+        .message("burst says how many new connections may come at once: it needs newConnectionsPerSecond").field_path(".burst"),
+)]
+pub struct ClientLimits {
+    /// New connections a second.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_connections_per_second: Option<i32>,
+    /// How many of them may come at once; a tenth of newConnectionsPerSecond and at least 5 if not given.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst: Option<i32>,
+    /// Connections at the same time.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrent_connections: Option<i32>,
+}
+
 /// A sliding window over the primary's probes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -261,6 +371,14 @@ words!(
     Override { #[default] Auto, ForceOpen, ForceClosed }
 );
 words!(
+    /// What a new connection over a limit gets.
+    OnLimit { #[default] Reset, Drop, Failover }
+);
+words!(
+    /// For how much of the cluster a limit holds.
+    LimitScope { #[default] Node, Cluster }
+);
+words!(
     /// Whether decisions are carried out.
     Mode { #[default] Enforce, DryRun }
 );
@@ -290,6 +408,12 @@ const fn twenty() -> i32 {
 }
 const fn fifty() -> i32 {
     50
+}
+const fn sixty_four() -> i32 {
+    64
+}
+const fn nine_hundred() -> i32 {
+    900
 }
 const fn hundred() -> i32 {
     100

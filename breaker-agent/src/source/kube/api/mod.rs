@@ -17,7 +17,7 @@ pub use breaker::{
 };
 pub use check::{Check, GrpcAction, Header, HttpGetAction, Scheme, TcpSocketAction};
 pub use grant::{GrantFrom, GrantTo, ReferenceGrant, ReferenceGrantSpec};
-pub use report::{NodeReport, NodeReportSpec, ReportedAgent, ReportedService, ReportedTier};
+pub use report::{NodeReport, NodeReportSpec, ReportedAgent, ReportedLimit, ReportedService, ReportedTier};
 pub use status::{CircuitBreakerStatus, NodeCounts, NodeStatus, PortStatus};
 
 /// The API group.

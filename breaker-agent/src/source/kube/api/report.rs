@@ -96,11 +96,31 @@ pub struct ReportedService {
     /// What goes wrong in the kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// By how many nodes its limits are divided; absent without limits.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub limits_shared_by: i32,
+    /// The limit that bites, if one does; at most once a minute it says how often.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limited: Option<ReportedLimit>,
     /// The primary.
     pub primary: ReportedTier,
     /// The backups, in order of preference.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub backups: Vec<ReportedTier>,
+}
+
+/// A limit that bites. Clients' addresses stay on the node: `breaker get` shows them there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ReportedLimit {
+    /// Since when.
+    #[schemars(schema_with = "date_time")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Timestamp>,
+    /// The tier and the limit that is reached most, like primary newConnectionsPerSecond.
+    pub limit: String,
+    /// New connections over a limit in a minute.
+    pub per_minute: i64,
 }
 
 /// A tier, counted.

@@ -36,6 +36,13 @@ pub struct CircuitBreakerStatus {
     /// Nodes where it is open, of those that report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub open: Option<String>,
+    /// By how many nodes each limit is divided: 1 with scope Node. Absent without limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits_shared_by: Option<i32>,
+    /// New connections over a limit in a minute, on all nodes, and the limit that is reached most: like 1200/min primary
+    /// newConnectionsPerSecond. Absent while no limit bites.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limited: Option<String>,
     /// Nodes, counted.
     #[serde(default)]
     pub counts: NodeCounts,
