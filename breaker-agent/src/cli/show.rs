@@ -215,9 +215,12 @@ fn limits(limits: &LimitsStatus, paint: Paint) -> String {
         let _ = writeln!(text, "{}", paint.with(RED, &line));
     }
     if !limits.limited_clients.is_empty() {
-        let client = |client: Option<std::net::IpAddr>| client.map_or("this node".to_owned(), |ip| ip.to_string());
-        let clients: Vec<String> =
-            limits.limited_clients.iter().map(|c| format!("{} {} ({})", client(c.client), c.refused, c.tier)).collect();
+        let client = |client: &Option<String>| client.clone().unwrap_or_else(|| "this node".into());
+        let clients: Vec<String> = limits
+            .limited_clients
+            .iter()
+            .map(|c| format!("{} {} ({})", client(&c.client), c.refused, c.tier))
+            .collect();
         let _ = writeln!(text, "  most limited clients of the last minute: {}", clients.join(", "));
     }
     text

@@ -10,7 +10,7 @@ pub mod plan;
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     time::Duration,
 };
 
@@ -117,8 +117,8 @@ fn event_label<S: serde::Serializer>(kind: &EventKind, s: S) -> Result<S::Ok, S:
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LimitedClientView {
-    /// Its address, or the network that counts as one client; absent for the node's own processes.
-    pub client: Option<IpAddr>,
+    /// Its address, or the IPv6 network that counts as one client, like `fd42::/64`; absent for the node's own processes.
+    pub client: Option<String>,
     /// `primary` or `backup`.
     pub tier: Cow<'static, str>,
     /// New connections of the last minute that were over a limit; about, where many clients are refused.

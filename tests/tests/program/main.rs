@@ -6,6 +6,7 @@ mod differential;
 mod errors;
 mod families;
 mod filter;
+mod limits;
 mod near;
 mod verifier;
 mod xdp;

@@ -176,6 +176,12 @@ impl LimitMaps {
                 self.release(place);
             }
         }
+        for place in 0..LIMITED_CLIENTS {
+            let limiter = self.limited.word32(place, offset_of!(LimitedClient, limiter)).load(Ordering::SeqCst);
+            if limiter != 0 && (limiter - 1) / 2 == index {
+                self.limited.store32(place, offset_of!(LimitedClient, limiter), 0);
+            }
+        }
         for tier in [0, 1] {
             let limiter = index * 2 + tier;
             self.limiters.write(limiter, &Limiter { arrival_ns: 0, concurrent: 0, overflowed: 0, pad: [0; 6] });
@@ -222,6 +228,11 @@ impl LimitMaps {
 
     /// The clients of a service that were refused most often in the last minute, most first, `most` of them.
     pub(super) fn limited_clients(&self, index: u32, most: usize) -> Vec<LimitedClientView> {
+        let prefix: u32 = self.get(index).client_mask.bytes.iter().map(|byte| byte.count_ones()).sum();
+        let named = |address: IpAddr| match address {
+            IpAddr::V6(ip) if prefix < 128 => format!("{ip}/{prefix}"),
+            ip => ip.to_string(),
+        };
         let now = monotonic_ns();
         let window = now >> LIMITED_WINDOW_SHIFT;
         // What part of the window before is still in the last minute.
@@ -238,7 +249,7 @@ impl LimitMaps {
                 let refused = u64::from(current) + ((u64::from(before) * (rest >> 20)) >> (LIMITED_WINDOW_SHIFT - 20));
                 let address = IpAddr::from(entry.client.bytes).to_canonical();
                 (refused > 0).then(|| LimitedClientView {
-                    client: (!address.is_unspecified()).then_some(address),
+                    client: (!address.is_unspecified()).then(|| named(address)),
                     tier: if (entry.limiter - 1) % 2 == 0 { "primary" } else { "backup" }.into(),
                     refused,
                 })
