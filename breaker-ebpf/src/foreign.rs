@@ -94,7 +94,10 @@ struct Template {
     flags: u8,
     /// 4 or 6.
     version: u8,
-    pad: [u8; 2],
+    /// 1: with another TCP sequence number each time. 2: every flow has a client of its own, told by the last two bytes of its
+    /// address. 3: both.
+    vary: u8,
+    pad: u8,
     /// How many flows to take turns with; a power of two, at most 2^17.
     flows: u32,
     /// The turn.
@@ -119,17 +122,23 @@ pub fn wrap(ctx: TcContext) -> i32 {
         let flow = template.next.wrapping_mul(40_503) & template.flows.wrapping_sub(1);
         let port = (1024 + (flow & 0x7fff) as u16).to_be_bytes();
         let ends = &template.ends;
+        let clients = if template.vary & 2 != 0 { flow } else { flow >> 15 };
+        let number = if template.vary & 1 != 0 { template.next } else { 1 };
         if template.version == 4 {
-            let source = [ends[0], ends[1], ends[2], ends[3].wrapping_add((flow >> 15) as u8)];
+            let source =
+                [ends[0], ends[1], ends[2].wrapping_add((clients >> 8) as u8), ends[3].wrapping_add(clients as u8)];
             let rest = [ends[4], ends[5], ends[6], ends[7], port[0], port[1], ends[10], ends[11]];
             let _ = ctx.store(26, &source, 0);
             let _ = ctx.store(30, &rest, 0);
+            let _ = ctx.store(38, &number, 0);
             let _ = ctx.store(47, &template.flags, 0);
         } else {
             let mut ends = *ends;
-            ends[15] = ends[15].wrapping_add((flow >> 15) as u8);
+            ends[14] = ends[14].wrapping_add((clients >> 8) as u8);
+            ends[15] = ends[15].wrapping_add(clients as u8);
             (ends[32], ends[33]) = (port[0], port[1]);
             let _ = ctx.store(22, &ends, 0);
+            let _ = ctx.store(58, &number, 0);
             let _ = ctx.store(67, &template.flags, 0);
         }
         // It returns only if there is nothing to call.

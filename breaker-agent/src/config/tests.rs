@@ -75,6 +75,52 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
             "lab.yaml:5: services[0].onOpen: \"Drain\" is not allowed; allowed: Keep, Reset",
         ),
         (
+            "    primary:\n",
+            "    limits: {newConnectionsPerSecond: 0}\n    primary:\n",
+            "lab.yaml:5: services[0].limits.newConnectionsPerSecond: 0 is not allowed; allowed: a whole number from 1 to 1000000",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {backup: {newConnectionsPerSecond: -5}}\n    primary:\n",
+            "lab.yaml:5: services[0].limits.backup.newConnectionsPerSecond: -5 is not allowed; allowed: a whole number",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {newConnectionsPerSecond: 0.5}\n    primary:\n",
+            "services[0].limits.newConnectionsPerSecond: 0.5 is not allowed; allowed: a whole number",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {perClient: {concurrentConnections: 1e12}}\n    primary:\n",
+            "services[0].limits.perClient.concurrentConnections: 1000000000000 is not allowed; allowed: a whole number",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {newConnectionsPerSecond: 10, burst: 0}\n    primary:\n",
+            "services[0].limits.burst: 0 is not allowed; allowed: a whole number from 1",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {burst: 10}\n    primary:\n",
+            "services[0].limits.burst: says how many new connections may come at once: it needs newConnectionsPerSecond",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {newConnectionsPerSecond: 10, perClient: {newConnectionsPerSecond: 11}}\n    primary:\n",
+            "services[0].limits.perClient.newConnectionsPerSecond: 11 is above the limit of all clients together; allowed: 1 to 10",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {backup: {concurrentConnections: 10, perClient: {concurrentConnections: 11}}}\n    primary:\n",
+            "services[0].limits.backup.perClient.concurrentConnections: 11 is above the limit of all clients together",
+        ),
+        (
+            "    primary:\n",
+            "    limits: {newConnectionsPerSecond: 10, onLimit: Queue}\n    primary:\n",
+            "services[0].limits.onLimit: \"Queue\" is not allowed; allowed: Reset, Drop, Failover",
+        ),
+        ("    primary:\n", "    limits: {}\n    primary:\n", "services[0].limits: limits nothing; allowed: at least one of"),
+        (
             "{path: /ready}",
             "{path: /ready, expectedStatuses: '200-'}",
             "services[0].primary.check.httpGet.expectedStatuses: \"200-\" is not allowed; allowed: statuses",
@@ -91,6 +137,16 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
         let errors = errors(&text);
         assert!(errors.iter().any(|e| e.contains(expected)), "{to:?} gave {errors:#?}, expected {expected:?}");
     }
+}
+
+/// A service without a backup is refused as such; what it says of its limits is told, too.
+#[test]
+fn failover_needs_a_backup() {
+    let text = "services: [{name: s, frontends: [{address: 10.43.0.1, port: 80}], primary: {}, backups: [], \
+                limits: {concurrentConnections: 1, onLimit: Failover}}]";
+    let errors = errors(text);
+    let expected = "services[0].limits.onLimit: \"Failover\" needs a backup; allowed: Reset, Drop, or a backup in `backups`";
+    assert!(errors.iter().any(|error| error.contains(expected)), "{errors:?}");
 }
 
 #[test]
@@ -191,6 +247,17 @@ mod documented {
             "check" if field.name.contains('.') => GOOD.replace("httpGet: {path: /ready}", &leaf(&field.name)),
             "check" => GOOD.replace("      check:\n", &format!("      check:\n        {}\n", leaf(&field.name))),
             "breaker" => format!("{GOOD}    breaker: {{{}}}\n", leaf(&field.name)),
+            "limits" => {
+                let (outer, name) = field.name.rsplit_once('.').unwrap_or(("", &field.name));
+                let least = match name {
+                    "burst" => "newConnectionsPerSecond: 1000000, ",
+                    "newConnectionsPerSecond" | "concurrentConnections" | "perClient" => "",
+                    _ => "concurrentConnections: 1, ",
+                };
+                let limits = format!("{least}{name}: {value}");
+                let limits = if outer.is_empty() { limits } else { format!("{outer}: {{{limits}}}") };
+                format!("{GOOD}    limits: {{{limits}}}\n")
+            }
             _ => match field.name.as_str() {
                 "backends[].weight" => {
                     GOOD.replace("10.42.0.3, port: 80", &format!("10.42.0.3, port: 80, weight: {value}"))
@@ -230,6 +297,8 @@ mod documented {
             "tcpSocket",
             "grpc",
             "agent",
+            "limits",
+            "backup",
         ];
         for line in FORMAT.lines().filter_map(|line| line.trim().strip_prefix("pub ")) {
             let Some((name, _)) = line.split_once(':') else { continue };
@@ -239,6 +308,8 @@ mod documented {
                 camel.push_str(&word[..1].to_uppercase());
                 camel.push_str(&word[1..]);
             }
+            // One field whose name is not made of its parts.
+            let camel = if camel == "clientPrefixLength" { "clientPrefixLengthIPv6".to_owned() } else { camel };
             let found = documented.iter().any(|d| d.rsplit('.').next() == Some(camel.as_str()));
             assert!(found || structural.contains(&camel.as_str()), "{camel} is not in docs/CONFIGURATION.md");
         }
@@ -287,8 +358,12 @@ mod documented {
             if field.name.contains("name") || field.name.ends_with("path") {
                 continue;
             }
-            // `window` is off by default; its fields' defaults are those of an empty one.
-            let without = if field.name.starts_with("window.") {
+            // `window` and `limits` are off by default; their fields' defaults are those of an empty one, or of one limit.
+            let without = if field.name == "backup.onLimit" {
+                format!("{GOOD}    limits: {{backup: {{concurrentConnections: 1}}}}\n")
+            } else if field.section == "limits" {
+                format!("{GOOD}    limits: {{concurrentConnections: 1}}\n")
+            } else if field.name.starts_with("window.") {
                 format!("{GOOD}    breaker: {{window: {{}}}}\n")
             } else {
                 GOOD.into()

@@ -24,7 +24,7 @@ const SLICE: Duration = Duration::from_millis(200);
 
 /// How clients ask.
 #[derive(Clone, Copy)]
-enum Style {
+pub(super) enum Style {
     /// Eight clients, each on its own connection.
     KeepAlive,
     /// Eight clients, a connection for each request.
@@ -60,12 +60,17 @@ impl Drop for Ambassador {
 impl Ambassador {
     /// Starts HAProxy in TCP mode before a primary and a backup; `check` are the words of its `default-server` line.
     pub(super) fn start(lab: &mut Lab, check: &str) -> Result<Self> {
+        Self::start_with(lab, check, "")
+    }
+
+    /// As [`Ambassador::start`], with more lines for its `listen` section.
+    pub(super) fn start_with(lab: &mut Lab, check: &str, more: &str) -> Result<Self> {
         let pod = lab.world.node_mut(0).add_pod("haproxy")?;
         let config = lab.world.dir().join("haproxy.cfg");
         let text = format!(
             "global\n  maxconn 2000\n  nbthread 1\n\
              defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n\
-             listen dummy\n  bind :8080\n  option httpchk GET /ready\n  default-server {check}\n\
+             listen dummy\n  bind :8080\n  option httpchk GET /ready\n{more}  default-server {check}\n\
              \x20 server primary {} check on-marked-down shutdown-sessions\n  server backup {} check backup\n",
             lab.primary.address(),
             lab.backup.address()
@@ -87,7 +92,7 @@ impl Ambassador {
         Ok(ambassador)
     }
 
-    fn pin(&self) -> Result<()> {
+    pub(super) fn pin(&self) -> Result<()> {
         pin_process(self.child.id())
     }
 }
@@ -120,13 +125,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         lab.agent.service("fast").is_ok_and(|s| s.state == "Open" && s.tiers[1].backends[0].near)
     })?;
     for lab in [&plain, &lab] {
-        for pod in [&lab.primary, &lab.backup] {
-            pin_service(pod)?;
-            pod.pod.ns.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
-        }
-        for client in [&lab.client.ns, lab.world.lan()] {
-            client.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
-        }
+        settle(lab)?;
         // A client outside comes in by the node.
         let node = lab.world.node(0).address().to_string();
         lab.world.lan().ip(&["route", "add", kubeproxy::VIPS, "via", &node])?;
@@ -159,6 +158,18 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Has servers share one CPU, and sockets that are closed forgotten: see docs/BENCHMARKS.md.
+pub(super) fn settle(lab: &Lab) -> Result<()> {
+    for pod in [&lab.primary, &lab.backup] {
+        pin_service(pod)?;
+        pod.pod.ns.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
+    }
+    for client in [&lab.client.ns, lab.world.lan()] {
+        client.sysctl(&["net.ipv4.tcp_max_tw_buckets=0"])?;
+    }
+    Ok(())
+}
+
 fn pin_process(pid: u32) -> Result<()> {
     netns::run(std::process::Command::new("taskset").args(["-a", "-c", "-p", &CPU.to_string(), &pid.to_string()]))
 }
@@ -179,7 +190,7 @@ fn compare(
 }
 
 /// Requests per second over one slice, from a client's namespace.
-fn slice(client: &NetNs, target: SocketAddrV4, style: Style) -> Result<f64> {
+pub(super) fn slice(client: &NetNs, target: SocketAddrV4, style: Style) -> Result<f64> {
     client.enter(move || -> Result<f64> {
         pin_thread()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;

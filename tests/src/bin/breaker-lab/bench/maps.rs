@@ -119,7 +119,7 @@ const SERVICE_MAPS: &[&str] =
 
 /// What the kernel takes for maps (the `memlock` of /proc/PID/fdinfo; from kernel 6.4 on what is there, before that what
 /// there may be).
-fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str) -> Result<Row> {
+pub(super) fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str) -> Result<Row> {
     let mut bytes = 0.0;
     for name in maps {
         let map = MapData::from_pin(rig.map(name)).with_context(|| format!("open {name}"))?;

@@ -2,6 +2,7 @@
 
 mod failover;
 mod http;
+mod limits;
 mod maps;
 mod packets;
 mod probes;
@@ -36,6 +37,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("packets", packets::rows),
     ("http", http::rows),
     ("ways", ways::rows),
+    ("limits", limits::rows),
     ("failover", failover::rows),
     ("probes", probes::rows),
     ("maps", maps::rows),

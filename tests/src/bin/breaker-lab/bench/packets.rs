@@ -22,7 +22,7 @@ use super::{Row, median, spread};
 static FOREIGN: &[u8] = aya::include_bytes_aligned!(env!("FOREIGN_OBJECT"));
 
 const PAIRS: usize = 21;
-const REPEAT: u32 = 100_000;
+pub(super) const REPEAT: u32 = 100_000;
 const MANY: u32 = 65_536;
 
 /// As the wrapper's map has it.
@@ -32,7 +32,8 @@ struct Template {
     ends: [u8; 36],
     flags: u8,
     version: u8,
-    pad: [u8; 2],
+    vary: u8,
+    pad: u8,
     flows: u32,
     next: u32,
 }
@@ -41,8 +42,15 @@ struct Template {
 // SAFETY: integers only, no padding.
 unsafe impl aya::Pod for Template {}
 
-struct Bench {
-    rig: Rig,
+/// With another sequence number each time: a connection of its own.
+pub(super) const NEW: u8 = 1;
+/// Every flow has a client of its own.
+pub(super) const CLIENTS: u8 = 2;
+
+/// The programs, and what puts packets through them.
+pub(super) struct Bench {
+    /// The programs.
+    pub rig: Rig,
     foreign: Ebpf,
     measured: ProgramArray<MapData>,
     template: Array<MapData, Template>,
@@ -57,7 +65,12 @@ pub(super) fn rows() -> Result<Vec<Row>> {
 
 impl Bench {
     fn new() -> Result<Self> {
-        let rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(4 * MANY))?;
+        Self::with_sizes(&Sizes::for_memory(1024).with_flows(4 * MANY))
+    }
+
+    /// On maps of these sizes.
+    pub(super) fn with_sizes(sizes: &Sizes) -> Result<Self> {
+        let rig = Rig::with_sizes(sizes)?;
         let mut foreign = Ebpf::load(FOREIGN).context("load the wrapper")?;
         for name in ["wrap", "empty"] {
             let program: &mut SchedClassifier = foreign.program_mut(name).context(name)?.try_into()?;
@@ -91,7 +104,8 @@ impl Bench {
         Ok(rows)
     }
 
-    fn prepare(&mut self, segment: &Segment, flows: u32) -> Result<()> {
+    /// `vary`: see [`NEW`] and [`CLIENTS`].
+    pub(super) fn prepare(&mut self, segment: &Segment, flows: u32, vary: u8) -> Result<()> {
         let octets = |ip: IpAddr| match ip {
             IpAddr::V4(ip) => ip.octets().to_vec(),
             IpAddr::V6(ip) => ip.octets().to_vec(),
@@ -103,11 +117,11 @@ impl Bench {
         let mut ends = [0; 36];
         ends[..bytes.len()].copy_from_slice(&bytes);
         let version = if segment.source.is_ipv4() { 4 } else { 6 };
-        Ok(self.template.set(0, Template { ends, flags: segment.flags, version, pad: [0; 2], flows, next: 0 }, 0)?)
+        Ok(self.template.set(0, Template { ends, flags: segment.flags, version, vary, pad: 0, flows, next: 0 }, 0)?)
     }
 
     /// Nanoseconds per packet through the wrapper, and ours or nothing behind it.
-    fn time(&mut self, ours: bool, packet: &[u8], repeat: u32) -> Result<f64> {
+    pub(super) fn time(&mut self, ours: bool, packet: &[u8], repeat: u32) -> Result<f64> {
         let program: &SchedClassifier = if ours {
             self.rig.program("breaker_in")?
         } else {
@@ -121,7 +135,7 @@ impl Bench {
 
     /// Lets every flow that the wrapper takes turns with be established: what is not answered is kept apart.
     fn establish(&mut self, client: SocketAddr, vip: SocketAddr, backup: SocketAddr, flows: u32) -> Result<()> {
-        self.prepare(&Segment::new(client, vip, SYN), flows)?;
+        self.prepare(&Segment::new(client, vip, SYN), flows, 0)?;
         self.time(true, &Segment::new(client, vip, SYN).bytes(), flows.max(2))?;
         for flow in 0..flows {
             let mut ip = client.ip();
@@ -138,7 +152,7 @@ impl Bench {
     }
 
     fn row(&mut self, name: &str, segment: &Segment, flows: u32, aim: &'static str) -> Result<Row> {
-        self.prepare(segment, flows)?;
+        self.prepare(segment, flows, 0)?;
         let packet = segment.bytes();
         self.time(true, &packet, REPEAT)?;
         let mut differences = Vec::new();
