@@ -42,7 +42,11 @@ pub enum Taken {
 pub const fn next(arrival: u64, now: u64, interval: u64, tolerance: u64) -> Option<u64> {
     let ahead = arrival.saturating_sub(now);
     if ahead > tolerance {
-        return if ahead > tolerance.saturating_add(interval).saturating_add(STALE) { Some(now + interval) } else { None };
+        return if ahead > tolerance.saturating_add(interval).saturating_add(STALE) {
+            Some(now + interval)
+        } else {
+            None
+        };
     }
     Some(now + ahead + interval)
 }

@@ -21,6 +21,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("bpftool", "bpftool"),
     ("modprobe", "kmod"),
     ("haproxy", "haproxy"),
+    ("nft", "nftables"),
     ("iperf3", "iperf3"),
     ("taskset", "util-linux"),
 ];

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use breaker_common::{LimitCounters, LimitKind};
+use breaker_common::{LimitAction, LimitCounters, LimitKind, ServiceLimits};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     breaker::Instant,
     datapath::{LimitReport, LimitedClientView},
-    limits::{Limits, TierLimits},
+    limits::{Limits, OnLimit, Rate, Scope, TierLimits},
 };
 
 /// How often a limit that goes on biting is told of, and for how long it must not bite to be over.
@@ -97,6 +97,32 @@ pub(super) fn show(limits: &Limits, report: LimitReport, biting: Option<Biting>)
         limited: biting,
         limited_clients: report.clients,
     }
+}
+
+/// A service's limits as the programs enforce them, where no agent is there to say what was configured.
+pub(crate) fn show_left(limits: &ServiceLimits, report: LimitReport) -> LimitsStatus {
+    let tier = |limits: &breaker_common::TierLimits| {
+        let rate = |interval: u64, tolerance: u64| {
+            let per_second = u32::try_from(1_000_000_000_u64.checked_div(interval)?).ok()?;
+            let burst = u32::try_from(tolerance / interval + 1).unwrap_or(u32::MAX);
+            Some(Rate { per_second: per_second.max(1), burst })
+        };
+        let count = |count: u32| (count > 0).then_some(count);
+        TierLimits {
+            rate: rate(limits.interval_ns, limits.tolerance_ns),
+            concurrent: count(limits.concurrent),
+            client_rate: rate(limits.client_interval_ns, limits.client_tolerance_ns),
+            client_concurrent: count(limits.client_concurrent),
+            on_limit: match u8::try_from(limits.action).ok().and_then(|number| LimitAction::try_from(number).ok()) {
+                Some(LimitAction::Drop) => OnLimit::Drop,
+                Some(LimitAction::Failover) => OnLimit::Failover,
+                Some(LimitAction::Reset) | None => OnLimit::Reset,
+            },
+        }
+    };
+    let [primary, backup] = limits.tiers.each_ref().map(tier);
+    let limits = Limits { primary, backup, client_prefix: 0, idle: Duration::ZERO, scope: Scope::Node, nodes: 1 };
+    show(&limits, report, None)
 }
 
 /// Limits by the names that they have in the configuration.

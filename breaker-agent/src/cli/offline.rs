@@ -7,7 +7,10 @@ use breaker_common::ServiceCounters;
 use jiff::Timestamp;
 
 use crate::{
-    agent::status::{AgentStatus, Applied, DatapathStatus, ServiceStatus},
+    agent::{
+        limits,
+        status::{AgentStatus, Applied, DatapathStatus, ServiceStatus},
+    },
     datapath::{Adopted, kernel},
     model::Override,
 };
@@ -23,7 +26,8 @@ pub(super) fn status(pin_path: &Path, socket: &Path) -> Result<AgentStatus> {
         );
     };
     let unix = |ns: u64| Timestamp::from_nanosecond(i128::from(ns)).ok().filter(|_| ns > 0);
-    let services = left.services.into_iter().map(|(service, counters)| show(&service, counters)).collect();
+    let services =
+        left.services.into_iter().map(|(service, counters, limits)| show(&service, counters, limits)).collect();
     Ok(AgentStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: left.heartbeat.pid,
@@ -40,7 +44,7 @@ pub(super) fn status(pin_path: &Path, socket: &Path) -> Result<AgentStatus> {
     })
 }
 
-fn show(service: &Adopted, counters: ServiceCounters) -> ServiceStatus {
+fn show(service: &Adopted, counters: ServiceCounters, limits: Option<kernel::LeftLimits>) -> ServiceStatus {
     let unix = |ns: u64| Timestamp::from_nanosecond(i128::from(ns)).unwrap_or_default();
     let applied = Applied { state: service.state.label().into(), share: service.share, epoch: service.epoch };
     ServiceStatus {
@@ -65,6 +69,6 @@ fn show(service: &Adopted, counters: ServiceCounters) -> ServiceStatus {
         failed_writes: 0,
         flows: 0,
         counters: counters.into(),
-        limits: None,
+        limits: limits.map(|left| limits::show_left(&left.limits, left.report)),
     }
 }

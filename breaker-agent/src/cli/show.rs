@@ -157,8 +157,9 @@ pub(super) fn services(services: &[ServiceStatus], paint: Paint) -> String {
     if services.is_empty() {
         return "no services\n".into();
     }
-    let mut table =
-        Table::new(&["SERVICE", "STATE", "SINCE", "REASON", "PRIMARY", "FLOWS", "MOVED", "REJECTED", "LIMITED", "APPLIED"]);
+    let mut table = Table::new(&[
+        "SERVICE", "STATE", "SINCE", "REASON", "PRIMARY", "FLOWS", "MOVED", "REJECTED", "LIMITED", "APPLIED",
+    ]);
     for service in services {
         let applied = service.applied.as_ref() == Some(&service.desired);
         table.row(vec![

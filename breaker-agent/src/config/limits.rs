@@ -43,15 +43,8 @@ pub(super) fn limits(
     let prefix = raw.client_prefix_length.as_ref();
     let limits = Limits {
         primary: tier(problems, path, &primary),
-        backup: backup
-            .map(|backup| tier(problems, &format!("{path}.backup"), &backup))
-            .unwrap_or_default(),
-        client_prefix: problems.percent(
-            prefix,
-            &format!("{path}.clientPrefixLengthIPv6"),
-            CLIENT_PREFIX,
-            1..=128,
-        ),
+        backup: backup.map(|backup| tier(problems, &format!("{path}.backup"), &backup)).unwrap_or_default(),
+        client_prefix: problems.percent(prefix, &format!("{path}.clientPrefixLengthIPv6"), CLIENT_PREFIX, 1..=128),
         idle: Duration::from_secs(problems.number(
             raw.idle_seconds.as_ref(),
             &format!("{path}.idleSeconds"),
@@ -111,7 +104,11 @@ fn tier(problems: &mut Problems<'_>, path: &str, raw: &Raw<'_>) -> TierLimits {
 fn at_most(problems: &mut Problems<'_>, value: Option<&Spanned<f64>>, field: &str, of_client: u32, of_all: u32) {
     if of_client > of_all {
         let at = value.map_or(Location::UNKNOWN, |value| value.referenced);
-        problems.add(at, field, format!("{of_client} is above the limit of all clients together; allowed: 1 to {of_all}"));
+        problems.add(
+            at,
+            field,
+            format!("{of_client} is above the limit of all clients together; allowed: 1 to {of_all}"),
+        );
     }
 }
 
@@ -135,7 +132,11 @@ fn whole(problems: &mut Problems<'_>, value: Option<&Spanned<f64>>, field: &str)
     let value = value?;
     let number = value.value;
     if number.fract() != 0.0 || !(1.0..=f64::from(MOST)).contains(&number) {
-        problems.add(value.referenced, field, format!("{number} is not allowed; allowed: a whole number from 1 to {MOST}"));
+        problems.add(
+            value.referenced,
+            field,
+            format!("{number} is not allowed; allowed: a whole number from 1 to {MOST}"),
+        );
         return Some(1);
     }
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]

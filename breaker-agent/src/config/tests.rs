@@ -119,7 +119,11 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
             "    limits: {newConnectionsPerSecond: 10, onLimit: Queue}\n    primary:\n",
             "services[0].limits.onLimit: \"Queue\" is not allowed; allowed: Reset, Drop, Failover",
         ),
-        ("    primary:\n", "    limits: {}\n    primary:\n", "services[0].limits: limits nothing; allowed: at least one of"),
+        (
+            "    primary:\n",
+            "    limits: {}\n    primary:\n",
+            "services[0].limits: limits nothing; allowed: at least one of",
+        ),
         (
             "{path: /ready}",
             "{path: /ready, expectedStatuses: '200-'}",
@@ -145,7 +149,8 @@ fn failover_needs_a_backup() {
     let text = "services: [{name: s, frontends: [{address: 10.43.0.1, port: 80}], primary: {}, backups: [], \
                 limits: {concurrentConnections: 1, onLimit: Failover}}]";
     let errors = errors(text);
-    let expected = "services[0].limits.onLimit: \"Failover\" needs a backup; allowed: Reset, Drop, or a backup in `backups`";
+    let expected =
+        "services[0].limits.onLimit: \"Failover\" needs a backup; allowed: Reset, Drop, or a backup in `backups`";
     assert!(errors.iter().any(|error| error.contains(expected)), "{errors:?}");
 }
 

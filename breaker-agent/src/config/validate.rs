@@ -42,7 +42,13 @@ impl Problems<'_> {
     }
 
     /// A number within its limits.
-    pub(super) fn number(&mut self, value: Option<&Spanned<u64>>, field: &str, default: u64, allowed: RangeInclusive<u64>) -> u64 {
+    pub(super) fn number(
+        &mut self,
+        value: Option<&Spanned<u64>>,
+        field: &str,
+        default: u64,
+        allowed: RangeInclusive<u64>,
+    ) -> u64 {
         let Some(value) = value else { return default };
         if allowed.contains(&value.value) {
             return value.value;
@@ -57,7 +63,13 @@ impl Problems<'_> {
         u32::try_from(self.number(value, field, u64::from(default), allowed)).unwrap_or(default)
     }
 
-    pub(super) fn percent(&mut self, value: Option<&Spanned<u64>>, field: &str, default: u8, allowed: RangeInclusive<u64>) -> u8 {
+    pub(super) fn percent(
+        &mut self,
+        value: Option<&Spanned<u64>>,
+        field: &str,
+        default: u8,
+        allowed: RangeInclusive<u64>,
+    ) -> u8 {
         u8::try_from(self.number(value, field, u64::from(default), allowed)).unwrap_or(default)
     }
 
@@ -66,7 +78,13 @@ impl Problems<'_> {
     }
 
     /// One of a few words.
-    pub(super) fn word<T: Copy>(&mut self, value: Option<&Spanned<String>>, field: &str, words: &[(&str, T)], default: T) -> T {
+    pub(super) fn word<T: Copy>(
+        &mut self,
+        value: Option<&Spanned<String>>,
+        field: &str,
+        words: &[(&str, T)],
+        default: T,
+    ) -> T {
         let Some(value) = value else { return default };
         if let Some((_, meaning)) = words.iter().find(|(word, _)| *word == value.value) {
             return *meaning;

@@ -80,7 +80,12 @@ impl Datapath for FakeDatapath {
     }
 
     fn sweep(&mut self, _idle: Option<Duration>) -> Result<Sweep, DatapathError> {
-        Ok(Sweep { redirected: self.alive.clone(), entries: self.alive.values().sum(), overflowed: self.overflowed.clone(), ..Sweep::default() })
+        Ok(Sweep {
+            redirected: self.alive.clone(),
+            entries: self.alive.values().sum(),
+            overflowed: self.overflowed.clone(),
+            ..Sweep::default()
+        })
     }
 
     fn cut(&mut self, _name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError> {

@@ -170,6 +170,13 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     };
     if limited && chosen.slot != SLOT_REJECT {
         let asked = Asked { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
+        // A flow of datagrams that a limit has sent to the backup stays there.
+        if chosen.slot == SLOT_PASSTHROUGH && proto == PROTO_UDP && fails_over(index) && is_at_backup(&asked) {
+            let slot = select::in_backup_by(index, role.route, &switch, hash);
+            if slot < SLOT_REJECT {
+                chosen = select::Choice { slot, trial: false };
+            }
+        }
         if let Over::Refused(tier) = ask(&asked, chosen.slot != SLOT_PASSTHROUGH) {
             if chosen.trial {
                 service::give_back_half_open(index, switch.epoch);
@@ -231,12 +238,7 @@ fn ask(asked: &Asked, backup: bool) -> Over {
     let tcp = asked.proto == PROTO_TCP;
     let request = limit::Request {
         // A socket's connection is found again by the socket alone, when it is closed.
-        tag: if tcp {
-            tag_of(asked.cookie)
-        } else {
-            let rest = (u16::from_ne_bytes(asked.port) as u64) << 16 | asked.proto as u64;
-            hash::tag(asked.cookie, asked.vip, rest, 0)
-        },
+        tag: if tcp { tag_of(asked.cookie) } else { tag_of_flow(asked) },
         // All processes of the node are one client.
         client: V6::ZERO,
         service: asked.service,
@@ -251,6 +253,20 @@ fn ask(asked: &Asked, backup: bool) -> Over {
         *limit::of_kind(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind) += 1;
     });
     if dry_run { Over::No } else { Over::Refused(tier) }
+}
+
+/// Whether a flow of datagrams was admitted to the backup.
+#[inline(always)]
+fn is_at_backup(asked: &Asked) -> bool {
+    let place = limit::connections::find(tag_of_flow(asked));
+    place.is_some_and(|place| place.is_of(asked.service * 2 + limit::BACKUP))
+}
+
+/// The tag of a socket's flow of datagrams to an address.
+#[inline(always)]
+fn tag_of_flow(asked: &Asked) -> u64 {
+    let rest = (u16::from_ne_bytes(asked.port) as u64) << 16 | asked.proto as u64;
+    hash::tag(asked.cookie, asked.vip, rest, 0)
 }
 
 /// Whether connections over the primary's limits go to the backup.

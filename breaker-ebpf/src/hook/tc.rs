@@ -404,7 +404,11 @@ fn to_frontend<A: Family, const OUTSIDE: bool>(
     }
     // Closed and settled: no flow of ours can exist, so nothing needs to be looked up.
     if !tracks && !switch.has(switch_flags::DRY_RUN) {
-        return if limited { Ok(limited::closed(segment, case, &switch)) } else { closed(segment, case.service, &switch) };
+        return if limited {
+            Ok(limited::closed(segment, case, &switch))
+        } else {
+            closed(segment, case.service, &switch)
+        };
     }
     if segment.is_syn() {
         return Ok(Verdict::Then(Step::Decide));

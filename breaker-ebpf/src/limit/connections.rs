@@ -110,7 +110,7 @@ pub fn count_down(limiter: u32, client: u32) {
     clients::count_down(client);
 }
 
-/// Notes a segment that ends a connection, or begins to: `over` for a RST, else the FIN of [`bits::CLIENT_FIN`] or
+/// Notes a segment that ends a connection that is counted, or begins to: `over` for a RST, else the FIN of [`bits::CLIENT_FIN`] or
 /// [`bits::SERVER_FIN`], or [`bits::ANSWERED`].
 #[inline(always)]
 pub fn note(tag: u64, bit: u32, over: bool) {
@@ -122,6 +122,10 @@ pub fn note(tag: u64, bit: u32, over: bool) {
 #[inline(never)]
 pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
     let Some(place) = find(tag) else { return 0 };
+    // SAFETY: the field of a map's value, 4 bytes and aligned.
+    if unsafe { atomic::load32(place.state_word()) } & bits::COUNTED == 0 {
+        return 0;
+    }
     place.touch(agent::tick(agent::now_ns()));
     if what >> 32 != 0 {
         place.release();
@@ -170,11 +174,18 @@ impl Place {
                 atomic::load32(&raw const (*state).last_tick),
             )
         };
-        let fresh = request.what & bits::DATAGRAMS == 0
-            || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
+        let fresh =
+            request.what & bits::DATAGRAMS == 0 || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
         // Each connect() of a socket of the node's own is a connection of its own.
         let socket = request.what & (bits::SOCKET | bits::DATAGRAMS) == bits::SOCKET;
         of == limiter && number == request.number && fresh && !socket
+    }
+
+    /// Whether a limiter has admitted the connection that is here.
+    #[inline(always)]
+    pub fn is_of(&self, limiter: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { atomic::load32(&raw const (*self.state()).limiter) == limiter }
     }
 
     /// Notes a sign of life.

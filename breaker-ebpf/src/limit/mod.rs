@@ -23,7 +23,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use breaker_common::{
-    DEFAULT_SERVICES, LimitCounters, LimitKind, Limiter, PassReason, ServiceLimits, Switch, TierLimits, connection_state,
+    DEFAULT_SERVICES, LimitCounters, LimitKind, Limiter, PassReason, ServiceLimits, Switch, TierLimits,
+    connection_state,
     gcra::{self, Taken, Word},
     switch_flags,
 };

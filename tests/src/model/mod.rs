@@ -8,6 +8,7 @@
 //! | [`headers`] | bytes to addresses, ports, flags |
 //! | [`service`] | where a service's new connections may go |
 //! | [`flow`] | the decisions that are pinned |
+//! | [`limit`] | who is admitted, and who still counts |
 //! | [`answer`] | refusing and resetting |
 //! | [`quote`] | what ICMP errors quote |
 //! | [`fragment`] | later fragments |
@@ -21,6 +22,7 @@ pub mod bytes;
 pub mod flow;
 pub mod fragment;
 pub mod headers;
+pub mod limit;
 pub mod quote;
 pub mod service;
 
@@ -35,6 +37,7 @@ use bytes::{Edit, Sum, word};
 use flow::{BackendSide, Book, ClientSide, Flow, LastWords};
 use fragment::{Done, Notes, Way};
 use headers::{Frame, Headers, Later, addresses, addresses_at, ip_sum, octets};
+use limit::{Answer, BACKUP, Kind, Ledger, Over, PRIMARY};
 use quote::End;
 use service::{Choice, Service};
 
@@ -67,6 +70,10 @@ pub struct Outcome {
     pub mark: u32,
     /// What was counted.
     pub reason: Option<PassReason>,
+    /// Dropped.
+    pub dropped: bool,
+    /// Limits that it was over, by tier and kind; in a dry run, would have been.
+    pub limited: Vec<(usize, Kind)>,
 }
 
 /// What was seen to become of it: for choices that are free.
@@ -78,6 +85,8 @@ pub struct Seen<'a> {
     pub frame: &'a [u8],
     /// What was counted.
     pub reason: Option<PassReason>,
+    /// The limits that it was over.
+    pub limited: &'a [(usize, Kind)],
 }
 
 /// What the datapath knows.
@@ -89,6 +98,8 @@ pub struct Model {
     pub backends: BTreeSet<(SocketAddr, u8)>,
     /// Flows.
     pub book: Book,
+    /// Who was admitted.
+    pub ledger: Ledger,
     notes: Notes,
     /// Backends that flows of frontends went to: only their packets are looked at.
     watched: BTreeSet<(SocketAddr, u8)>,
@@ -104,11 +115,12 @@ pub struct Model {
 
 impl Outcome {
     fn untouched(frame: &[u8], reason: Option<PassReason>) -> Self {
-        Self { sent_away: false, frame: frame.to_vec(), sums: Vec::new(), mark: 0, reason }
+        let (sums, limited) = (Vec::new(), Vec::new());
+        Self { sent_away: false, frame: frame.to_vec(), sums, mark: 0, reason, dropped: false, limited }
     }
 
     fn changed(edit: Edit, mark: u32) -> Self {
-        Self { sent_away: false, frame: edit.frame, sums: edit.sums, mark, reason: None }
+        Self { frame: edit.frame, sums: edit.sums, mark, ..Self::untouched(&[], None) }
     }
 
     fn sent_back(edit: Edit) -> Self {
@@ -171,6 +183,9 @@ impl Model {
     ) -> Outcome {
         let service = self.services[name].clone();
         let side = ClientSide::of(headers);
+        if service.limits.is_some() && headers.is_tcp() && !headers.is_syn() {
+            self.ledger.hear(&side, name, headers, true);
+        }
         // A connection request always decides anew; a datagram does without a flow of this epoch.
         let first = if headers.is_tcp() {
             headers.is_syn()
@@ -217,18 +232,75 @@ impl Model {
         seen: Seen<'_>,
     ) -> Outcome {
         let Some(service) = self.services.get_mut(name) else { return Outcome::untouched(frame, None) };
-        // Closed and settled: nothing is decided, nothing is noted.
-        if !service.tracks() && !service.dry_run {
-            return Outcome::untouched(frame, None);
-        }
         let side = ClientSide::of(headers);
+        let mut limited = Vec::new();
+        // Closed and settled: nothing is decided, nothing is noted, but who is admitted.
+        let settled = !service.tracks() && !service.dry_run;
         if service.tracks() {
             self.book.forget(&side);
         }
-        let choices = service.choices(headers.destination);
-        if service.dry_run {
-            return Outcome::untouched(frame, None);
+        let (choices, trial) =
+            if settled { (vec![Choice::Primary], false) } else { service.choices(headers.destination) };
+        let mut over = None;
+        let mut failed_over = false;
+        if let Some(limits) = service.limits {
+            // A choice that a limit undid is not seen in what became of the packet.
+            let first = match seen.limited.first() {
+                Some((PRIMARY, _)) => Choice::Primary,
+                Some(_) => choices.iter().copied().find(|c| matches!(c, Choice::Backup(_))).unwrap_or(choices[0]),
+                None => Self::chosen(headers, seen, service, &choices),
+            };
+            let tier = if first == Choice::Primary { PRIMARY } else { BACKUP };
+            let number = if headers.is_tcp() { sequence(frame, headers) } else { 0 };
+            if first != Choice::Refuse
+                && let Answer::Over(kind) = self.ledger.ask(side, name, tier, &limits[tier], number)
+            {
+                limited.push((tier, kind));
+                if !service.dry_run {
+                    if trial {
+                        service.half_open_taken -= 1;
+                    }
+                    over = Some(limits[tier].over);
+                    let backups = service.backups_for(headers.destination);
+                    if tier == PRIMARY && over == Some(Over::Failover) && !backups.is_empty() {
+                        (over, failed_over, service.overflowed) = (None, true, true);
+                        if let Answer::Over(kind) = self.ledger.ask(side, name, BACKUP, &limits[BACKUP], number) {
+                            limited.push((BACKUP, kind));
+                            over = Some(limits[BACKUP].over);
+                        }
+                    }
+                }
+            }
         }
+        if settled && !failed_over && over.is_none() || service.dry_run {
+            return Outcome { limited, ..Outcome::untouched(frame, None) };
+        }
+        let choices = if failed_over { service.backups_for(headers.destination) } else { choices };
+        let outcome = match over {
+            Some(Over::Drop) => Outcome { dropped: true, ..Outcome::untouched(frame, None) },
+            Some(_) => refuse(frame, headers),
+            None => self.carry_out(frame, headers, name, outside, seen, &choices),
+        };
+        Outcome { limited, ..outcome }
+    }
+
+    /// Which of its choices a packet was seen to get.
+    fn chosen(headers: &Headers, seen: Seen<'_>, service: &Service, choices: &[Choice]) -> Choice {
+        let made = choice_made(headers, seen, service.fast);
+        if choices.contains(&made) { made } else { choices[0] }
+    }
+
+    fn carry_out(
+        &mut self,
+        frame: &[u8],
+        headers: &Headers,
+        name: &'static str,
+        outside: bool,
+        seen: Seen<'_>,
+        choices: &[Choice],
+    ) -> Outcome {
+        let service = self.services[name].clone();
+        let side = ClientSide::of(headers);
         // A client outside that is behind a VLAN tag is behind another interface than the one that the routes name.
         let untagged = headers.l3 == UNTAGGED;
         let (fast, keeps_client) = (service.fast && (!outside || untagged), service.keeps_client && outside);
@@ -258,9 +330,7 @@ impl Model {
                 }
                 Outcome::untouched(frame, None)
             }
-            Choice::Refuse if headers.is_tcp() => Outcome::sent_back(answer::refuse_segment(frame, headers)),
-            Choice::Refuse => answer::refuse_datagram(frame, headers)
-                .map_or_else(|| Outcome::untouched(frame, Some(PassReason::RewriteFailed)), Outcome::sent_back),
+            Choice::Refuse => refuse(frame, headers),
             Choice::Backup(backend) => {
                 // How it goes is decided once.
                 let near = self.near.contains(&backend.ip()) && headers.source.ip() != backend.ip();
@@ -343,6 +413,15 @@ impl Model {
 
     /// A backend's packet goes back as from what the client talks to.
     fn by_backend(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
+        // kube-proxy has translated the primary's segment back.
+        let of = self.services.iter().find(|(_, s)| s.frontends.contains(&headers.source));
+        if let Some((name, service)) = of
+            && headers.is_tcp()
+            && service.limits.as_ref().is_some_and(limit::counts)
+        {
+            let side = ClientSide { client: headers.destination, to: headers.source, proto: headers.proto };
+            self.ledger.hear(&side, name, headers, false);
+        }
         if !self.looks_at(headers.source, headers.proto) {
             return Outcome::untouched(frame, None);
         }
@@ -359,6 +438,13 @@ impl Model {
 
     fn back(&mut self, frame: &[u8], headers: &Headers, fast: bool) -> Outcome {
         let Some((owner, _)) = self.book.hear_backend(headers) else { return Outcome::untouched(frame, None) };
+        let of = self.services.iter().find(|(_, s)| s.frontends.contains(&owner.to));
+        if let Some((name, service)) = of
+            && headers.is_tcp()
+            && service.limits.is_some()
+        {
+            self.ledger.hear(&owner, name, headers, false);
+        }
         if owner.to == headers.source && owner.client == headers.destination {
             return Outcome::untouched(frame, None);
         }
@@ -418,6 +504,20 @@ impl Model {
         let edit = quote::translate(frame, error, &quote, End::Source, flow.backend, flow.source_port);
         Outcome::changed(edit, 0).into_pod(self.goes_fast(flow))
     }
+}
+
+/// Refuses the first packet of a flow.
+fn refuse(frame: &[u8], headers: &Headers) -> Outcome {
+    if headers.is_tcp() {
+        return Outcome::sent_back(answer::refuse_segment(frame, headers));
+    }
+    answer::refuse_datagram(frame, headers)
+        .map_or_else(|| Outcome::untouched(frame, Some(PassReason::RewriteFailed)), Outcome::sent_back)
+}
+
+/// A segment's sequence number.
+fn sequence(frame: &[u8], headers: &Headers) -> u32 {
+    u32::from(word(frame, headers.l4 + 4)) << 16 | u32::from(word(frame, headers.l4 + 6))
 }
 
 /// Replaces address and port of one end, and the port at the other: nothing else, but for the checksums.

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use breaker_common::BreakerState;
 
+use super::limit::Limits;
+
 /// What the agent decided for a service, with the policies that it was configured with.
 #[derive(Clone, Debug)]
 pub struct Service {
@@ -35,6 +37,10 @@ pub struct Service {
     pub half_open_limit: u32,
     /// How many of them were let through in this epoch.
     pub half_open_taken: u32,
+    /// `limits`.
+    pub limits: Option<Limits>,
+    /// Connections of the primary went to the backup because of a limit: their flows are looked for.
+    pub overflowed: bool,
 }
 
 /// Where a new connection goes.
@@ -57,7 +63,7 @@ impl Service {
     /// Whether flows are looked for. A service that is closed, settled and drained costs nothing.
     #[must_use]
     pub const fn tracks(&self) -> bool {
-        self.draining || !self.dry_run && !self.is_settled()
+        self.draining || self.overflowed || !self.dry_run && !self.is_settled()
     }
 
     /// Whether established connections on the primary from before are reset: by policy, and only where there is a backup.
@@ -72,19 +78,19 @@ impl Service {
         !self.dry_run && self.state == BreakerState::Closed && self.reset_on_close
     }
 
-    /// Where a new connection to one of its frontends may go. Half-open, exactly so many go to the primary first.
-    pub fn choices(&mut self, frontend: SocketAddr) -> Vec<Choice> {
+    /// Where a new connection to one of its frontends may go. Half-open, exactly so many go to the primary first; whether it
+    /// is one of those.
+    pub fn choices(&mut self, frontend: SocketAddr) -> (Vec<Choice>, bool) {
         if self.state == BreakerState::HalfOpen && self.half_open_taken < self.half_open_limit {
             self.half_open_taken += 1;
-            return vec![Choice::Primary];
+            return (vec![Choice::Primary], true);
         }
         let mut choices = Vec::new();
         if self.share > 0 {
             choices.push(Choice::Primary);
         }
         if self.share < 1000 {
-            let of_family = self.backups.iter().filter(|b| b.is_ipv4() == frontend.is_ipv4());
-            let backups: Vec<Choice> = of_family.map(|b| Choice::Backup(*b)).collect();
+            let backups = self.backups_for(frontend);
             // Never redirect into nothing.
             match (backups.is_empty(), self.reject) {
                 (false, _) => choices.extend(backups),
@@ -92,6 +98,13 @@ impl Service {
                 (true, false) => choices.push(Choice::Primary),
             }
         }
-        choices
+        (choices, false)
+    }
+
+    /// The backups that a frontend leads to.
+    #[must_use]
+    pub fn backups_for(&self, frontend: SocketAddr) -> Vec<Choice> {
+        let of_family = self.backups.iter().filter(|b| b.is_ipv4() == frontend.is_ipv4());
+        of_family.map(|b| Choice::Backup(*b)).collect()
     }
 }

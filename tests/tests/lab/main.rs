@@ -6,6 +6,7 @@ mod clients;
 mod failover;
 mod foreign;
 mod lifecycle;
+mod limits;
 mod masquerade;
 mod near;
 mod netfilter;

@@ -120,7 +120,8 @@ use Became::{Dropped, Moved, Passed, Refused};
 /// Both families, from pods and from outside, closed and open: a burst passes, and the rest gets what `onLimit` says.
 #[test]
 fn a_burst_passes_and_what_is_over_it_is_refused() -> Result<()> {
-    let families: [(IpAddr, fn(u8) -> SocketAddr, SocketAddr, &str); 2] = [
+    type Vip = fn(u8) -> SocketAddr;
+    let families: [(IpAddr, Vip, SocketAddr, &str); 2] = [
         (pod(CLIENT, 0).ip(), vip, pod(BACKUP, 80), "10.42.0.4"),
         (pod6(CLIENT, 0).ip(), vip6, pod6(BACKUP, 80), "fd42::/64"),
     ];
@@ -232,7 +233,8 @@ fn a_connection_counts_until_both_have_closed_it_or_one_has_reset_it() -> Result
     for (program_in, program_out) in [("breaker_in", "breaker_out"), ("breaker_up", "breaker_up_out")] {
         // Left to the primary while it is closed, and sent to the backup while it is open.
         for (state, tier) in [(Closed, 0), (Open, 1)] {
-            let mut rig = rig(&limited("limits: {concurrentConnections: @9, backup: {concurrentConnections: @9}},")?, state)?;
+            let mut rig =
+                rig(&limited("limits: {concurrentConnections: @9, backup: {concurrentConnections: @9}},")?, state)?;
             for (port, (what, sends, counts)) in (1..).zip(rows) {
                 let before = report(&rig).concurrent[tier];
                 let here = pod(CLIENT, port);
@@ -257,7 +259,8 @@ fn a_connection_counts_until_both_have_closed_it_or_one_has_reset_it() -> Result
 /// Nine places are taken, nine come free, nine are taken: nothing leaks.
 #[test]
 fn places_come_free() -> Result<()> {
-    let mut rig = rig(&limited("limits: {concurrentConnections: @9, perClient: {concurrentConnections: @9}},")?, Closed)?;
+    let mut rig =
+        rig(&limited("limits: {concurrentConnections: @9, perClient: {concurrentConnections: @9}},")?, Closed)?;
     for round in 0..50 {
         let became = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..11);
         assert_eq!(became, [vec![Passed; 9], vec![Refused]].concat(), "{round}");
@@ -290,7 +293,8 @@ fn data_of_a_closed_service_is_not_seen() -> Result<()> {
 
 #[test]
 fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
-    let service = limited("limits: {concurrentConnections: @1, onLimit: Failover, backup: {concurrentConnections: @2}},")?;
+    let service =
+        limited("limits: {concurrentConnections: @1, onLimit: Failover, backup: {concurrentConnections: @2}},")?;
     let mut rig = rig(&service, Closed)?;
     let became = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..5);
     assert_eq!(became, [Passed, Moved, Moved, Refused], "the backup has limits of its own");
@@ -361,7 +365,8 @@ fn a_trial_that_is_refused_is_given_back() -> Result<()> {
 #[test]
 fn a_dry_run_counts_and_refuses_nobody() -> Result<()> {
     for state in [Closed, Open] {
-        let text = "mode: DryRun, limits: {concurrentConnections: @1, backup: {newConnectionsPerSecond: 1, burst: @1}},";
+        let text =
+            "mode: DryRun, limits: {concurrentConnections: @1, backup: {newConnectionsPerSecond: 1, burst: @1}},";
         let mut rig = rig(&limited(text)?, state)?;
         assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..5), [Passed; 4]);
         let counters = report(&rig).counters;

@@ -46,12 +46,14 @@ const PROGRAMS: &[&str] =
 
 /// What the lab calls beside that.
 const LAB_PROGRAMS: &[&str] = &[
+    "bash",
     "bpftool",
     "bridge",
     "curl",
     "dig",
     "dnsmasq",
     "ethtool",
+    "haproxy",
     "ip6tables",
     "iperf3",
     "iptables",
@@ -59,6 +61,7 @@ const LAB_PROGRAMS: &[&str] = &[
     "iptables-save",
     "nghttp",
     "nghttpd",
+    "nft",
     "ss",
     "tc",
     "tcpdump",

@@ -171,11 +171,7 @@ impl LimitMaps {
     /// A map that cannot be written.
     pub(super) fn clear(&mut self, index: u32) -> Result<()> {
         self.limits.write(index, &ServiceLimits::NONE);
-        for place in 0..self.places() {
-            if self.connection(place).is_some_and(|(_, seen)| seen.limiter / 2 == index) {
-                self.release(place);
-            }
-        }
+        self.forget_connections(index);
         for place in 0..LIMITED_CLIENTS {
             let limiter = self.limited.word32(place, offset_of!(LimitedClient, limiter)).load(Ordering::SeqCst);
             if limiter != 0 && (limiter - 1) / 2 == index {
@@ -190,6 +186,15 @@ impl LimitMaps {
         let cpus = self.counters.get(&index, 0).context("read the counters of limits")?.len();
         let zeros = PerCpuValues::try_from(vec![LimitCounters::default(); cpus]).context("clear them")?;
         self.counters.set(index, zeros, 0).context("clear the counters of limits")
+    }
+
+    /// Forgets a service's connections: nobody sees their ends any more.
+    pub(super) fn forget_connections(&self, index: u32) {
+        for place in 0..self.places() {
+            if self.connection(place).is_some_and(|(_, seen)| seen.limiter / 2 == index) {
+                self.release(place);
+            }
+        }
     }
 
     /// Connections of the primary and of the backup that are counted.

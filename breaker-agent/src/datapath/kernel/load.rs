@@ -83,9 +83,11 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     let size_of = |name: &str, wanted: u32| MapInfo::from_pin(pins.map(name)).map_or(wanted, |info| info.max_entries());
     let connection_mask = size_of("CONNECTIONS", sizes.connection_buckets) - 1;
     let client_mask = size_of("CLIENTS", sizes.client_buckets) - 1;
-    loader
-        .override_global("CONNECTION_MASK", &connection_mask, true)
-        .override_global("CLIENT_MASK", &client_mask, true);
+    loader.override_global("CONNECTION_MASK", &connection_mask, true).override_global(
+        "CLIENT_MASK",
+        &client_mask,
+        true,
+    );
     for (name, ..) in pinned() {
         loader.map_pin_path(name, pins.map(name));
         let shared = sizes.shared().into_iter().find(|(of, _)| *of == name);

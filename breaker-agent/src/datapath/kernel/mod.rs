@@ -32,8 +32,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use breaker_common::{
-    Backend, COUNTED, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS,
-    ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, Table, V4, V6, route_flags, switch_flags,
+    Backend, COUNTED, EndpointKey, EndpointRole, NAME_LEN, NONE, PassReason, Route, SLOT_PASSTHROUGH, SLOT_REJECT,
+    SLOTS, ServiceCounters, ServiceRecord, Switch, TABLE_OF_ONE, Table, V4, V6, route_flags, switch_flags,
 };
 
 use super::{
@@ -53,7 +53,7 @@ pub use maps::Maps;
 use maps::{Net, number};
 pub use masquerade::{install as install_masquerade_rule, remove as remove_masquerade_rule};
 pub use neighbors::{Located, watch_pods};
-pub use offline::{Leftover, read as read_offline};
+pub use offline::{LeftLimits, Leftover, read as read_offline};
 pub use pins::{Cleaned, PinDir, PinError, is_on_bpffs};
 use places::Places;
 pub use sizes::Sizes;
@@ -98,6 +98,8 @@ struct Limited {
     limits: Option<Limits>,
     /// Frontends whose SYN, FIN and RST segments take the full path.
     counted: BTreeSet<Frontend>,
+    /// Whether connections were counted.
+    counts: bool,
     /// Since when every packet is seen, by [`maps::monotonic_ns`].
     census_since: Option<u64>,
 }
@@ -320,6 +322,7 @@ impl KernelDatapath {
         let before = limited.counted.clone();
         let wanted: BTreeSet<Frontend> = plan.frontends().filter(counts).copied().collect();
         if limits.counts() {
+            limited.counts = true;
             self.maps.set_counts_sockets(true);
         }
         self.count(&plan.name, wanted.union(&before).copied().collect());
@@ -329,6 +332,11 @@ impl KernelDatapath {
     fn limit_less(&mut self, plan: &ServicePlan, index: u32) -> Result<()> {
         let Some(limits) = plan.limits else { return self.unlimit(&plan.name, index) };
         let counts = |f: &&Frontend| limits.counts() && f.protocol == Protocol::Tcp;
+        if !limits.counts() && self.limited.get_mut(&plan.name).is_some_and(|l| std::mem::replace(&mut l.counts, false))
+        {
+            self.maps.limits.forget_connections(index);
+            self.settle_sockets();
+        }
         self.count(&plan.name, plan.frontends().filter(counts).copied().collect());
         Ok(())
     }
@@ -372,7 +380,10 @@ impl KernelDatapath {
             let Some(installed) = self.services.get(name) else { continue };
             let seen = limited.census_since.map(|since| Duration::from_nanos(now.saturating_sub(since)));
             let idle = limited.limits.map(|limits| limits.idle);
-            rules.insert(installed.index, limits::Rule { idle: idle.filter(|idle| seen.is_some_and(|seen| seen > *idle)) });
+            rules.insert(
+                installed.index,
+                limits::Rule { idle: idle.filter(|idle| seen.is_some_and(|seen| seen > *idle)) },
+            );
         }
         let found = self.maps.limits.sweep(&rules);
         let mut overflowed = BTreeSet::new();
@@ -394,7 +405,8 @@ impl KernelDatapath {
             }
             limited.census_since = use_.near.then_some(now);
             self.maps.limits.set_census(index, use_.near);
-            let frontends = self.services.get(&name).into_iter().flat_map(|s| s.routes.iter().flat_map(|r| &r.frontends));
+            let frontends =
+                self.services.get(&name).into_iter().flat_map(|s| s.routes.iter().flat_map(|r| &r.frontends));
             let frontends: BTreeSet<Frontend> = frontends.copied().collect();
             if use_.near {
                 self.watch(&name, frontends);
@@ -694,9 +706,10 @@ impl KernelDatapath {
                 self.watch(&service.name, service.frontends.iter().copied().collect());
             }
             if switch.has(switch_flags::LIMITED) {
-                self.limited.insert(service.name.clone(), Limited::default());
+                let counts = self.maps.limits.get(index).tiers.iter().any(breaker_common::TierLimits::counts);
+                self.limited.insert(service.name.clone(), Limited { counts, ..Limited::default() });
                 self.maps.limits.set_census(index, false);
-                if self.maps.limits.get(index).tiers.iter().any(breaker_common::TierLimits::counts) {
+                if counts {
                     let tcp = service.frontends.iter().filter(|frontend| frontend.protocol == Protocol::Tcp);
                     self.count(&service.name, tcp.copied().collect());
                 }

@@ -3,10 +3,13 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use breaker_common::{Heartbeat, PassReason, ServiceCounters};
+use breaker_common::{Heartbeat, PassReason, ServiceCounters, ServiceLimits, switch_flags};
 
 use super::{adopt_record, load, maps::monotonic_ns, pins};
-use crate::datapath::Adopted;
+use crate::{
+    agent::limits::CLIENTS,
+    datapath::{Adopted, LimitReport},
+};
 
 /// What an agent left, or what it is doing.
 #[derive(Clone, Debug)]
@@ -16,9 +19,18 @@ pub struct Leftover {
     /// How long ago that was, nanoseconds.
     pub silent_ns: u64,
     /// The services as the programs act on them, with their counters.
-    pub services: Vec<(Adopted, ServiceCounters)>,
+    pub services: Vec<(Adopted, ServiceCounters, Option<LeftLimits>)>,
     /// What failed open.
     pub reasons: Vec<(PassReason, u64)>,
+}
+
+/// Limits as an agent left them.
+#[derive(Clone, Debug)]
+pub struct LeftLimits {
+    /// What the programs enforce.
+    pub limits: ServiceLimits,
+    /// What they did.
+    pub report: LimitReport,
 }
 
 /// Reads the maps below a pin path; `None` where nothing is pinned.
@@ -39,7 +51,18 @@ pub fn read(root: &Path) -> Result<Option<Leftover>> {
         if let Some(mut service) = adopt_record(&record, maps.switch(index)) {
             let of = frontends.remove(&index).unwrap_or_default();
             service.frontends = of.into_iter().map(|(frontend, _)| frontend).collect();
-            services.push((service, maps.counters(index)?));
+            let limits = &maps.limits;
+            let left = if maps.switch(index).has(switch_flags::LIMITED) {
+                let report = LimitReport {
+                    counters: limits.counters(index)?,
+                    concurrent: limits.concurrent(index),
+                    clients: limits.limited_clients(index, CLIENTS),
+                };
+                Some(LeftLimits { limits: limits.get(index), report })
+            } else {
+                None
+            };
+            services.push((service, maps.counters(index)?, left));
         }
     }
     Ok(Some(Leftover {

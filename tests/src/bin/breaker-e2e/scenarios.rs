@@ -52,6 +52,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "agent-killed-and-rolled", skip: always, play: agent_killed_and_rolled },
     Scenario { name: "cross-namespace", skip: always, play: cross_namespace },
     Scenario { name: "annotations", skip: always, play: annotations },
+    Scenario { name: "limits", skip: always, play: limits },
     Scenario { name: "two-for-one-service", skip: always, play: two_for_one_service },
     Scenario { name: "two-hundred-at-once", skip: always, play: two_hundred_at_once },
     Scenario { name: "api-server-away", skip: needs_api, play: api_server_away },
@@ -110,6 +111,8 @@ pub fn fresh(cluster: &Cluster) -> Result<()> {
             "breaker.dev/backup-",
             "breaker.dev/check-",
             "breaker.dev/period-millis-",
+            "breaker.dev/limit-",
+            "breaker.dev/limit-burst-",
         ])?;
     }
     // Fields that a scenario patched would survive an apply.
@@ -431,6 +434,28 @@ fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
             "spec.breaker.maxOpenMillis",
             "at least openMillis",
         ),
+        (with(&|s| s["limits"] = json!({})), "spec.limits", "limits nothing"),
+        (
+            with(&|s| s["limits"] = json!({ "newConnectionsPerSecond": 0 })),
+            "spec.limits.newConnectionsPerSecond",
+            "greater than or equal to 1",
+        ),
+        (
+            with(&|s| s["limits"] = json!({ "concurrentConnections": 0.5 })),
+            "spec.limits.concurrentConnections",
+            "must be of type integer",
+        ),
+        (with(&|s| s["limits"] = json!({ "concurrentConnections": 9, "burst": 5 })), "spec.limits.burst", "it needs"),
+        (
+            with(&|s| s["limits"] = json!({ "concurrentConnections": 5, "perClient": { "concurrentConnections": 6 } })),
+            "spec.limits.perClient",
+            "must not be above those of all clients together",
+        ),
+        (
+            with(&|s| s["limits"] = json!({ "newConnectionsPerSecond": 9, "onLimit": "Queue" })),
+            "spec.limits.onLimit",
+            "supported values: \"Reset\", \"Drop\", \"Failover\"",
+        ),
         (with(&|s| s["chekc"] = json!({})), "spec.chekc", "unknown field"),
         (with(&|s| s["service"]["ports"] = json!([99_999])), "spec.service.ports", "1 to 65535"),
         (with(&|s| s["service"]["ports"] = json!([""])), "spec.service.ports", "or its name"),
@@ -673,6 +698,59 @@ fn annotations(cluster: &Cluster) -> Result<String> {
     cluster.fake_error("dummy-deployment", false)?;
     answered_by("the primary again", &primary, || cluster.ask("client", &url))?;
     Ok("protected by annotations; a bad one is told, and changes nothing".into())
+}
+
+/// Limits by a CircuitBreaker and by annotations: refused, counted, shown.
+fn limits(cluster: &Cluster) -> Result<String> {
+    let url = vip(cluster, "dummy-deployment")?;
+    let refused = || -> Result<usize> { Ok((0..40).filter(|_| cluster.ask("client", &url).is_err()).count()) };
+    ensure!(refused()? == 0, "nothing is limited yet");
+    let limited = json!({
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "dummy" },
+        "spec": {
+            "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }],
+            "check": { "httpGet": { "path": "/ready" } },
+            "limits": { "newConnectionsPerSecond": 1, "burst": 2, "scope": "Cluster", "backup": { "newConnectionsPerSecond": 400 } },
+        },
+    })
+    .to_string();
+    cluster.apply(&limited)?;
+    cluster.wait_programmed("dummy")?;
+    // The same again, by the client and by the server: defaults are nobody's change.
+    let generation =
+        || -> Result<i64> { cluster.breaker("dummy")?["metadata"]["generation"].as_i64().context("generation") };
+    let before = generation()?;
+    cluster.apply(&limited)?;
+    cluster.feed(&["-n", NAMESPACE, "apply", "--server-side", "--force-conflicts", "-f", "-"], &limited)?;
+    cluster.feed(&["-n", NAMESPACE, "apply", "--server-side", "-f", "-"], &limited)?;
+    ensure!(generation()? == before, "applying the same manifest changed the object");
+    // By so many nodes each limit is divided, once they have counted each other.
+    wait_for("the nodes to share the limit", Duration::from_secs(60), || {
+        let nodes = i64::try_from(cluster.nodes.len())?;
+        Ok((cluster.breaker("dummy")?["status"]["limitsSharedBy"].as_i64() == Some(nodes)).then_some(()))
+    })?;
+    wait_for("connections to be refused", Duration::from_secs(20), || Ok((refused()? > 20).then_some(())))?;
+    let shown = wait_for("the limit in the status", Duration::from_secs(20), || {
+        Ok(cluster.breaker("dummy")?["status"]["limited"].as_str().map(str::to_owned))
+    })?;
+    ensure!(shown.ends_with("/min primary newConnectionsPerSecond"), "status.limited: {shown}");
+    let table = cluster.lab(&["get", "cb", "dummy"])?;
+    ensure!(table.contains("LIMITED") && table.contains("/min primary"), "{table}");
+    cluster.wait_event("CircuitBreaker", "dummy", "Limited")?;
+    let reports = cluster.get("", "nodereports", "")?.to_string();
+    ensure!(!reports.contains("limitedClients"), "clients' addresses stay on their node");
+    cluster.lab(&["delete", "cb", "dummy"])?;
+    let annotate =
+        |pairs: &[&str]| cluster.lab(&[&["annotate", "--overwrite", "svc", "dummy-deployment"], pairs].concat());
+    annotate(&["breaker.dev/backup=backup-deployment", "breaker.dev/limit=1/s", "breaker.dev/limit-burst=2"])?;
+    wait_for("connections to be refused by an annotation", Duration::from_secs(30), || {
+        Ok((refused()? > 20).then_some(()))
+    })?;
+    cluster.wait_event("Service", "dummy-deployment", "Limited")?;
+    annotate(&["breaker.dev/limit=many"])?;
+    cluster.wait_event("Service", "dummy-deployment", "Invalid")?;
+    ensure!(refused()? > 20, "a bad annotation changes nothing");
+    Ok(format!("{shown}, shared by {} nodes; by annotations, too; a bad one changes nothing", cluster.nodes.len()))
 }
 
 fn two_for_one_service(cluster: &Cluster) -> Result<String> {

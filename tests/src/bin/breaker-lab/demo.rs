@@ -1,5 +1,7 @@
 //! The story, told as it happens.
 
+mod limits;
+
 use std::{
     io::{IsTerminal as _, Write as _},
     time::{Duration, Instant},
@@ -35,8 +37,9 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
             plays.push(play);
         }
     }
+    let limits = limits::play(&mut lab, &mut teller)?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&json!({ "faults": plays }))?);
+        println!("{}", serde_json::to_string_pretty(&json!({ "faults": plays, "limits": limits }))?);
     } else {
         teller.table(&plays);
     }

@@ -17,13 +17,15 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use breaker_agent::{
     datapath::{Datapath as _, kernel::Sizes},
-    model::{EstablishedPolicy, FastPath, Mode, Service, WhenAllUnhealthy},
+    limits::{self, OnLimit, Rate, Scope},
+    model::{EstablishedPolicy, FastPath, Mode, Service, ServiceName, WhenAllUnhealthy},
 };
 use breaker_common::{BreakerState, PassReason};
 use breaker_tests::{
     model::{
         Hook, Model, Outcome, Seen,
         bytes::{Sum, word},
+        limit::{self, Kind, Over},
         service,
     },
     packets::{NEXT, REDIRECT, Ran, Rig, plan_with, service_with},
@@ -95,6 +97,7 @@ struct Bench {
     services: [Service; 2],
     epoch: u32,
     reasons: BTreeMap<PassReason, u64>,
+    limited: [[[u64; 4]; 2]; 2],
     packets: u64,
 }
 
@@ -110,7 +113,7 @@ impl Bench {
             service_with(SERVICES[index], &frontends, &backups, "")
         };
         let services = [service(0)?, service(1)?];
-        Ok(Self { rig, tables, services, epoch: 0, reasons: BTreeMap::new(), packets: 0 })
+        Ok(Self { rig, tables, services, epoch: 0, reasons: BTreeMap::new(), limited: Default::default(), packets: 0 })
     }
 
     /// Plays a sequence; the error is where programs and model do not agree. `story`: to be told.
@@ -127,7 +130,8 @@ impl Bench {
             let ran = self.rig.run(program(hook), &frame)?;
             self.packets += 1;
             let reason = self.counted()?;
-            let seen = Seen { sent_away: ran.action == REDIRECT, frame: &ran.bytes, reason };
+            let limited = self.limited()?;
+            let seen = Seen { sent_away: ran.action == REDIRECT, frame: &ran.bytes, reason, limited: &limited };
             let expected = model.pass(hook, &frame, seen);
             if let Some(story) = story {
                 writeln!(story, "{step:?}\n  sent     {}", hex(&frame))?;
@@ -135,6 +139,12 @@ impl Bench {
             }
             agree(&ran, &expected)?;
             ensure!(reason == expected.reason, "counted: {reason:?}, model: {:?}", expected.reason);
+            ensure!(limited == expected.limited, "over {limited:?}, model: {:?}", expected.limited);
+            for name in SERVICES {
+                let counts = self.rig.datapath.limits(&ServiceName::new(name), 0)?.concurrent;
+                let model = [0, 1].map(|tier| model.ledger.concurrent(name, tier, None));
+                ensure!(counts == model, "{name} counts {counts:?}, model: {model:?}");
+            }
             let book = self.tables.read()?;
             ensure!(book.flows == model.book.flows, "flows: {:#?}\nmodel: {:#?}", book.flows, model.book.flows);
             ensure!(
@@ -156,6 +166,7 @@ impl Bench {
         while !self.rig.datapath.events().is_empty() {}
         let model = self.decide_both(BreakerState::Open)?;
         self.reasons = self.rig.datapath.reasons()?.into_iter().collect();
+        self.limited()?;
         Ok(model)
     }
 
@@ -177,6 +188,7 @@ impl Bench {
                 keeps_client: false,
                 near: false,
                 in_epoch: false,
+                limits: None,
             };
             self.decide(&mut model, &decision)?;
         }
@@ -191,6 +203,7 @@ impl Bench {
         service.when_all_unhealthy =
             if decision.reject { WhenAllUnhealthy::Reject } else { WhenAllUnhealthy::PassThrough };
         service.breaker.half_open_connections = decision.half_open_limit;
+        service.limits = decision.limits.map(|limits| configured(&limits));
         service.fast_path = if decision.fast { FastPath::PeerRedirect } else { FastPath::Off };
         service.keep_client.frontends =
             if decision.keeps_client { service.frontends.iter().copied().collect() } else { BTreeSet::new() };
@@ -206,6 +219,18 @@ impl Bench {
         model.near = if decision.near { pods.collect() } else { BTreeSet::new() };
         self.rig.datapath.locate(model.near.iter().map(|ip| (*ip, 1)).collect());
         model.any_fast |= decision.fast;
+        match &decision.limits {
+            None => model.ledger.forget(name),
+            Some(limits) if !limit::counts(limits) => {
+                let counted =
+                    model.services.get(name).and_then(|s| s.limits).is_some_and(|limits| limit::counts(&limits));
+                if counted {
+                    model.ledger.forget_connections(name);
+                }
+            }
+            Some(_) => {}
+        }
+        let overflowed = decision.limits.is_some() && model.services.get(name).is_some_and(|s| s.overflowed);
         let backups: Vec<_> = usable.iter().map(|b| b.address).collect();
         model.backends.extend(backups.iter().flat_map(|b| [(*b, 6), (*b, 17)]));
         model.services.insert(
@@ -225,9 +250,26 @@ impl Bench {
                 keeps_client: decision.keeps_client,
                 half_open_limit: decision.half_open_limit,
                 half_open_taken,
+                limits: decision.limits,
+                overflowed,
             },
         );
         Ok(())
+    }
+
+    /// Which limits the last packet was over: the primary's first.
+    fn limited(&mut self) -> Result<Vec<(usize, Kind)>> {
+        let mut found = Vec::new();
+        for (name, before) in SERVICES.iter().zip(&mut self.limited) {
+            let counters = self.rig.datapath.limits(&ServiceName::new(name), 0)?.counters;
+            for (tier, kind) in [0, 1].into_iter().flat_map(|tier| (0..4).map(move |kind| (tier, kind))) {
+                let now = counters.limited[tier][kind] + counters.dry_run[tier][kind];
+                if std::mem::replace(&mut before[tier][kind], now) < now {
+                    found.push((tier, kind));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Why the last packet was left alone, if it was counted.
@@ -241,6 +283,25 @@ impl Bench {
     }
 }
 
+/// Limits as they are configured: a token comes back after an hour.
+fn configured(limits: &limit::Limits) -> limits::Limits {
+    const NODES: u32 = 3600;
+    let many = |count: u32| count * NODES;
+    let rate = |burst: Option<u32>| burst.map(|burst| Rate { per_second: 1, burst: many(burst) });
+    let [primary, backup] = limits.map(|tier| limits::TierLimits {
+        rate: rate(tier.burst),
+        concurrent: tier.concurrent.map(many),
+        client_rate: rate(tier.client_burst),
+        client_concurrent: tier.client_concurrent.map(many),
+        on_limit: match tier.over {
+            Over::Reset => OnLimit::Reset,
+            Over::Drop => OnLimit::Drop,
+            Over::Failover => OnLimit::Failover,
+        },
+    });
+    limits::Limits { primary, backup, client_prefix: 64, idle: limits::IDLE, scope: Scope::Cluster, nodes: NODES }
+}
+
 const fn program(hook: Hook) -> &'static str {
     match hook {
         Hook::FromPod => "breaker_in",
@@ -251,7 +312,13 @@ const fn program(hook: Hook) -> &'static str {
 }
 
 fn agree(ran: &Ran, expected: &Outcome) -> Result<()> {
-    let action = if expected.sent_away { REDIRECT } else { NEXT };
+    /// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
+    const DROP: u32 = 2;
+    let action = match (expected.dropped, expected.sent_away) {
+        (true, _) => DROP,
+        (false, true) => REDIRECT,
+        (false, false) => NEXT,
+    };
     ensure!(ran.action == action, "action {:#x}, model: {action:#x}", ran.action);
     ensure!(ran.mark == expected.mark, "mark {:#x}, model: {:#x}", ran.mark, expected.mark);
     let (mut programs, mut model) = (ran.bytes.clone(), expected.frame.clone());

@@ -5,7 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use breaker_common::BreakerState;
 use breaker_tests::{
-    model::{Hook, flow::Book},
+    model::{
+        Hook,
+        flow::Book,
+        limit::{Limits, Over, TierLimits},
+    },
     packets::{pod, pod6, vip, vip6},
 };
 use proptest::prelude::*;
@@ -46,6 +50,8 @@ pub struct Decision {
     pub near: bool,
     /// In the epoch that it is in, if it stays in its state: a ramp's step, another backup.
     pub in_epoch: bool,
+    /// The primary's and the backup's.
+    pub limits: Option<Limits>,
 }
 
 /// Between whom.
@@ -218,7 +224,9 @@ fn decision() -> impl Strategy<Value = Decision> {
     );
     let policy = (rare(), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u32, any::<bool>());
     let near = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.8));
-    (of, policy, near).prop_map(|((service, state, share, draining, usable), policy, (fast, keeps_client, near))| {
+    let limits = prop::option::of([tier_limits(), tier_limits()]);
+    (of, policy, near, limits).prop_map(|((service, state, share, draining, usable), policy, near, limits)| {
+        let (fast, keeps_client, near) = near;
         let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
         // A closed breaker gives the primary all, or ramps up to it.
         let share = if state == BreakerState::Closed && share == 0 { 1000 } else { share };
@@ -237,7 +245,17 @@ fn decision() -> impl Strategy<Value = Decision> {
             keeps_client,
             near,
             in_epoch,
+            limits,
         }
+    })
+}
+
+/// So low that they are met.
+fn tier_limits() -> impl Strategy<Value = TierLimits> {
+    let limit = || prop::option::weighted(0.4, 1..4_u32);
+    let over = prop_oneof![Just(Over::Reset), Just(Over::Drop), Just(Over::Failover)];
+    (limit(), limit(), limit(), limit(), over).prop_map(|(burst, client_burst, concurrent, client_concurrent, over)| {
+        TierLimits { burst, client_burst, concurrent, client_concurrent, over }
     })
 }
 

@@ -60,13 +60,13 @@ impl Drop for Ambassador {
 impl Ambassador {
     /// Starts HAProxy in TCP mode before a primary and a backup; `check` are the words of its `default-server` line.
     pub(super) fn start(lab: &mut Lab, check: &str) -> Result<Self> {
-        Self::start_with(lab, check, "")
+        Self::start_with(lab, "haproxy", check, "")
     }
 
-    /// As [`Ambassador::start`], with more lines for its `listen` section.
-    pub(super) fn start_with(lab: &mut Lab, check: &str, more: &str) -> Result<Self> {
-        let pod = lab.world.node_mut(0).add_pod("haproxy")?;
-        let config = lab.world.dir().join("haproxy.cfg");
+    /// As [`Ambassador::start`], in a pod of this name, with more lines for its `listen` section.
+    pub(super) fn start_with(lab: &mut Lab, pod: &str, check: &str, more: &str) -> Result<Self> {
+        let config = lab.world.dir().join(format!("{pod}.cfg"));
+        let pod = lab.world.node_mut(0).add_pod(pod)?;
         let text = format!(
             "global\n  maxconn 2000\n  nbthread 1\n\
              defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 60s\n  timeout server 60s\n\

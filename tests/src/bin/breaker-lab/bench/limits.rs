@@ -164,9 +164,9 @@ fn requests() -> Result<Vec<Row>> {
     lab.agent.start()?;
     http::settle(&lab)?;
     let mut found = Vec::new();
-    for (vip, (name, _, haproxy)) in vips.iter().zip(rows) {
+    for (place, (vip, (name, _, haproxy))) in vips.iter().zip(rows).enumerate() {
         lab.agent.wait_state(name, "Closed", Duration::from_secs(10))?;
-        let proxy = Ambassador::start_with(&mut lab, "inter 3s fall 1 rise 1", haproxy)?;
+        let proxy = Ambassador::start_with(&mut lab, &format!("haproxy{place}"), "inter 3s fall 1 rise 1", haproxy)?;
         proxy.pin()?;
         let proxy_vip = kubeproxy::vip(vip.ip().octets()[3].wrapping_add(40));
         let service = kubeproxy::Service {
@@ -179,7 +179,14 @@ fn requests() -> Result<Vec<Row>> {
         let ours = || http::slice(&lab.client.ns, *vip, Style::New);
         let theirs = || http::slice(&lab.client.ns, proxy_vip, Style::New);
         let none = || http::slice(&lab.client.ns, lab.vip, Style::New);
-        found.push(pairs(format!("limits: {name}, new connections"), "req/s", "HAProxy, its limit", "≥ 1.5", ours, theirs)?);
+        found.push(pairs(
+            format!("limits: {name}, new connections"),
+            "req/s",
+            "HAProxy, its limit",
+            "≥ 1.5",
+            ours,
+            theirs,
+        )?);
         found.push(pairs(format!("limits: {name}, new connections"), "req/s", "without limits", "", ours, none)?);
     }
     Ok(found)

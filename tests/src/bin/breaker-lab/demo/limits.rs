@@ -1,0 +1,107 @@
+//! Limits, told as they bite: a rate on the primary, and a failover onto a backup that is protected by one.
+
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use breaker_tests::lab::{
+    client::{Outcome, Plan, Record},
+    service::Fault,
+    stage::{Checks, Lab, SERVICE},
+};
+use serde::Serialize;
+
+use super::Teller;
+
+/// How long each part is watched, seconds.
+const SECONDS: u32 = 4;
+/// New connections per second that the clients ask for.
+const ASKED: u32 = 200;
+
+/// A part of the story.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Part {
+    /// What is limited.
+    limits: &'static str,
+    /// How long it was watched, milliseconds.
+    millis: u128,
+    /// New connections that were asked for.
+    asked: usize,
+    /// Those that the limited tier answered.
+    answered: usize,
+    /// What the limit allows in that time: rate × time + burst.
+    allowed: f64,
+    /// Those that were refused at once.
+    refused: usize,
+    /// All others.
+    others: usize,
+}
+
+/// Plays both parts.
+pub(super) fn play(lab: &mut Lab, teller: &mut Teller) -> Result<Vec<Part>> {
+    teller.say(&format!("\nNow limits, with {ASKED} new connections a second:"));
+    let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
+    let limits = "limits: {newConnectionsPerSecond: 50, burst: 10}";
+    teller.say(&format!("\n{}: the primary takes 50 a second, 10 of them at once", teller.bold(limits)));
+    configure(lab, limits)?;
+    let first = part(lab, teller, limits, (50.0, 10.0), &primary)?;
+    let limits = "limits: {backup: {newConnectionsPerSecond: 80, burst: 10}}";
+    teller.say(&format!(
+        "\n{}: the primary's process is killed, and the backup would topple under all of its traffic",
+        teller.bold(limits)
+    ));
+    configure(lab, limits)?;
+    lab.primary.inject(Fault::Kill)?;
+    lab.agent.wait_state(SERVICE, "Open", Duration::from_secs(20))?;
+    let second = part(lab, teller, limits, (80.0, 10.0), &backup)?;
+    lab.primary.heal(Fault::Kill)?;
+    lab.agent.wait_state(SERVICE, "Closed", Duration::from_secs(20))?;
+    Ok(vec![first, second])
+}
+
+fn configure(lab: &Lab, limits: &str) -> Result<()> {
+    lab.configure(Checks::Fast, &format!("    {limits}\n"))?;
+    lab.agent.wait_reload(Duration::from_secs(10))
+}
+
+/// Lets clients ask for a while, and tells second by second what they were told.
+fn part(lab: &Lab, teller: &Teller, limits: &'static str, (rate, burst): (f64, f64), tier: &str) -> Result<Part> {
+    let load = lab.load(Plan { per_second: ASKED, keep_alive: 0, ..Plan::usual(lab.vip) })?;
+    let started = Instant::now();
+    teller.say("     second   answered   refused");
+    for second in 1..=SECONDS {
+        sleep((started + Duration::from_secs(1) * second).saturating_duration_since(Instant::now()));
+        let from = started + Duration::from_secs(1) * (second - 1);
+        let records = load.records();
+        let told: Vec<&Record> =
+            records.iter().filter(|r| r.at >= from && r.at < from + Duration::from_secs(1)).collect();
+        let answered = told.iter().filter(|r| r.outcome.pod() == Some(tier)).count();
+        let refused = told.iter().filter(|r| r.outcome == Outcome::Refused).count();
+        teller.say(&format!("     {second:>6}   {answered:>8}   {refused:>7}"));
+    }
+    let records = load.stop()?;
+    let last = records.last().context("nobody asked")?;
+    let took = last.at.duration_since(records[0].at);
+    let answered = records.iter().filter(|r| r.outcome.pod() == Some(tier)).count();
+    let refused = records.iter().filter(|r| r.outcome == Outcome::Refused).count();
+    let part = Part {
+        limits,
+        millis: took.as_millis(),
+        asked: records.len(),
+        answered,
+        allowed: rate * took.as_secs_f64() + burst,
+        refused,
+        others: records.len() - answered - refused,
+    };
+    teller.say(&format!(
+        "  {} of {} answered in {:.1} s; allowed: {:.0}; the others knew at once",
+        part.answered,
+        part.asked,
+        took.as_secs_f64(),
+        part.allowed
+    ));
+    Ok(part)
+}
