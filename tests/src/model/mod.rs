@@ -87,6 +87,8 @@ pub struct Seen<'a> {
     pub reason: Option<PassReason>,
     /// The limits that it was over.
     pub limited: &'a [(usize, Kind)],
+    /// In a dry run: it would have been moved or refused.
+    pub would_move: bool,
 }
 
 /// What the datapath knows.
@@ -286,6 +288,10 @@ impl Model {
 
     /// Which of its choices a packet was seen to get.
     fn chosen(headers: &Headers, seen: Seen<'_>, service: &Service, choices: &[Choice]) -> Choice {
+        if service.dry_run {
+            let elsewhere = choices.iter().find(|choice| (**choice != Choice::Primary) == seen.would_move);
+            return elsewhere.copied().unwrap_or(choices[0]);
+        }
         let made = choice_made(headers, seen, service.fast);
         if choices.contains(&made) { made } else { choices[0] }
     }

@@ -47,16 +47,28 @@ struct Admitted {
 }
 
 fn hundred_clients(from: &NetNs, target: SocketAddrV4) -> Result<Admitted> {
-    let at_once = connect(from, target, 100)?.len();
-    sleep(Duration::from_millis(350));
-    let later = connect(from, target, 100)?.len();
-    sleep(Duration::from_millis(1500));
-    let (started, mut steadily) = (Instant::now(), 0);
-    while started.elapsed() < Duration::from_secs(3) {
-        steadily += connect(from, target, 1)?.len();
-        sleep(Duration::from_millis(10));
-    }
-    Ok(Admitted { at_once, later, steadily })
+    // A proxy accepts before it refuses: only an answer tells.
+    let answered = move |_: &usize| -> bool {
+        let ask = || -> std::io::Result<usize> {
+            let mut stream = TcpStream::connect_timeout(&SocketAddr::V4(target), Duration::from_secs(5))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            write!(stream, "GET / HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
+            stream.read(&mut [0; 512])
+        };
+        ask().is_ok_and(|bytes| bytes > 0)
+    };
+    from.enter(move || {
+        let at_once = (0..100).filter(answered).count();
+        sleep(Duration::from_millis(350));
+        let later = (0..100).filter(answered).count();
+        sleep(Duration::from_millis(1500));
+        let (started, mut steadily) = (Instant::now(), 0);
+        while started.elapsed() < Duration::from_secs(3) {
+            steadily += usize::from(answered(&0));
+            sleep(Duration::from_millis(10));
+        }
+        Admitted { at_once, later, steadily }
+    })
 }
 
 struct HaProxy(Child);

@@ -98,6 +98,7 @@ struct Bench {
     epoch: u32,
     reasons: BTreeMap<PassReason, u64>,
     limited: [[[u64; 4]; 2]; 2],
+    dry_run: u64,
     packets: u64,
 }
 
@@ -113,7 +114,16 @@ impl Bench {
             service_with(SERVICES[index], &frontends, &backups, "")
         };
         let services = [service(0)?, service(1)?];
-        Ok(Self { rig, tables, services, epoch: 0, reasons: BTreeMap::new(), limited: Default::default(), packets: 0 })
+        Ok(Self {
+            rig,
+            tables,
+            services,
+            epoch: 0,
+            reasons: BTreeMap::new(),
+            limited: Default::default(),
+            dry_run: 0,
+            packets: 0,
+        })
     }
 
     /// Plays a sequence; the error is where programs and model do not agree. `story`: to be told.
@@ -130,8 +140,9 @@ impl Bench {
             let ran = self.rig.run(program(hook), &frame)?;
             self.packets += 1;
             let reason = self.counted()?;
-            let limited = self.limited()?;
-            let seen = Seen { sent_away: ran.action == REDIRECT, frame: &ran.bytes, reason, limited: &limited };
+            let (limited, would_move) = (self.limited()?, self.would_move()?);
+            let seen =
+                Seen { sent_away: ran.action == REDIRECT, frame: &ran.bytes, reason, limited: &limited, would_move };
             let expected = model.pass(hook, &frame, seen);
             if let Some(story) = story {
                 writeln!(story, "{step:?}\n  sent     {}", hex(&frame))?;
@@ -167,6 +178,7 @@ impl Bench {
         let model = self.decide_both(BreakerState::Open)?;
         self.reasons = self.rig.datapath.reasons()?.into_iter().collect();
         self.limited()?;
+        self.would_move()?;
         Ok(model)
     }
 
@@ -270,6 +282,13 @@ impl Bench {
             }
         }
         Ok(found)
+    }
+
+    /// Whether a dry run would have moved or refused the last packet.
+    fn would_move(&mut self) -> Result<bool> {
+        let counters = SERVICES.map(|name| self.rig.datapath.counters(&ServiceName::new(name)));
+        let now = counters.into_iter().map(|c| c.map(|c| c.dry_run)).sum::<Result<u64, _>>()?;
+        Ok(std::mem::replace(&mut self.dry_run, now) < now)
     }
 
     /// Why the last packet was left alone, if it was counted.

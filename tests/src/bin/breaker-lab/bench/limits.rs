@@ -81,6 +81,7 @@ fn packets() -> Result<Vec<Row>> {
         rows.push(row("SYN, 1 flow", SYN, 1, packets::NEW, "≤ 80")?);
         rows.push(row("SYN, 64k flows", SYN, 1 << 16, packets::NEW, "")?);
         if name.starts_with("perClient") {
+            rows.push(row("SYN, 128 clients", SYN, 128, packets::NEW | packets::CLIENTS, "")?);
             rows.push(row("SYN, 16k clients", SYN, 1 << 14, packets::NEW | packets::CLIENTS, "")?);
         }
         rows.push(row("data", ACK, 1, 0, "0 to 1")?);
