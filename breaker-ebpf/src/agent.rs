@@ -16,10 +16,16 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// The last heartbeat in ticks: a clock of a second's resolution that costs an array look-up.
+/// The last heartbeat: a clock of a second's resolution that costs an array look-up.
+#[inline(always)]
+pub fn beat_ns() -> u64 {
+    HEARTBEAT.get(0).map_or(0, |beat| beat.beat_ns)
+}
+
+/// The last heartbeat in ticks.
 #[inline(always)]
 pub fn beat_tick() -> u32 {
-    HEARTBEAT.get(0).map_or(0, |beat| tick(beat.beat_ns))
+    tick(beat_ns())
 }
 
 /// Whether some service may have flows that leave the stack out.

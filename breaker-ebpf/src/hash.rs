@@ -16,7 +16,8 @@ pub fn flow(client: u64, vip: u64, client_port: [u8; 2], vip_port: [u8; 2], prot
 /// Hashes up to 192 bits with a key to a tag, which is never 0 (see [`breaker_common::Bucket`]).
 #[inline(always)]
 pub fn tag(a: u64, b: u64, c: u64, key: u64) -> u64 {
-    mix(mix(mix(a ^ key) ^ b) ^ c ^ key.rotate_left(32)) | 1
+    // 2^64 divided by the golden ratio, odd: so that what differs in `b` alone does not meet what differs in `c` alone.
+    mix(mix(a ^ key) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ c) | 1
 }
 
 #[inline(always)]

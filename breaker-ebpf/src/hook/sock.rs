@@ -258,7 +258,7 @@ fn ask(asked: &Asked, backup: bool) -> Over {
 /// Whether a flow of datagrams was admitted to the backup.
 #[inline(always)]
 fn is_at_backup(asked: &Asked) -> bool {
-    let place = limit::connections::find(tag_of_flow(asked));
+    let place = limit::connections::find(tag_of_flow(asked), true);
     place.is_some_and(|place| place.is_of(asked.service * 2 + limit::BACKUP))
 }
 
@@ -291,7 +291,7 @@ pub fn released(ctx: &SockContext) -> i32 {
     }
     // SAFETY: as above.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some(place) = limit::connections::find(tag_of(cookie)) {
+    if let Some(place) = limit::connections::find(tag_of(cookie), true) {
         place.release();
     }
     PROCEED

@@ -42,42 +42,41 @@ pub fn place(tag: u64, now_ns: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_client(tag: u64, now_ns: u64) -> u32 {
-    let [first, second] = bucket::of_tag(tag, CLIENT_MASK.load());
-    let number = |index: u32, way: usize| index * WAYS as u32 + way as u32 + 1;
-    for index in [first, second] {
+    let buckets = bucket::of_tag(tag, CLIENT_MASK.load());
+    for index in buckets {
         if let Some(way) = CLIENTS.get_ptr_mut(index).and_then(|bucket| bucket::find(bucket, tag)) {
-            return number(index, way);
+            return bucket::number(index, way);
         }
     }
-    for index in [first, second] {
-        if let Some(way) = CLIENTS.get_ptr_mut(index).and_then(|bucket| claim(bucket, tag, now_ns)) {
-            return number(index, way);
+    for index in buckets {
+        let Some(bucket) = CLIENTS.get_ptr_mut(index) else { return 0 };
+        if let Some(way) = bucket::claim(bucket, tag).or_else(|| replace(bucket, tag, now_ns)) {
+            return bucket::number(index, way);
         }
     }
     0
 }
 
-/// A place that is taken over needs no reset: a full bucket and no connections is how a new client starts. (Two clients that
-/// claim one place within the moment before the first of them is counted share it for that connection.)
+/// Takes the place of a client that is as good as one never seen. It needs no reset: a full bucket and no connections is how
+/// a new client starts. (Two clients that claim one place within the moment before the first of them is counted share it for
+/// that connection.)
 #[inline(always)]
-fn claim(bucket: *mut Buckets, tag: u64, now_ns: u64) -> Option<usize> {
-    let idle = bucket::where_free(bucket, |state| {
+fn replace(bucket: *mut Buckets, tag: u64, now_ns: u64) -> Option<usize> {
+    bucket::displace(bucket, tag, 0, |state| {
         // SAFETY: a state of this bucket; its fields are aligned.
         let (arrival, concurrent) =
             unsafe { (atomic::load(&raw const (*state).arrival_ns), atomic::load32(&raw const (*state).concurrent)) };
-        let is_full = 1 - bucket::highest(now_ns.wrapping_sub(arrival));
-        is_full & bucket::is_zero(concurrent as u64)
-    });
-    bucket::claim(bucket, tag, idle)
+        arrival <= now_ns && concurrent == 0
+    })
 }
 
 /// The client in a place (its number plus 1, or 0 for nobody).
 #[inline(always)]
 pub fn at(number: u32) -> Option<*mut ClientState> {
-    let place = number.checked_sub(1)?;
-    let bucket = CLIENTS.get_ptr_mut(place / WAYS as u32)?;
+    let (bucket, way) = bucket::of_number(number)?;
+    let bucket = CLIENTS.get_ptr_mut(bucket)?;
     // SAFETY: the bucket is a value of the map, and the place is inside.
-    Some(unsafe { &raw mut (*bucket).states[place as usize & (WAYS - 1)] })
+    Some(unsafe { &raw mut (*bucket).states[way & (WAYS - 1)] })
 }
 
 /// A client's theoretical arrival time.

@@ -33,41 +33,39 @@ pub struct Place {
     way: usize,
 }
 
-/// The place of a connection.
+/// The place of a connection. `second`: it may be in the second of its buckets, where only connections that are counted are.
 #[inline(always)]
-pub fn find(tag: u64) -> Option<Place> {
-    let [first, second] = bucket::of_tag(tag, CONNECTION_MASK.load());
-    find_in(first, tag).or_else(|| find_in(second, tag))
+pub fn find(tag: u64, second: bool) -> Option<Place> {
+    at(breaker_find(tag, second as u64))
 }
 
+/// The number of a connection's place plus 1; 0: there is none. A global function, as [`super::breaker_admit`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_find(tag: u64, second: u64) -> u32 {
+    let buckets = bucket::of_tag(tag, CONNECTION_MASK.load());
+    if let Some(way) = CONNECTIONS.get_ptr_mut(buckets[0]).and_then(|bucket| bucket::find(bucket, tag)) {
+        return bucket::number(buckets[0], way);
+    }
+    if second != 0
+        && let Some(way) = CONNECTIONS.get_ptr_mut(buckets[1]).and_then(|bucket| bucket::find(bucket, tag))
+    {
+        return bucket::number(buckets[1], way);
+    }
+    0
+}
+
+/// The place of a number.
 #[inline(always)]
-fn find_in(index: u32, tag: u64) -> Option<Place> {
-    let bucket = CONNECTIONS.get_ptr_mut(index)?;
-    let way = bucket::find(bucket, tag)?;
-    Some(Place { bucket, way })
+fn at(number: u32) -> Option<Place> {
+    let (bucket, way) = bucket::of_number(number)?;
+    Some(Place { bucket: CONNECTIONS.get_ptr_mut(bucket)?, way })
 }
 
 /// Remembers a connection that was admitted. False: there is no room, and nobody will count it down.
 #[inline(always)]
 pub fn insert(tag: u64, limiter: u32, number: u32, what: u32, client: u32, tick: u32) -> bool {
-    let words = |high: u32, low: u32| (high as u64) << 32 | low as u64;
-    breaker_remember(tag, words(limiter, client), words(number, what), tick as u64) != 0
-}
-
-/// See [`insert`]. A global function, as [`super::breaker_admit`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn breaker_remember(tag: u64, limiter_client: u64, number_what: u64, tick: u64) -> u32 {
-    let (limiter, client) = ((limiter_client >> 32) as u32, limiter_client as u32);
-    let (number, what, tick) = ((number_what >> 32) as u32, number_what as u32, tick as u32);
-    let [first, second] = bucket::of_tag(tag, CONNECTION_MASK.load());
-    // One that is not counted makes do with the first bucket, where it may take the place of another that is not.
-    let place = if what & bits::COUNTED == 0 {
-        claim_in(first, tag, true)
-    } else {
-        claim_in(first, tag, false).or_else(|| claim_in(second, tag, false)).or_else(|| claim_in(first, tag, true))
-    };
-    let Some(place) = place else { return 0 };
+    let Some(place) = at(breaker_claim(tag, (what & bits::COUNTED != 0) as u64)) else { return false };
     let state = place.state();
     // SAFETY: the place is ours since its tag was swapped. Who finds the tag meanwhile sees an earlier connection's fields, as
     // if this one had not come yet.
@@ -79,25 +77,32 @@ pub extern "C" fn breaker_remember(tag: u64, limiter_client: u64, number_what: u
         (&raw mut (*state).client).write_volatile(client);
         (&raw mut (*state).state).write_volatile(turn.wrapping_add(CONNECTION_TURN) | what);
     }
-    1
+    true
 }
 
-#[inline(always)]
-fn claim_in(index: u32, tag: u64, displace: bool) -> Option<Place> {
-    let bucket = CONNECTIONS.get_ptr_mut(index)?;
-    let candidates = if displace {
-        // A random one of those that are not counted, where none is free.
-        let uncounted = bucket::where_free(bucket, |state| {
-            // SAFETY: a state of this bucket; its fields are aligned.
-            bucket::is_zero((unsafe { atomic::load32(&raw const (*state).state) } & bits::COUNTED) as u64)
-        });
-        let from = uncounted & (0xff << ((tag >> 3) & 7)) & 0xff;
-        if from != 0 { from } else { uncounted }
-    } else {
-        0
+/// Claims a place for a tag: its number plus 1; 0: there is none. A global function, as [`super::breaker_admit`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_claim(tag: u64, counted: u64) -> u32 {
+    let buckets = bucket::of_tag(tag, CONNECTION_MASK.load());
+    let Some(first) = CONNECTIONS.get_ptr_mut(buckets[0]) else { return 0 };
+    if let Some(way) = bucket::claim(first, tag) {
+        return bucket::number(buckets[0], way);
+    }
+    if counted != 0
+        && let Some(way) = CONNECTIONS.get_ptr_mut(buckets[1]).and_then(|second| bucket::claim(second, tag))
+    {
+        return bucket::number(buckets[1], way);
+    }
+    // One that is not counted gives way, whichever.
+    let uncounted = |state: *const ConnectionState| {
+        // SAFETY: a state of this bucket; its fields are aligned.
+        unsafe { atomic::load32(&raw const (*state).state) & bits::COUNTED == 0 }
     };
-    let way = bucket::claim(bucket, tag, candidates)?;
-    Some(Place { bucket, way })
+    match bucket::displace(first, tag, (tag >> 3) as usize & (WAYS - 1), uncounted) {
+        Some(way) => bucket::number(buckets[0], way),
+        None => 0,
+    }
 }
 
 /// Takes a connection out of the counts of its limiter and its client (a place plus 1, or 0).
@@ -121,7 +126,7 @@ pub fn note(tag: u64, bit: u32, over: bool) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
-    let Some(place) = find(tag) else { return 0 };
+    let Some(place) = find(tag, true) else { return 0 };
     // SAFETY: the field of a map's value, 4 bytes and aligned.
     if unsafe { atomic::load32(place.state_word()) } & bits::COUNTED == 0 {
         return 0;

@@ -107,7 +107,8 @@ impl Request {
 #[inline(never)]
 pub extern "C" fn breaker_admit(tag: u64, client_high: u64, client_low: u64, what: u64, number: u64) -> u32 {
     let client = [(client_high >> 32) as u32, client_high as u32, (client_low >> 32) as u32, client_low as u32];
-    let now_ns = now_ns();
+    let Some(limits) = of(what as u32) else { return ADMITTED };
+    let now_ns = now_for(limits, (what >> 32) as u32 & 1);
     let asked = Asked {
         tag,
         client: V6::from_words(client),
@@ -116,9 +117,25 @@ pub extern "C" fn breaker_admit(tag: u64, client_high: u64, client_low: u64, wha
         what: (what >> 40) as u32 & 0xff,
         number: number as u32,
         now_ns,
-        holds: what >> 48 != 0 || agent::is_heard(now_ns),
+        holds: what >> 48 != 0,
     };
-    admit(&asked)
+    admit(&asked, limits)
+}
+
+/// Now, by the clock that a tier's limits need. The fine one costs twice as much as the coarse one, which moves every 1 to 10
+/// ms: enough where the bucket holds what comes in that time many times over. Without a rate, the agent's heartbeat will do.
+#[inline(always)]
+fn now_for(limits: &ServiceLimits, tier: u32) -> u64 {
+    const COARSE_ENOUGH: u64 = 100_000_000;
+    let limit = of_tier(limits, tier);
+    let fine = |interval: u64, tolerance: u64| interval != 0 && tolerance < COARSE_ENOUGH;
+    if fine(limit.interval_ns, limit.tolerance_ns) || fine(limit.client_interval_ns, limit.client_tolerance_ns) {
+        now_ns()
+    } else if limit.interval_ns | limit.client_interval_ns != 0 {
+        agent::now_ns()
+    } else {
+        agent::beat_ns()
+    }
 }
 
 /// A [`Request`], and when it came.
@@ -130,9 +147,17 @@ pub struct Asked {
     what: u32,
     number: u32,
     now_ns: u64,
-    /// Whether counts are enforced. Without an agent that takes out of them what ended without a sign, nobody is refused for
-    /// a count, unless the service's `onAgentLoss` says that the last decision holds.
+    /// The service's `onAgentLoss` says that the last decision holds.
     holds: bool,
+}
+
+impl Asked {
+    /// Whether a count that is at its limit refuses. Without an agent that takes out of it what ended without a sign, nobody is
+    /// refused for a count, unless the last decision holds.
+    #[inline(always)]
+    fn counts_hold(&self) -> bool {
+        self.holds || agent::is_heard(agent::now_ns())
+    }
 }
 
 /// Now, by a clock that is fine enough for a million connections a second (`bpf_ktime_get_coarse_ns` moves every 1 to 10 ms).
@@ -212,13 +237,16 @@ impl Word for Arrival {
 
 /// Counts up to `most` (0 = without end). `Refused`: it is there already.
 #[inline(always)]
-fn count_up(at: *mut u32, most: u32) -> Taken {
+fn count_up(asked: &Asked, at: *mut u32, most: u32) -> Taken {
     if most != 0 {
         for _ in 0..gcra::TRIES {
             // SAFETY: the field of a map's value, 4 bytes and aligned, that is only changed by atomics.
             let now = unsafe { atomic::load32(at) };
             if now >= most {
-                return Taken::Refused;
+                if asked.counts_hold() {
+                    return Taken::Refused;
+                }
+                break;
             }
             // SAFETY: as above.
             if unsafe { atomic::compare_exchange32(at, now, now + 1) } {
@@ -232,11 +260,11 @@ fn count_up(at: *mut u32, most: u32) -> Taken {
 }
 
 #[inline(always)]
-fn admit(asked: &Asked) -> u32 {
-    let Some(limits) = of(asked.service) else { return ADMITTED };
+fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
     let limit = of_tier(limits, asked.tier);
     let index = asked.service * 2 + asked.tier;
-    if let Some(place) = connections::find(asked.tag) {
+    let counts = limit.counts();
+    if let Some(place) = connections::find(asked.tag, limits.tiers[0].counts() || limits.tiers[1].counts()) {
         if place.is_again(asked, index) {
             place.touch(agent::tick(asked.now_ns));
             counters(asked.service, |c| c.repeated += 1);
@@ -257,7 +285,6 @@ fn admit(asked: &Asked) -> u32 {
     if let Err(kind) = take_all(asked, limit, index, client, &mut contended) {
         return OVER + kind as u32;
     }
-    let counts = limit.counts();
     let what = if counts { asked.what | connection_state::COUNTED } else { asked.what };
     let remembered = connections::insert(asked.tag, index, asked.number, what, client, agent::tick(asked.now_ns));
     if !remembered && counts {
@@ -296,7 +323,7 @@ fn take_all(
         interval != 0 && gcra::next(at.load(), now, interval, tolerance).is_none()
     };
     // SAFETY: the fields of maps' values, 4 bytes and aligned.
-    let full = |at: *mut u32, most: u32| asked.holds && most != 0 && unsafe { atomic::load32(at) } >= most;
+    let full = |at: *mut u32, most: u32| most != 0 && unsafe { atomic::load32(at) } >= most && asked.counts_hold();
     if let Some(client) = client {
         if over(&Arrival(clients::arrival(client)), limit.client_interval_ns, limit.client_tolerance_ns) {
             return Err(LimitKind::ClientNewConnections);
@@ -343,17 +370,16 @@ fn take_all(
     if !limit.counts() {
         return Ok(());
     }
-    let most = |most: u32| if asked.holds { most } else { 0 };
     let mut refused = None;
     if let Some(client) = client {
-        match count_up(clients::concurrent(client), most(limit.client_concurrent)) {
+        match count_up(asked, clients::concurrent(client), limit.client_concurrent) {
             Taken::Refused => refused = Some(LimitKind::ClientConcurrent),
             Taken::Contended => *contended = true,
             Taken::Admitted(..) => {}
         }
     }
     if refused.is_none() {
-        match count_up(concurrent, most(limit.concurrent)) {
+        match count_up(asked, concurrent, limit.concurrent) {
             Taken::Refused => {
                 if let Some(client) = client {
                     clients::decrement(client);

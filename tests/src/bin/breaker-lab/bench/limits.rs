@@ -9,11 +9,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use breaker_agent::{
-    datapath::kernel::Sizes,
+    datapath::{kernel::Sizes, plan::ServicePlan},
     limits::{Rate, TierLimits},
     model::Service,
 };
-use breaker_common::BreakerState::Closed;
+use breaker_common::{BreakerState::Closed, switch_flags};
 use breaker_tests::{
     lab::{
         kubeproxy,
@@ -36,8 +36,7 @@ use super::{
 };
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    let mut rows = packets()?;
-    rows.push(memory()?);
+    let mut rows = vec![memory()?];
     rows.extend(requests()?);
     rows.push(accuracy()?);
     Ok(rows)
@@ -59,7 +58,7 @@ fn with(name: &str, host: u8, limits: TierLimits) -> Result<Service> {
 }
 
 /// A packet of a closed service: what it costs more with a limit than without.
-fn packets() -> Result<Vec<Row>> {
+pub(super) fn packets() -> Result<Vec<Row>> {
     let sizes = Sizes { connection_buckets: 1 << 15, client_buckets: 1 << 15, ..Sizes::for_memory(1024) };
     let mut bench = Bench::with_sizes(&sizes)?;
     let plain = service("plain", vip(10), &[pod(3, 80)], "")?;
@@ -73,12 +72,15 @@ fn packets() -> Result<Vec<Row>> {
     ];
     let mut rows = Vec::new();
     for (host, (name, limits)) in (20..).zip(limits) {
-        bench.rig.apply(&close(&with(name, host, limits)?))?;
+        let limited = close(&with(name, host, limits)?);
+        let free = ServicePlan { limits: None, flags: limited.flags & !switch_flags::LIMITED, ..limited.clone() };
+        rows.push(fresh(&mut bench, format!("limits: SYN, caches cold, {name}"), (&limited, &free), (host, 10))?);
+        bench.rig.apply(&limited)?;
         let mut row = |what: &str, flags, flows, vary, aim| {
             let name = format!("limits: {what}, {name}");
             difference(&mut bench, name, (host, 10), flags, flows, vary, aim)
         };
-        rows.push(row("SYN, 1 flow", SYN, 1, packets::NEW, "≤ 80")?);
+        rows.push(row("SYN, its port used again", SYN, 1, packets::NEW, "≤ 80")?);
         rows.push(row("SYN, 64k flows", SYN, 1 << 16, packets::NEW, "")?);
         if name.starts_with("perClient") {
             rows.push(row("SYN, 128 clients", SYN, 128, packets::NEW | packets::CLIENTS, "")?);
@@ -90,6 +92,38 @@ fn packets() -> Result<Vec<Row>> {
     bench.rig.apply(&close(&with("refused", 30, TierLimits { rate: Some(nobody), ..all() })?))?;
     rows.push(difference(&mut bench, "limits: a SYN that is refused".into(), (30, 10), SYN, 1, packets::NEW, "")?);
     Ok(rows)
+}
+
+/// Nanoseconds that the first SYNs of some thousand connections take more with limits than without. Before each round the limits
+/// are made anew, so that no connection is known.
+fn fresh(
+    bench: &mut Bench,
+    name: String,
+    (limited, free): (&ServicePlan, &ServicePlan),
+    (host, plain): (u8, u8),
+) -> Result<Row> {
+    const CONNECTIONS: u32 = 4096;
+    let mut differences = Vec::new();
+    for _ in 0..2 * PAIRS {
+        bench.rig.apply(free)?;
+        bench.rig.apply(limited)?;
+        let mut time = |host: u8| -> Result<f64> {
+            let segment = Segment::new(pod(4, 1024), vip(host), SYN);
+            bench.prepare(&segment, CONNECTIONS, packets::NEW)?;
+            bench.time(true, &segment.bytes(), CONNECTIONS)
+        };
+        time(plain)?;
+        differences.push(time(host)? - time(plain)?);
+    }
+    Ok(Row {
+        name,
+        value: median(&differences),
+        unit: "ns",
+        base: "the same without limits".into(),
+        ratio: None,
+        spread: Some(spread(&differences)),
+        aim: "",
+    })
 }
 
 /// Nanoseconds that a packet to one VIP takes more than one to another.

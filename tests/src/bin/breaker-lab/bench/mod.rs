@@ -38,6 +38,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("http", http::rows),
     ("ways", ways::rows),
     ("limits", limits::rows),
+    ("limits-packets", limits::packets),
     ("failover", failover::rows),
     ("probes", probes::rows),
     ("maps", maps::rows),
