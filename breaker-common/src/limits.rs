@@ -177,8 +177,8 @@ pub struct ClientState {
     pub pad: u32,
 }
 
-/// A client that was refused: value of `LIMITED`, a list of those that are refused most often. Another client that hashes to
-/// the same place counts the entry down and takes it over at 0.
+/// A client that was refused: value of `LIMITED`, a list of those that are refused most often. A client that finds all of its
+/// four places taken counts the last of them down, and takes it over at 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct LimitedClient {

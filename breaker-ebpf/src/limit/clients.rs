@@ -124,26 +124,36 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
     let (client, limiter) = (V6::from_words(words), limiter as u32);
     let now_ns = agent::now_ns();
     let Some(limits) = super::of(limiter / 2) else { return 0 };
-    let place = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - 1);
-    let Some(entry) = LIMITED.get_ptr_mut(place) else { return 0 };
-    let entry = entry.cast::<Entry>();
-    // SAFETY: the kernel returned a pointer to a value of this map, which has the size, the alignment and the bytes of `Entry`.
-    let entry = unsafe { &mut *entry };
+    let first = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - NEAR);
     let window = (now_ns >> LIMITED_WINDOW_SHIFT) as u32;
-    if entry.window != window {
-        entry.before = if entry.window.wrapping_add(1) == window { entry.count } else { 0 };
-        entry.count = 0;
-        entry.window = window;
-    }
-    if entry.limiter == limiter + 1 && entry.client == client {
-        entry.count = entry.count.saturating_add(1);
-    } else if entry.count == 0 {
-        *entry = Entry { client, limiter: limiter + 1, window, count: 1, before: 0 };
-    } else {
-        entry.count -= 1;
+    for near in 0..NEAR {
+        let Some(entry) = LIMITED.get_ptr_mut(first + near) else { return 0 };
+        // SAFETY: the kernel returned a pointer to a value of this map, which has the size, the alignment and the bytes of
+        // `Entry`.
+        let entry = unsafe { &mut *entry.cast::<Entry>() };
+        if entry.window != window {
+            entry.before = if entry.window.wrapping_add(1) == window { entry.count } else { 0 };
+            entry.count = 0;
+            entry.window = window;
+        }
+        if entry.limiter == limiter + 1 && entry.client == client {
+            entry.count = entry.count.saturating_add(1);
+            return 0;
+        }
+        if entry.count == 0 {
+            *entry = Entry { client, limiter: limiter + 1, window, count: 1, before: 0 };
+            return 0;
+        }
+        // All are taken: the last one gives way, little by little.
+        if near == NEAR - 1 {
+            entry.count -= 1;
+        }
     }
     0
 }
+
+/// How many places a client may have in the list.
+const NEAR: u32 = 4;
 
 /// A [`LimitedClient`] with its address in words.
 #[repr(C)]
