@@ -235,28 +235,38 @@ impl Word for Arrival {
     }
 }
 
-/// Counts up to `most` (0 = without end). `Refused`: it is there already.
+/// What became of a count.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Counted {
+    Yes,
+    /// It is at its limit already.
+    Refused,
+    /// Counted, and beyond the limit perhaps: every compare-and-swap lost its race.
+    Contended,
+}
+
+/// Counts up to `most` (0 = without end).
 #[inline(always)]
-fn count_up(asked: &Asked, at: *mut u32, most: u32) -> Taken {
+fn count_up(asked: &Asked, at: *mut u32, most: u32) -> Counted {
     if most != 0 {
         for _ in 0..gcra::TRIES {
             // SAFETY: the field of a map's value, 4 bytes and aligned, that is only changed by atomics.
             let now = unsafe { atomic::load32(at) };
             if now >= most {
                 if asked.counts_hold() {
-                    return Taken::Refused;
+                    return Counted::Refused;
                 }
                 break;
             }
             // SAFETY: as above.
             if unsafe { atomic::compare_exchange32(at, now, now + 1) } {
-                return Taken::Admitted(0, 0);
+                return Counted::Yes;
             }
         }
     }
     // SAFETY: as above.
     unsafe { atomic::increment(at) };
-    if most == 0 { Taken::Admitted(0, 0) } else { Taken::Contended }
+    if most == 0 { Counted::Yes } else { Counted::Contended }
 }
 
 #[inline(always)]
@@ -339,8 +349,10 @@ fn take_all(
         return Err(LimitKind::Concurrent);
     }
 
-    // Take, and give back what was taken if another CPU was faster at the next limit.
-    let mut of_client = None;
+    // Take, and give back what was taken if another CPU was faster at the next limit. (An arrival time that was written is never
+    // 0: that says that nothing was taken. An `Option` would leave a part of itself unwritten, and the compiler read that all the
+    // same, which kernels before 6.3 do not allow.)
+    let mut of_client = (0, 0);
     if let Some(client) = client
         && limit.client_interval_ns != 0
     {
@@ -348,15 +360,15 @@ fn take_all(
         match gcra::take(&at, now, limit.client_interval_ns, limit.client_tolerance_ns) {
             Taken::Refused => return Err(LimitKind::ClientNewConnections),
             Taken::Contended => *contended = true,
-            taken => of_client = Some((client, taken)),
+            Taken::Admitted(before, after) => of_client = (before, after),
         }
     }
     let give_back_client = || {
-        if let Some((client, taken)) = of_client {
-            gcra::give_back(&Arrival(clients::arrival(client)), taken);
+        if let (Some(client), (before, after @ 1..)) = (client, of_client) {
+            gcra::give_back(&Arrival(clients::arrival(client)), Taken::Admitted(before, after));
         }
     };
-    let mut of_tier = None;
+    let mut of_tier = (0, 0);
     if limit.interval_ns != 0 {
         match gcra::take(&arrival, now, limit.interval_ns, limit.tolerance_ns) {
             Taken::Refused => {
@@ -364,7 +376,7 @@ fn take_all(
                 return Err(LimitKind::NewConnections);
             }
             Taken::Contended => *contended = true,
-            taken => of_tier = Some(taken),
+            Taken::Admitted(before, after) => of_tier = (before, after),
         }
     }
     if !limit.counts() {
@@ -373,27 +385,27 @@ fn take_all(
     let mut refused = None;
     if let Some(client) = client {
         match count_up(asked, clients::concurrent(client), limit.client_concurrent) {
-            Taken::Refused => refused = Some(LimitKind::ClientConcurrent),
-            Taken::Contended => *contended = true,
-            Taken::Admitted(..) => {}
+            Counted::Refused => refused = Some(LimitKind::ClientConcurrent),
+            Counted::Contended => *contended = true,
+            Counted::Yes => {}
         }
     }
     if refused.is_none() {
         match count_up(asked, concurrent, limit.concurrent) {
-            Taken::Refused => {
+            Counted::Refused => {
                 if let Some(client) = client {
                     clients::decrement(client);
                 }
                 refused = Some(LimitKind::Concurrent);
             }
-            Taken::Contended => *contended = true,
-            Taken::Admitted(..) => {}
+            Counted::Contended => *contended = true,
+            Counted::Yes => {}
         }
     }
     let Some(kind) = refused else { return Ok(()) };
     give_back_client();
-    if let Some(taken) = of_tier {
-        gcra::give_back(&arrival, taken);
+    if let (before, after @ 1..) = of_tier {
+        gcra::give_back(&arrival, Taken::Admitted(before, after));
     }
     Err(kind)
 }
