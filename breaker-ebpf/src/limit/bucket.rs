@@ -33,13 +33,8 @@ pub fn of_number(number: u32) -> Option<(u32, usize)> {
 /// The place with a tag, in one bucket.
 #[inline(always)]
 pub fn find<S>(bucket: *mut Bucket<S>, tag: u64) -> Option<usize> {
-    for way in 0..WAYS {
-        // SAFETY: the caller has the bucket from its map; the place is inside.
-        if unsafe { atomic::load(&raw const (*bucket).tags[way]) } == tag {
-            return Some(way);
-        }
-    }
-    None
+    // SAFETY: the caller has the bucket from its map; the place is inside.
+    (0..WAYS).find(|way| unsafe { atomic::load(&raw const (*bucket).tags[*way]) } == tag)
 }
 
 /// Claims a free place for a tag. One that another CPU was faster at is left to it.
