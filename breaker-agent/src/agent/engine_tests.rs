@@ -164,6 +164,44 @@ fn flows_are_looked_for_until_the_last_one_has_ended() {
     assert_eq!(applied(&e).flags, 0, "closed and settled: a glance a packet again");
 }
 
+/// Connections that a limit sent to the backup while it is closed: their flows are looked for until they have ended.
+#[test]
+fn what_a_limit_sent_to_the_backup_is_looked_for() {
+    use breaker_common::switch_flags::TRACK;
+    let name = ServiceName::new("dummy");
+    let mut e = engine("limits: {concurrentConnections: 1, onLimit: Failover},", FakeDatapath::default());
+    e.tick(at(3000));
+    e.tick(at(6000));
+    assert_eq!(applied(&e).flags & TRACK, 0, "closed and settled");
+    e.datapath_mut().overflowed.insert(name.clone());
+    e.datapath_mut().alive.insert(name.clone(), 1);
+    e.tick(at(9000));
+    assert_eq!((state(&e).0, applied(&e).flags & TRACK), (Closed, TRACK));
+    e.datapath_mut().overflowed.clear();
+    e.tick(at(12_000));
+    assert_eq!(applied(&e).flags & TRACK, TRACK, "a flow lives");
+    e.datapath_mut().alive.clear();
+    e.tick(at(15_000));
+    assert_eq!(applied(&e).flags & TRACK, 0);
+}
+
+#[test]
+fn a_limit_that_bites_is_an_event_and_part_of_the_summary() {
+    let name = ServiceName::new("dummy");
+    let mut e = engine("limits: {newConnectionsPerSecond: 10},", FakeDatapath::default());
+    e.tick(at(3000));
+    let changes = e.changes();
+    let counters = breaker_common::LimitCounters { limited: [[7, 0, 0, 0], [0; 4]], ..Default::default() };
+    e.datapath_mut().limited.insert(name, counters);
+    e.tick(at(6000));
+    let told: Vec<_> = e.events_after(0).into_iter().filter(|event| event.kind == "Limited").collect();
+    assert_eq!(told.len(), 1);
+    assert!(told[0].message.starts_with("primary newConnectionsPerSecond is reached: 7"), "{}", told[0].message);
+    assert!(e.changes() > changes && e.summaries()[0].limited.as_ref().is_some_and(|limit| limit.per_minute == 7));
+    e.tick(at(9000));
+    assert_eq!(e.events_after(0).into_iter().filter(|event| event.kind == "Limited").count(), 1, "once a minute");
+}
+
 #[test]
 fn a_reload_keeps_what_did_not_change() {
     let mut e = engine("", FakeDatapath::default());

@@ -46,6 +46,9 @@ const SOCKET: Duration = Duration::from_secs(24 * 3600);
 /// How long an admitted connection that is not counted is remembered: Linux sends its last SYN after 127 s at the most.
 const REMEMBERED: Duration = Duration::from_secs(130);
 
+/// How long a connection of a service that has no limits any more stays.
+const LEFTOVER: Duration = Duration::from_secs(10);
+
 type Connections = Bucket<ConnectionState>;
 type Clients = Bucket<ClientState>;
 
@@ -336,7 +339,9 @@ impl LimitMaps {
         for place in 0..self.places() {
             let Some((_, seen)) = self.connection(place) else { continue };
             let index = seen.limiter / 2;
-            if seen.is_over(rules.get(&index).copied().unwrap_or_default()) {
+            // Of a service without limits, none is left but what a packet under way has put there.
+            let is_over = rules.get(&index).map_or(seen.age > LEFTOVER, |rule| seen.is_over(*rule));
+            if is_over {
                 self.release(place);
                 continue;
             }
