@@ -32,7 +32,7 @@ fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {
     })?;
     let links = std::fs::read_dir(lab.agent.pinned("links"))?.count();
     let of_pods = if has_tcx() { 6 } else { 0 };
-    assert_eq!(links, of_pods + 8, "two links for each of three pods, and eight for the sockets of the node");
+    assert_eq!(links, of_pods + 9, "two links for each of three pods, and nine for the sockets of the node");
     Ok(())
 }
 
@@ -97,7 +97,7 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     };
     assert_eq!(programs()?, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
-    assert!(text(&cleaned.stdout).starts_with("took away 14 links and 26 maps"), "{}", text(&cleaned.stdout));
+    assert!(text(&cleaned.stdout).starts_with("took away 15 links and 32 maps"), "{}", text(&cleaned.stdout));
     wait_for("the kernel to have let go", LONG, || programs().is_ok_and(|count| count == 0))?;
     assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());
