@@ -151,15 +151,6 @@ pub struct Asked {
     holds: bool,
 }
 
-impl Asked {
-    /// Whether a count that is at its limit refuses. Without an agent that takes out of it what ended without a sign, nobody is
-    /// refused for a count, unless the last decision holds.
-    #[inline(always)]
-    fn counts_hold(&self) -> bool {
-        self.holds || agent::is_heard(agent::now_ns())
-    }
-}
-
 /// Now, by a clock that is fine enough for a million connections a second (`bpf_ktime_get_coarse_ns` moves every 1 to 10 ms).
 #[inline(always)]
 fn now_ns() -> u64 {
@@ -235,38 +226,97 @@ impl Word for Arrival {
     }
 }
 
-/// What became of a count.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Counted {
-    Yes,
-    /// It is at its limit already.
-    Refused,
-    /// Counted, and beyond the limit perhaps: every compare-and-swap lost its race.
-    Contended,
+/// An answer of [`breaker_rate`] and [`breaker_count`]: over the limit.
+const REFUSED: u64 = 0;
+/// An answer of both: admitted, and not charged, or beyond the limit perhaps, because every compare-and-swap lost its race.
+const CONTENDED: u64 = 1;
+/// An answer of [`breaker_count`]: counted. Of [`breaker_rate`], any other number is the new theoretical arrival time.
+const COUNTED: u64 = 2;
+
+/// Whose word a limit is: of a limiter by its index, or of a client by the number of its place (see [`bucket::number`]).
+#[derive(Clone, Copy)]
+enum Whose {
+    Limiter(u32),
+    Client(u32),
 }
 
-/// Counts up to `most` (0 = without end).
+impl Whose {
+    /// In 64 bits, for the global functions.
+    #[inline(always)]
+    fn word(self) -> u64 {
+        match self {
+            Self::Limiter(index) => index as u64,
+            Self::Client(number) => 1 << 32 | number as u64,
+        }
+    }
+}
+
+/// The theoretical arrival time and the count that a [`Whose::word`] names.
 #[inline(always)]
-fn count_up(asked: &Asked, at: *mut u32, most: u32) -> Counted {
+fn words_of(whose: u64) -> Option<(Arrival, *mut u32)> {
+    if whose >> 32 != 0 {
+        let client = clients::at(whose as u32)?;
+        return Some((Arrival(clients::arrival(client)), clients::concurrent(client)));
+    }
+    let limiter = LIMITERS.get_ptr_mut(whose as u32)?;
+    // SAFETY: the kernel returned a pointer to a value of this map.
+    Some(unsafe { (Arrival(&raw mut (*limiter).arrival_ns), &raw mut (*limiter).concurrent) })
+}
+
+/// Takes one connection out of a bucket. A global function, as [`breaker_admit`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> u64 {
+    let Some((arrival, _)) = words_of(whose) else { return CONTENDED };
+    match gcra::take(&arrival, now_ns, interval_ns, tolerance_ns) {
+        Taken::Refused => REFUSED,
+        Taken::Contended => CONTENDED,
+        Taken::Admitted(_, after) => after,
+    }
+}
+
+/// Gives back what [`breaker_rate`] took: the bucket is as full as it was, or, if it had been full for a while, full as of now.
+#[inline(always)]
+fn give_back(whose: Whose, after: u64, interval_ns: u64) {
+    if after > COUNTED
+        && let Some((arrival, _)) = words_of(whose.word())
+    {
+        gcra::give_back(&arrival, Taken::Admitted(after.wrapping_sub(interval_ns), after));
+    }
+}
+
+/// Counts up to `most` (0 = without end). `holds`: the service's `onAgentLoss` says that the last decision holds. A global
+/// function, as [`breaker_admit`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
+    let Some((_, at)) = words_of(whose) else { return CONTENDED };
     if most != 0 {
         for _ in 0..gcra::TRIES {
             // SAFETY: the field of a map's value, 4 bytes and aligned, that is only changed by atomics.
             let now = unsafe { atomic::load32(at) };
-            if now >= most {
-                if asked.counts_hold() {
-                    return Counted::Refused;
+            if now as u64 >= most {
+                if counts_hold(holds != 0) {
+                    return REFUSED;
                 }
                 break;
             }
             // SAFETY: as above.
             if unsafe { atomic::compare_exchange32(at, now, now + 1) } {
-                return Counted::Yes;
+                return COUNTED;
             }
         }
     }
     // SAFETY: as above.
     unsafe { atomic::increment(at) };
-    if most == 0 { Counted::Yes } else { Counted::Contended }
+    if most == 0 { COUNTED } else { CONTENDED }
+}
+
+/// Whether a count that is at its limit refuses. Without an agent that takes out of it what ended without a sign, nobody is
+/// refused for a count, unless the last decision holds.
+#[inline(always)]
+fn counts_hold(holds: bool) -> bool {
+    holds || agent::is_heard(agent::now_ns())
 }
 
 #[inline(always)]
@@ -318,14 +368,12 @@ fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
 fn take_all(
     asked: &Asked,
     limit: &TierLimits,
-    limiter: u32,
-    client: u32,
+    limiter_index: u32,
+    client_number: u32,
     contended: &mut bool,
 ) -> Result<(), LimitKind> {
-    let Some(limiter) = LIMITERS.get_ptr_mut(limiter) else { return Ok(()) };
-    // SAFETY: the kernel returned a pointer to a value of this map.
-    let (arrival, concurrent) = unsafe { (Arrival(&raw mut (*limiter).arrival_ns), &raw mut (*limiter).concurrent) };
-    let client = clients::at(client);
+    let Some((arrival, concurrent)) = words_of(Whose::Limiter(limiter_index).word()) else { return Ok(()) };
+    let client = clients::at(client_number);
     let now = asked.now_ns;
 
     // Look: what one limit refuses takes nothing from the others.
@@ -333,7 +381,7 @@ fn take_all(
         interval != 0 && gcra::next(at.load(), now, interval, tolerance).is_none()
     };
     // SAFETY: the fields of maps' values, 4 bytes and aligned.
-    let full = |at: *mut u32, most: u32| most != 0 && unsafe { atomic::load32(at) } >= most && asked.counts_hold();
+    let full = |at: *mut u32, most: u32| most != 0 && unsafe { atomic::load32(at) } >= most && counts_hold(asked.holds);
     if let Some(client) = client {
         if over(&Arrival(clients::arrival(client)), limit.client_interval_ns, limit.client_tolerance_ns) {
             return Err(LimitKind::ClientNewConnections);
@@ -349,63 +397,47 @@ fn take_all(
         return Err(LimitKind::Concurrent);
     }
 
-    // Take, and give back what was taken if another CPU was faster at the next limit. (An arrival time that was written is never
-    // 0: that says that nothing was taken. An `Option` would leave a part of itself unwritten, and the compiler read that all the
-    // same, which kernels before 6.3 do not allow.)
-    let mut of_client = (0, 0);
-    if let Some(client) = client
-        && limit.client_interval_ns != 0
-    {
-        let at = Arrival(clients::arrival(client));
-        match gcra::take(&at, now, limit.client_interval_ns, limit.client_tolerance_ns) {
-            Taken::Refused => return Err(LimitKind::ClientNewConnections),
-            Taken::Contended => *contended = true,
-            Taken::Admitted(before, after) => of_client = (before, after),
+    // Take, and give back what was taken if another CPU was faster at the next limit.
+    let (of_limiter, of_client) = (Whose::Limiter(limiter_index), Whose::Client(client_number));
+    let mut client_after = CONTENDED;
+    if client.is_some() && limit.client_interval_ns != 0 {
+        let (interval, tolerance) = (limit.client_interval_ns, limit.client_tolerance_ns);
+        client_after = breaker_rate(of_client.word(), now, interval, tolerance);
+        if client_after == REFUSED {
+            return Err(LimitKind::ClientNewConnections);
         }
+        *contended |= client_after == CONTENDED;
     }
-    let give_back_client = || {
-        if let (Some(client), (before, after @ 1..)) = (client, of_client) {
-            gcra::give_back(&Arrival(clients::arrival(client)), Taken::Admitted(before, after));
-        }
-    };
-    let mut of_tier = (0, 0);
+    let mut after = CONTENDED;
     if limit.interval_ns != 0 {
-        match gcra::take(&arrival, now, limit.interval_ns, limit.tolerance_ns) {
-            Taken::Refused => {
-                give_back_client();
-                return Err(LimitKind::NewConnections);
-            }
-            Taken::Contended => *contended = true,
-            Taken::Admitted(before, after) => of_tier = (before, after),
+        after = breaker_rate(of_limiter.word(), now, limit.interval_ns, limit.tolerance_ns);
+        if after == REFUSED {
+            give_back(of_client, client_after, limit.client_interval_ns);
+            return Err(LimitKind::NewConnections);
         }
+        *contended |= after == CONTENDED;
     }
     if !limit.counts() {
         return Ok(());
     }
     let mut refused = None;
-    if let Some(client) = client {
-        match count_up(asked, clients::concurrent(client), limit.client_concurrent) {
-            Counted::Refused => refused = Some(LimitKind::ClientConcurrent),
-            Counted::Contended => *contended = true,
-            Counted::Yes => {}
+    if client.is_some() {
+        let counted = breaker_count(of_client.word(), limit.client_concurrent as u64, asked.holds as u64);
+        if counted == REFUSED {
+            refused = Some(LimitKind::ClientConcurrent);
         }
+        *contended |= counted == CONTENDED;
     }
     if refused.is_none() {
-        match count_up(asked, concurrent, limit.concurrent) {
-            Counted::Refused => {
-                if let Some(client) = client {
-                    clients::decrement(client);
-                }
-                refused = Some(LimitKind::Concurrent);
-            }
-            Counted::Contended => *contended = true,
-            Counted::Yes => {}
+        let counted = breaker_count(of_limiter.word(), limit.concurrent as u64, asked.holds as u64);
+        if counted == REFUSED {
+            clients::count_down(client_number);
+            refused = Some(LimitKind::Concurrent);
         }
+        *contended |= counted == CONTENDED;
     }
     let Some(kind) = refused else { return Ok(()) };
-    give_back_client();
-    if let (before, after @ 1..) = of_tier {
-        gcra::give_back(&arrival, Taken::Admitted(before, after));
-    }
+    give_back(of_client, client_after, limit.client_interval_ns);
+    give_back(of_limiter, after, limit.interval_ns);
     Err(kind)
 }

@@ -107,7 +107,7 @@ impl Agent {
         let child = self.process.insert(child);
         let mut ended = None;
         let client = Agent::new(&self.ns, &self.dir, &self.pin_path);
-        let outcome = wait_for("the agent to be ready", Duration::from_secs(30), || {
+        let outcome = wait_for("the agent to be ready", Duration::from_secs(120), || {
             ended = child.try_wait().ok().flatten();
             ended.is_some() || client.status().is_ok()
         });
