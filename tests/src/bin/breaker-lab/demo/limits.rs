@@ -6,10 +6,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use breaker_agent::agent::status::LimitsStatus;
 use breaker_tests::lab::{
     client::{Outcome, Plan, Record},
     service::Fault,
     stage::{Checks, Lab, SERVICE},
+    wait_for,
 };
 use serde::Serialize;
 
@@ -46,14 +48,14 @@ pub(super) fn play(lab: &mut Lab, teller: &mut Teller) -> Result<Vec<Part>> {
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     let limits = "limits: {newConnectionsPerSecond: 50, burst: 10}";
     teller.say(&format!("\n{}: the primary takes 50 a second, 10 of them at once", teller.bold(limits)));
-    configure(lab, limits)?;
+    configure(lab, limits, |limits| !limits.primary.limits.is_empty())?;
     let first = part(lab, teller, limits, (50.0, 10.0), &primary)?;
     let limits = "limits: {backup: {newConnectionsPerSecond: 80, burst: 10}}";
     teller.say(&format!(
         "\n{}: the primary's process is killed, and the backup would topple under all of its traffic",
         teller.bold(limits)
     ));
-    configure(lab, limits)?;
+    configure(lab, limits, |limits| !limits.backup.limits.is_empty())?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, "Open", Duration::from_secs(20))?;
     let second = part(lab, teller, limits, (80.0, 10.0), &backup)?;
@@ -62,9 +64,15 @@ pub(super) fn play(lab: &mut Lab, teller: &mut Teller) -> Result<Vec<Part>> {
     Ok(vec![first, second])
 }
 
-fn configure(lab: &Lab, limits: &str) -> Result<()> {
+/// Has the agent read limits, and waits until they are in force.
+fn configure(lab: &Lab, limits: &str, in_force: fn(&LimitsStatus) -> bool) -> Result<()> {
+    const LONG: Duration = Duration::from_secs(10);
     lab.configure(Checks::Fast, &format!("    {limits}\n"))?;
-    lab.agent.wait_reload(Duration::from_secs(10))
+    lab.agent.wait_reload(LONG)?;
+    wait_for("the limits to be in force", LONG, || {
+        let service = lab.agent.service(SERVICE);
+        service.is_ok_and(|service| service.limits.as_ref().is_some_and(in_force))
+    })
 }
 
 /// Lets clients ask for a while, and tells second by second what they were told.
