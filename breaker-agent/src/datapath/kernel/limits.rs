@@ -33,7 +33,7 @@ use super::{
     maps::{array, entries, monotonic_ns, shared, typed},
     mmap::SharedArray,
 };
-use crate::datapath::LimitedClientView;
+use crate::datapath::{LimitReport, LimitedClientView};
 
 /// The longest time between two SYNs of one connection attempt is 64 s (Linux, `tcp_syn_retries = 6`).
 pub const UNANSWERED: Duration = Duration::from_secs(75);
@@ -83,7 +83,7 @@ pub(super) struct Use {
     pub overflowed: bool,
 }
 
-/// Whether a count is near its limit: at four fifths.
+/// True when a count has reached 80 % of its limit. A limit of 0 is none.
 const fn is_near(count: u32, limit: u32) -> bool {
     limit != 0 && count as u64 * 5 >= limit as u64 * 4
 }
@@ -162,7 +162,7 @@ impl LimitMaps {
         self.limits.write(index, &ServiceLimits { hash_key, ..limits });
     }
 
-    /// Has every packet of a service's clients taken as a sign of life, or no more.
+    /// Switches a service's census on or off: while it is on, every packet of a client marks its connection as alive.
     pub(super) fn set_census(&self, index: u32, on: bool) {
         let flags = if on { limit_flags::CENSUS } else { 0 };
         self.limits.store32(index, offset_of!(ServiceLimits, flags), flags);
@@ -200,8 +200,20 @@ impl LimitMaps {
         }
     }
 
+    /// A report on a service's limits, with up to `clients` of its clients.
+    ///
+    /// # Errors
+    /// A map that cannot be read.
+    pub(super) fn report(&self, index: u32, clients: usize) -> Result<LimitReport> {
+        Ok(LimitReport {
+            counters: self.counters(index)?,
+            concurrent: self.concurrent(index),
+            clients: if clients == 0 { Vec::new() } else { self.limited_clients(index, clients) },
+        })
+    }
+
     /// Connections of the primary and of the backup that are counted.
-    pub(super) fn concurrent(&self, index: u32) -> [u32; 2] {
+    fn concurrent(&self, index: u32) -> [u32; 2] {
         [0, 1].map(|tier| self.count(index * 2 + tier).load(Ordering::SeqCst))
     }
 
@@ -218,7 +230,7 @@ impl LimitMaps {
     ///
     /// # Errors
     /// A map that cannot be read.
-    pub(super) fn counters(&self, index: u32) -> Result<LimitCounters> {
+    fn counters(&self, index: u32) -> Result<LimitCounters> {
         let per_cpu = self.counters.get(&index, 0).context("read the counters of limits")?;
         let mut sum = LimitCounters::default();
         for one in per_cpu.iter() {
@@ -235,7 +247,7 @@ impl LimitMaps {
     }
 
     /// The clients of a service that were refused most often in the last minute, most first, `most` of them.
-    pub(super) fn limited_clients(&self, index: u32, most: usize) -> Vec<LimitedClientView> {
+    fn limited_clients(&self, index: u32, most: usize) -> Vec<LimitedClientView> {
         let prefix: u32 = self.get(index).client_mask.bytes.iter().map(|byte| byte.count_ones()).sum();
         let named = |address: IpAddr| match address {
             IpAddr::V6(ip) if prefix < 128 => format!("{ip}/{prefix}"),

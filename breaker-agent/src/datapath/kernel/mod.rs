@@ -807,12 +807,7 @@ impl Datapath for KernelDatapath {
 
     fn limits(&self, name: &ServiceName, clients: usize) -> Result<LimitReport, DatapathError> {
         let index = self.index(name)?;
-        let limits = &self.maps.limits;
-        Ok(LimitReport {
-            counters: limits.counters(index)?,
-            concurrent: limits.concurrent(index),
-            clients: if clients == 0 { Vec::new() } else { limits.limited_clients(index, clients) },
-        })
+        Ok(self.maps.limits.report(index, clients)?)
     }
 
     fn reasons(&self) -> Result<Vec<(PassReason, u64)>, DatapathError> {

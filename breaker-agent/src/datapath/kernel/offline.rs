@@ -53,12 +53,7 @@ pub fn read(root: &Path) -> Result<Option<Leftover>> {
             service.frontends = of.into_iter().map(|(frontend, _)| frontend).collect();
             let limits = &maps.limits;
             let left = if maps.switch(index).has(switch_flags::LIMITED) {
-                let report = LimitReport {
-                    counters: limits.counters(index)?,
-                    concurrent: limits.concurrent(index),
-                    clients: limits.limited_clients(index, CLIENTS),
-                };
-                Some(LeftLimits { limits: limits.get(index), report })
+                Some(LeftLimits { limits: limits.get(index), report: limits.report(index, CLIENTS)? })
             } else {
                 None
             };
