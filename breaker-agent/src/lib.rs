@@ -1,33 +1,44 @@
-//! breaker's node agent.
+//! breaker's node agent: everything that needs Linux.
 //!
 //! ```text
-//! source (file) ──▶ config ──▶ model ─┐
-//! check (probes) ──▶ health ──────────┼─▶ agent::engine ──▶ datapath::plan ──▶ datapath::kernel ──▶ maps
-//! control (CLI) ──────────────────────┘     │    ▲
-//!                                           ▼    │
-//!                                     breaker, pool, maglev      (pure: no clock, no socket, no map)
+//! source (file, kube) ──▶ config ──▶ breaker_core::model ─┐
+//! check (probes) ─────────────────────────────────────────┼─▶ agent_loop ──▶ breaker_core::engine
+//! control (CLI, kubelet) ──▶ command ─────────────────────┘       │                 │ plans
+//!                                                                 ▼                 ▼
+//!                                  view ──▶ JSON            interfaces ──▶ datapath ──▶ programs, maps
 //! ```
 //!
-//! Who may know whom: `breaker`, `health`, `limits`, `pool`, `maglev` and `model` know core and std only; only `datapath` uses
-//! aya, only `check` opens probe sockets, only `agent::run` reads the clock.
+//! | module | one concern |
+//! |---|---|
+//! | [`args`], [`offline`] | the command line; `breaker status` without an agent |
+//! | [`start`] | puts everything together |
+//! | [`agent_loop`] | the main loop |
+//! | [`command`] | what others ask the loop for |
+//! | [`clock`] | the only place that reads clocks |
+//! | [`heartbeat`] | the lease: how long the programs trust the agent |
+//! | [`interfaces`] | the interfaces with programs, and the pods behind them |
+//! | [`view`] | from the engine's values to JSON |
+//! | [`process`] | CPU time and memory of a process |
+//! | [`config`] | the configuration file |
+//! | [`source`] | where services come from: a file, or Kubernetes |
+//! | [`check`] | probes |
+//! | [`control`] | the control socket, and what kubelet asks |
+//! | [`datapath`] | programs and maps; the only module that uses aya |
+//!
+//! docs/ARCHITECTURE.md says who may import whom, and `cargo xtask lint` checks it.
 
-pub mod agent;
-pub mod breaker;
+pub mod agent_loop;
+pub mod args;
 pub mod check;
-pub mod cli;
+pub mod clock;
+pub mod command;
 pub mod config;
 pub mod control;
 pub mod datapath;
-pub mod health;
-pub mod limits;
-pub mod maglev;
-pub mod model;
-pub mod pool;
-pub mod preflight;
+pub mod heartbeat;
+pub mod interfaces;
+pub mod offline;
+pub mod process;
 pub mod source;
-
-/// Chooses the TLS implementation of the whole process; more than once is fine.
-pub fn install_crypto() {
-    // It fails only if one is installed already.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-}
+pub mod start;
+pub mod view;

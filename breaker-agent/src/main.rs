@@ -1,9 +1,9 @@
-//! The `breaker` binary: agent and command line in one.
+//! The `breaker` binary: the agent and the command line.
 
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    breaker_agent::cli::main()
+    breaker_agent::args::main()
 }

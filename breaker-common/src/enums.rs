@@ -1,6 +1,6 @@
-//! Enums whose numbers stand in maps and events.
+//! Enums whose numbers are stored in maps and events.
 
-/// A number from a map that is no variant of the enum that belongs there.
+/// A number read from a map that is not a variant of the expected enum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownNumber(pub u8);
 
@@ -22,6 +22,30 @@ macro_rules! numbered {
             }
         }
 
+        #[cfg(feature = "serde")]
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.label())
+            }
+        }
+
+        #[cfg(feature = "serde")]
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Label;
+                impl serde::de::Visitor<'_> for Label {
+                    type Value = $name;
+                    fn expecting(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                        f.write_str(concat!("one of", $(" ", $label,)+))
+                    }
+                    fn visit_str<E: serde::de::Error>(self, label: &str) -> Result<$name, E> {
+                        match label { $($label => Ok($name::$variant),)+ other => Err(E::unknown_variant(other, &[$($label,)+])) }
+                    }
+                }
+                deserializer.deserialize_str(Label)
+            }
+        }
+
         impl TryFrom<u8> for $name {
             type Error = UnknownNumber;
             fn try_from(number: u8) -> Result<Self, UnknownNumber> {
@@ -32,67 +56,68 @@ macro_rules! numbered {
 }
 
 numbered! {
-    /// Where a breaker stands. Closed means that traffic flows to the primary.
+    /// State of a breaker. Closed means that traffic flows to the primary.
     BreakerState {
-        /// The primary has the traffic.
+        /// New connections go to the primary.
         Closed = 0 => "Closed",
-        /// The backup has the traffic.
+        /// New connections go to the backup.
         Open = 1 => "Open",
-        /// The backup has the traffic, but for a few connections that try the primary.
+        /// New connections go to the backup, except for a limited number of trial connections to the primary.
         HalfOpen = 2 => "HalfOpen",
     }
 }
 
 numbered! {
-    /// Why a breaker is in the state it is in.
+    /// Why a breaker is in its state. Where HAProxy has a name for the check result, it is given in parentheses.
     StateReason {
-        /// Nothing happened yet.
+        /// The breaker has not changed its state yet.
         Initial = 0 => "Initial",
-        /// A check got a status out of the expected range (HAProxy: L7STS).
+        /// A probe got an HTTP status outside the expected range (L7STS).
         HttpStatus = 1 => "HttpStatus",
-        /// A check was connected, but had no answer in time (L7TOUT).
+        /// A probe was connected but got no answer in time (L7TOUT).
         ResponseTimeout = 2 => "ResponseTimeout",
-        /// A check got an answer that it could not use: malformed, or a body that does not match (L7RSP).
+        /// A probe got an invalid answer: malformed, or with a body that does not match (L7RSP).
         BadResponse = 3 => "BadResponse",
-        /// A check's connection was refused or broken (L4CON).
+        /// A probe's connection was refused or reset (L4CON).
         ConnectFailed = 4 => "ConnectFailed",
-        /// A check's connection was not answered in time (L4TOUT).
+        /// A probe's connection attempt was not answered in time (L4TOUT).
         ConnectTimeout = 5 => "ConnectTimeout",
-        /// A check's TLS handshake failed (L6RSP).
+        /// A probe's TLS handshake failed (L6RSP).
         TlsFailed = 6 => "TlsFailed",
-        /// Too large a part of the observations in the window were failures.
+        /// The rate of failed observations in the window reached the configured threshold.
         FailureRate = 7 => "FailureRate",
-        /// The primary has no endpoint at all.
+        /// The primary has no endpoints.
         NoEndpoints = 8 => "NoEndpoints",
-        /// An operator said so.
+        /// An operator set an override.
         Operator = 9 => "Operator",
         /// The primary passes its checks again.
         Recovered = 10 => "Recovered",
-        /// The open time is over: the primary is tried.
+        /// The open time is over: the breaker lets trial connections reach the primary.
         OpenTimeOver = 11 => "OpenTimeOver",
-        /// The trial of the half-open breaker went well.
+        /// The half-open trial succeeded.
         TrialPassed = 12 => "TrialPassed",
-        /// A time limit on an operator's word ran out.
+        /// The time limit of an operator's override ran out.
         OverrideExpired = 13 => "OverrideExpired",
     }
 }
 
 numbered! {
-    /// What was decided for a flow.
+    /// Decision that is pinned for a flow.
     FlowKind {
         /// Left to kube-proxy.
         Passed = 0 => "Passed",
-        /// Sent to a backend of ours.
+        /// Sent to one of breaker's backends.
         Redirected = 1 => "Redirected",
-        /// A client's own connection to a backend's address; noted so that no other flow takes its reverse key.
+        /// A client's own connection to a backend's address. It is recorded so that no other flow uses its reverse
+        /// key.
         Direct = 2 => "Direct",
     }
 }
 
 numbered! {
-    /// What an event in the ring buffer tells.
+    /// Kind of an event in the ring buffer.
     EventKind {
-        /// The programs met the service's new epoch for the first time.
+        /// The programs saw the first packet of the service's new epoch.
         StateAdopted = 1 => "StateAdopted",
         /// A new connection was sent to a backup.
         FlowMoved = 2 => "FlowMoved",
@@ -104,73 +129,75 @@ numbered! {
 }
 
 numbered! {
-    /// Why a packet that looked like ours went on untouched (rule "fail open"), or why something was left out.
+    /// Why a packet passed untouched although breaker might have been responsible for it (rule "fail open"), or why
+    /// the programs omitted something else.
     PassReason {
-        /// Shorter than its headers say.
+        /// The packet is shorter than its headers say.
         Truncated = 0 => "Truncated",
-        /// A later fragment whose first one was not translated, or not seen: it has no ports to look at.
+        /// A later fragment, which has no ports, and whose first fragment was not translated or not seen.
         Fragment = 1 => "Fragment",
-        /// A frontend points to a service that is not there.
+        /// A frontend refers to a service that does not exist.
         UnknownService = 2 => "UnknownService",
-        /// A slot points to a backend that is not there.
+        /// A slot refers to a backend that does not exist.
         UnknownBackend = 3 => "UnknownBackend",
-        /// No room in a flow table.
+        /// A flow table is full.
         FlowTableFull = 4 => "FlowTableFull",
-        /// No free source port toward the backend for a flow that needs another one.
+        /// The flow needs another source port toward its backend, and no free one was found.
         NoSourcePort = 5 => "NoSourcePort",
-        /// The agent's lease ran out and `onAgentLoss` says PassThrough.
+        /// The agent's lease ran out and the service has `onAgentLoss: PassThrough`.
         AgentLost = 6 => "AgentLost",
-        /// A rewrite failed before it changed anything.
+        /// Rewriting the packet failed before anything was changed.
         RewriteFailed = 7 => "RewriteFailed",
-        /// The ring buffer was full: an event was left out, the packet was not.
+        /// The ring buffer was full. The event was lost; the packet was handled normally.
         EventLost = 8 => "EventLost",
-        /// More or longer IPv6 extension headers than are looked at, or a route that is not at its end.
+        /// More or longer IPv6 extension headers than the parser walks, or a routing header with segments left.
         ExtensionHeaders = 9 => "ExtensionHeaders",
-        /// SCTP, which is left to kube-proxy.
+        /// SCTP is not supported: the packet is left to kube-proxy.
         Sctp = 10 => "Sctp",
-        /// A program of ours that was to look closer is not there.
+        /// The full-path program that the prefilter tail-calls is missing from `PROGRAMS`.
         ProgramMissing = 11 => "ProgramMissing",
-        /// No room to remember a new connection of a service with limits: it is admitted and not counted.
+        /// A new connection to a service with limits could not be remembered: it is admitted and not counted.
         LimitTableFull = 12 => "LimitTableFull",
     }
 }
 
 numbered! {
-    /// Where a program of tc sits: key of `PROGRAMS`.
-    Place {
-        /// What a pod sends.
+    /// The tc hook that a program is attached to. The number is the key in `PROGRAMS`.
+    TcHook {
+        /// tc ingress on the host side of a pod's veth: packets that the pod sends.
         PodIn = 0 => "PodIn",
-        /// What a pod gets.
+        /// tc egress on the host side of a pod's veth: packets that the pod receives.
         PodOut = 1 => "PodOut",
-        /// What comes in by an uplink.
+        /// tc ingress on an uplink.
         UplinkIn = 2 => "UplinkIn",
-        /// What leaves by an uplink.
+        /// tc egress on an uplink.
         UplinkOut = 3 => "UplinkOut",
     }
 }
 
 numbered! {
-    /// Which limit refused a new connection. The number is the index in [`crate::LimitCounters`].
+    /// Limit that refused a new connection. The number is the index in the arrays of [`crate::LimitCounters`].
     LimitKind {
-        /// New connections a second, all clients together.
+        /// New connections per second, all clients together.
         NewConnections = 0 => "newConnectionsPerSecond",
-        /// New connections a second of one client.
+        /// New connections per second of one client.
         ClientNewConnections = 1 => "perClient.newConnectionsPerSecond",
-        /// Connections at the same time, all clients together.
+        /// Concurrent connections, all clients together.
         Concurrent = 2 => "concurrentConnections",
-        /// Connections at the same time of one client.
+        /// Concurrent connections of one client.
         ClientConcurrent = 3 => "perClient.concurrentConnections",
     }
 }
 
 numbered! {
-    /// What happens to a new connection over a limit.
+    /// What happens to a new connection that is over a limit.
     LimitAction {
-        /// TCP: a reset. UDP: ICMP "port unreachable".
+        /// The client gets a TCP reset or, for UDP, an ICMP "port unreachable" error. A process in the host network
+        /// namespace gets `ECONNREFUSED`.
         Reset = 0 => "Reset",
-        /// The packet is dropped.
+        /// The packet is dropped. A process in the host network namespace gets `ECONNREFUSED`.
         Drop = 1 => "Drop",
-        /// The connection goes to the other tier. From the backup tier, as `Reset`.
+        /// The connection goes to the backup. In the backup's own limits, and where no backup is usable: as `Reset`.
         Failover = 2 => "Failover",
     }
 }

@@ -1,42 +1,47 @@
-//! The generic cell rate algorithm (ITU-T I.371, annex A): a rate limit in one word.
+//! A rate limit in one 64-bit word: the generic cell rate algorithm (GCRA; ITU-T I.371, annex A).
 //!
-//! The word is the *theoretical arrival time*, in nanoseconds: when the bucket will be full again. A connection is admitted
-//! when that time is at most `tolerance` ahead of now, and moves it one `interval` further. So `1 + tolerance / interval`
-//! connections pass at once from a full bucket, the bucket refills continuously, and a refused connection changes nothing.
+//! The word is the *theoretical arrival time* (TAT) in nanoseconds: the time at which the token bucket will be full
+//! again. A connection is admitted if the TAT is at most `tolerance` ahead of now; it then moves the TAT `interval`
+//! further ahead. So a full bucket admits `1 + tolerance / interval` connections at once, the bucket refills
+//! continuously, and a refused connection changes nothing.
 //!
-//! On many CPUs the word is shared. [`take`] looks first, so that a refusal is a plain load, then compares and swaps, at most
-//! [`TRIES`] times. A connection that loses every race is admitted and counted as contended: to refuse it would refuse one
-//! that the limit allows.
+//! All CPUs share the word. [`take`] loads it first, so a refusal needs no write, and then tries a compare-and-swap
+//! at most [`TRIES`] times. If every attempt loses its race, the connection is admitted without being charged and
+//! counted as contended: a refusal might hit a connection that the limit allows.
 
-/// How often a compare-and-swap is tried. Measured on 16 CPUs that decide as fast as they can: where the limit limits, under
-/// 0.0001 % of the decisions need more; where all are admitted, 0.06 %.
+/// Maximum number of compare-and-swap attempts. Measured on 16 CPUs that decide as fast as they can: where the limit
+/// refuses connections, fewer than 0.0001 % of the decisions need more attempts; where it admits all of them,
+/// 0.06 %.
 pub const TRIES: usize = 8;
 
-/// A theoretical arrival time that is this much further ahead than the limit can bring it was left by an earlier, lower limit:
-/// the bucket counts as full. In nanoseconds; more than the clocks of two CPUs differ by.
+/// Margin in nanoseconds for detecting a stale TAT. A TAT that is further ahead than `tolerance + interval + STALE`
+/// cannot come from the current limit, only from an earlier, lower one; the bucket then counts as full. The margin
+/// is larger than the difference between the clocks of two CPUs.
 pub const STALE: u64 = 1_000_000_000;
 
-/// A word that other CPUs change at the same time.
+/// A 64-bit word that several CPUs change concurrently.
 pub trait Word {
     /// Reads the word.
     fn load(&self) -> u64;
-    /// Writes `new` if the word is `old`; returns whether it did.
+    /// Stores `new` if the word equals `old`. Returns whether the word was stored.
     fn compare_exchange(&self, old: u64, new: u64) -> bool;
 }
 
-/// What became of a connection.
+/// Outcome of [`take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// Admitted. The word was changed from the first value to the second.
+    /// Admitted. The word changed from the first value to the second.
     Admitted(u64, u64),
-    /// Over the limit. Nothing was changed.
+    /// Over the limit. The word is unchanged.
     Refused,
-    /// Admitted, and not charged: every compare-and-swap lost its race.
+    /// Admitted but not charged: every compare-and-swap lost its race.
     Contended,
 }
 
-/// The theoretical arrival time after one more connection at `now`; `None` if that connection is over the limit. All in
-/// nanoseconds. `interval` is the time for one connection, at least 1.
+/// Returns the theoretical arrival time after one more connection at `now`, or `None` if that connection is over the
+/// limit.
+///
+/// All arguments are in nanoseconds. `interval` is the time for one connection, at least 1.
 #[inline(always)]
 #[must_use]
 pub const fn next(arrival: u64, now: u64, interval: u64, tolerance: u64) -> Option<u64> {
@@ -51,7 +56,7 @@ pub const fn next(arrival: u64, now: u64, interval: u64, tolerance: u64) -> Opti
     Some(now + ahead + interval)
 }
 
-/// Takes one connection out of the bucket.
+/// Takes one connection out of the bucket. Arguments as for [`next`].
 #[inline(always)]
 pub fn take(word: &impl Word, now: u64, interval: u64, tolerance: u64) -> Taken {
     for _ in 0..TRIES {
@@ -64,8 +69,8 @@ pub fn take(word: &impl Word, now: u64, interval: u64, tolerance: u64) -> Taken 
     Taken::Contended
 }
 
-/// Gives back what [`take`] took, for a connection that another limit refuses. If another CPU has changed the word since then,
-/// the token is lost: that way never more connections are admitted than the limit allows.
+/// Undoes [`take`], for a connection that another limit refuses. If another CPU has changed the word in between, the
+/// token is lost, so that never more connections are admitted than the limit allows.
 #[inline(always)]
 pub fn give_back(word: &impl Word, taken: Taken) {
     if let Taken::Admitted(before, after) = taken {
@@ -73,15 +78,15 @@ pub fn give_back(word: &impl Word, taken: Taken) {
     }
 }
 
-/// The interval of a rate that is shared by `nodes` nodes, in nanoseconds; rounded up, so that the rate is never exceeded.
-/// Zero connections or nodes count as one.
+/// Interval in nanoseconds of a rate that `nodes` nodes share equally. It is rounded up, so that the rate is never
+/// exceeded. If `per_second` or `nodes` is 0, 1 is used instead.
 #[must_use]
 pub const fn interval(per_second: u32, nodes: u32) -> u64 {
     let (rate, nodes) = (if per_second == 0 { 1 } else { per_second }, if nodes == 0 { 1 } else { nodes });
     (1_000_000_000 * nodes as u64).div_ceil(rate as u64)
 }
 
-/// The tolerance that lets `burst` connections pass at once. Zero counts as one.
+/// Tolerance in nanoseconds that admits `burst` connections at once. If `burst` is 0, 1 is used instead.
 #[must_use]
 pub const fn tolerance(burst: u32, interval: u64) -> u64 {
     (burst as u64).saturating_sub(1).saturating_mul(interval)
@@ -125,7 +130,7 @@ mod tests {
         take(word, now, interval, tolerance(burst, interval)) != Taken::Refused
     }
 
-    /// The table of shared/tables: a burst of five at ten a second.
+    /// A burst of five at ten connections per second.
     #[test]
     fn a_burst_passes_at_once_and_the_bucket_refills_continuously() {
         let (word, interval) = (Cell::new(0), interval(10, 1));
@@ -134,8 +139,8 @@ mod tests {
         assert_eq!(passed(at(0), 100), 5, "from a full bucket");
         assert_eq!(passed(at(99), 100), 0);
         assert_eq!(passed(at(100), 100), 1);
-        assert_eq!(passed(at(350), 100), 2, "no period whose edge doubles anything");
-        assert_eq!(passed(at(60_000), 100), 5, "never more than the burst, however long it was silent");
+        assert_eq!(passed(at(350), 100), 2, "no fixed window whose boundary admits more");
+        assert_eq!(passed(at(60_000), 100), 5, "never more than the burst, however long the pause");
     }
 
     #[test]
@@ -145,7 +150,7 @@ mod tests {
         assert_eq!(passed, 1000);
     }
 
-    /// A word of one connection a minute does not lock out those of a thousand a second.
+    /// A TAT that a limit of one connection per minute left does not block a limit of a thousand per second.
     #[test]
     fn a_limit_that_was_raised_holds_at_once() {
         let word = Cell::new(0);
@@ -173,8 +178,9 @@ mod tests {
         assert_eq!(word.get(), SECOND + 20);
     }
 
-    /// An exact model: a connection passes if the bucket, filled by `rate` a nanosecond up to `burst`, holds a whole one. In
-    /// units of one interval-th of a connection, so that nothing is rounded.
+    /// An exact model of a token bucket: it fills continuously up to `burst` connections, and a connection passes if
+    /// the bucket holds at least one whole token. `level` counts in units of 1/`interval` of a connection, so
+    /// nothing is rounded.
     struct Bucket {
         level: u64,
         at: u64,
@@ -192,7 +198,7 @@ mod tests {
         }
     }
 
-    /// A small generator of numbers (xorshift64*, Vigna 2016): the crate has no dependency for that.
+    /// A small pseudo-random generator (xorshift64*, Vigna 2016), which saves the crate a dependency.
     fn numbers(mut state: u64) -> impl FnMut(u64) -> u64 {
         move |below| {
             state ^= state >> 12;
@@ -218,7 +224,7 @@ mod tests {
         }
     }
 
-    /// A word between whose look and swap other CPUs come, as a script says.
+    /// A word that other CPUs change between the load and the compare-and-swap, at scripted times.
     struct Raced<'a> {
         word: &'a Cell<u64>,
         others: RefCell<Vec<u64>>,
@@ -239,7 +245,7 @@ mod tests {
         }
     }
 
-    /// Whatever comes between a look and a swap: charged connections never exceed time / interval + burst.
+    /// Whatever happens between load and compare-and-swap, charged connections never exceed time / interval + burst.
     #[test]
     fn no_interleaving_admits_more_than_the_limit() {
         for seed in 1..3000 {
@@ -253,14 +259,14 @@ mod tests {
                 let others = vec![now; usize::try_from(number(12)).unwrap()];
                 let raced = Raced { word: &word, others: RefCell::new(others), interval, tolerance };
                 let _ = take(&raced, now, interval, tolerance);
-                // Each charge moved the word by one interval, from no earlier than the start.
+                // Each charge moves the word ahead by one interval, and the first one starts no earlier than `start`.
                 let charged = (word.get() - start) / interval;
                 assert!(charged <= (now - start) / interval + u64::from(burst), "seed {seed}: {charged}");
             }
         }
     }
 
-    /// Real threads on one word, each deciding as fast as it can: the bound holds, and little is left unused.
+    /// Real threads decide on one word as fast as they can: the limit holds, and hardly any of it stays unused.
     #[test]
     fn threads_share_a_word_exactly() {
         let (interval, burst, threads, decisions) = (50, 100, 4_u64, 100_000_u64);
@@ -270,7 +276,7 @@ mod tests {
             let run = || {
                 let (mut charged, mut contended) = (0, 0);
                 for _ in 0..decisions {
-                    // One clock for all, which goes on with every decision: ten times the limit.
+                    // All threads share one clock that advances with every decision. The load is ten times the limit.
                     let now = clock.fetch_add(5, Ordering::SeqCst);
                     match take(&word, now, interval, tolerance(burst, interval)) {
                         Taken::Admitted(..) => charged += 1,

@@ -7,19 +7,20 @@ pub const PROTO_TCP: u8 = 6;
 /// IPPROTO_UDP (RFC 768).
 pub const PROTO_UDP: u8 = 17;
 
-/// An address as it stands in a packet, in wire order. Every map that is keyed by addresses exists once for each family,
-/// with the family's number at the end of its name.
+/// An IP address in wire order, as a packet contains it. Every map that is keyed by addresses exists once per IP
+/// family, with the family's version (4 or 6) at the end of its name.
 pub trait Address: Copy + Eq + Ord + core::hash::Hash + core::fmt::Debug + 'static {
-    /// All zeros.
+    /// The address with all bits zero.
     const ZERO: Self;
-    /// 4 or 6.
+    /// IP version: 4 or 6.
     const VERSION: u8;
 
-    /// In 64 bits, for hashes: the words as they are in memory, so that it is the same for whoever holds the address as words.
+    /// Folds the address to 64 bits for hashing. The input is the address as 32-bit words in native byte order, so a
+    /// type that stores words and a type that stores bytes give the same result.
     fn folded(self) -> u64;
 }
 
-/// Folds an IPv6 address's words; see [`Address::folded`].
+/// Folds the four words of an IPv6 address to 64 bits; see [`Address::folded`].
 #[inline(always)]
 #[must_use]
 pub const fn fold_words(words: [u32; 4]) -> u64 {
@@ -27,27 +28,28 @@ pub const fn fold_words(words: [u32; 4]) -> u64 {
     (((a as u64) << 32) | b as u64).wrapping_mul(GOLDEN) ^ (((c as u64) << 32) | d as u64)
 }
 
-/// 2^64 divided by the golden ratio, odd: multiplying by it spreads what differs little.
+/// 2^64 divided by the golden ratio, an odd number. Multiplication by it spreads similar values over the 64-bit
+/// range (Fibonacci hashing).
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// An IPv4 address as it stands in maps. Aligned as the word that the programs take it for.
+/// An IPv4 address in a map. Aligned to 4 bytes, because the programs access it as one 32-bit word.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C, align(4))]
 pub struct V4 {
-    /// Wire order.
+    /// The address in wire order.
     pub bytes: [u8; 4],
 }
 
-/// An IPv6 address as it stands in maps. Aligned as the words that the programs take it for.
+/// An IPv6 address in a map. Aligned to 4 bytes, because the programs access it as four 32-bit words.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C, align(4))]
 pub struct V6 {
-    /// Wire order.
+    /// The address in wire order.
     pub bytes: [u8; 16],
 }
 
 impl V4 {
-    /// From wire order.
+    /// Makes an address from its bytes in wire order.
     #[inline(always)]
     #[must_use]
     pub const fn new(bytes: [u8; 4]) -> Self {
@@ -56,7 +58,7 @@ impl V4 {
 }
 
 impl V6 {
-    /// From wire order.
+    /// Makes an address from its bytes in wire order.
     #[inline(always)]
     #[must_use]
     pub const fn new(bytes: [u8; 16]) -> Self {
@@ -99,22 +101,30 @@ impl Address for V6 {
     }
 }
 
-/// What is known of 64 places of endpoints, a bit for each: value of `FILTER`.
+/// 64 bits of each of the prefilter's two bitmaps: value of `FILTER`.
+///
+/// Each bitmap is a Bloom filter with one hash function ([`filter_bit`]): a clear bit means that no endpoint at this
+/// position has the property; a set bit means that one may have it. The agent sets a bit before the property becomes
+/// true and clears it afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct FilterWords {
-    /// A frontend is there: what may be the first packet of a flow counts.
+    /// A frontend is at this position: packets that may start a flow (SYNs and all datagrams) take the full path.
     pub frontend: u64,
-    /// Every packet counts: a backend is there, or a frontend of a service whose flows are looked for ([`switch_flags::TRACK`]).
+    /// All packets take the full path: a backend is at this position, or a frontend of a service whose flows are
+    /// tracked ([`switch_flags::TRACK`]).
     pub every: u64,
 }
 
-/// Set in a protocol number, it names a second bit of a frontend in `FILTER`, among those of [`FilterWords::frontend`]: its
-/// service counts connections, so the segments that begin and end them (SYN, FIN, RST) take the full path. No IP protocol
-/// that has frontends has this bit.
+/// Flag in the protocol number that is passed to [`filter_bit`]: gives the position of a frontend's second bit in
+/// [`FilterWords::frontend`]. That bit is set if the frontend's service counts connections; the segments that start
+/// and end connections (SYN, FIN, RST) then take the full path. No IP protocol that frontends use has this bit in
+/// its number.
 pub const COUNTED: u8 = 0x80;
 
-/// Where an endpoint's bit is in `FILTER`: index of the words, and the bit in them.
+/// Position of an endpoint's bit in `FILTER`: the index of the entry, and the bit as a mask.
+///
+/// `port` is in wire order. `proto` is the IP protocol number, with or without [`COUNTED`].
 #[inline(always)]
 #[must_use]
 pub fn filter_bit<A: Address>(addr: A, port: [u8; 2], proto: u8) -> (u32, u64) {
@@ -123,7 +133,7 @@ pub fn filter_bit<A: Address>(addr: A, port: [u8; 2], proto: u8) -> (u32, u64) {
     ((hash >> (64 - crate::FILTER_WORDS.ilog2())) as u32, 1 << ((hash >> 32) & 63))
 }
 
-/// A destination or source: key of `ENDPOINTS4` and `ENDPOINTS6`.
+/// Address, port and protocol of an endpoint (frontend or backend): key of `ENDPOINTS4` and `ENDPOINTS6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct EndpointKey<A> {
@@ -138,7 +148,7 @@ pub struct EndpointKey<A> {
 }
 
 impl<A> EndpointKey<A> {
-    /// A key from wire-order parts.
+    /// Makes a key. `addr` and `port` are in wire order.
     #[inline(always)]
     #[must_use]
     pub const fn new(addr: A, port: [u8; 2], proto: u8) -> Self {
@@ -146,37 +156,38 @@ impl<A> EndpointKey<A> {
     }
 }
 
-/// What an address is to us: value of `ENDPOINTS4` and `ENDPOINTS6`. It may be both.
+/// Role of an address and port: value of `ENDPOINTS4` and `ENDPOINTS6`. It may be a frontend and a backend at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct EndpointRole {
-    /// The service that it is a frontend of, or [`NONE`].
+    /// Index of the service that this is a frontend of, or [`NONE`].
     pub service: u32,
-    /// Index of the frontend's [`Route`]; means nothing without a service.
+    /// Index of the frontend's [`Route`]. Meaningless if `service` is [`NONE`].
     pub route: u32,
-    /// The backend (of the address's family) that it is, or [`NONE`].
+    /// Id of the backend (of the same IP family) that this is, or [`NONE`].
     pub backend: u32,
 }
 
 impl EndpointRole {
-    /// Neither.
+    /// Neither frontend nor backend.
     pub const NOTHING: Self = Self { service: NONE, route: NONE, backend: NONE };
 }
 
-/// Where connections to a frontend may go: value of `ROUTES`. A service has one for each family, protocol and port.
+/// Selection tables for new connections to a frontend: value of `ROUTES`. A service has one route per IP family,
+/// protocol and port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Route {
-    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary): index of a selection table in `SLOTS`, or
-    /// [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::TABLE_OF_ONE`] and a backend's id, for a table that
-    /// would hold nothing else.
+    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary, 1 = backup). Each element is the index of a
+    /// selection table in `SLOTS`. If all slots of the table would be equal, no table exists and the element is
+    /// [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::SINGLE_BACKEND`] combined with a backend id.
     pub tables: [[u32; 2]; 2],
     /// Bits of [`route_flags`].
     pub flags: u32,
 }
 
 impl Route {
-    /// Everything is left to kube-proxy.
+    /// Leaves every connection to kube-proxy.
     pub const NOTHING: Self = Self { tables: [[crate::SLOT_PASSTHROUGH; 2]; 2], flags: 0 };
 }
 
@@ -184,27 +195,30 @@ impl Route {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Table {
-    /// Backend ids, [`crate::SLOT_PASSTHROUGH`] or [`crate::SLOT_REJECT`]. The first [`crate::SLOTS`] mean something; the rest, zeros,
-    /// is there for the verifier, which must see that an index is inside.
+    /// Backend ids, [`crate::SLOT_PASSTHROUGH`] or [`crate::SLOT_REJECT`]. Only the first [`crate::SLOTS`] elements
+    /// are used; the rest are zeros. They make the length a power of two, so that a mask proves to the verifier that
+    /// an index is in bounds.
     pub slots: [u32; crate::SLOTS.next_power_of_two() as usize],
 }
 
 /// Bits of [`Route::flags`].
 pub mod route_flags {
-    /// A client outside keeps its address toward a backend of this node (`externalTrafficPolicy: Local`).
+    /// An external client keeps its address toward a backend on this node (`externalTrafficPolicy: Local`).
     pub const KEEP_CLIENT: u32 = 1;
 }
 
-/// The word that everything hangs on: value of `SWITCHES`, read and written as one aligned 64-bit word, so that
-/// state, share, policy and epoch change together. `S` is [`BreakerState`] in the programs, `u8` in userspace.
+/// Current decision for a service: value of `SWITCHES`.
+///
+/// It is read and written as one aligned 64-bit word, so that state, share, policies, buffer and epoch change
+/// together. `S` is [`BreakerState`] in the programs and `u8` in userspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Switch<S = BreakerState> {
-    /// Counts the changes of state; a flow remembers the one in which it was decided.
+    /// Number of the current decision. A flow stores the epoch in which it was decided.
     pub epoch: u32,
-    /// How many of 1000 flow hashes go to the primary.
+    /// Share of new flows that go to the primary, in permille (see [`crate::SHARE_ALL`]).
     pub share: u16,
-    /// Where the breaker stands.
+    /// State of the breaker.
     pub state: S,
     /// Bits of [`switch_flags`].
     pub flags: u8,
@@ -212,33 +226,36 @@ pub struct Switch<S = BreakerState> {
 
 /// Bits of [`Switch::flags`].
 pub mod switch_flags {
-    /// Flows may exist that the tables must be asked for; without it a data packet costs a glance.
+    /// The service may have entries in the flow tables, so all its packets take the full path. While this is clear,
+    /// packets of established connections pass at the prefilter.
     pub const TRACK: u8 = 1;
-    /// Reset established flows that are on the primary and were decided in an older epoch, or never seen.
+    /// Reset established flows on the primary that were decided in an older epoch or whose SYN the programs did not
+    /// see (`onOpen: Reset`).
     pub const RESET_PRIMARY: u8 = 1 << 1;
-    /// Reset established flows that are on a backup and were decided in an older epoch.
+    /// Reset established flows on a backup that were decided in an older epoch (`onClose: Reset`).
     pub const RESET_BACKUP: u8 = 1 << 2;
-    /// Decide and count, rewrite nothing.
+    /// Dry run: decide and count, but rewrite no packet.
     pub const DRY_RUN: u8 = 1 << 3;
-    /// Go on by the last decision when the agent's lease runs out.
+    /// The last decision stays in force after the agent's lease has run out (`onAgentLoss: Hold`).
     pub const HOLD: u8 = 1 << 4;
-    /// Which of the two buffers of slot tables holds.
+    /// Which of the two buffers of [`super::Route::tables`] is in force. The agent writes the other one.
     pub const BUFFER: u8 = 1 << 5;
-    /// New flows to a backup pod of this node leave the stack out (`fastPath: PeerRedirect`).
+    /// New flows to a backup pod on this node take the fast path, which bypasses the host network stack
+    /// (`fastPath: PeerRedirect`).
     pub const FAST: u8 = 1 << 6;
-    /// The service has limits: see [`crate::ServiceLimits`].
+    /// The service has limits; see [`crate::ServiceLimits`].
     pub const LIMITED: u8 = 1 << 7;
 }
 
 impl<S> Switch<S> {
-    /// Whether a bit of [`switch_flags`] is set.
+    /// Returns whether a bit of [`switch_flags`] is set.
     #[inline(always)]
     #[must_use]
     pub const fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }
 
-    /// The buffer of slot tables that holds: 0 or 1.
+    /// Index of the buffer of [`Route::tables`] that is in force: 0 or 1.
     #[inline(always)]
     #[must_use]
     pub const fn buffer(&self) -> u32 {
@@ -247,7 +264,8 @@ impl<S> Switch<S> {
 }
 
 impl Switch<u8> {
-    /// The word as the map holds it (native byte order: kernel and agent are on one machine).
+    /// Packs the fields into the word that the map holds, in native byte order (the programs and the agent run on
+    /// one machine).
     #[must_use]
     pub const fn to_word(self) -> u64 {
         let e = self.epoch.to_ne_bytes();
@@ -255,7 +273,7 @@ impl Switch<u8> {
         u64::from_ne_bytes([e[0], e[1], e[2], e[3], s[0], s[1], self.state, self.flags])
     }
 
-    /// The reverse of [`Switch::to_word`].
+    /// Unpacks a word from the map: the inverse of [`Switch::to_word`].
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u64) -> Self {
@@ -269,46 +287,49 @@ impl Switch<u8> {
     }
 }
 
-/// Longest service name: a Kubernetes namespace and name with a slash between them would be longer than anyone
-/// writes; a file's names are refused beyond it.
+/// Size of [`ServiceRecord::name`] in bytes. A name has at most `NAME_LEN - 1` bytes. A longer name in the
+/// configuration file is rejected; a longer name from Kubernetes (namespace, name and port) is shortened and made
+/// unique by a hash.
 pub const NAME_LEN: usize = 128;
 
-/// What the agent must find again after a restart: value of `SERVICES`. `R` is [`StateReason`] in the programs,
-/// `u8` in userspace. An entry whose name is empty is free.
+/// State of a service that a restarted agent needs: value of `SERVICES`.
+///
+/// `R` is [`StateReason`] in the programs and `u8` in userspace. An entry with an empty name is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceRecord<R = StateReason> {
-    /// UTF-8, filled up with zeros.
+    /// Name in UTF-8, padded with zeros.
     pub name: [u8; NAME_LEN],
-    /// Since when it is in its state, `CLOCK_REALTIME`.
+    /// When the service entered its state, `CLOCK_REALTIME`.
     pub since_unix_ns: u64,
-    /// When an operator's word ends, `CLOCK_REALTIME`; 0 = never.
+    /// When the operator's override expires, `CLOCK_REALTIME`; 0 = never.
     pub override_until_unix_ns: u64,
-    /// Mixed into the flow hash, so that two services do not move the same clients.
+    /// Mixed into the flow hash, so that different services move different clients.
     pub seed: u32,
-    /// Connections that a half-open breaker lets through to the primary.
+    /// Number of trial connections to the primary that a half-open breaker permits per epoch.
     pub half_open_limit: u32,
-    /// Trips in a row, for the backoff.
+    /// Consecutive trips, for the backoff.
     pub trips: u32,
-    /// Why it is in its state.
+    /// Why the service is in its state.
     pub reason: R,
-    /// 0 none, 1 forced open, 2 forced closed.
+    /// Override: 0 = none, 1 = forced open, 2 = forced closed.
     pub override_kind: u8,
     /// Always 0.
     pub pad: u16,
 }
 
-/// What the programs keep for a service: value of `RUNTIME`, changed by compare-and-swap as one 64-bit word.
+/// State of a service that the programs maintain: value of `RUNTIME`. Both fields change by compare-and-swap as one
+/// 64-bit word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct ServiceRuntime {
-    /// The epoch that the programs met last.
+    /// The latest epoch that the programs have seen.
     pub epoch: u32,
-    /// Connections let through to the primary in this epoch while half-open.
+    /// Trial connections to the primary that were permitted in this epoch (state half-open).
     pub half_open_taken: u32,
 }
 
-/// One destination: value of `BACKENDS4` and `BACKENDS6`, index = backend id.
+/// A backend: value of `BACKENDS4` and `BACKENDS6`. The index is the backend id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Backend<A> {
@@ -320,24 +341,24 @@ pub struct Backend<A> {
     pub proto: u8,
     /// Always 0.
     pub pad: u8,
-    /// Bits of [`backend_use`]: set by the programs, cleared by the agent when no flow is left.
+    /// Bits of [`backend_use`]. The programs set them; the agent clears them when no flow needs them any more.
     pub in_use: u32,
-    /// Index of the host-side interface of the pod that it is, if it is on this node and that interface has our programs;
-    /// 0 otherwise. Written by the agent.
+    /// Index of the host-side interface of the backend's pod, if the pod is on this node and breaker's programs are
+    /// attached to that interface; 0 otherwise. Written by the agent.
     pub ifindex: u32,
 }
 
 /// Bits of [`Backend::in_use`].
 pub mod backend_use {
-    /// Replies of this backend may need translation.
+    /// The backend has redirected flows: its replies may need translation.
     pub const REDIRECTED: u32 = 1;
-    /// Direct connections to this backend may need another source port.
+    /// Direct connections to the backend may have a translated source port.
     pub const DIRECT: u32 = 2;
-    /// Replies of this backend may go to their client's veth at once.
+    /// The backend has fast-path flows: its replies may have to be redirected straight to the client's interface.
     pub const FAST: u32 = 4;
 }
 
-/// A connection as its client sees it: key of `FLOWS*` and `PENDING*`.
+/// A connection as the client sees it: key of `FLOWS*` and `PENDING*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct FlowKey<A> {
@@ -355,68 +376,74 @@ pub struct FlowKey<A> {
     pub pad: [u8; 3],
 }
 
-/// A tick is 2^30 ns of `CLOCK_MONOTONIC`, a little more than a second: fine enough for flows, and half the size.
+/// A tick is 2^30 ns (about 1.07 s) of `CLOCK_MONOTONIC`. That resolution is enough for flows, and a tick counter
+/// takes half the space of a time in nanoseconds.
 pub const TICK_SHIFT: u32 = 30;
 
-/// The pinned decision for a connection: value of `FLOWS*` and `PENDING*`. `K` is [`FlowKind`] in the programs.
+/// The pinned decision for a connection: value of `FLOWS*` and `PENDING*`. `K` is [`FlowKind`] in the programs and
+/// `u8` in userspace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flow<A, K = FlowKind> {
-    /// Where the connection goes, wire order.
+    /// Destination address, wire order.
     pub backend: A,
-    /// Its port, wire order.
+    /// Destination port, wire order.
     pub backend_port: [u8; 2],
-    /// The client's port as the backend sees it, wire order; another one than the client's only after a collision.
+    /// The client's port as the backend sees it, wire order. It differs from the client's own port if that one is
+    /// taken toward this backend, and on the fast path.
     pub source_port: [u8; 2],
-    /// Index of the service, [`NONE`] for a direct connection.
+    /// Index of the service; [`NONE`] for a direct connection.
     pub service: u32,
-    /// Backend id, [`NONE`] for a passed one.
+    /// Backend id; [`NONE`] if the connection was left to kube-proxy.
     pub backend_id: u32,
-    /// The service's epoch when it was decided.
+    /// The service's epoch when the flow was decided.
     pub epoch: u32,
-    /// What was decided.
+    /// The decision.
     pub kind: K,
-    /// Bits of [`seen`], from the client's packets.
+    /// Bits of [`seen`], from packets of the client.
     pub seen: u8,
     /// Bits of [`flow_way`].
     pub way: u8,
     /// Always 0.
     pub pad: u8,
-    /// When its first packet came, in ticks (see [`TICK_SHIFT`]).
+    /// When the first packet was seen, in ticks (see [`TICK_SHIFT`]).
     pub created_tick: u32,
-    /// The agent's heartbeat at the last packet of the client, in ticks (no clock to read).
+    /// Time of the agent's latest heartbeat when the client's last packet was seen, in ticks. The heartbeat serves
+    /// as a coarse clock because reading it is cheaper than reading a kernel clock.
     pub last_seen_tick: u32,
 }
 
-/// Bits of [`Flow::way`]: how a flow's packets go, decided with the first one. A connection that netfilter has not seen
-/// from the start is INVALID to it.
+/// Bits of [`Flow::way`]: the path that a flow's packets take. The first packet determines it for the whole flow,
+/// because conntrack classifies packets of a TCP connection that it has not seen from the start as INVALID.
 pub mod flow_way {
-    /// From interface to interface, without the stack: into the backend's veth, and its answers back from there.
+    /// Fast path: packets are redirected into the backend's veth and replies are redirected back from there, both
+    /// without the host network stack.
     pub const FAST: u8 = 1;
-    /// From outside under the client's own address: nothing is masqueraded.
+    /// The client is external and keeps its own address: no masquerading.
     pub const KEEP_CLIENT: u8 = 2;
 }
 
-/// Where packets go that leave the stack out: an interface's index, and one bit. Indices are positive numbers of 31 bits
-/// (`struct ifreq`, netdevice(7)).
+/// Egress of packets on the fast path: an interface index, and a flag in the top bit. Interface indexes are positive
+/// 31-bit numbers (`struct ifreq`, netdevice(7)).
 pub mod exit {
-    /// Through the stack.
+    /// No fast path: the packet continues through the host network stack.
     pub const STACK: u32 = 0;
-    /// Out of the interface, to the neighbor that the node's routes name; without it, into the namespace behind a veth.
+    /// Send out of the interface to the next hop that the node's routes name (`bpf_redirect_neigh`). If clear:
+    /// redirect into the network namespace at the other end of the veth (`bpf_redirect_peer`).
     pub const NEIGHBOR: u32 = 1 << 31;
 }
 
 /// Bits of [`Flow::seen`] and [`Reverse::seen`].
 pub mod seen {
-    /// A FIN passed.
+    /// A FIN was seen.
     pub const FIN: u8 = 1;
-    /// A RST passed.
+    /// A RST was seen.
     pub const RST: u8 = 2;
-    /// The backend answered: a SYN-ACK, or any datagram.
+    /// The backend answered: any packet except a RST. Usually a SYN-ACK or a datagram.
     pub const ANSWERED: u8 = 4;
 }
 
-/// A connection as its backend sees it: key of `REVERSE*` and `PENDING_REVERSE*`.
+/// A connection as the backend sees it: key of `REVERSE*` and `PENDING_REVERSE*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct ReverseKey<A> {
@@ -434,25 +461,26 @@ pub struct ReverseKey<A> {
     pub pad: [u8; 3],
 }
 
-/// How to translate a reply back: value of `REVERSE*` and `PENDING_REVERSE*`.
+/// The translation for replies of a backend (revNAT): value of `REVERSE*` and `PENDING_REVERSE*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Reverse<A> {
     /// Address that the client connected to, wire order.
     pub vip: A,
-    /// Its port, wire order.
+    /// Port that the client connected to, wire order.
     pub vip_port: [u8; 2],
     /// The client's own port, wire order.
     pub client_port: [u8; 2],
-    /// Index of the service, [`NONE`] for a direct connection.
+    /// Index of the service; [`NONE`] for a direct connection.
     pub service: u32,
-    /// Bits of [`seen`], from the backend's packets.
+    /// Bits of [`seen`], from packets of the backend.
     pub seen: u8,
     /// Always 0.
     pub pad: [u8; 3],
-    /// The agent's heartbeat at the last packet of the backend, in ticks.
+    /// Time of the agent's latest heartbeat when the backend's last packet was seen, in ticks (see [`TICK_SHIFT`]).
     pub last_seen_tick: u32,
-    /// The client's interface, where replies go there at once ([`flow_way::FAST`]): see [`exit`].
+    /// Egress of replies, encoded as in [`exit`]: the client's interface on the fast path ([`flow_way::FAST`]), else
+    /// [`exit::STACK`].
     pub exit: u32,
 }
 
@@ -460,56 +488,58 @@ pub struct Reverse<A> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct FragmentKey<A> {
-    /// From, wire order, as it came.
+    /// Source address before translation, wire order.
     pub source: A,
-    /// To, wire order, as it came.
+    /// Destination address before translation, wire order.
     pub destination: A,
-    /// Identification, wire order; IPv4's two bytes come last.
+    /// Identification, wire order. The two bytes of IPv4's identification come last.
     pub id: [u8; 4],
-    /// IPv4's protocol, IPv6's next header after the fragment header.
+    /// IPv4: the protocol. IPv6: the next header after the fragment header.
     pub proto: u8,
     /// Always 0.
     pub pad: [u8; 3],
 }
 
-/// What was done to a packet's first fragment: value of `FRAGMENTS4` and `FRAGMENTS6`. The others have no ports; the same
-/// is done to them.
+/// Translation of a packet's first fragment: value of `FRAGMENTS4` and `FRAGMENTS6`. It is applied to the later
+/// fragments too, which have no ports to look a flow up by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Fragment<A> {
-    /// What an address was replaced by, wire order.
+    /// The new address, wire order.
     pub addr: A,
-    /// Bits that were set in the packet's mark.
+    /// Bits to set in the packet's mark.
     pub mark: u32,
-    /// Where it went: see [`exit`].
+    /// Egress, encoded as in [`exit`].
     pub exit: u32,
-    /// Which address: 0 the source, 1 the destination.
+    /// Which address was replaced: 0 = source, 1 = destination.
     pub end: u8,
     /// Always 0.
     pub pad: [u8; 3],
 }
 
-/// A socket of the node's own and the backend that it was sent to: key of `SOCKETS`. An IPv4 address is in its mapped form.
+/// A socket in the host network namespace and the backend that it was redirected to: key of `SOCKETS`. IPv4
+/// addresses are in their IPv4-mapped IPv6 form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct SocketKey<A = V6> {
-    /// The socket's number for its life (bpf_get_socket_cookie).
+    /// The socket's cookie, unique for its lifetime (`bpf_get_socket_cookie`).
     pub cookie: u64,
-    /// Where its connection or datagram went, wire order.
+    /// Address of the backend that the connection or datagram was sent to, wire order.
     pub backend: A,
-    /// Its port, wire order.
+    /// Port of the backend, wire order.
     pub backend_port: [u8; 2],
     /// Always 0.
     pub pad: [u8; 6],
 }
 
-/// What a socket of the node's own believes to talk to: value of `SOCKETS`.
+/// The original destination of a redirected socket in the host network namespace: value of `SOCKETS`. IPv4 addresses
+/// are in their IPv4-mapped IPv6 form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct SocketOrigin<A = V6> {
-    /// Address that it connected or sent to, wire order.
+    /// Address that the process connected or sent to, wire order.
     pub vip: A,
-    /// Its port, wire order.
+    /// Port that the process connected or sent to, wire order.
     pub vip_port: [u8; 2],
     /// Always 0.
     pub pad: u16,
@@ -517,27 +547,29 @@ pub struct SocketOrigin<A = V6> {
     pub service: u32,
 }
 
-/// The agent's sign of life: the one value of `HEARTBEAT`.
+/// The agent's heartbeat: the single value of `HEARTBEAT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Heartbeat {
-    /// When the agent beat last; 0 = it left on purpose and nothing is enforced.
+    /// Time of the last heartbeat; 0 = no agent has written one yet.
     pub beat_ns: u64,
-    /// How long its word holds without another beat; 0 = for ever.
+    /// How long the programs trust the agent's decisions after a heartbeat; 0 = for ever.
     pub lease_ns: u64,
-    /// When it beat last, `CLOCK_REALTIME`: for people.
+    /// Time of the last heartbeat, `CLOCK_REALTIME`, for display.
     pub beat_unix_ns: u64,
-    /// Its process id in its own pid namespace.
+    /// The agent's process id in its own pid namespace.
     pub pid: u32,
-    /// [`crate::ABI_VERSION`] of the agent that wrote it.
+    /// [`crate::ABI_VERSION`] of the agent.
     pub abi_version: u32,
-    /// 1 where some service may have flows that leave the stack out: only then what pods send is asked for by its source, too.
+    /// 1 if a service may have fast-path flows. Only then do the programs also look up the source of packets that
+    /// pods send.
     pub fast: u32,
-    /// 1 where some service limits concurrent connections: only then the end of the node's own sockets is looked at.
+    /// 1 if a service limits concurrent connections. Only then do the programs act when a socket in the host network
+    /// namespace is closed.
     pub counts_sockets: u32,
 }
 
-/// What happened to a service's packets on one CPU: value of `COUNTERS`, index = service.
+/// Counters of one service on one CPU: value of `COUNTERS`. The index is the service's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceCounters {
@@ -547,52 +579,55 @@ pub struct ServiceCounters {
     pub new_backup: u64,
     /// New connections refused.
     pub rejected: u64,
-    /// New connections let through to the primary while half-open (part of `new_primary`).
+    /// Trial connections to the primary while half-open (included in `new_primary`).
     pub half_open: u64,
-    /// Segments answered with a reset, because their connection was established on the wrong side.
+    /// Segments of established flows that were answered with resets, by the policy `onOpen: Reset` or
+    /// `onClose: Reset`.
     pub resets: u64,
-    /// Packets translated on their way to a backup, and their way back.
+    /// Packets that were translated, in both directions.
     pub translated: u64,
-    /// ICMP errors about translated packets, translated too.
+    /// ICMP errors about translated packets that were translated too.
     pub icmp_errors: u64,
-    /// New connections that needed another source port, because theirs was taken toward the backend.
+    /// New connections that got another source port, because the client's port was taken toward the backend.
     pub port_changed: u64,
-    /// New connections whose client was the chosen backup itself.
+    /// New connections whose client is the selected backup itself (hairpin).
     pub hairpin: u64,
-    /// New connections that would have gone to a backup, were this not a dry run.
+    /// New connections that would have gone to a backup if this were not a dry run.
     pub dry_run: u64,
-    /// New connections left to the primary because the agent's lease ran out.
+    /// New connections left to the primary because the agent's lease had run out.
     pub agent_lost: u64,
-    /// New connections left to the primary because something failed: see `REASONS`.
+    /// New connections left to the primary because of an error; `REASONS` counts the errors by [`crate::PassReason`].
     pub failed_open: u64,
 }
 
-/// What the ring buffer carries. `E` is [`EventKind`] in the programs, `u8` in userspace; `R` likewise. An IPv4 address is
-/// in its mapped form, `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
+/// An event in the ring buffer `EVENTS`.
+///
+/// `E` is [`EventKind`] in the programs and `u8` in userspace; `R` is [`BreakerState`] or `u8`. IPv4 addresses are
+/// in their IPv4-mapped IPv6 form, `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Event<E = EventKind, R = BreakerState, A = V6> {
-    /// When.
+    /// When the event happened.
     pub at_ns: u64,
     /// Index of the service.
     pub service: u32,
     /// The service's epoch.
     pub epoch: u32,
-    /// Client's address, wire order; zero where there is none.
+    /// Client's address, wire order; zero if unknown.
     pub client: A,
-    /// Address that it connected to, wire order.
+    /// Address that the client connected to, wire order.
     pub vip: A,
-    /// Where it went, wire order; zero for nowhere.
+    /// Address of the backend that the connection was sent to, wire order; zero if none.
     pub backend: A,
     /// Client's port, wire order.
     pub client_port: [u8; 2],
-    /// Port that it connected to, wire order.
+    /// Port that the client connected to, wire order.
     pub vip_port: [u8; 2],
-    /// Where it went, wire order.
+    /// Port of the backend that the connection was sent to, wire order; zero if none.
     pub backend_port: [u8; 2],
     /// What happened.
     pub kind: E,
-    /// The state that the programs acted on.
+    /// The breaker's state when the program decided.
     pub state: R,
     /// IP protocol number.
     pub proto: u8,
@@ -605,7 +640,7 @@ mod tests {
     use super::*;
     use core::mem::{align_of, offset_of, size_of};
 
-    /// Sizes are the ABI: whoever changes one raises `ABI_VERSION`.
+    /// Sizes are part of the ABI: raise `ABI_VERSION` when one changes.
     #[test]
     fn sizes_are_pinned() {
         assert_eq!(crate::ABI_VERSION, 7, "check every number below when you raise this");
@@ -639,7 +674,8 @@ mod tests {
         assert_eq!(size_of::<Event>(), size_of::<Event<u8, u8>>());
     }
 
-    /// The last field ends where the type ends: no hole at the end; the sums above leave none in between.
+    /// The last field ends where the type ends, so there is no padding at the end. The sum of the field sizes shows
+    /// that there is none in between.
     #[test]
     fn no_implicit_padding() {
         assert_eq!(offset_of!(ServiceRecord, pad) + 2, size_of::<ServiceRecord>());
@@ -658,7 +694,8 @@ mod tests {
         assert_eq!(offset_of!(Event, pad) + 7, 8 + 4 + 4 + 3 * 16 + 2 + 2 + 2 + 1 + 1 + 1 + 7);
     }
 
-    /// Both sides compute it: a program that looks elsewhere than the agent wrote would never see the endpoint.
+    /// The agent and the programs both compute the position. If they disagreed, the programs would never find the
+    /// endpoint.
     #[test]
     fn an_endpoints_bit_stays_where_it_is() {
         let v4 = filter_bit(V4::new([10, 43, 0, 10]), 8080_u16.to_be_bytes(), PROTO_TCP);
@@ -666,7 +703,7 @@ mod tests {
         assert_eq!((v4, v6), ((15_801, 1 << 4), (797, 1 << 14)));
     }
 
-    /// One family's addresses in a row take places far apart, so that few others share them.
+    /// Consecutive addresses get positions far apart, so that few endpoints share a bit.
     #[test]
     fn endpoints_share_few_bits() {
         let mut words = [0_u64; crate::FILTER_WORDS as usize];

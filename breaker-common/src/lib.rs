@@ -1,18 +1,19 @@
-//! The contract between the programs in the kernel and the agent: what stands in the maps, byte for byte.
+//! Layout of the BPF maps that the agent and the BPF programs share.
 //!
-//! Both sides import it, so that neither can drift; `bpftool map dump` prints these names, so they are chosen for the
-//! operator who reads them at night. Two things are computed here, because both sides must agree on them: the place of an
-//! endpoint's bit ([`filter_bit`]), and a rate limit ([`gcra`]).
+//! Both sides import this crate, so their view of the maps cannot diverge. `bpftool map dump` prints the names of
+//! the types and fields (from BTF), so the names are chosen for an operator who reads a dump. The crate also
+//! contains the two calculations that both sides must agree on: the position of an endpoint's bit in the prefilter's
+//! map ([`filter_bit`]), and the rate limit ([`gcra`]).
 //!
-//! Conventions, all pinned by the tests at the end of [`layout`]:
-//! * addresses and ports are byte arrays in wire order (RFC 791: most significant byte first);
-//! * times are nanoseconds and end in `_ns`; `CLOCK_MONOTONIC` unless the name says `unix`;
-//! * there is no implicit padding: a hole has a field called `pad`, always zero;
-//! * enums keep their numbers for ever; a number that is retired is not used again.
+//! Conventions, checked by the tests at the end of [`layout`]:
+//! * Addresses and ports are byte arrays in wire order (RFC 791: most significant byte first).
+//! * Times are nanoseconds and their names end in `_ns`. They are `CLOCK_MONOTONIC` unless the name contains `unix`.
+//! * There is no implicit padding. Padding is an explicit field named `pad`, which is always zero.
+//! * An enum's numbers never change. The number of a removed variant is never reused.
 //!
-//! Where a value holds an enum, its type has a parameter: the programs instantiate it with the enum (so that the
-//! type information names it), userspace with the plain integer, and converts with `try_from`, because the kernel
-//! does not promise that a byte read from a map is a variant.
+//! A type that holds an enum takes the enum as a type parameter. The programs instantiate it with the enum, so BTF
+//! names the variants. Userspace instantiates it with the plain integer and converts with `try_from`, because the
+//! kernel does not guarantee that a byte read from a map is a valid variant.
 
 #![no_std]
 
@@ -24,60 +25,64 @@ mod limits;
 mod user;
 
 pub use enums::{
-    BreakerState, EventKind, FlowKind, LimitAction, LimitKind, PassReason, Place, StateReason, UnknownNumber,
+    BreakerState, EventKind, FlowKind, LimitAction, LimitKind, PassReason, StateReason, TcHook, UnknownNumber,
 };
 pub use layout::*;
 pub use limits::*;
 
-/// Version of everything in this crate. Pins live below a directory named after it (`v7`), so that an agent never
-/// adopts maps of another layout.
+/// Version of every layout in this crate. The pin directory is named after it (`v7`), so an agent never adopts maps
+/// with a different layout.
 pub const ABI_VERSION: u32 = 7;
 
-/// How many services one node can protect, where the agent does not choose another size when it makes the maps. The same
-/// holds for the other `DEFAULT_`s.
+/// Default maximum number of services on one node. The agent may choose another size when it creates the maps; the
+/// same holds for every other constant whose name starts with `DEFAULT_`.
 pub const DEFAULT_SERVICES: u32 = 1024;
-/// How many frontends' routes.
+/// Default maximum number of routes (see [`Route`]).
 pub const DEFAULT_ROUTES: u32 = 4096;
-/// How many selection tables.
+/// Default maximum number of selection tables (see [`Table`]).
 pub const DEFAULT_TABLES: u32 = 2048;
-/// How many backends (address, port, protocol) of a family, those that drain included.
+/// Default maximum number of backends (address, port, protocol) per IP family, including backends that are draining.
 pub const DEFAULT_BACKENDS: u32 = 16_384;
-/// How many frontends and backends of a family together.
+/// Default maximum number of endpoints (frontends and backends together) per IP family.
 pub const DEFAULT_ENDPOINTS: u32 = 32_768;
-/// How many established flows of a family.
+/// Default maximum number of established flows per IP family.
 pub const DEFAULT_FLOWS: u32 = 65_536;
-/// How many flows of a family that no backend has answered yet; the oldest make room.
+/// Default maximum number of pending flows (not yet answered by a backend) per IP family. A full table evicts the
+/// oldest.
 pub const DEFAULT_PENDING: u32 = 32_768;
-/// 64-bit words of `FILTER`, a power of two: 128 KiB. With a thousand endpoints one in a thousand of other packets is looked up
-/// for nothing, with a hundred thousand one in ten.
+/// Number of entries of `FILTER`, a power of two. `FILTER` is two bitmaps of 2^20 bits (128 KiB) each. With 1,000
+/// endpoints, about one in 1,000 other packets costs a needless lookup; with 100,000 endpoints, about one in ten.
 pub const FILTER_WORDS: u32 = 1 << 14;
-/// How many fragmented packets of a family under way; the oldest make room.
+/// Default maximum number of fragmented packets in flight per IP family. A full table evicts the oldest.
 pub const DEFAULT_FRAGMENTS: u32 = 4096;
 
-/// How many sockets of the node's own are remembered that were sent to a backup; the oldest make room.
+/// Default maximum number of remembered redirects of sockets in the host network namespace. A full table evicts the
+/// oldest.
 pub const DEFAULT_SOCKETS: u32 = 16_384;
 
-/// How many connections to services with limits are remembered, in buckets of [`WAYS`].
+/// Default number of buckets of `CONNECTIONS`, which remembers connections to services with limits. A bucket has
+/// [`WAYS`] entries.
 pub const DEFAULT_CONNECTION_BUCKETS: u32 = 2048;
-/// How many clients of services with limits per client are remembered, in buckets of [`WAYS`].
+/// Default number of buckets of `CLIENTS`, which remembers the clients of tiers with per-client limits. A bucket has
+/// [`WAYS`] entries.
 pub const DEFAULT_CLIENT_BUCKETS: u32 = 2048;
-/// How many clients are remembered as refused most often; a power of two.
+/// Number of entries of `LIMITED`, the list of the clients that limits refuse most often. A power of two.
 pub const LIMITED_CLIENTS: u32 = 4096;
 
-/// Places in one selection table. A prime, as Maglev wants (Eisenbud et al., NSDI 2016, section 3.4); 251 gives a
-/// weight a resolution of 0.4 % in 1 KiB a table.
+/// Number of slots in a selection table. Maglev requires a prime (Eisenbud et al., NSDI 2016, section 3.4). 251
+/// slots give weights a resolution of 0.4 % and fit into 1 KiB per table.
 pub const SLOTS: u32 = 251;
-/// In place of a selection table's index, for one that holds a single backend: this bit and the backend's id. There is no
-/// table then. (The two numbers below, which have this bit too, stand for themselves.)
-pub const TABLE_OF_ONE: u32 = 1 << 31;
-/// Slot content: leave the connection to kube-proxy.
+/// Flag in [`Route::tables`]: all slots would hold the same backend, so no table exists and the remaining bits are
+/// that backend's id. [`SLOT_PASSTHROUGH`] and [`SLOT_REJECT`] have this bit set too; test for them first.
+pub const SINGLE_BACKEND: u32 = 1 << 31;
+/// Slot content: leave the connection untouched, for kube-proxy.
 pub const SLOT_PASSTHROUGH: u32 = u32::MAX;
-/// Slot content: refuse the connection, so that the client knows at once.
+/// Slot content: refuse the connection, so that the client gets an error at once.
 pub const SLOT_REJECT: u32 = u32::MAX - 1;
-/// "No such index" in [`EndpointRole`] and [`Flow`].
+/// "No index" in fields of [`EndpointRole`] and [`Flow`].
 pub const NONE: u32 = u32::MAX;
 
-/// The whole of the traffic, in the unit of [`Switch::share`].
+/// Value of [`Switch::share`] that leaves all new flows to the primary. Shares are in permille.
 pub const SHARE_ALL: u16 = 1000;
 
 /// kube-proxy's masquerade mark: `1 << masqueradeBit`, where the bit is 14 by default (its `--masquerade-bit`).

@@ -1,54 +1,56 @@
-//! What stands in the maps about limits: what is configured, the buckets and counts that the programs keep, and which
-//! connections and clients they belong to.
+//! Layout of the maps for limits: the configured limits, the token buckets and connection counts that the programs
+//! maintain, and the connections and clients that are remembered.
 //!
-//! A *limiter* is a tier of a service: its index is twice the service's, plus 0 for the primary or 1 for the backup.
+//! A *limiter* is one tier of one service. Its index is twice the service's index, plus 0 for the primary or 1 for
+//! the backup.
 //!
-//! Connections and clients are found by a 64-bit *tag*, a keyed hash of what they are told apart by, in one of two buckets of
-//! [`WAYS`] places. A place is claimed by compare-and-swap of its tag, and free when that is 0.
+//! Connections and clients are identified by a 64-bit *tag*, a hash that is never 0. A tag's entry is in one of two
+//! buckets of [`WAYS`] entries each. An entry is free if its tag is 0, and is claimed by compare-and-swap of the
+//! tag.
 
 use crate::V6;
 
-/// Places in a bucket: their tags fill one cache line.
+/// Entries in a bucket. Their tags fill one cache line (64 bytes).
 pub const WAYS: usize = 8;
 
 /// The limits of one tier: part of [`ServiceLimits`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct TierLimits {
-    /// Time for one new connection; 0 = no limit. See [`crate::gcra`].
+    /// Time for one new connection; 0 = no limit. `interval` in [`crate::gcra`].
     pub interval_ns: u64,
-    /// How far the theoretical arrival time may be ahead.
+    /// How far the theoretical arrival time may be ahead of now. `tolerance` in [`crate::gcra`].
     pub tolerance_ns: u64,
-    /// As `interval_ns`, for each client.
+    /// As `interval_ns`, for each client separately.
     pub client_interval_ns: u64,
-    /// As `tolerance_ns`, for each client.
+    /// As `tolerance_ns`, for each client separately.
     pub client_tolerance_ns: u64,
-    /// Connections at the same time; 0 = no limit.
+    /// Maximum number of concurrent connections; 0 = no limit.
     pub concurrent: u32,
-    /// As `concurrent`, for each client.
+    /// As `concurrent`, for each client separately.
     pub client_concurrent: u32,
-    /// What happens over a limit: a [`crate::LimitAction`].
+    /// What happens to a connection over a limit: the number of a [`crate::LimitAction`].
     pub action: u32,
     /// Always 0.
     pub pad: u32,
 }
 
 impl TierLimits {
-    /// Whether connections at the same time are limited.
+    /// Returns whether concurrent connections are limited, so that connections must be counted.
     #[inline(always)]
     #[must_use]
     pub const fn counts(&self) -> bool {
         self.concurrent | self.client_concurrent != 0
     }
 
-    /// Whether there is a limit for each client.
+    /// Returns whether there is a limit per client.
     #[inline(always)]
     #[must_use]
     pub const fn tells_clients(&self) -> bool {
         self.client_interval_ns != 0 || self.client_concurrent != 0
     }
 
-    /// Whether there is any limit.
+    /// Returns whether there is any limit.
     #[inline(always)]
     #[must_use]
     pub const fn any(&self) -> bool {
@@ -56,16 +58,18 @@ impl TierLimits {
     }
 }
 
-/// A service's limits: value of `LIMITS`, index = service. Means something while [`crate::switch_flags::LIMITED`] is set.
-/// Written by the agent; a packet meanwhile may see some of the old and some of the new limits.
+/// Limits of a service: value of `LIMITS`. The index is the service's.
+///
+/// The value is meaningful while [`crate::switch_flags::LIMITED`] is set. The agent writes it field by field: a
+/// packet that passes at the same time may see some old and some new limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceLimits {
-    /// The primary's and the backup's.
+    /// Limits by tier: 0 = primary, 1 = backup.
     pub tiers: [TierLimits; 2],
-    /// Mixed into tags. Random, so that nobody can choose addresses that share a place.
+    /// Key of the tag hash. It is random, so that nobody can choose addresses that share an entry.
     pub hash_key: u64,
-    /// Bits of an IPv6 client's address that tell clients apart, wire order.
+    /// Mask of the bits of an IPv6 address that identify a client, wire order.
     pub client_mask: V6,
     /// Bits of [`limit_flags`].
     pub flags: u32,
@@ -74,7 +78,7 @@ pub struct ServiceLimits {
 }
 
 impl ServiceLimits {
-    /// No limits at all.
+    /// No limits.
     pub const NONE: Self = Self {
         tiers: [TierLimits {
             interval_ns: 0,
@@ -95,60 +99,63 @@ impl ServiceLimits {
 
 /// Bits of [`ServiceLimits::flags`].
 pub mod limit_flags {
-    /// Every packet of the service's clients is taken as a sign that its connection lives.
+    /// Census: every packet of a client marks its connection as alive, not only SYN, FIN and RST. The agent asks for
+    /// it while a limit on concurrent connections is nearly reached.
     pub const CENSUS: u32 = 1;
 }
 
-/// What the programs keep for a limiter: value of `LIMITERS`. A cache line of its own.
+/// State of a limiter, maintained by the programs: value of `LIMITERS`. It fills one cache line, so that limiters do
+/// not slow each other down by false sharing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Limiter {
-    /// Theoretical arrival time of the next new connection.
+    /// Theoretical arrival time (see [`crate::gcra`]).
     pub arrival_ns: u64,
-    /// Connections that are counted.
+    /// Number of counted connections.
     pub concurrent: u32,
-    /// Of the primary: 1 after a new connection was sent to the backup because of a limit. Set by the programs, cleared by
-    /// the agent.
+    /// Used in the primary's limiter only: 1 after a new connection was sent to the backup because of a limit. The
+    /// programs set it; the agent clears it.
     pub overflowed: u32,
     /// Always 0.
     pub pad: [u64; 6],
 }
 
-/// Places for connections or clients: value of `CONNECTIONS` and `CLIENTS`.
+/// A bucket with entries for connections or clients: value of `CONNECTIONS` and `CLIENTS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Bucket<S> {
-    /// Tags; 0 = the place is free.
+    /// Tag of each entry; 0 = the entry is free.
     pub tags: [u64; WAYS],
-    /// What is known, by place.
+    /// State of each entry.
     pub states: [S; WAYS],
 }
 
-/// A connection to a service with limits.
+/// An admitted connection to a service with limits: state of an entry in `CONNECTIONS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ConnectionState {
-    /// Its limiter.
+    /// Index of the limiter that admitted the connection.
     pub limiter: u32,
-    /// The sequence number of its SYN, so that one that is sent again is recognized; 0 for datagrams.
+    /// Sequence number of the SYN as it is in memory, by which a retransmitted SYN is recognized; 0 for datagrams.
     pub number: u32,
-    /// When a sign of life was seen last, in ticks (see [`crate::TICK_SHIFT`]).
+    /// When the connection was last known to be alive, in ticks (see [`crate::TICK_SHIFT`]).
     pub last_tick: u32,
-    /// Bits of [`connection_state`], and above them how often the place was taken: see [`CONNECTION_TURN`].
+    /// Bits of [`connection_state`]. The bits above them count how often the entry was claimed; see
+    /// [`CONNECTION_TURN`].
     pub state: u32,
-    /// The place of its client in `CLIENTS` plus 1; 0 = none.
+    /// Index of the client's entry in `CLIENTS`, counted over all buckets, plus 1; 0 = none.
     pub client: u32,
     /// Always 0.
     pub pad: u32,
 }
 
-/// Added to [`ConnectionState::state`] each time the place is taken, so that what is known of an earlier connection does not
-/// change a later one.
+/// Added to [`ConnectionState::state`] each time the entry is claimed. A compare-and-swap based on an earlier
+/// connection's state then fails, so it cannot change a later connection in the same entry.
 pub const CONNECTION_TURN: u32 = 1 << 8;
 
 /// Bits of [`ConnectionState::state`].
 pub mod connection_state {
-    /// It is part of [`super::Limiter::concurrent`]. Whoever clears this bit counts down.
+    /// The connection is included in [`super::Limiter::concurrent`]. Whoever clears this bit decrements that counter.
     pub const COUNTED: u32 = 1;
     /// The server answered.
     pub const ANSWERED: u32 = 1 << 1;
@@ -156,64 +163,68 @@ pub mod connection_state {
     pub const CLIENT_FIN: u32 = 1 << 2;
     /// The server sent its FIN.
     pub const SERVER_FIN: u32 = 1 << 3;
-    /// A flow of datagrams.
+    /// The entry is a flow of datagrams.
     pub const DATAGRAMS: u32 = 1 << 4;
-    /// A socket of the node's own, whose packets are not seen.
+    /// The entry is a socket in the host network namespace, whose packets the programs do not see.
     pub const SOCKET: u32 = 1 << 5;
 }
 
-/// A client of a limiter with limits for each client.
+/// A client of a tier with per-client limits: state of an entry in `CLIENTS`.
 ///
-/// A client whose bucket is full and that has no connections is as good as one never seen: its place may be taken, and nothing
-/// is lost.
+/// A client without connections and with a full token bucket is equivalent to a new client, so its entry may be
+/// reused without loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ClientState {
-    /// Theoretical arrival time of its next new connection.
+    /// Theoretical arrival time (see [`crate::gcra`]).
     pub arrival_ns: u64,
-    /// Its connections that are counted.
+    /// Number of the client's counted connections.
     pub concurrent: u32,
     /// Always 0.
     pub pad: u32,
 }
 
-/// A client that was refused: value of `LIMITED`, a list of those that are refused most often. A client that finds all of its
-/// four places taken counts the last of them down, and takes it over at 0.
+/// A client that a limit refused: value of `LIMITED`, the list of the clients that are refused most often.
+///
+/// A client may be in one of four entries. If other clients occupy all four, each refusal of this client decrements
+/// the count of the last one, and the client takes that entry over when the count is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct LimitedClient {
-    /// Its address, wire order, IPv4 in its mapped form; an IPv6 address without the bits that do not tell clients apart.
-    /// Zero: a process of the node itself.
+    /// Client's address, wire order, IPv4 in its IPv4-mapped IPv6 form. Of an IPv6 address, only the bits that
+    /// identify a client (see [`ServiceLimits::client_mask`]). Zero: the processes in the host network namespace.
     pub client: V6,
-    /// The limiter that refused it, plus 1; 0 = the place is free.
+    /// Index of the limiter that refused the client, plus 1; 0 = the entry is free.
     pub limiter: u32,
-    /// Which window of [`LIMITED_WINDOW_SHIFT`] `count` is of.
+    /// Number of the window that `count` belongs to (time shifted right by [`LIMITED_WINDOW_SHIFT`]).
     pub window: u32,
-    /// How often it was refused in that window.
+    /// How often the client was refused in that window.
     pub count: u32,
-    /// How often in the window before.
+    /// How often the client was refused in the window before.
     pub before: u32,
 }
 
-/// A window of [`LimitedClient`] is 2^36 ns of `CLOCK_MONOTONIC`: 69 seconds.
+/// A window of [`LimitedClient`] is 2^36 ns (69 s) of `CLOCK_MONOTONIC`.
 pub const LIMITED_WINDOW_SHIFT: u32 = 36;
 
-/// What limits did on one CPU: value of `LIMIT_COUNTERS`, index = service. Refused connections are by tier (0 = primary) and
-/// [`crate::LimitKind`].
+/// Counters of the limits of one service on one CPU: value of `LIMIT_COUNTERS`. The index is the service's. The
+/// arrays are indexed by tier (0 = primary) and [`crate::LimitKind`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct LimitCounters {
-    /// New connections over a limit: refused, or sent to the other tier.
+    /// New connections over a limit that were refused or sent to the backup.
     pub limited: [[u64; 4]; 2],
-    /// New connections that would have been over a limit, were this not a dry run.
+    /// New connections that would have been over a limit if this were not a dry run.
     pub dry_run: [[u64; 4]; 2],
-    /// New connections sent to the backup because the primary was at a limit (part of `limited`).
+    /// New connections that were sent on to the backup because the primary was at a limit (included in `limited`).
+    /// The backup's own limits may still have refused them.
     pub failed_over: u64,
     /// New connections admitted because every compare-and-swap lost its race.
     pub contended: u64,
-    /// First packets of connections that were admitted before: sent again, or datagrams of a known flow.
+    /// First packets of connections that were already admitted: retransmitted SYNs, or datagrams of a known flow.
     pub repeated: u64,
-    /// New connections admitted and not counted, because there was no room to remember them or their client.
+    /// New connections that were admitted and not counted, because their entry or their client's entry could not be
+    /// created.
     pub untracked: u64,
 }
 

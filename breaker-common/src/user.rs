@@ -1,4 +1,4 @@
-//! What userspace may read and write as plain bytes.
+//! Marks the map types that userspace may read and write as plain bytes ([`aya::Pod`]).
 #![expect(unsafe_code, reason = "aya::Pod is an unsafe trait")]
 
 use aya::Pod;
@@ -11,15 +11,16 @@ use crate::limits::{Bucket, ClientState, ConnectionState, LimitCounters, Limited
 
 macro_rules! pod {
     ($($type:ty),+ $(,)?) => {
-        // SAFETY: `repr(C)`, integers and arrays of them only (the enums' places hold `u8` in userspace), no padding:
-        // any bytes are a value. The layout tests pin that.
+        // SAFETY: the type is `repr(C)`, consists of integers and arrays of integers only (userspace instantiates
+        // enum parameters with `u8`) and has no padding, so any bytes are a valid value. The layout tests check
+        // this.
         $(unsafe impl Pod for $type {})+
     };
 }
 
 macro_rules! pod_of_address {
     ($($type:ty),+ $(,)?) => {
-        // SAFETY: as above, for both kinds of address that there are.
+        // SAFETY: as in `pod!`, for both implementors of `Address`.
         $(unsafe impl<A: Address> Pod for $type {})+
     };
 }

@@ -1,9 +1,9 @@
-//! Compare-and-swap and friends. `core::sync::atomic` offers no read-modify-write for this target, the intrinsics
-//! behind it do (BPF_ATOMIC instructions, target-cpu v3).
+//! Atomic operations on map values. For this target `core::sync::atomic` offers no read-modify-write operations,
+//! but the intrinsics behind it work (BPF_ATOMIC instructions, target-cpu v3).
 
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd, atomic_xsub};
 
-/// Replaces `*at` by `new` if it is `old`.
+/// Replaces `*at` by `new` if it equals `old`. Returns whether it did.
 ///
 /// # Safety
 /// `at` points to a live, aligned map value that nobody accesses without atomics.
@@ -13,7 +13,7 @@ pub unsafe fn compare_exchange(at: *mut u64, old: u64, new: u64) -> bool {
     unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1 }
 }
 
-/// As [`compare_exchange`], for 32 bits.
+/// [`compare_exchange`] for 32 bits.
 ///
 /// # Safety
 /// As for [`compare_exchange`].
@@ -33,7 +33,7 @@ pub unsafe fn increment(at: *mut u32) {
     unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(at, 1) };
 }
 
-/// Takes one from `*at`.
+/// Subtracts one from `*at`.
 ///
 /// # Safety
 /// As for [`compare_exchange`].
@@ -43,7 +43,7 @@ pub unsafe fn decrement(at: *mut u32) {
     unsafe { atomic_xsub::<u32, u32, { AtomicOrdering::SeqCst }>(at, 1) };
 }
 
-/// Sets bits in `*at`.
+/// Sets bits in `*at`, a 32-bit word.
 ///
 /// # Safety
 /// As for [`compare_exchange`].
@@ -53,7 +53,7 @@ pub unsafe fn or(at: *mut u32, bits: u32) {
     unsafe { atomic_or::<u32, u32, { AtomicOrdering::SeqCst }>(at, bits) };
 }
 
-/// Sets bits in `*at`, 64 of them.
+/// Sets bits in `*at`, a 64-bit word.
 ///
 /// # Safety
 /// As for [`compare_exchange`].
@@ -63,7 +63,7 @@ pub unsafe fn or64(at: *mut u64, bits: u64) {
     unsafe { atomic_or::<u64, u64, { AtomicOrdering::SeqCst }>(at, bits) };
 }
 
-/// Reads a word at once; the compiler may not split or repeat it.
+/// Reads a 64-bit word in one access, which the compiler may neither split nor repeat.
 ///
 /// # Safety
 /// `at` points to a live, aligned map value.
@@ -73,7 +73,7 @@ pub unsafe fn load(at: *const u64) -> u64 {
     unsafe { core::ptr::read_volatile(at) }
 }
 
-/// As [`load`], for 32 bits.
+/// [`load`] for 32 bits.
 ///
 /// # Safety
 /// As for [`load`].

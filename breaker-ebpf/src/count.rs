@@ -1,31 +1,31 @@
-//! Counters, per CPU: userspace sums them up.
+//! Counters, one set for each CPU. Userspace adds them up.
 
 use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
 use breaker_common::{DEFAULT_SERVICES, PassReason, ServiceCounters};
 
-/// Per service.
+/// Counters of each service, index = service.
 #[btf_map]
 static COUNTERS: PerCpuArray<ServiceCounters, { DEFAULT_SERVICES as usize }> = PerCpuArray::new();
 
-/// Packets that failed open, index = [`PassReason`].
+/// Number of times that each [`PassReason`] occurred, index = reason.
 #[btf_map]
 static REASONS: PerCpuArray<u64, { PassReason::ALL.len() }> = PerCpuArray::new();
 
-/// Changes a service's counters.
+/// Applies `change` to this CPU's counters of a service. A service index out of range, such as `NONE`, is ignored.
 #[inline(always)]
 pub fn service(service: u32, change: impl FnOnce(&mut ServiceCounters)) {
     if let Some(counters) = COUNTERS.get_ptr_mut(service) {
-        // SAFETY: the kernel returned a pointer to this CPU's value; programs of this type do not preempt each other
-        // on one CPU in a way that matters to a counter.
+        // SAFETY: the kernel returned a pointer to this CPU's value. A program that interrupts this one on the same
+        // CPU can at worst make it lose an increment.
         change(unsafe { &mut *counters });
     }
 }
 
-/// Counts a packet that failed open.
+/// Counts a reason: a packet failed open, or something could not be recorded.
 #[inline(always)]
 pub fn reason(reason: PassReason) {
     if let Some(count) = REASONS.get_ptr_mut(reason as u32) {
-        // SAFETY: as above.
+        // SAFETY: as in `service`.
         unsafe { *count += 1 };
     }
 }

@@ -1,34 +1,35 @@
-//! What an address is to us. Most packets' addresses are nothing: a filter says so at a tenth of what the look-up costs.
+//! The role of an address and port. Most have none: a filter tells so at a tenth of the cost of the look-up.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{COUNTED, EndpointKey, EndpointRole, FILTER_WORDS, FilterWords, NONE, PROTO_TCP, filter_bit};
 
 use crate::{atomic, family::Family};
 
-/// Bits for every endpoint that there is, which others may share (Bloom filters of one hash). The agent has it in its memory,
-/// sets a bit before what it says is so, and clears it after.
+/// Bits for every endpoint, which other endpoints may share: Bloom filters with one hash function. The agent maps
+/// the array into its memory. It sets a bit before the fact that the bit stands for becomes true, and clears the
+/// bit after the fact has ended.
 #[btf_map]
 static FILTER: Array<FilterWords, { FILTER_WORDS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// What the filter says of an address and port.
+/// The filter's answer for an address and port. A set bit may be a false positive; a clear bit is certain.
 #[derive(Clone, Copy)]
 pub struct Guess {
-    /// It may be a frontend: what may be the first packet of a flow to it counts.
+    /// Possibly a frontend: packets that may be the first of a flow take the full path.
     pub frontend: bool,
-    /// Every packet counts: it may be a backend, or a frontend of a service whose flows are looked for. Not so for those of a
-    /// service that is closed and settled, nor for nearly all that have no role.
+    /// All packets take the full path. Set for backends and for frontends of services with tracked flows. Clear for
+    /// services that are closed and idle (no tracked flows), and, up to hash collisions, for every other address.
     pub every: bool,
 }
 
 impl Guess {
-    /// Whether a packet counts that may be the first of its flow, or not. Of a service that is closed and settled others do not.
+    /// Whether a packet takes the full path. `may_begin`: it may be the first of its flow.
     #[inline(always)]
     pub fn counts(self, may_begin: bool) -> bool {
         self.every || self.frontend && may_begin
     }
 }
 
-/// Asks the filter for an address and port (wire order) under a protocol.
+/// Looks up an address, port (both in wire order) and protocol in the filter.
 #[inline(always)]
 pub fn guess<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Guess {
     let (place, bit) = filter_bit(addr, port, proto);
@@ -38,46 +39,46 @@ pub fn guess<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Guess {
     })
 }
 
-/// Whether an address and port (wire order) may be a TCP frontend of a service that counts connections: then SYN, FIN and RST
-/// count, both ways.
+/// Whether an address and port (wire order) may be a TCP frontend of a service that counts connections. Its packets
+/// with SYN, FIN or RST then take the full path, in both directions.
 #[inline(always)]
 pub fn is_counted<A: Family>(addr: A, port: [u8; 2]) -> bool {
     guess(addr, port, PROTO_TCP | COUNTED).frontend
 }
 
-/// Tells the filter that every packet to an address and port (wire order) counts from now on. The agent keeps the bit, or
-/// clears it when no flow needs it any more.
+/// Sets the filter's bit `every` for an address and port (wire order): all their packets take the full path from
+/// now on. The agent clears the bit when no flow needs it any more.
 #[inline(always)]
 pub fn watch<A: Family>(addr: A, port: [u8; 2], proto: u8) {
     let (place, bit) = filter_bit(addr, port, proto);
     let Some(words) = FILTER.get_ptr_mut(place) else { return };
-    // SAFETY: the kernel returned a pointer to a value of this map; the field is 8 bytes, aligned.
+    // SAFETY: the kernel returned a pointer to a value of this map; the field has 8 bytes and is aligned.
     unsafe {
         let at = &raw mut (*words).every;
-        // Reading first keeps the cache line shared.
+        // Writing only on a change keeps the cache line shared between CPUs.
         if atomic::load(at) & bit == 0 {
             atomic::or64(at, bit);
         }
     }
 }
 
-/// The role of an address and port (wire order) under a protocol, if it has one.
+/// The role of an address and port (wire order) under a protocol, if it has one. Asks the filter first.
 #[inline(always)]
 pub fn find<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Option<EndpointRole> {
     let guess = guess(addr, port, proto);
     if guess.frontend || guess.every { look_up(addr, port, proto) } else { None }
 }
 
-/// As [`find`], where the filter was asked already.
+/// As [`find`], for a caller that has already asked the filter.
 #[inline(always)]
 pub fn look_up<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Option<EndpointRole> {
     let key = EndpointKey::new(addr, port, proto);
-    // SAFETY: the value is copied out at once. An entry that is replaced meanwhile shows its old or its new fields:
-    // both index existing places, and the next packet sees the new ones.
+    // SAFETY: the value is copied out at once. If the agent replaces the entry meanwhile, each field is the old or
+    // the new one: both are valid indices, and the next packet reads the new ones.
     unsafe { A::endpoints().get(key) }.copied()
 }
 
-/// The index behind a field of a role.
+/// The index in a field of a role; `None` for [`NONE`].
 #[inline(always)]
 pub fn index(field: u32) -> Option<u32> {
     if field == NONE { None } else { Some(field) }

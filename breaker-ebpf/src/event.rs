@@ -1,4 +1,4 @@
-//! What is told to userspace as it happens. A full ring loses the event, never the packet.
+//! Events for userspace. If the ring buffer is full, the event is lost; the packet is not affected.
 
 use aya_ebpf::{
     bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
@@ -12,12 +12,12 @@ use crate::{
     family::{Family, V6},
 };
 
-/// 256 KiB: three thousand events.
+/// 256 KiB: room for about 3,000 events.
 #[btf_map]
 static EVENTS: RingBuf<Event, { 256 * 1024 }> = RingBuf::new();
 
-/// Tells of a connection. `flow` is where it went, if anywhere. A function to the kernel too: see [`crate::hook::tc`] on
-/// the stack.
+/// Sends an event about a connection. `flow`: the decision that sent it to a backend, if any. BPF subprogram (not
+/// inlined), for a stack frame of its own: see [`crate::hook::tc`].
 #[inline(never)]
 pub fn send<A: Family>(kind: EventKind, service: u32, switch: &Switch<u8>, key: &FlowKey<A>, flow: Option<&Flow<A>>) {
     let Some(mut entry) = EVENTS.reserve(0) else {
@@ -44,9 +44,9 @@ pub fn send<A: Family>(kind: EventKind, service: u32, switch: &Switch<u8>, key: 
         proto: key.proto,
         pad: [0; 7],
     };
-    // SAFETY: the same type but for the address, which has the same size, alignment and bytes.
+    // SAFETY: the type differs from the map's only in the address type, which has the same size, alignment and bytes.
     unsafe { entry.as_mut_ptr().cast::<Event<EventKind, BreakerState, V6>>().write(event) };
-    // The agent looks into the ring regularly; only news about a state is worth waking it up.
+    // The agent polls the ring buffer regularly; only an adopted state is worth waking it up.
     let wake = if kind as u8 == EventKind::StateAdopted as u8 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
     entry.submit(wake as u64);
 }

@@ -1,5 +1,5 @@
-//! What differs between IPv4 and IPv6, in one place: where addresses stand in a packet, how they are summed and hashed, and
-//! which maps are theirs. Everything else in the programs is generic over [`Family`].
+//! Everything that differs between IPv4 and IPv6: where addresses are in a packet, how they are summed and hashed,
+//! and which maps hold them. The rest of the programs is generic over [`Family`].
 
 use aya_ebpf::{
     bindings::{
@@ -19,20 +19,21 @@ use crate::{
     parse::{self, Kind, Plain, Segment},
 };
 
-/// An IPv4 address as the word that it is in memory: what a map has as bytes, for people.
+/// An IPv4 address, read from memory as one native word. The maps declare addresses as bytes, which bpftool prints
+/// readably.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct V4(u32);
 
-/// An IPv6 address as the words that it is in memory. (As bytes the compiler would take it apart, and its pieces would not
-/// fit on the stack.)
+/// An IPv6 address, read from memory as four native words. (The compiler would split an array of bytes into pieces,
+/// which do not fit on the stack.)
 #[derive(Clone, Copy, Debug, Eq, PartialOrd, Ord, Hash)]
-#[expect(clippy::derived_hash_with_manual_eq, reason = "equal by the same words, without a jump for each")]
+#[expect(clippy::derived_hash_with_manual_eq, reason = "`eq` compares the same words, without a branch for each")]
 #[repr(transparent)]
 pub struct V6([u32; 4]);
 
 impl V4 {
-    /// From the word that it is in memory.
+    /// From a native word: the four bytes of the address as they lie in memory (wire order).
     #[inline(always)]
     pub fn from_word(word: u32) -> Self {
         Self(word)
@@ -45,13 +46,13 @@ impl V4 {
 }
 
 impl V6 {
-    /// From the words that it is in memory.
+    /// From native words: the bytes of the address as they lie in memory (wire order).
     #[inline(always)]
     pub fn from_words(words: [u32; 4]) -> Self {
         Self(words)
     }
 
-    /// From wire order.
+    /// From bytes in wire order.
     #[inline(always)]
     pub fn from_bytes(b: [u8; 16]) -> Self {
         let word = |at: usize| u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
@@ -63,7 +64,7 @@ impl V6 {
         self.0
     }
 
-    /// The IPv4 address whose mapped form it is (RFC 4291, section 2.5.5.2), if it is one.
+    /// The IPv4 address, if this is an IPv4-mapped address (RFC 4291, section 2.5.5.2).
     #[inline(always)]
     pub fn as_v4(self) -> Option<V4> {
         let [a, b, c, d] = self.0;
@@ -102,20 +103,22 @@ impl Address for V6 {
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
-/// Frontends and backends by address, port and protocol.
+/// Roles of frontends and backends by address, port and protocol.
 pub type Endpoints<A> = HashMap<EndpointKey<A>, EndpointRole, { DEFAULT_ENDPOINTS as usize }, NO_PREALLOC>;
-/// Destinations by id.
+/// Backends by id.
 pub type Backends<A> = Array<Backend<A>, { DEFAULT_BACKENDS as usize }, MMAPABLE>;
-/// Established flows: nothing pushes them out.
+/// Established flows. No entry is evicted; when the map is full, it takes no new one.
 pub type Flows<A> = HashMap<FlowKey<A>, Flow<A>, { DEFAULT_FLOWS as usize }, NO_PREALLOC>;
+/// Reverse entries of established flows.
 pub type Reverses<A> = HashMap<ReverseKey<A>, Reverse<A>, { DEFAULT_FLOWS as usize }, NO_PREALLOC>;
-/// Flows that no backend has answered yet: a flood of connection requests pushes out other requests only.
+/// Flows that no backend has answered yet (LRU): a flood of connection requests evicts only other requests.
 pub type PendingFlows<A> = LruHashMap<FlowKey<A>, Flow<A>, { DEFAULT_PENDING as usize }>;
+/// Reverse entries of flows that no backend has answered yet (LRU).
 pub type PendingReverses<A> = LruHashMap<ReverseKey<A>, Reverse<A>, { DEFAULT_PENDING as usize }>;
-/// Fragmented packets under way.
+/// Translations of fragmented packets whose later fragments are still expected (LRU).
 pub type Fragments<A> = LruHashMap<FragmentKey<A>, Fragment<A>, { DEFAULT_FRAGMENTS as usize }>;
 
-/// Where packets are parsed into.
+/// Scratch memory of the parser, index = [`parse::Hook`].
 pub type Segments<A> = PerCpuArray<Segment<A>, 2>;
 
 #[btf_map]
@@ -153,36 +156,37 @@ static PENDING_REVERSE6: PendingReverses<common::V6> = PendingReverses::new();
 #[btf_map]
 static FRAGMENTS6: Fragments<common::V6> = Fragments::new();
 
-/// An address family of the packet path.
+/// An address family (IPv4 or IPv6). Offsets and lengths are in bytes.
 pub trait Family: Address {
-    /// Where the source address stands in the IP header.
+    /// Offset of the source address in the IP header.
     const SOURCE_AT: usize;
-    /// Where the destination address stands in the IP header.
+    /// Offset of the destination address in the IP header.
     const DESTINATION_AT: usize;
     /// Length of the IP header without options and extension headers.
     const HEADER: usize;
-    /// Where the header's own checksum stands, if the family has one.
+    /// Offset of the checksum in the IP header, if the family has one.
     const CHECK_AT: Option<usize>;
-    /// Protocol number of its ICMP.
+    /// Protocol number of the family's ICMP.
     const ICMP: u8;
 
-    /// Parses the IP header at `l3`, and what follows.
+    /// Parses the IP header at offset `l3` and the headers behind it.
     ///
     /// # Errors
     /// See [`parse::at`].
     fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<Self>) -> Result<Kind, PassReason>;
-    /// The IP header at `l3`, if it is one without options and extension headers, and the packet no fragment.
+    /// Reads the IP header at offset `l3`. `None` if it has options or extension headers, or the packet is a
+    /// fragment.
     fn plain(packet: &impl Frame, l3: usize) -> Option<Plain<Self>>;
-    /// The sum of its 16-bit words, most significant byte first.
+    /// The sum of the address's 16-bit words, each read with its most significant byte first.
     fn words(self) -> u64;
-    /// The difference to another address as the kernel's checksum helpers want it: a 32-bit one's complement sum in
-    /// native order.
+    /// The difference to another address in the form that the kernel's checksum helpers take: a 32-bit one's
+    /// complement sum in native byte order.
     fn difference(self, to: Self) -> u32;
-    /// As an IPv6 address, IPv4 in its mapped form.
+    /// The address as an IPv6 address; IPv4 in its mapped form (RFC 4291, section 2.5.5.2).
     fn mapped(self) -> V6;
-    /// What tells clients apart: an IPv4 address in its mapped form, of an IPv6 address the bits of the mask.
+    /// Identifies a client for limits: an IPv4 address in its mapped form, an IPv6 address with `mask` applied.
     fn client(self, mask: V6) -> V6;
-    /// Fills in a question about routes.
+    /// Sets family and addresses in the parameters of a route look-up.
     fn look_up(lookup: &mut bpf_fib_lookup, source: Self, destination: Self);
 
     fn segments() -> &'static Segments<Self>;
@@ -199,44 +203,44 @@ macro_rules! maps {
     ($endpoints:ident $backends:ident $flows:ident $reverse:ident $pending:ident $pending_reverse:ident $fragments:ident) => {
         #[inline(always)]
         fn endpoints() -> &'static Endpoints<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $endpoints).cast() }
         }
         #[inline(always)]
         fn backends() -> &'static Backends<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $backends).cast() }
         }
         #[inline(always)]
         fn flows() -> &'static Flows<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $flows).cast() }
         }
         #[inline(always)]
         fn reverse() -> &'static Reverses<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $reverse).cast() }
         }
         #[inline(always)]
         fn pending() -> &'static PendingFlows<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $pending).cast() }
         }
         #[inline(always)]
         fn pending_reverse() -> &'static PendingReverses<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $pending_reverse).cast() }
         }
         #[inline(always)]
         fn fragments() -> &'static Fragments<Self> {
-            // SAFETY: a map's definition holds nothing but pointers that are never followed; `Self` has the size, the
-            // alignment and the bytes of the address in the map.
+            // SAFETY: a map's definition holds only pointers that are never followed; `Self` has the same size,
+            // alignment and bytes as the map's address type.
             unsafe { &*(&raw const $fragments).cast() }
         }
     };
@@ -314,7 +318,8 @@ impl Family for V6 {
 
     #[inline(always)]
     fn words(self) -> u64 {
-        // Each word's halves, summed in memory's order, are the wire's sum with its bytes swapped (RFC 1071, section 2.B).
+        // On a little-endian CPU the sum of the native half-words is the wire-order sum with its bytes swapped (RFC
+        // 1071, section 2.B).
         let sum: u64 = self.0.into_iter().map(|word| (word & 0xffff) as u64 + (word >> 16) as u64).sum();
         u16::from_be(csum::fold(sum)) as u64
     }

@@ -1,4 +1,4 @@
-//! What the node's routes say (the FIB, forwarding information base).
+//! Looks up the node's routes (FIB, forwarding information base).
 
 use aya_ebpf::{
     bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as Lookup},
@@ -8,20 +8,20 @@ use breaker_common::FlowKey;
 
 use crate::{family::Family, packet::Packet};
 
-/// Whether answers to a client leave by the interface that its packet came in by. Where the way back is another one, only the
-/// stack knows it all: policy routing, tunnels, more than one next hop. (A neighbor whose MAC address is not known yet is asked for
-/// when the answer is sent.)
+/// Whether the node's routes send replies to a client out of the interface on which its packet came in. If not,
+/// only the network stack knows the path back: policy routing, tunnels, several next hops. A neighbor whose MAC
+/// address is not known yet is no obstacle: the kernel resolves it when the reply is sent.
 ///
-/// A function to the kernel too: see [`crate::hook::tc`] on the stack.
+/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
 #[inline(never)]
 pub fn leads_back<A: Family>(packet: &Packet<'_>, key: &FlowKey<A>) -> bool {
     let here = packet.ifindex();
-    // SAFETY: numbers only, for which zero is a value.
+    // SAFETY: the struct holds only integers, for which zero is a valid value.
     let mut lookup: Lookup = unsafe { core::mem::zeroed() };
     lookup.l4_protocol = key.proto;
     lookup.ifindex = here;
     A::look_up(&mut lookup, key.vip, key.client);
-    // SAFETY: the context is valid for the run of the program, and so is the lookup, which is as long as is said.
+    // SAFETY: the context is valid for the run of the program; `lookup` is valid and has the length that is passed.
     let outcome =
         unsafe { bpf_fib_lookup(packet.context().skb.skb.cast(), &raw mut lookup, size_of::<Lookup>() as i32, 0) };
     (outcome == BPF_FIB_LKUP_RET_SUCCESS as i64 || outcome == BPF_FIB_LKUP_RET_NO_NEIGH as i64)

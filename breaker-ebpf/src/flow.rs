@@ -1,15 +1,20 @@
-//! The pinned decisions: a forward entry by the client's view, a reverse entry by the backend's.
+//! The pinned decisions for flows: a forward entry by the client's tuple, a reverse entry by the backend's.
 //!
-//! Two classes. A flow that no backend has answered yet is *pending*: its tables are LRU, so that a flood of connection
-//! requests pushes out other requests and nothing else. With the client's first packet after an answer it is *kept*: moved
-//! to tables that push nothing out, and that let nothing new in when they are full (then it stays pending, which works as
-//! long as there is no flood).
+//! # Pending and established flows
 //!
-//! The forward entry is the truth; the reverse one is derived from it.
+//! A flow that no backend has answered is *pending*. Its tables are LRU, so that a flood of connection requests
+//! evicts only other requests. The client's first packet after an answer *promotes* the flow: both entries move to
+//! tables that evict nothing. When these are full they take no new entry, and the flow stays pending, which works
+//! as long as there is no flood.
 //!
-//! Races: two CPUs may handle two packets of one flow at once only if the client sends its first packet again while the
-//! first is still under way; the later write wins in both tables, and a reverse entry of the loser's is removed by
-//! userspace. Keeping a flow writes the new entries before it removes the old ones: a packet meanwhile finds one of them.
+//! The forward entry is authoritative. The reverse entry is derived from it.
+//!
+//! # Races
+//!
+//! Two CPUs handle two packets of one flow at once only if the client sends its first packet again while the first
+//! copy is still being processed. The later write wins in both tables, and the agent removes the reverse entry of
+//! the other one. Promotion writes the new entries before it removes the old ones, so a packet in between finds one
+//! of them.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use breaker_common::{
@@ -23,27 +28,27 @@ use crate::{
     select,
 };
 
-/// How many source ports are tried for a flow whose own is taken.
+/// Number of source ports to try for a flow that needs another one than the client's.
 const PORT_TRIES: u16 = 16;
-/// First port to try: below are the privileged ones (RFC 6335, section 6).
+/// First source port to try: the ports below are the system ports (RFC 6335, section 6), which need privileges.
 const PORT_FIRST: u16 = 1024;
-/// Where the ports begin that clients connect from by themselves (net.ipv4.ip_local_port_range).
+/// First port of the range from which Linux clients choose source ports by default (net.ipv4.ip_local_port_range).
 const EPHEMERAL_FIRST: u16 = 32768;
 
-/// Where a client's packets go.
+/// Destination of a client's packets, and how they get there. Addresses and ports are in wire order.
 pub struct Peer<A> {
     pub addr: A,
     pub port: [u8; 2],
-    /// The client's port as the peer knows it.
+    /// The client's port as the peer sees it.
     pub source_port: [u8; 2],
     /// Bits of [`flow_way`].
     pub way: u8,
-    /// Its interface, where packets go there at once: see [`exit`].
+    /// On the fast path, the interface of the peer (see [`exit`]); otherwise [`exit::STACK`].
     pub exit: u32,
 }
 
 impl<A: Family> Peer<A> {
-    /// The peer of a flow.
+    /// The backend of a flow.
     #[inline(always)]
     pub fn of(flow: &Flow<A>) -> Self {
         let fast = flow.way & flow_way::FAST != 0;
@@ -51,7 +56,7 @@ impl<A: Family> Peer<A> {
         Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, way: flow.way, exit }
     }
 
-    /// What a segment is addressed to, as it is.
+    /// The destination of a segment, unchanged, through the stack.
     #[inline(always)]
     pub fn addressed_by(segment: &Segment<A>) -> Self {
         Self {
@@ -64,8 +69,8 @@ impl<A: Family> Peer<A> {
     }
 }
 
-/// The bytes of a [`FlowKey`] or [`ReverseKey`], with the protocol and what fills it up as one word: a look-up reads words, and
-/// has to wait for bytes that were stored one by one.
+/// The bytes of a [`FlowKey`] or [`ReverseKey`], with the protocol and its padding as one word. A look-up reads the
+/// key in words, and the CPU stalls when one load spans several smaller stores.
 #[repr(C)]
 struct KeyWords<A> {
     addresses: [A; 2],
@@ -81,25 +86,25 @@ impl<A: Family> KeyWords<A> {
     }
 }
 
-/// The key of a segment that a client sends.
+/// The flow key of a segment from a client.
 #[inline(always)]
 pub fn key<A: Family>(segment: &Segment<A>) -> FlowKey<A> {
     let words = KeyWords::of(segment);
     const { assert!(size_of::<KeyWords<A>>() == size_of::<FlowKey<A>>()) };
-    // SAFETY: the same size and alignment, the fields in the same order; any bytes are a value.
+    // SAFETY: same size and alignment, fields in the same order; any bytes are a valid value.
     unsafe { (&raw const words).cast::<FlowKey<A>>().read() }
 }
 
-/// The key of a segment that a backend sends.
+/// The reverse key of a segment from a backend.
 #[inline(always)]
 pub fn reverse_key<A: Family>(segment: &Segment<A>) -> ReverseKey<A> {
     let words = KeyWords::of(segment);
     const { assert!(size_of::<KeyWords<A>>() == size_of::<ReverseKey<A>>()) };
-    // SAFETY: as for `key`.
+    // SAFETY: as in `key`.
     unsafe { (&raw const words).cast::<ReverseKey<A>>().read() }
 }
 
-/// The reverse key that belongs to a flow.
+/// The reverse key of a flow.
 #[inline(always)]
 fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> {
     ReverseKey {
@@ -112,6 +117,7 @@ fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> 
     }
 }
 
+/// The reverse entry of a flow. `exit`: where replies go, see [`exit`].
 #[inline(always)]
 fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, exit: u32) -> Reverse<A> {
     Reverse {
@@ -126,7 +132,7 @@ fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, exit: u32) -> Reverse
     }
 }
 
-/// Whether a reverse entry is this flow's.
+/// Whether a reverse entry belongs to the flow with this key.
 #[inline(always)]
 fn belongs_to<A: Family>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
     reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
@@ -137,55 +143,56 @@ fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
     flow.kind as u8 == FlowKind::Passed as u8
 }
 
-/// The decision for a flow, in place.
+/// The entry of a flow, established or pending, in place.
 #[inline(always)]
 pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     let found = A::flows().get_ptr_mut(key).or_else(|| A::pending().get_ptr_mut(key));
-    // SAFETY: the kernel keeps the memory of an entry alive for the run of the program, even if it is removed or evicted
-    // (freed after a grace period, or preallocated and reused meanwhile: the worst case is one packet of a dying entry
-    // translated by the fields of its successor, in a table that overflows, within the microsecond between here and the
-    // rewrite).
+    // SAFETY: the kernel keeps the memory of an entry valid for the run of the program, even if the entry is
+    // removed or evicted meanwhile, but may reuse it for another entry. Worst case: one packet of the removed flow
+    // is translated by the fields of the flow that took the memory, if both happen within the microsecond between
+    // here and the rewrite.
     found.map(|flow| unsafe { &mut *flow })
 }
 
-/// The decision for a flow that goes on, in place. A pending one that was answered is kept from now on.
+/// The entry of a flow for a packet that is not its first, in place. Promotes a pending flow that a backend has
+/// answered.
 #[inline(always)]
 pub fn find_going_on<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     if let Some(flow) = A::flows().get_ptr_mut(key) {
-        // SAFETY: as for `find`.
+        // SAFETY: as in `find`.
         return Some(unsafe { &mut *flow });
     }
     keep(key);
     find(key)
 }
 
-/// Moves a pending flow that was answered to the tables that push nothing out. A function to the kernel too: see
-/// [`crate::hook::tc`] on the stack.
+/// Promotes a pending flow that a backend has answered: moves it to the tables that evict nothing. BPF subprogram
+/// (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
 #[inline(never)]
 fn keep<A: Family>(key: &FlowKey<A>) {
     let Some(flow) = A::pending().get_ptr(key) else { return };
-    // SAFETY: as for `find`.
+    // SAFETY: as in `find`.
     let flow = unsafe { &*flow };
-    // Nobody's reverse entry tells whether it was answered, so it must not take a place for good; and it has no translation
-    // to lose.
+    // A passed flow has no reverse entry that would tell whether it was answered, so it must not take a slot for
+    // good. Without a translation, it can be evicted without harm.
     if is_passed(flow) {
         return;
     }
     let reverse_key = reverse_key_of(key, flow);
-    // A direct connection whose port was left alone has no translation to lose.
+    // A direct connection with its own port has no translation, so it can be evicted without harm.
     if flow.kind as u8 == FlowKind::Direct as u8 && flow.source_port == key.client_port {
         return;
     }
     let Some(reverse) = A::pending_reverse().get_ptr(&reverse_key) else {
-        // Pushed out: answers would come back untranslated. A datagram can be decided anew.
+        // The reverse entry was evicted, so replies would not be translated. A datagram can be decided anew.
         if key.proto != PROTO_TCP {
             let _ = A::pending().remove(key);
         }
         return;
     };
-    // SAFETY: as for `find`.
+    // SAFETY: as in `find`.
     let reverse = unsafe { &*reverse };
-    // Of a flow that has ended, another one may have the reverse key by now, and the answer.
+    // If this flow has ended, another flow may have taken the reverse key, and the answer was for that one.
     if reverse.seen & seen::ANSWERED == 0 || !belongs_to(reverse, key) {
         return;
     }
@@ -200,20 +207,20 @@ fn keep<A: Family>(key: &FlowKey<A>) {
     let _ = A::pending_reverse().remove(&reverse_key);
 }
 
-/// The translation of a reply, in place.
+/// The translation of a backend's reply, established or pending, in place.
 #[inline(always)]
 pub fn find_reverse<A: Family>(key: &ReverseKey<A>) -> Option<&'static mut Reverse<A>> {
     let found = A::reverse().get_ptr_mut(key).or_else(|| A::pending_reverse().get_ptr_mut(key));
-    // SAFETY: as for `find`.
+    // SAFETY: as in `find`.
     found.map(|reverse| unsafe { &mut *reverse })
 }
 
-/// Notes a client's packet. One that comes after a reset says that the reset was none: its number was wrong, or somebody
-/// else sent it.
+/// Records a packet from the client. A packet after an RST clears the RST again: it had a wrong sequence number, or
+/// someone else sent it.
 #[inline(always)]
 pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
     let seen = flow.seen & !seen::RST | ended_by(segment);
-    // Reading first leaves the cache line clean, packet after packet.
+    // Writing only on a change keeps the cache line clean for most packets.
     if flow.seen != seen {
         flow.seen = seen;
     }
@@ -223,8 +230,8 @@ pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
     }
 }
 
-/// Notes a backend's packet. All but a refusal are an answer: to a SYN on a connection that lives, it is a mere ACK (RFC 9293,
-/// section 3.10.7.4).
+/// Records a packet from the backend. Every packet without RST is an answer: to a SYN on a live connection the
+/// backend sends a mere ACK (RFC 9293, section 3.10.7.4).
 #[inline(always)]
 pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) {
     let answers = segment.flags & flags::RST == 0;
@@ -238,6 +245,7 @@ pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) 
     }
 }
 
+/// Bits of [`seen`] for the FIN and RST of a segment.
 #[inline(always)]
 fn ended_by<A: Family>(segment: &Segment<A>) -> u8 {
     let mut bits = 0;
@@ -250,8 +258,8 @@ fn ended_by<A: Family>(segment: &Segment<A>) -> u8 {
     bits
 }
 
-/// Forgets what was decided for an earlier connection with the same addresses and ports: a first packet decides anew. A
-/// function to the kernel too.
+/// Removes the decision for an earlier connection with the same tuple, because a first packet is decided anew. BPF
+/// subprogram (not inlined), for a stack frame of its own.
 #[inline(never)]
 pub fn forget<A: Family>(key: &FlowKey<A>) {
     let Some(old) = find(key) else { return };
@@ -266,7 +274,7 @@ pub fn forget<A: Family>(key: &FlowKey<A>) {
     let _ = A::pending().remove(key);
 }
 
-/// Pins "left to kube-proxy".
+/// Pins the decision to leave a flow to kube-proxy.
 ///
 /// # Errors
 /// [`PassReason::FlowTableFull`].
@@ -278,7 +286,7 @@ pub fn pin_passed<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns:
     }
 }
 
-/// A function to the kernel too.
+/// [`pin_passed`] as a BPF subprogram (not inlined), for a stack frame of its own. Returns `PINNED` or `TABLE_FULL`.
 #[inline(never)]
 fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> u32 {
     let flow = Flow {
@@ -298,18 +306,18 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
     if A::pending().insert(key, flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
 }
 
-/// Pins a flow to a backend in both tables, under a reverse key that is its own: where the client's port is taken
-/// toward this backend by another flow that lives, it gets another one, as conntrack does.
+/// Pins a flow to a backend in both tables, under a reverse key of its own. If another live flow uses the client's
+/// port toward this backend, the flow gets another source port, as conntrack does.
 ///
-/// conntrack does so for those that it sees. One that leaves the stack out it does not see, and the client may have the same port
-/// toward the same backend by a Service that is nobody's business here: so such a flow never has a port that the client's
-/// kernel would choose.
+/// conntrack prevents such collisions for the connections that it sees. It does not see a flow on the fast path,
+/// and the client may use the same port toward the same backend through a Service that breaker does not protect. So
+/// a flow on the fast path always gets a port that the client's kernel would not choose.
 ///
-/// `flow` says where to; its source port is what the pinning came to. `back_by`: where replies go,
-/// see [`exit`].
+/// `flow`: the decision. Its `source_port` is set to the port that the flow got. `back_by`: where replies go, see
+/// [`exit`].
 ///
 /// # Errors
-/// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]: nothing is left behind.
+/// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]. Neither leaves an entry behind.
 #[inline(always)]
 pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) -> Result<(), PassReason> {
     match pin_in_tables(key, flow, back_by) {
@@ -323,7 +331,7 @@ const PINNED: u32 = 0;
 const NO_SOURCE_PORT: u32 = 1;
 const TABLE_FULL: u32 = 2;
 
-/// A function to the kernel too, which returns a number.
+/// [`pin`] as a BPF subprogram (not inlined), which can return only a number.
 #[inline(never)]
 fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) -> u32 {
     let mut reverse_key = reverse_key_of(key, flow);
@@ -343,7 +351,8 @@ fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) 
     PINNED
 }
 
-/// A flow to a backend, as decided now.
+/// The entry of a new flow to a backend, through the stack and with the client's own port. `now_ns`: ns of
+/// `CLOCK_MONOTONIC`.
 #[inline(always)]
 pub fn to<A: Family>(
     backend: &Backend<A>,
@@ -370,7 +379,8 @@ pub fn to<A: Family>(
     }
 }
 
-/// Takes the flow's reverse key, if it is free, its own, or left behind by a flow that is gone.
+/// Claims a flow's reverse key. Succeeds if the key is free, is the flow's own, or belongs to a flow that is gone
+/// or over.
 #[inline(always)]
 fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
     let kept = A::reverse().get_ptr(reverse_key).is_some();
@@ -378,7 +388,7 @@ fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: &Rev
         return true;
     }
     let Some(other) = find_reverse(reverse_key) else {
-        // Gone between the two calls, or the table is full: the second try tells.
+        // The entry was removed between the two calls, or the table is full: a second attempt shows which.
         return A::pending_reverse().insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok();
     };
     if !belongs_to(other, key) && lives(reverse_key, other) {
@@ -390,7 +400,7 @@ fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: &Rev
     A::pending_reverse().insert(reverse_key, reverse, BPF_ANY as u64).is_ok()
 }
 
-/// Whether the flow that a reverse entry was made for is still there, and not over.
+/// Whether the flow of a reverse entry still exists and is not over.
 #[inline(always)]
 fn lives<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
     let owner = FlowKey {
@@ -410,7 +420,8 @@ fn lives<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
     })
 }
 
-/// Whether a connection is over: reset, or closed from both sides.
+/// Whether a connection is over: reset, or closed from both sides. Of a direct connection only the client's side is
+/// seen, so its FIN suffices.
 #[inline(always)]
 fn ended<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
     let direct = flow.kind as u8 == FlowKind::Direct as u8;
@@ -418,8 +429,9 @@ fn ended<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
         || flow.seen & seen::FIN != 0 && (direct || reverse.seen & seen::FIN != 0)
 }
 
-/// Looks for a free source port from `first` to `last`, a few steps around the range from a place that depends on the flow;
-/// 0 = none. The reverse key is the one that was taken.
+/// Claims a free source port from `first` to `last` (host byte order). Tries [`PORT_TRIES`] ports, at positions in
+/// the range that depend on the client's port. Returns the port in wire order, also set in `reverse_key`; 0 = none
+/// is free.
 #[inline(always)]
 fn claim_other_port<A: Family>(
     key: &FlowKey<A>,
@@ -430,7 +442,7 @@ fn claim_other_port<A: Family>(
 ) -> [u8; 2] {
     let own = u16::from_be_bytes(key.client_port);
     for step in 1..=PORT_TRIES {
-        // 7919 is prime and no divisor of the sizes of the ranges: the steps do not meet.
+        // 7919 is prime and does not divide the size of either range, so every step gives another port.
         let place = (own.wrapping_sub(first) as u32 + step as u32 * 7919) % (last as u32 + 1 - first as u32);
         reverse_key.client_port = (first + place as u16).to_be_bytes();
         if A::reverse().get_ptr(&*reverse_key).is_none()

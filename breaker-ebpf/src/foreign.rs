@@ -1,4 +1,5 @@
-//! Programs of somebody else, for tests: what runs before and after ours must go on running.
+//! BPF programs that stand in for third-party programs in tests and benchmarks. Such programs must keep running
+//! before and after breaker's own on the same hook.
 
 #![no_std]
 #![no_main]
@@ -10,50 +11,51 @@ use aya_ebpf::{
     programs::{SockAddrContext, TcContext, XdpContext},
 };
 
-/// What was seen by [`foreign_in`] (0), [`foreign_out`] (1), [`foreign_ok`] (2), [`foreign_mark`] (3), [`foreign_drop`] (4: what it
-/// dropped), [`foreign_xdp`] (5) and [`foreign_connect`] (6).
+/// Number of packets seen, by program: [`foreign_in`] (0), [`foreign_out`] (1), [`foreign_ok`] (2), [`foreign_mark`]
+/// (3), [`foreign_drop`] (4, dropped packets only), [`foreign_xdp`] (5). Index 6 counts connect(2) calls
+/// ([`foreign_connect`]).
 #[btf_map]
 static SEEN: Array<u64, 7> = Array::new();
 
 fn count(index: u32) {
     if let Some(seen) = SEEN.get_ptr_mut(index) {
-        // SAFETY: the kernel returned a pointer to a value of this map; a lost increment is fine for a test's counter.
+        // SAFETY: the kernel returned a pointer to a value of this map. A lost increment does not matter in a test.
         unsafe { *seen += 1 };
     }
 }
 
-/// Counts and passes on.
+/// Counts the packet and continues with the next program.
 #[classifier]
 pub fn foreign_in(_ctx: TcContext) -> i32 {
     count(0);
     aya_ebpf::bindings::TC_ACT_UNSPEC
 }
 
-/// Counts and passes on.
+/// Counts the packet and continues with the next program.
 #[classifier]
 pub fn foreign_out(_ctx: TcContext) -> i32 {
     count(1);
     aya_ebpf::bindings::TC_ACT_UNSPEC
 }
 
-/// Counts and accepts: nobody behind it sees the packet.
+/// Counts and accepts the packet: later programs on the hook do not see it.
 #[classifier]
 pub fn foreign_ok(_ctx: TcContext) -> i32 {
     count(2);
     aya_ebpf::bindings::TC_ACT_OK
 }
 
-/// Marks what passes, as a policy engine does.
+/// Counts and marks the packet, as a policy engine does.
 #[classifier]
 pub fn foreign_mark(ctx: TcContext) -> i32 {
     count(3);
-    // SAFETY: the context is valid for the run of the program.
+    // SAFETY: the context is valid while the program runs.
     let mark = unsafe { (*ctx.skb.skb).mark };
     ctx.set_mark(mark | 0x0100_0000);
     aya_ebpf::bindings::TC_ACT_UNSPEC
 }
 
-/// Drops IPv4 packets to port 9999, as a firewall does.
+/// Counts and drops IPv4 packets to port 9999, as a firewall does.
 #[classifier]
 pub fn foreign_drop(ctx: TcContext) -> i32 {
     if ctx.load::<u16>(36).is_ok_and(|port| port == 9999_u16.to_be()) {
@@ -63,62 +65,62 @@ pub fn foreign_drop(ctx: TcContext) -> i32 {
     aya_ebpf::bindings::TC_ACT_UNSPEC
 }
 
-/// Counts and passes on.
+/// Counts the packet and passes it.
 #[xdp]
 pub fn foreign_xdp(_ctx: XdpContext) -> u32 {
     count(5);
     aya_ebpf::bindings::xdp_action::XDP_PASS
 }
 
-/// Counts and lets it go on.
+/// Counts the connect(2) call and lets it proceed.
 #[cgroup_sock_addr(connect4)]
 pub fn foreign_connect(_ctx: SockAddrContext) -> i32 {
     count(6);
     1
 }
 
-/// Named as a socket load balancer's program is; does nothing.
+/// Has the name of the program of a third-party socket load balancer (Cilium's), and does nothing.
 #[cgroup_sock_addr(connect4)]
 pub fn cil_sock4_connect(_ctx: SockAddrContext) -> i32 {
     1
 }
 
-/// What [`wrap`] makes a packet look like, again and again: the kernel does not restore it between the repeats of a
-/// test run, and a program that rewrites would see its own output.
+/// Header fields that [`wrap`] writes into the packet before each run. `BPF_PROG_TEST_RUN` does not restore the
+/// packet between repetitions, so a program that rewrites packets would otherwise get its own output as input.
 #[repr(C)]
 struct Template {
-    /// Source and destination address, source and destination port, as they follow each other on the wire: 12 bytes for
-    /// IPv4, 36 for IPv6.
+    /// Source address, destination address, source port and destination port, in wire order and without gaps: 12
+    /// bytes for IPv4, 36 for IPv6.
     ends: [u8; 36],
     /// TCP flags.
     flags: u8,
-    /// 4 or 6.
+    /// IP version: 4 or 6.
     version: u8,
-    /// 1: with another TCP sequence number each time. 2: every flow has a client of its own, told by the last two bytes of its
-    /// address. 3: both.
+    /// Bit 0: use another TCP sequence number each time. Bit 1: give every flow its own client, by varying the last
+    /// two bytes of the source address.
     vary: u8,
     pad: u8,
-    /// How many flows to take turns with; a power of two, at most 2^17.
+    /// Number of flows to cycle through; a power of two, at most 2^17.
     flows: u32,
-    /// The turn.
+    /// Number of runs so far.
     next: u32,
 }
 
 #[btf_map]
 static TEMPLATE: Array<Template, 1> = Array::new();
 
-/// The program that is measured, at 0.
+/// The program under measurement, at index 0.
 #[btf_map]
 static MEASURED: ProgramArray<1> = ProgramArray::new();
 
-/// Restores the packet to the next flow's, and goes on to the program that is measured.
+/// Writes the headers of the next flow into the packet and tail-calls the program under measurement.
 #[classifier]
 pub fn wrap(ctx: TcContext) -> i32 {
     if let Some(template) = TEMPLATE.get_ptr_mut(0) {
-        // SAFETY: the kernel returned a pointer to the only value of this map; one CPU runs a test.
+        // SAFETY: the kernel returned a pointer to the only value of this map, and a test runs on one CPU.
         let template = unsafe { &mut *template };
         template.next = template.next.wrapping_add(1);
-        // An odd factor visits all of a power of two, far apart.
+        // Multiplication by an odd number permutes the numbers below a power of two and spreads consecutive ones.
         let flow = template.next.wrapping_mul(40_503) & template.flows.wrapping_sub(1);
         let port = (1024 + (flow & 0x7fff) as u16).to_be_bytes();
         let ends = &template.ends;
@@ -141,14 +143,14 @@ pub fn wrap(ctx: TcContext) -> i32 {
             let _ = ctx.store(58, &number, 0);
             let _ = ctx.store(67, &template.flags, 0);
         }
-        // It returns only if there is nothing to call.
-        // SAFETY: context and map are the kernel's.
+        // The tail call returns only if `MEASURED` is empty.
+        // SAFETY: the context and the map are provided by the kernel.
         unsafe { MEASURED.tail_call(&ctx, 0) };
     }
     aya_ebpf::bindings::TC_ACT_UNSPEC
 }
 
-/// Does nothing: what calling a program costs by itself.
+/// Does nothing. Its run time is the cost of calling a program.
 #[classifier]
 pub fn empty(_ctx: TcContext) -> i32 {
     aya_ebpf::bindings::TC_ACT_UNSPEC
@@ -160,7 +162,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// See the other binary.
+/// The kernel provides GPL-only helpers to GPL programs only; see `main.rs`.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

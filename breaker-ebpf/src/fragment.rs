@@ -1,7 +1,8 @@
-//! Later fragments have no ports: what was done to the first one is done to them.
+//! Later fragments of a translated packet: they have no ports, so they are translated as their first fragment was.
 //!
-//! Noted is a first fragment that was translated. A later one that comes before its first, or whose note was pushed out of
-//! the bounded table, goes on as it came, counted; the receiver then misses a part, and the sender sends again.
+//! A first fragment that is translated leaves an entry. A later fragment that arrives before the first, or whose
+//! entry was evicted from the bounded table, passes unchanged and is counted. The receiver then cannot reassemble
+//! the packet, and the sender has to retransmit it.
 
 use aya_ebpf::bindings::BPF_ANY;
 use breaker_common::{Fragment, FragmentKey, PassReason, exit};
@@ -24,18 +25,19 @@ fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
     }
 }
 
-/// Notes what was done to a packet, if more of it follows; `exit`: where it went.
+/// Records the translation of a packet if later fragments follow. `addr`: the new address at `end`. `mark`: bits
+/// set in the packet's mark. `exit`: where the packet went, see [`exit`].
 #[inline(always)]
 pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32, exit: u32) {
     if segment.more != 0 {
         let value = Fragment { addr, mark, exit, end: end as u8, pad: [0; 3] };
-        // A note that finds no room: the later fragments fail open.
+        // If the entry cannot be stored, the later fragments pass unchanged.
         let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
     }
 }
 
-/// Forgets what was done at `end` to an earlier packet of the same identification: they get used again, and a first fragment
-/// that is not translated now must not have later ones that are.
+/// Removes the entry for an earlier packet with the same identification that was translated at `end`.
+/// Identifications are reused, and later fragments must not be translated if their first fragment is not.
 #[inline(always)]
 pub fn forget<A: Family>(segment: &Segment<A>, end: End) {
     if segment.more != 0 {
@@ -43,29 +45,29 @@ pub fn forget<A: Family>(segment: &Segment<A>, end: End) {
     }
 }
 
-/// A function to the kernel too: see [`crate::hook::tc`] on the stack.
+/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
 #[inline(never)]
 fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
     let key = key(segment);
-    // SAFETY: the value is read at once.
+    // SAFETY: the value is read at once and not kept.
     if unsafe { A::fragments().get(&key) }.is_some_and(|first| is_of(first, end)) {
         let _ = A::fragments().remove(&key);
     }
 }
 
-/// Whether a note was made on the hook that translates at `end`. Backends' packets are translated where clients' are only if
-/// they leave the stack out.
+/// Whether the hook that translates at `end` made this entry. On the fast path, the hook for clients' packets
+/// translates backends' packets, too, so such an entry matches either end.
 #[inline(always)]
 fn is_of<A: Family>(first: &Fragment<A>, end: u8) -> bool {
     first.end == end || first.exit != exit::STACK
 }
 
-/// Does to a later fragment what was done to the first, if that was on the same hook: a backend's fragment passes the one
-/// for clients on the backend's own interface, and must not be translated there, before its first one is. Returns where it
-/// goes (see [`exit`]).
+/// Translates a later fragment as its first fragment was translated, if that happened on the same hook. A backend's
+/// fragment also passes the hook for clients' packets, on the backend's own veth; there it must not be translated
+/// before its first fragment is. Returns where the fragment goes (see [`exit`]).
 ///
 /// # Errors
-/// [`PassReason::Fragment`] where nothing is noted, [`PassReason::RewriteFailed`].
+/// [`PassReason::Fragment`] if there is no entry, [`PassReason::RewriteFailed`].
 #[inline(always)]
 pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<u32, PassReason> {
     // SAFETY: the value is copied out at once.

@@ -1,22 +1,24 @@
-//! The flow hash: which client connection gets which share and which slot. Pure; also compiled for the host by the
-//! tests.
+//! The flow hash: it places a client connection among the shares and the slots. Pure functions, which the tests also
+//! compile for the host.
 
 use breaker_common::SLOTS;
 
-/// Hashes a flow and a service's seed to 64 bits (the finalizer of MurmurHash3, twice). The addresses come folded to
-/// words; ports are in wire order.
+/// Hashes a flow and a service's seed to 64 bits (MurmurHash3's finalizer, applied twice). `client`, `vip`:
+/// addresses folded to 64 bits ([`breaker_common::Address::folded`]). Ports are in wire order.
 #[inline(always)]
 pub fn flow(client: u64, vip: u64, client_port: [u8; 2], vip_port: [u8; 2], proto: u8, seed: u32) -> u64 {
-    // For IPv4 nothing is lost: 32 bits each.
+    // IPv4 addresses have 32 bits each, so no bits are lost here.
     let addresses = client.rotate_left(32) ^ vip;
     let ports = ((u16::from_ne_bytes(client_port) as u64) << 48) | ((u16::from_ne_bytes(vip_port) as u64) << 32);
     mix(mix(addresses ^ ports) ^ ports ^ seed as u64 ^ ((proto as u64) << 56))
 }
 
-/// Hashes up to 192 bits with a key to a tag, which is never 0 (see [`breaker_common::Bucket`]).
+/// Hashes up to 192 bits with a key to a tag. A tag is never 0, which marks a free slot in a
+/// [`breaker_common::Bucket`].
 #[inline(always)]
 pub fn tag(a: u64, b: u64, c: u64, key: u64) -> u64 {
-    // 2^64 divided by the golden ratio, odd: so that what differs in `b` alone does not meet what differs in `c` alone.
+    // 2^64 divided by the golden ratio, odd. The multiplication keeps inputs that differ only in `b` from colliding
+    // with inputs that differ only in `c`.
     mix(mix(a ^ key) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ c) | 1
 }
 
@@ -29,13 +31,13 @@ fn mix(mut h: u64) -> u64 {
     h ^ (h >> 33)
 }
 
-/// Where a hash stands among the shares: 0..1000, from the upper half of the hash.
+/// A hash's position among the shares: 0..1000, from the upper half of the hash.
 #[inline(always)]
 pub fn permille(hash: u64) -> u16 {
     (((hash >> 32) * 1000) >> 32) as u16
 }
 
-/// The hash's slot: 0..[`SLOTS`], from the lower half.
+/// A hash's slot: 0..[`SLOTS`], from the lower half of the hash.
 #[inline(always)]
 pub fn slot(hash: u64) -> u32 {
     (((hash & 0xffff_ffff) * SLOTS as u64) >> 32) as u32

@@ -1,6 +1,6 @@
-//! ICMP errors about translated packets: the quoted header is translated as the packet was, the other way round, so that
-//! the host that gets the error knows its own packet again (path MTU discovery above all; RFC 1191, RFC 8201, RFC 5508
-//! section 7.2).
+//! ICMP errors about translated packets. An error quotes the packet as breaker translated it. The quoted header is
+//! translated back, so that the host that receives the error recognizes its own packet. This matters above all for
+//! path MTU discovery (RFC 1191, RFC 8201; RFC 5508, section 7.2).
 
 use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
 
@@ -12,11 +12,11 @@ use crate::{
     parse::Segment,
 };
 
-/// Bytes of an ICMP header, before the quote.
+/// Length of an ICMP header; the quote follows it.
 const HEADER: usize = 8;
 const CHECK_AT: usize = 2;
 
-/// The packet that an error quotes.
+/// The tuple of the packet that an error quotes, in wire order, and the offsets of its headers.
 #[derive(Clone, Copy)]
 pub struct Quote<A> {
     pub source: A,
@@ -29,7 +29,7 @@ pub struct Quote<A> {
 }
 
 impl<A: Family> Quote<A> {
-    /// A place to read into.
+    /// A quote of zeros, for [`read`] to fill.
     #[inline(always)]
     pub fn empty() -> Self {
         Self {
@@ -44,16 +44,17 @@ impl<A: Family> Quote<A> {
     }
 }
 
-/// Reads the quote of an error; `None` where it is not of TCP or UDP, or has no ports. Padding behind the error is no quote.
+/// Reads the quote of an error. `None` if it quotes neither TCP nor UDP, or if the quote has no ports. Padding
+/// behind the error is not part of the quote.
 #[inline(always)]
 pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Quote<A>) -> Option<()> {
     let l3 = segment.l4() + HEADER;
-    // The quote lies behind what parsing made linear.
+    // The quote may lie behind the bytes that parsing made linear.
     if packet.at::<[u8; 48]>(l3).is_none() {
         let want = (l3 + A::HEADER + 40 + 8) as u32;
         packet.pull(if packet.len() < want { packet.len() } else { want })?;
     }
-    // Two bytes at a time: the verifier learns nothing from a comparison about one.
+    // Reads two bytes: from the bounds check of a single byte the verifier learns no range.
     let first = packet.read::<[u8; 2]>(l3)?[0];
     if first >> 4 != A::VERSION {
         return None;
@@ -88,7 +89,7 @@ pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Qu
     Some(())
 }
 
-/// What becomes of one end of a quote, and of the port at the other.
+/// The new address and port at one end of a quote, and the new port at the other end. Wire order.
 #[derive(Clone, Copy)]
 pub struct Change<A> {
     pub end: End,
@@ -97,7 +98,7 @@ pub struct Change<A> {
     pub other_port: [u8; 2],
 }
 
-/// Translates the quote, and the error's own address at the other end, where it is the quote's.
+/// Translates the quote, and also the error's own address at the opposite end if it equals the translated one.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
@@ -122,7 +123,7 @@ fn try_translate<A: Family>(
         End::Source => (quote.source, quote.source_port, quote.destination_port),
         End::Destination => (quote.destination, quote.destination_port, quote.source_port),
     };
-    // What leaves the sum under the error's checksum, and what comes into it.
+    // The sums of all words under the error's checksum that change: before and after.
     let (mut old, mut new) = (old_addr.words(), change.addr.words());
     if let Some(at) = A::CHECK_AT {
         let check = packet.read::<[u8; 2]>(quote.l3 + at)?;
@@ -136,7 +137,7 @@ fn try_translate<A: Family>(
     packet.write(quote.l4 + change.end.other().port_at(), change.other_port)?;
     old += ports_old;
     new += ports_new;
-    // Eight bytes behind the header are quoted at least, which UDP's checksum is in; TCP's may be.
+    // An error quotes at least eight bytes behind the IP header. These include UDP's checksum, but not always TCP's.
     let check_at = quote.l4 + nat::check_at(quote.proto);
     let is_quoted = check_at + size_of::<u16>() <= segment.end();
     if is_quoted && let Some(check) = packet.read::<[u8; 2]>(check_at) {
@@ -151,14 +152,15 @@ fn try_translate<A: Family>(
         old += csum::word(check);
         new += number as u64;
     }
-    // An error of the host itself comes from, or goes to, the address that is translated.
+    // An error that the backend itself sent, or that is addressed to the VIP, has the translated address in its own
+    // IP header, too.
     let (outer, outer_addr) = match change.end {
         End::Source => (End::Destination, segment.destination),
         End::Destination => (End::Source, segment.source),
     };
     if outer_addr == old_addr {
         nat::replace_address(packet, segment.l3(), outer, old_addr, change.addr)?;
-        // ICMPv6's checksum has the addresses under it (RFC 4443, section 2.3).
+        // ICMPv6's checksum covers the addresses (RFC 4443, section 2.3).
         if A::CHECK_AT.is_none() {
             old += old_addr.words();
             new += change.addr.words();

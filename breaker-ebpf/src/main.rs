@@ -1,24 +1,25 @@
-//! breaker's programs on the packet path: entry points only.
+//! breaker's eBPF programs: the entry points, without logic.
 //!
-//! Read [`hook::glance`] and [`hook::tc`] from top to bottom to follow a packet, [`hook::sock`] for sockets of the node's own,
-//! [`hook::xdp`] for what never gets that far; every step there is a module of its own:
+//! To follow a packet, read [`hook::glance`] (the prefilter), then [`hook::tc`] (the full path), each from top to
+//! bottom. [`hook::sock`] handles the sockets of the node's own processes. [`hook::xdp`] refuses new connections
+//! before they reach the network stack. Each step is a module of its own:
 //!
-//! | module | one concern |
+//! | module | concern |
 //! |---|---|
-//! | [`packet`] | bounds-checked access to bytes, checksum helpers: the raw pointers live here |
-//! | [`parse`] | headers to a tuple |
-//! | [`family`] | what differs between IPv4 and IPv6: offsets, sums, maps |
-//! | [`endpoint`] | what an address is to us: frontend, backend, nothing |
-//! | [`service`] | a service's switch and record |
-//! | [`select`] | which tier and which slot a new connection gets |
-//! | [`limit`] | how many new connections, and how many at the same time |
+//! | [`packet`] | bounds-checked access to packet bytes, checksum helpers; holds the raw pointers |
+//! | [`parse`] | parses headers to a tuple |
+//! | [`family`] | everything that differs between IPv4 and IPv6: offsets, sums, maps |
+//! | [`endpoint`] | the role of an address: frontend, backend or none |
+//! | [`service`] | a service's switch and record, and its half-open permits |
+//! | [`select`] | chooses the tier and the slot for a new connection |
+//! | [`limit`] | limits on new and on concurrent connections |
 //! | [`flow`] | the pinned decisions, forward and reverse |
-//! | [`nat`], [`icmp`], [`fragment`] | translating there and back; errors about it; what has no ports |
-//! | [`reset`] | refusing and resetting |
-//! | [`fib`] | what the node's routes say |
-//! | [`agent`] | the agent's sign of life |
-//! | [`count`], [`event`] | what is told to userspace |
-//! | [`verdict`] | what becomes of the packet |
+//! | [`nat`], [`icmp`], [`fragment`] | translation there and back; ICMP errors about it; later fragments (no ports) |
+//! | [`reset`] | refuses new connections and datagrams, resets established connections |
+//! | [`fib`] | looks up the node's routes |
+//! | [`agent`] | the agent's heartbeat |
+//! | [`count`], [`event`] | counters and events for userspace |
+//! | [`verdict`] | what becomes of a packet |
 
 #![no_std]
 #![no_main]
@@ -52,57 +53,57 @@ use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
     programs::{SockAddrContext, SockContext, TcContext, XdpContext},
 };
-use breaker_common::Place;
+use breaker_common::TcHook;
 
-/// tc ingress on the host side of a pod's veth: what the pod sends.
+/// Prefilter for packets from a pod: tc ingress on the host side of the pod's veth.
 #[classifier]
 pub fn breaker_in(ctx: TcContext) -> i32 {
-    hook::glance::sent::<false>(&ctx, Place::PodIn)
+    hook::glance::sent::<false>(&ctx, TcHook::PodIn)
 }
 
-/// The same, for what does not go on after a glance.
+/// Full path of [`breaker_in`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
 pub fn breaker_in_look(ctx: TcContext) -> i32 {
     hook::tc::from_pod(&ctx)
 }
 
-/// tc ingress on a node's uplink: what comes from outside for a Service.
+/// Prefilter for packets from external clients: tc ingress on an uplink of the node.
 #[classifier]
 pub fn breaker_up(ctx: TcContext) -> i32 {
-    hook::glance::sent::<true>(&ctx, Place::UplinkIn)
+    hook::glance::sent::<true>(&ctx, TcHook::UplinkIn)
 }
 
-/// The same, for what does not go on after a glance.
+/// Full path of [`breaker_up`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
 pub fn breaker_up_look(ctx: TcContext) -> i32 {
     hook::tc::from_outside(&ctx)
 }
 
-/// tc egress on the host side of a pod's veth: what the pod gets.
+/// Prefilter for packets to a pod: tc egress on the host side of the pod's veth.
 #[classifier]
 pub fn breaker_out(ctx: TcContext) -> i32 {
-    hook::glance::got::<false>(&ctx, Place::PodOut)
+    hook::glance::got::<false>(&ctx, TcHook::PodOut)
 }
 
-/// The same, for what does not go on after a glance.
+/// Full path of [`breaker_out`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
 pub fn breaker_out_look(ctx: TcContext) -> i32 {
     hook::tc::to_pod(&ctx)
 }
 
-/// tc egress on a node's uplink: what clients outside get.
+/// Prefilter for packets to external clients: tc egress on an uplink of the node.
 #[classifier]
 pub fn breaker_up_out(ctx: TcContext) -> i32 {
-    hook::glance::got::<true>(&ctx, Place::UplinkOut)
+    hook::glance::got::<true>(&ctx, TcHook::UplinkOut)
 }
 
-/// The same, for what does not go on after a glance.
+/// Full path of [`breaker_up_out`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
 pub fn breaker_up_out_look(ctx: TcContext) -> i32 {
     hook::tc::to_outside(&ctx)
 }
 
-/// XDP on a node's uplink: what is refused before the stack sees it.
+/// Refuses new connections from external clients before the network stack sees them: XDP on an uplink of the node.
 #[xdp]
 pub fn breaker_xdp(ctx: XdpContext) -> u32 {
     hook::xdp::from_wire(&ctx)
@@ -119,25 +120,25 @@ macro_rules! sockets {
 }
 
 sockets! {
-    /// connect(2) of the node's own sockets, IPv4.
+    /// connect(2) of the node's own sockets, IPv4: replaces a frontend's address by that of the chosen backend.
     breaker_conn4: connect4 => out4,
-    /// The same, IPv6.
+    /// connect(2) of the node's own sockets, IPv6: replaces a frontend's address by that of the chosen backend.
     breaker_conn6: connect6 => out6,
-    /// sendmsg(2) and sendto(2) to an address.
+    /// sendmsg(2) and sendto(2) with an IPv4 address: replaces a frontend's address by that of the chosen backend.
     breaker_send4: sendmsg4 => out4,
-    /// The same, IPv6.
+    /// sendmsg(2) and sendto(2) with an IPv6 address: replaces a frontend's address by that of the chosen backend.
     breaker_send6: sendmsg6 => out6,
-    /// recvmsg(2) and recvfrom(2): who it came from.
+    /// recvmsg(2) and recvfrom(2), IPv4: reports the frontend's address as the sender instead of the backend's.
     breaker_recv4: recvmsg4 => back4,
-    /// The same, IPv6.
+    /// recvmsg(2) and recvfrom(2), IPv6: reports the frontend's address as the sender instead of the backend's.
     breaker_recv6: recvmsg6 => back6,
-    /// getpeername(2).
+    /// getpeername(2), IPv4: reports the frontend's address instead of the backend's.
     breaker_peer4: getpeername4 => back4,
-    /// The same, IPv6.
+    /// getpeername(2), IPv6: reports the frontend's address instead of the backend's.
     breaker_peer6: getpeername6 => back6,
 }
 
-/// close(2) of the node's own sockets: their connections count no more.
+/// close(2) of the node's own sockets: their connections no longer count toward the limits.
 #[cgroup_sock(sock_release)]
 pub fn breaker_release(ctx: SockContext) -> i32 {
     hook::sock::released(&ctx)
@@ -149,7 +150,8 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// The kernel lends GPL-only helpers to programs under this license only (Documentation/process/license-rules.rst).
+/// The kernel allows GPL-only helpers only in programs with a GPL-compatible license
+/// (Documentation/process/license-rules.rst).
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

@@ -1,4 +1,4 @@
-//! Translating there (DNAT) and back (revNAT): addresses, ports, the checksums, nothing else.
+//! Translation to the backend (DNAT) and back (revNAT): changes addresses, ports and checksums, nothing else.
 
 use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
 use network_types::{tcp::TcpHdr, udp::UdpHdr};
@@ -10,7 +10,7 @@ use crate::{
     parse::Segment,
 };
 
-/// TCP's and UDP's headers both begin with the ports.
+/// TCP and UDP headers both begin with the ports.
 const SOURCE_PORT: usize = 0;
 const DESTINATION_PORT: usize = 2;
 pub const TCP_CHECK: usize = core::mem::offset_of!(TcpHdr, check);
@@ -24,7 +24,7 @@ pub enum End {
 }
 
 impl End {
-    /// Where the end's address stands in the IP header.
+    /// Offset of this end's address in the IP header.
     #[inline(always)]
     pub fn addr_at<A: Family>(self) -> usize {
         match self {
@@ -33,7 +33,7 @@ impl End {
         }
     }
 
-    /// Where the end's port stands in the TCP or UDP header.
+    /// Offset of this end's port in the TCP or UDP header.
     #[inline(always)]
     pub fn port_at(self) -> usize {
         match self {
@@ -51,16 +51,17 @@ impl End {
     }
 }
 
-/// Where a protocol's checksum stands in its header.
+/// Offset of the checksum in the header of a protocol: TCP, or UDP for every other value.
 #[inline(always)]
 pub fn check_at(proto: u8) -> usize {
     if proto == PROTO_TCP { TCP_CHECK } else { UDP_CHECK }
 }
 
-/// Sends a segment to another destination; from another source port too, where `source_port` is not the segment's.
+/// Changes the destination of a segment to a backend, and its source port to `source_port` if that differs.
+/// Addresses and ports are in wire order.
 ///
 /// # Errors
-/// [`PassReason::RewriteFailed`]: the headers are not where they were parsed, which cannot happen.
+/// [`PassReason::RewriteFailed`]: the headers are not at the offsets that were parsed, which cannot happen.
 #[inline(always)]
 pub fn to_backend<A: Family>(
     packet: &Packet<'_>,
@@ -72,7 +73,8 @@ pub fn to_backend<A: Family>(
     replace(packet, segment, End::Destination, backend, backend_port, source_port).ok_or(PassReason::RewriteFailed)
 }
 
-/// Makes a reply come from the address that the client connected to, to the port that it connected from.
+/// Changes the source of a backend's reply to the frontend that the client connected to, and its destination port
+/// to the client's own port. Addresses and ports are in wire order.
 ///
 /// # Errors
 /// As for [`to_backend`].
@@ -87,8 +89,8 @@ pub fn from_backend<A: Family>(
     replace(packet, segment, End::Source, vip, vip_port, client_port).ok_or(PassReason::RewriteFailed)
 }
 
-/// Replaces an address in the IP header at `l3`, and corrects the header's own checksum. Direct writes only. (The header's
-/// sum stays what it was, so a device's own sum over the packet stays right as well, for IPv4.)
+/// Replaces an address in the IP header at `l3` and updates the header's checksum, by direct writes only. (For IPv4
+/// the header's total sum does not change, so a device's own sum over the packet stays correct.)
 #[inline(always)]
 pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: End, old: A, new: A) -> Option<()> {
     if let Some(check_at) = A::CHECK_AT {
@@ -98,7 +100,7 @@ pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: End, old:
     packet.write(l3 + end.addr_at::<A>(), new)
 }
 
-/// Replaces address and port at one end, and the port at the other.
+/// Replaces the address and the port at one end, and the port at the other end.
 #[inline(always)]
 fn replace<A: Family>(
     packet: &Packet<'_>,
@@ -112,7 +114,7 @@ fn replace<A: Family>(
         End::Source => (segment.source, segment.ports.source, segment.ports.destination),
         End::Destination => (segment.destination, segment.ports.destination, segment.ports.source),
     };
-    // All direct writes first: the checksum helpers void the pointers.
+    // All direct writes come first: the checksum helpers invalidate pointers into the packet.
     replace_address(packet, segment.l3(), end, old_addr, addr)?;
     packet.write(segment.l4() + end.port_at(), u16::from_ne_bytes(port))?;
     let other_changed = old_other != other_port;
@@ -121,7 +123,7 @@ fn replace<A: Family>(
     }
     let check_at = segment.l4() + check_at(segment.proto);
     let before = packet.read::<u16>(check_at)?;
-    // UDP without a checksum stays without (RFC 768).
+    // UDP without a checksum stays without one (RFC 768).
     if before == 0 && segment.proto == PROTO_UDP {
         return Some(());
     }
@@ -133,20 +135,23 @@ fn replace<A: Family>(
     if old_port != port || other_changed {
         ports_changed(packet, check_at, before, difference, [(old_port, port), (old_other, other_port)])?;
     }
-    // What came out as zero would say that there is none; its other representation is meant (RFC 768). A partial one is
-    // not at its end yet, and the device knows the rule.
+    // A UDP checksum of zero would mean that there is none, so its other representation is written (RFC 768). A
+    // partial checksum is not final, and the device applies this rule to the result.
     if segment.proto == PROTO_UDP && packet.read::<u16>(check_at)? == 0 {
         packet.write(check_at, [0xff_u8; 2])?;
     }
     Some(())
 }
 
-/// A port and its replacement.
+/// A port before and after the translation, wire order.
 type Change = ([u8; 2], [u8; 2]);
 
-/// Tells the checksum that ports changed. A partial checksum does not have them in it, a complete one does; a program
-/// cannot ask which it is, but what the helper has just made of the changed address tells, and another call of it costs as
-/// much as all the rest of the translation. Only where both would have come out the same is the helper asked again.
+/// Updates the checksum at `check_at` after ports changed. A complete checksum covers the ports, a partial one does
+/// not. A program cannot read the kind of the checksum, but the value that the helper wrote for the changed address
+/// reveals it. A second call of the helper would cost as much as the rest of the translation, so the helper is
+/// called again only if both kinds would have given the same value.
+///
+/// `before`: the checksum as it was before the address changed. `difference`: the change of the address.
 #[inline(always)]
 fn ports_changed(packet: &Packet<'_>, check_at: usize, before: u16, difference: u32, ports: [Change; 2]) -> Option<()> {
     let after = packet.read::<u16>(check_at)?;

@@ -1,7 +1,7 @@
-//! Bounds-checked access to a packet's bytes. The raw pointers of the packet path live here.
+//! Bounds-checked access to a packet's bytes. The raw pointers of the packet path live in this module.
 //!
-//! A pointer that this module returned is void after a helper that may move the packet (`bpf_skb_change_tail`,
-//! `bpf_skb_pull_data`, `bpf_l4_csum_replace`, …); the verifier refuses a program that forgets it.
+//! A pointer from this module is invalid after a helper that may move the packet (`bpf_skb_change_tail`,
+//! `bpf_skb_pull_data`, `bpf_l4_csum_replace`, …). The verifier rejects a program that uses it afterwards.
 
 use core::arch::asm;
 
@@ -16,39 +16,41 @@ use aya_ebpf::{
 };
 use breaker_common::exit;
 
-/// A packet's bytes from its Ethernet header on, and how its length changes.
+/// Access to a packet's bytes, and changes of its length. All offsets and lengths are in bytes from the Ethernet
+/// header on.
 pub trait Frame {
-    /// Where the linear part starts. Read anew each time: the compiler would keep 32 bits of it for another place, and make 64
-    /// of them there, which to the verifier is a number and no pointer any more.
+    /// Address of the start of the linear part. Volatile read: otherwise LLVM keeps the 32-bit field for a later
+    /// use and extends it to 64 bits there; the verifier then sees a number instead of a packet pointer.
     fn data(&self) -> usize;
 
-    /// Where the linear part ends; see [`Frame::data`].
+    /// Address of the end of the linear part. Volatile read, as in [`Frame::data`].
     fn data_end(&self) -> usize;
 
-    /// The whole length in bytes, data outside of the linear part included.
+    /// Length of the whole packet in bytes, including data outside of the linear part.
     fn len(&self) -> u32;
 
-    /// Brings the first `len` bytes into the linear part.
+    /// Makes the first `len` bytes of the packet linear. `None` if the kernel cannot.
     fn pull(&self, len: u32) -> Option<()>;
 
-    /// Cuts the packet to `len` bytes.
+    /// Truncates the packet to `len` bytes. `None` if the kernel cannot.
     fn cut(&self, len: u32) -> Option<()>;
 
-    /// Makes room between the Ethernet and the IP header. The Ethernet header must be written anew.
+    /// Inserts `len` bytes between the Ethernet header and the IP header. The caller must rewrite the Ethernet
+    /// header afterwards. `None` if the kernel cannot.
     fn make_room(&self, len: u32) -> Option<()>;
 
-    /// Whether the TCP checksum at `offset` is left to the device (CHECKSUM_PARTIAL: only the pseudo header is in it). What is
-    /// there is lost.
+    /// Whether the TCP checksum at `offset` is partial (CHECKSUM_PARTIAL): it covers the pseudo header only, and
+    /// the device adds the rest. May overwrite the checksum.
     fn is_partial(&self, offset: usize) -> Option<bool>;
 
-    /// A pointer to a `T` at `offset` in the linear part, or `None` where it does not end there.
+    /// A pointer to a `T` at `offset` in the linear part, or `None` if the `T` would reach beyond its end.
     #[inline(always)]
     fn at<T>(&self, offset: usize) -> Option<*mut T> {
         let mut start = self.data() + offset;
-        // The compiler must not take this sum apart again: the verifier knows the bounds of the very pointer that was
-        // compared, and of no other that happens to come to the same.
-        // SAFETY: a register to itself. (No instruction at all would leave a line of debug information about nothing, which
-        // the kernel refuses.)
+        // The compiler must not split this sum again: the verifier knows the bounds only of the very register that
+        // is compared, not of another one with the same value.
+        // SAFETY: the instruction assigns a register to itself. (Without any instruction, the debug information
+        // would hold a line without code, which the kernel rejects.)
         unsafe { asm!("{0} = {0}", inout(reg) start, options(pure, nomem, nostack)) };
         if start + size_of::<T>() > self.data_end() {
             return None;
@@ -56,19 +58,22 @@ pub trait Frame {
         Some(start as *mut T)
     }
 
-    /// Copies a `T` out of the linear part. The compiler is told that it is aligned, and may well be wrong: it takes a byte
-    /// at a time otherwise. Loads and stores in a packet need no alignment where the kernel has
-    /// CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS (x86-64, arm64, …), and elsewhere the verifier refuses them.
+    /// Copies a `T` out of the linear part.
+    ///
+    /// The compiler assumes that the `T` is aligned, which may be false; otherwise it would read one byte at a
+    /// time. Packet access needs no alignment on kernels with CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS (x86-64,
+    /// arm64, …); on other kernels the verifier rejects the program.
     #[inline(always)]
     fn read<T: Copy>(&self, offset: usize) -> Option<T> {
-        // SAFETY: `at` checked the bounds; any bytes are a value; see above on alignment.
+        // SAFETY: `at` checked the bounds; any bytes are a valid value; see above on alignment.
         self.at::<T>(offset).map(|p| unsafe { *p })
     }
 
-    /// Writes a `T` into the linear part (writable: the verifier puts a prologue before such programs).
+    /// Writes a `T` into the linear part, which is writable: in front of programs that write, the kernel puts a
+    /// prologue that makes it so.
     #[inline(always)]
     fn write<T: Copy>(&self, offset: usize, value: T) -> Option<()> {
-        // SAFETY: `at` checked the bounds; as for `read`.
+        // SAFETY: `at` checked the bounds; see `read` on alignment.
         self.at::<T>(offset).map(|p| unsafe { *p = value })
     }
 }
@@ -98,26 +103,27 @@ impl Frame for Packet<'_> {
 
     #[inline(always)]
     fn pull(&self, len: u32) -> Option<()> {
-        // SAFETY: the context is valid; pointers into the packet are made anew by `at`.
+        // SAFETY: the context is valid; no pointer into the packet is kept: each access gets a new one from `at`.
         let ret = unsafe { bpf_skb_pull_data(self.ctx.skb.skb, len) };
         (ret == 0).then_some(())
     }
 
     #[inline(always)]
     fn cut(&self, len: u32) -> Option<()> {
-        // SAFETY: as for `pull`.
+        // SAFETY: as in `pull`.
         let ret = unsafe { bpf_skb_change_tail(self.ctx.skb.skb, len, 0) };
         (ret == 0).then_some(())
     }
 
     #[inline(always)]
     fn make_room(&self, len: u32) -> Option<()> {
-        // SAFETY: as for `pull`.
+        // SAFETY: as in `pull`.
         let ret = unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, len as i32, BPF_ADJ_ROOM_MAC, 0) };
         (ret == 0).then_some(())
     }
 
-    /// A program cannot ask, but the helper for a changed port knows: it leaves a partial checksum alone and changes any other.
+    /// Overwrites the checksum. A program cannot read its kind, but the helper for a changed port depends on it: it
+    /// leaves a partial checksum unchanged and changes any other.
     #[inline(always)]
     fn is_partial(&self, offset: usize) -> Option<bool> {
         const PROBE: [u8; 2] = [0x12, 0x34];
@@ -133,20 +139,20 @@ impl<'a> Packet<'a> {
         Self { ctx }
     }
 
-    /// The context, for what wants one.
+    /// The context, for helpers and macros that need it.
     #[inline(always)]
     pub fn context(&self) -> &TcContext {
         self.ctx
     }
 
-    /// Index of the interface that the hook is on.
+    /// Index of the interface that the hook belongs to.
     #[inline(always)]
     pub fn ifindex(&self) -> u32 {
         // SAFETY: the context is valid for the run of the program.
         unsafe { (*self.ctx.skb.skb).ifindex }
     }
 
-    /// Sets a bit of the packet's mark, and leaves the others to their owners.
+    /// Sets bits in the packet's mark; the other bits keep their values.
     #[inline(always)]
     pub fn add_mark(&self, bits: u32) {
         // SAFETY: the context is valid for the run of the program.
@@ -154,52 +160,56 @@ impl<'a> Packet<'a> {
         self.ctx.set_mark(mark | bits);
     }
 
-    /// Tells the TCP or UDP checksum at `offset` that the pseudo header changed by `difference` (see
-    /// [`crate::family::Family::difference`]). The helper knows whether the checksum is complete, or left to the device
-    /// (CHECKSUM_PARTIAL: only the pseudo header is in it), or whether the device's own sum must follow
-    /// (CHECKSUM_COMPLETE).
+    /// Updates the TCP or UDP checksum at `offset` after the pseudo header changed by `difference` (see
+    /// [`crate::family::Family::difference`]). The helper knows whether the checksum is complete or partial
+    /// (CHECKSUM_PARTIAL: it covers the pseudo header only, and the device adds the rest), and whether the device's
+    /// own sum over the packet must change with it (CHECKSUM_COMPLETE).
     #[inline(always)]
     pub fn pseudo_changed(&self, offset: usize, difference: u32) -> Option<()> {
-        // SAFETY: as for `pull`.
+        // SAFETY: as in `pull`.
         let ret = unsafe {
             bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, 0, difference as u64, BPF_F_PSEUDO_HDR as u64)
         };
         (ret == 0).then_some(())
     }
 
-    /// Adds to the device's own sum over the packet (CHECKSUM_COMPLETE), where it made one. IPv6 has no header checksum
-    /// that would make up for a changed address, and [`Packet::pseudo_changed`] reckons with one (kernel commit
-    /// ead7f9b8de65 has the story).
+    /// Adds `difference` to the device's own sum over the packet (CHECKSUM_COMPLETE), if there is one. Needed for
+    /// IPv6: [`Packet::pseudo_changed`] assumes that a header checksum makes up for the changed address, and IPv6
+    /// has none (kernel commit ead7f9b8de65 explains it).
     #[inline(always)]
     pub fn sum_changed(&self, difference: u32) {
-        // SAFETY: as for `pull`. It fails where there is no such sum, and then there is nothing to do.
+        // SAFETY: as in `pull`. The helper fails if the device made no sum, and then nothing needs to be done.
         let _ = unsafe { bpf_csum_update(self.ctx.skb.skb, difference) };
     }
 
-    /// Tells the TCP or UDP checksum at `offset` that two bytes under it changed (a port).
+    /// Updates the TCP or UDP checksum at `offset` after two bytes of its data changed (a port, wire order).
     #[inline(always)]
     pub fn payload_changed(&self, offset: usize, from: [u8; 2], to: [u8; 2]) -> Option<()> {
         let (from, to) = (u16::from_ne_bytes(from) as u64, u16::from_ne_bytes(to) as u64);
-        // SAFETY: as for `pull`.
+        // SAFETY: as in `pull`.
         let ret = unsafe { bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, from, to, 2) };
         (ret == 0).then_some(())
     }
 
-    /// Sends the packet out of its own interface; the value is the verdict for the kernel.
+    /// Redirects the packet out of its own interface. Returns the action for the kernel.
     #[inline(always)]
     pub fn send_back(&self) -> i32 {
         // SAFETY: no pointer is passed.
         unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
     }
 
-    /// Sends the packet past the stack: out of an interface, to the neighbor that the routes name (the kernel writes its MAC
-    /// address), or into the network namespace behind a veth, as if it had come in there. The value is the verdict for the
-    /// kernel. (A frame that goes into a namespace is for the node's or the bridge's address; that a pod's stack takes it goes by
-    /// the packet's type, which kernels before 6.15 leave as it is.)
+    /// Redirects the packet past the network stack. `exit` (see [`exit`]) is an interface: with `NEIGHBOR` the
+    /// packet leaves by it to the neighbor that the routes name (the kernel writes the MAC address); otherwise the
+    /// packet enters the network namespace behind this veth as if it had arrived there. Returns the action for the
+    /// kernel.
+    ///
+    /// A frame that enters a namespace is still addressed to the MAC address of the node or the bridge. The pod's
+    /// stack accepts it by its packet type, which kernels before 6.15 leave unchanged, so the program sets it.
     #[inline(always)]
     pub fn send_by(&self, exit: u32) -> i32 {
         const PACKET_HOST: u32 = 0;
-        // SAFETY: the context is valid; pointers into the packet are not used any more; no parameters say: look up the neighbor.
+        // SAFETY: the context is valid; no pointer into the packet is used afterwards. Null parameters make the
+        // helper look up the neighbor.
         unsafe {
             if exit & exit::NEIGHBOR != 0 {
                 return bpf_redirect_neigh(exit & !exit::NEIGHBOR, core::ptr::null_mut(), 0, 0) as i32;
@@ -209,17 +219,17 @@ impl<'a> Packet<'a> {
         }
     }
 
-    /// Sends a copy of the packet out of its own interface.
+    /// Sends a copy of the packet out of its own interface. `None` if the kernel cannot.
     #[inline(always)]
     pub fn send_copy_back(&self) -> Option<()> {
-        // SAFETY: as for `pull`.
+        // SAFETY: as in `pull`.
         let ret = unsafe { bpf_clone_redirect(self.ctx.skb.skb, self.ifindex(), 0) };
         (ret == 0).then_some(())
     }
 }
 
-/// A packet as the driver got it, before the stack. On a veth its checksum may be a partial one, and nothing says so; what is
-/// written here is whole.
+/// A packet in the driver, before the network stack. On a veth its checksum may be partial, and XDP has no way to
+/// tell. Checksums that breaker writes here are complete.
 pub struct WirePacket<'a> {
     ctx: &'a XdpContext,
 }
@@ -247,13 +257,14 @@ impl Frame for WirePacket<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
         let mut length = self.data_end();
-        // In the machine's own words: the compiler would do it with halves of the pointers, which the verifier forbids.
-        // SAFETY: registers only.
+        // Subtracts by a machine instruction: the compiler would subtract 32-bit halves of the pointers, which the
+        // verifier rejects.
+        // SAFETY: the instruction uses registers only.
         unsafe { asm!("{0} -= {1}", inout(reg) length, in(reg) self.data(), options(pure, nomem, nostack)) };
         length as u32
     }
 
-    /// All of it is linear.
+    /// Always `None`: an XDP packet has no bytes outside of its linear part.
     #[inline(always)]
     fn pull(&self, _len: u32) -> Option<()> {
         None
@@ -262,17 +273,18 @@ impl Frame for WirePacket<'_> {
     #[inline(always)]
     fn cut(&self, len: u32) -> Option<()> {
         let by = len as i32 - self.len() as i32;
-        // SAFETY: the context is valid; pointers into the packet are made anew by `at`.
+        // SAFETY: the context is valid; no pointer into the packet is kept: each access gets a new one from `at`.
         (unsafe { bpf_xdp_adjust_tail(self.ctx.ctx, by) } == 0).then_some(())
     }
 
-    /// At the front: what is behind stays where it is.
+    /// Inserts the bytes in front of the packet: the bytes behind the Ethernet header keep their place.
     #[inline(always)]
     fn make_room(&self, len: u32) -> Option<()> {
-        // SAFETY: as for `cut`.
+        // SAFETY: as in `cut`.
         (unsafe { bpf_xdp_adjust_head(self.ctx.ctx, -(len as i32)) } == 0).then_some(())
     }
 
+    /// Always `Some(false)`: the checksums that breaker writes here are complete.
     #[inline(always)]
     fn is_partial(&self, _offset: usize) -> Option<bool> {
         Some(false)

@@ -1,4 +1,4 @@
-//! Headers to a tuple: Ethernet and its VLAN tags, IPv4 and IPv6, TCP and UDP, ICMP errors, fragments.
+//! Parses headers to a tuple: Ethernet with VLAN tags, IPv4 and IPv6, TCP and UDP, ICMP errors, fragments.
 
 use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
 use network_types::eth::{EthHdr, EtherType};
@@ -9,7 +9,7 @@ use crate::{
     packet::Frame,
 };
 
-/// TCP flags as they stand in byte 13 of the header (RFC 9293, section 3.1).
+/// TCP flags, as in byte 13 of the header (RFC 9293, section 3.1).
 pub mod flags {
     pub const FIN: u8 = 0x01;
     pub const SYN: u8 = 0x02;
@@ -17,28 +17,28 @@ pub mod flags {
     pub const ACK: u8 = 0x10;
 }
 
-/// Where a program sits.
+/// Direction of the tc hook that a program runs on. XDP counts as ingress.
 #[derive(Clone, Copy)]
 pub enum Hook {
     Ingress = 0,
     Egress = 1,
 }
 
-/// What a packet is to us.
+/// What kind of packet was parsed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Nothing that we look at.
+    /// Any other packet: breaker passes it.
     Other,
-    /// A TCP segment or UDP datagram, or its first fragment.
+    /// A TCP segment or UDP datagram, whole or its first fragment.
     Transport,
-    /// A later fragment: addresses, and no ports.
+    /// A later fragment: it has addresses, but no ports.
     LaterFragment,
-    /// An ICMP error; `l4` is where its header starts.
+    /// An ICMP error. `l4` is the offset of its ICMP header.
     IcmpError,
 }
 
-/// The ports, as TCP's and UDP's headers begin. One word: what is stored in pieces and read as a whole, the processor has to wait
-/// for.
+/// The first four bytes of a TCP or UDP header: the ports, wire order. Aligned as one word, so that it is stored by
+/// one instruction: the CPU stalls when one load spans several smaller stores.
 #[derive(Clone, Copy)]
 #[repr(C, align(4))]
 pub struct Ports {
@@ -46,7 +46,7 @@ pub struct Ports {
     pub destination: [u8; 2],
 }
 
-/// The part of a TCP header that we read (RFC 9293, section 3.1).
+/// A TCP header without options (RFC 9293, section 3.1).
 #[repr(C)]
 struct Tcp {
     ports: Ports,
@@ -56,30 +56,31 @@ struct Tcp {
     rest: [u16; 3],
 }
 
-/// A UDP header (RFC 768), or the begin of an ICMP message.
+/// A UDP header (RFC 768), or the first 8 bytes of an ICMP message.
 #[repr(C)]
 struct Udp {
     ports: Ports,
     rest: [u16; 2],
 }
 
-/// What we know of a packet after parsing. Addresses and ports in wire order.
+/// A parsed packet. Addresses and ports are in wire order.
 ///
-/// It lives in a map of one value for each CPU and hook, not on the stack: there is little of that, and the verifier, which
-/// follows every value on the stack along every way through the headers, gives up before the end. What comes out of a map
-/// is just a number to it.
+/// It is kept in a per-CPU map with one value for each hook, not on the stack. The stack is small, and the verifier
+/// follows every value on the stack along every path through the headers, which exceeds its limit on instructions.
+/// A value from a map is just an unknown number to the verifier.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Segment<A> {
     pub source: A,
     pub destination: A,
     pub ports: Ports,
-    /// As in [`breaker_common::FragmentKey`]; means something for fragments only.
+    /// As in [`breaker_common::FragmentKey`], wire order. Valid for fragments only.
     pub fragment_id: [u8; 4],
+    /// As in [`breaker_common::FragmentKey`]. Valid for fragments only.
     pub fragment_proto: u8,
-    /// Whether later fragments follow: 0 or 1.
+    /// 1 if later fragments follow, else 0.
     pub more: u8,
-    /// IP protocol number of what is at `l4`.
+    /// IP protocol number of the header at `l4`.
     pub proto: u8,
     /// TCP flags; 0 for UDP.
     pub flags: u8,
@@ -90,34 +91,37 @@ pub struct Segment<A> {
 }
 
 impl<A: Family> Segment<A> {
-    /// This CPU's place to parse into, for a hook. A packet that we send back from one hook may pass the other one before
-    /// the first is done.
+    /// This CPU's scratch segment for a hook, to parse into. The hooks do not share one: a packet that the ingress
+    /// program sends back may pass the egress program before the ingress program has ended. (`None` cannot occur:
+    /// the map has a value for each hook.)
     #[inline(always)]
     pub fn place(hook: Hook) -> Option<&'static mut Self> {
         let place = A::segments().get_ptr_mut(hook as u32)?;
-        // SAFETY: this CPU's own, and a hook's programs do not interrupt themselves (they run with softirqs off).
+        // SAFETY: the value is this CPU's own, and programs of one hook do not interrupt each other (they run with
+        // softirqs off).
         Some(unsafe { &mut *place })
     }
 
-    /// Where the IP header starts, from the Ethernet header on: 14 without VLAN tags in the packet.
+    /// Offset of the IP header in the frame: 14 without VLAN tags in the packet.
     #[inline(always)]
     pub fn l3(&self) -> usize {
         (self.l3 & 0x1f) as usize
     }
 
-    /// Where the TCP, UDP or ICMP header starts, from the Ethernet header on.
+    /// Offset of the TCP, UDP or ICMP header in the frame.
     #[inline(always)]
     pub fn l4(&self) -> usize {
         (self.l4 & 0x1ff) as usize
     }
 
-    /// Where the word stands that says whether later fragments follow; means something for a first fragment only.
+    /// Offset in the frame of the 16-bit word with the flag "more fragments". Valid for a first fragment only.
     #[inline(always)]
     pub fn more_at(&self) -> usize {
         (self.more_at & 0x1ff) as usize
     }
 
-    /// Where the packet ends, by what its IP header says: what follows in the frame is padding. It may end beyond the frame.
+    /// Offset in the frame at which the packet ends according to its IP header; the frame's bytes behind it are
+    /// padding. May lie beyond the end of the frame.
     #[inline(always)]
     pub fn end(&self) -> usize {
         self.end as usize
@@ -128,25 +132,25 @@ impl<A: Family> Segment<A> {
         self.proto == PROTO_TCP
     }
 
-    /// A connection request.
+    /// Whether it is a connection request: SYN is set; ACK, RST and FIN are not.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
         is_request(self.flags)
     }
 
-    /// Whether it may be the first of its flow: a connection request, or any datagram.
+    /// Whether it may be the first packet of its flow: a connection request, or any datagram.
     #[inline(always)]
     pub fn may_begin(&self) -> bool {
         !self.is_tcp() || self.is_syn()
     }
 
-    /// The sender's last word, or nearly: FIN or RST.
+    /// Whether it has FIN or RST: the sender sends no more data. Never true for a datagram.
     #[inline(always)]
     pub fn ends(&self) -> bool {
         ends(self.flags)
     }
 
-    /// Whether it changes the state of a connection: SYN, FIN or RST. Never a datagram.
+    /// Whether it changes the state of a connection: SYN, FIN or RST. Never true for a datagram.
     #[inline(always)]
     pub fn is_control(&self) -> bool {
         is_control(self.flags)
@@ -158,16 +162,17 @@ impl<A: Family> Segment<A> {
     }
 }
 
-/// Where the IP header starts, without VLAN tags in the packet.
+/// Offset of the IP header in a frame without VLAN tags.
 pub const L3: usize = EthHdr::LEN;
-/// VLAN tags that may stand in a packet (one more is in the kernel's own notes: it takes the outer one off).
+/// Largest number of VLAN tags in the packet that are skipped. (The kernel moves the outermost tag to the packet's
+/// metadata, so a frame may have one tag more.)
 const TAGS: usize = 2;
 const TAG_LEN: usize = 4;
-/// IPv6 extension headers that are walked.
+/// Largest number of IPv6 extension headers that are parsed.
 const EXTENSIONS: usize = 6;
-/// Bytes of them that are walked.
+/// Largest length in bytes of all IPv6 extension headers together.
 const EXTENSIONS_LEN: usize = 256;
-/// Longest headers that we look at: Ethernet, IPv4 or IPv6, TCP, each with all options that we walk.
+/// Largest length in bytes of all headers that are parsed: Ethernet, IPv4 or IPv6, TCP, with all their options.
 const LONGEST: u32 = (EthHdr::LEN + TAGS * TAG_LEN + 40 + EXTENSIONS_LEN + 60) as u32;
 
 /// IP protocol numbers (iana.org/assignments/protocol-numbers).
@@ -180,8 +185,8 @@ mod proto {
     pub const SCTP: u8 = 132;
 }
 
-/// The network layer of a frame, and where it starts. `TAGGED`: VLAN tags in the packet are stepped over; there are none on
-/// a pod's interface.
+/// Finds the network layer of a frame: returns its type and stores its offset in `l3`. `None`: neither IPv4 nor
+/// IPv6. `TAGGED`: VLAN tags in the packet are skipped; a pod's interface has none.
 #[inline(always)]
 pub fn network<const TAGGED: bool>(packet: &impl Frame, l3: &mut usize) -> Option<EtherType> {
     let eth = packet.read::<EthHdr>(0)?;
@@ -207,14 +212,14 @@ pub fn network<const TAGGED: bool>(packet: &impl Frame, l3: &mut usize) -> Optio
     }
 }
 
-/// Parses what is at `l3` into `segment`.
+/// Parses the headers from offset `l3` on into `segment`.
 ///
 /// # Errors
 /// [`PassReason::Truncated`], [`PassReason::ExtensionHeaders`].
 #[inline(always)]
 pub fn at<A: Family>(packet: &impl Frame, l3: usize, segment: &mut Segment<A>) -> Result<Kind, PassReason> {
     match A::parse(packet, l3, segment) {
-        // The headers may lie outside of the linear part: fetch them, once.
+        // The headers may lie outside of the linear part of the packet: pull them in and try once more.
         Err(PassReason::Truncated) => {
             let want = if packet.len() < LONGEST { packet.len() } else { LONGEST };
             packet.pull(want).ok_or(PassReason::Truncated)?;
@@ -224,7 +229,7 @@ pub fn at<A: Family>(packet: &impl Frame, l3: usize, segment: &mut Segment<A>) -
     }
 }
 
-/// An IPv4 header (RFC 791, section 3.1), with its fields as they are best read. Numbers are in wire order.
+/// An IPv4 header (RFC 791, section 3.1), divided into fields that are cheap to read. Integers are in wire order.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Ipv4 {
@@ -240,16 +245,16 @@ struct Ipv4 {
     destination: V4,
 }
 
-/// See [`Family::parse`].
+/// Implements [`Family::parse`] for IPv4.
 #[inline(always)]
 pub fn ipv4(packet: &impl Frame, l3: usize, segment: &mut Segment<V4>) -> Result<Kind, PassReason> {
     let Some(ip) = packet.at::<Ipv4>(l3) else { return Err(PassReason::Truncated) };
-    // SAFETY: `at` checked the bounds; any bytes are a value; `Packet::read` has the word on alignment.
+    // SAFETY: `at` checked the bounds; any bytes are a valid value; see `Frame::read` on alignment.
     let ip = unsafe { &*ip };
     if !is_ours::<V4>(ip.proto) {
         return Ok(other(ip.proto));
     }
-    // Length of the header in bytes; the mask tells the verifier that it is 60 at the most.
+    // Length of the header in bytes. The mask shows the verifier that it is at most 60.
     let ihl = ((ip.version_and_length & 0x0f) as usize * 4) & 0x3c;
     if ip.version_and_length >> 4 != 4 || ihl < size_of::<Ipv4>() {
         return Err(PassReason::Truncated);
@@ -260,7 +265,7 @@ pub fn ipv4(packet: &impl Frame, l3: usize, segment: &mut Segment<V4>) -> Result
     segment.l3 = l3 as u32;
     let fragment = u16::from_be(ip.fragment);
     segment.more = 0;
-    // More fragments, or the offset of this one.
+    // The flag "more fragments", or a fragment offset other than 0.
     if fragment & 0x3fff != 0 {
         segment.more = (fragment & 0x2000 != 0) as u8;
         segment.more_at = (l3 + 6) as u32;
@@ -271,13 +276,13 @@ pub fn ipv4(packet: &impl Frame, l3: usize, segment: &mut Segment<V4>) -> Result
         }
     }
     let total_length = ip.total_length;
-    // What follows the total length is padding, not a header.
+    // Bytes behind the total length are padding, not a header.
     let length = u16::from_be(total_length) as usize;
     let Some(rest) = length.checked_sub(ihl) else { return Err(PassReason::Truncated) };
     transport(packet, l3 + ihl, rest, segment)
 }
 
-/// An IPv6 header (RFC 8200, section 3), as [`Ipv4`].
+/// An IPv6 header (RFC 8200, section 3), divided as [`Ipv4`] is.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Ipv6 {
@@ -289,11 +294,11 @@ struct Ipv6 {
     destination: V6,
 }
 
-/// See [`Family::parse`].
+/// Implements [`Family::parse`] for IPv6.
 #[inline(always)]
 pub fn ipv6(packet: &impl Frame, l3: usize, segment: &mut Segment<V6>) -> Result<Kind, PassReason> {
     let Some(ip) = packet.at::<Ipv6>(l3) else { return Err(PassReason::Truncated) };
-    // SAFETY: as for IPv4.
+    // SAFETY: as in `ipv4`.
     let ip = unsafe { &*ip };
     if ip.version[0] >> 4 != 6 {
         return Err(PassReason::Truncated);
@@ -323,9 +328,10 @@ pub fn ipv6(packet: &impl Frame, l3: usize, segment: &mut Segment<V6>) -> Result
                 }
                 behind += 8;
             }
-            // RFC 4302, section 2.2: in words, and two less.
+            // RFC 4302, section 2.2: the length field counts 4-byte words, minus 2.
             proto::AUTHENTICATION => behind += (header[1] as usize + 2) * 4,
-            // RFC 8200, section 4.4: the destination in the header is not the last one, and the checksum is about the last.
+            // RFC 8200, section 4.4: while "Segments Left" is not 0, the IPv6 header does not hold the final
+            // destination, and the TCP or UDP checksum covers the final one.
             proto::ROUTING if header[3] != 0 => return Err(PassReason::ExtensionHeaders),
             _ => behind += (header[1] as usize + 1) * 8,
         }
@@ -347,13 +353,13 @@ fn is_extension(next: u8) -> bool {
     matches!(next, proto::HOP_BY_HOP | proto::ROUTING | proto::FRAGMENT | proto::AUTHENTICATION | proto::DESTINATION)
 }
 
-/// Whether we look at a protocol.
+/// Whether breaker handles an IP protocol: TCP, UDP, or the family's ICMP.
 #[inline(always)]
 fn is_ours<A: Family>(next: u8) -> bool {
     next == PROTO_TCP || next == PROTO_UDP || next == A::ICMP
 }
 
-/// A protocol that we do not look at.
+/// The kind of a packet whose protocol breaker does not handle. Counts SCTP.
 #[inline(always)]
 fn other(next: u8) -> Kind {
     if next == proto::SCTP {
@@ -362,7 +368,8 @@ fn other(next: u8) -> Kind {
     Kind::Other
 }
 
-/// Parses the header at `l4`; `rest` bytes are in the packet from there on, by what the IP header says.
+/// Parses the TCP, UDP or ICMP header at offset `l4`. `rest`: number of bytes in the packet from `l4` on, according
+/// to the IP header.
 #[inline(always)]
 fn transport<A: Family>(
     packet: &impl Frame,
@@ -381,7 +388,8 @@ fn transport<A: Family>(
     Ok(Kind::Transport)
 }
 
-/// How the header at `l4` begins, of which there must be `rest` bytes, and TCP's flags.
+/// The first four bytes of the header at offset `l4`, and the TCP flags (0 for other protocols). `None` if the
+/// header is longer than `rest`, or lies outside of the linear part.
 #[inline(always)]
 fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> Option<(Ports, u8)> {
     if proto == PROTO_TCP {
@@ -389,11 +397,11 @@ fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> Option<(Port
         if rest < size_of::<Tcp>() {
             return None;
         }
-        // SAFETY: `at` checked the bounds; any bytes are a value.
+        // SAFETY: `at` checked the bounds; any bytes are a valid value.
         let tcp = unsafe { &*tcp };
         return Some((tcp.ports, tcp.flags));
     }
-    // UDP's and ICMP's headers are as long as each other.
+    // UDP and ICMP headers have the same length.
     let header = packet.at::<Udp>(l4)?;
     if rest < size_of::<Udp>() {
         return None;
@@ -402,14 +410,14 @@ fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> Option<(Port
     Some((unsafe { (*header).ports }, 0))
 }
 
-/// The two ends of a packet of the commonest kind.
+/// Tuple and flags of a packet of the most common kind, for the prefilter: see [`glance`].
 #[derive(Clone, Copy)]
 pub struct Glance<A> {
     pub source: A,
     pub destination: A,
     pub ports: Ports,
     pub proto: u8,
-    /// It may be the first of its flow.
+    /// As [`Segment::may_begin`].
     pub may_begin: bool,
     /// TCP flags; 0 for UDP.
     flags: u8,
@@ -429,9 +437,11 @@ impl<A> Glance<A> {
     }
 }
 
-/// The ends of a segment or datagram without IP options and extension headers, whole, and with its headers where they can be
-/// read at once. Nothing is written down: it is for those that go on untouched. Everything else, and what does not go on, is
-/// parsed.
+/// The prefilter's parser: reads the tuple of a TCP segment or UDP datagram that has neither IP options nor
+/// extension headers, is no fragment, and has its headers in the linear part. `None` for every other packet.
+///
+/// It stores nothing, because most packets then pass unchanged. The full parser ([`at`]) handles all other packets,
+/// and those that need the full path.
 #[inline(always)]
 pub fn glance<A: Family>(packet: &impl Frame, l3: usize) -> Option<Glance<A>> {
     let ip = A::plain(packet, l3)?;
@@ -443,20 +453,20 @@ pub fn glance<A: Family>(packet: &impl Frame, l3: usize) -> Option<Glance<A>> {
     Some(Glance { source: ip.source, destination: ip.destination, ports, proto: ip.proto, may_begin, flags })
 }
 
-/// What an IP header without options and extension headers says of a whole packet.
+/// Fields of an IP header without options and extension headers, of a packet that is no fragment.
 pub struct Plain<A> {
     source: A,
     destination: A,
     proto: u8,
-    /// How many bytes follow the header.
+    /// Number of bytes behind the header, according to the header.
     rest: usize,
 }
 
-/// See [`Family::plain`].
+/// Implements [`Family::plain`] for IPv4.
 #[inline(always)]
 pub fn plain4(packet: &impl Frame, l3: usize) -> Option<Plain<V4>> {
     let ip = packet.at::<Ipv4>(l3)?;
-    // SAFETY: `at` checked the bounds; any bytes are a value; `Packet::read` has the word on alignment.
+    // SAFETY: `at` checked the bounds; any bytes are a valid value; see `Frame::read` on alignment.
     let ip = unsafe { &*ip };
     if ip.version_and_length != 0x45 || u16::from_be(ip.fragment) & 0x3fff != 0 {
         return None;
@@ -465,11 +475,11 @@ pub fn plain4(packet: &impl Frame, l3: usize) -> Option<Plain<V4>> {
     Some(Plain { source: ip.source, destination: ip.destination, proto: ip.proto, rest })
 }
 
-/// See [`Family::plain`].
+/// Implements [`Family::plain`] for IPv6.
 #[inline(always)]
 pub fn plain6(packet: &impl Frame, l3: usize) -> Option<Plain<V6>> {
     let ip = packet.at::<Ipv6>(l3)?;
-    // SAFETY: as for IPv4.
+    // SAFETY: as in `plain4`.
     let ip = unsafe { &*ip };
     if ip.version[0] >> 4 != 6 {
         return None;
@@ -478,7 +488,7 @@ pub fn plain6(packet: &impl Frame, l3: usize) -> Option<Plain<V6>> {
     Some(Plain { source: ip.source, destination: ip.destination, proto: ip.next, rest })
 }
 
-/// A connection request: SYN without ACK. (With RST or FIN beside it, it is none: hosts drop those.)
+/// Whether TCP flags are those of a connection request: SYN without ACK. (Hosts drop a SYN that also has RST or FIN.)
 #[inline(always)]
 fn is_request(tcp_flags: u8) -> bool {
     tcp_flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
@@ -494,7 +504,7 @@ fn is_control(tcp_flags: u8) -> bool {
     tcp_flags & (flags::SYN | flags::FIN | flags::RST) != 0
 }
 
-/// Whether an ICMP type quotes the packet that it is about, and tells of an error (RFC 792, RFC 4443 section 2.1).
+/// Whether an ICMP type is an error that quotes the packet which caused it (RFC 792; RFC 4443, section 2.1).
 #[inline(always)]
 fn is_error<A: Family>(kind: u8) -> bool {
     if A::VERSION == 4 { matches!(kind, 3 | 4 | 11 | 12) } else { matches!(kind, 1..=4) }

@@ -1,13 +1,22 @@
-//! Refusing a new connection or datagram, and resetting an established connection.
+//! Refuses new connections and datagrams, and resets established connections.
 //!
-//! TCP: the packet itself is turned into the reset: cut behind its headers, flags, numbers and addresses written anew. IP
-//! options and extension headers stay where they are, so that nothing moves.
+//! # TCP
 //!
-//! Sequence numbers. To a SYN: RST+ACK that acknowledges its sequence number plus its length (RFC 9293, section
-//! 3.5.2, rule 1). To an established client: the sequence number that it expects next is what it acknowledged last
-//! (RFC 5961, section 3.2, accepts nothing else at once). To the peer: the client's own next sequence number.
+//! The packet itself becomes the reset: it is truncated behind its headers, and flags, numbers and addresses are
+//! rewritten. IP options and extension headers stay in place, so no bytes have to be moved.
 //!
-//! UDP: the packet is cut behind its ports and quoted in an ICMP "port unreachable" from the address that it was for.
+//! Sequence numbers:
+//!
+//! * The answer to a SYN is RST+ACK. It acknowledges the SYN's sequence number plus its length (RFC 9293, section
+//!   3.5.2, rule 1).
+//! * A reset to an established client has the sequence number that the client expects next, which is the one that it
+//!   acknowledged last. By RFC 5961, section 3.2, a client accepts no other number at once.
+//! * A reset to the peer has the sequence number of the client's segment.
+//!
+//! # UDP
+//!
+//! The packet is truncated behind its UDP header and quoted in an ICMP "port unreachable" from the address that it
+//! was sent to.
 
 use breaker_common::{PROTO_TCP, PassReason};
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
@@ -21,21 +30,21 @@ use crate::{
     parse::{L3, Segment, flags},
 };
 
-/// What we need to know of a segment to answer it.
+/// Fields of a segment that its answer depends on. Numbers are in host byte order.
 #[derive(Clone, Copy)]
 struct Numbers {
-    /// Its sequence number.
+    /// The segment's sequence number.
     sequence: u32,
-    /// Its acknowledgment number; 0 without ACK.
+    /// The segment's acknowledgment number; 0 without ACK.
     acknowledgment: u32,
-    /// The sequence number behind it.
+    /// The sequence number that follows the segment.
     next: u32,
-    /// Its sender's and receiver's MAC addresses.
+    /// MAC addresses of the segment's sender and receiver.
     sender: [u8; 6],
     receiver: [u8; 6],
 }
 
-/// One reset to write.
+/// A reset to write: MAC addresses, then addresses and ports in wire order, then numbers in host byte order.
 struct Reset<A> {
     sender: [u8; 6],
     receiver: [u8; 6],
@@ -47,7 +56,7 @@ struct Reset<A> {
     acknowledgment: u32,
 }
 
-/// Turns a SYN into its answer, RST+ACK, to be sent back.
+/// Turns a SYN into its answer, RST+ACK. The caller sends it back.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
@@ -57,7 +66,7 @@ pub fn refuse_segment<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> R
     write(packet, segment, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)
 }
 
-/// Turns a datagram into its answer, an ICMP error, to be sent back.
+/// Turns a datagram into its answer, an ICMP "port unreachable". The caller sends it back.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
@@ -66,8 +75,8 @@ pub fn refuse_datagram<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> 
     unreachable(packet, segment).ok_or(PassReason::RewriteFailed)
 }
 
-/// Resets an established connection at both ends, on a segment of the client's: the client is answered, and the
-/// packet goes on to the peer as a reset.
+/// Resets an established connection at both ends, given a segment from the client. Sends a reset back to the client
+/// and turns the packet into a reset for the peer, which the caller sends on.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
@@ -75,7 +84,8 @@ pub fn refuse_datagram<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> 
 pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Peer<A>) -> Result<(), PassReason> {
     let numbers = shorten(packet, segment).ok_or(PassReason::RewriteFailed)?;
     write(packet, segment, &to_client(segment, &numbers)).ok_or(PassReason::RewriteFailed)?;
-    // A veth whose queue is full drops the copy; the peer is told all the same, and the client asks again.
+    // A veth whose queue is full drops the copy. The peer is reset nevertheless, and the client's next segment is
+    // answered.
     let _ = packet.send_copy_back();
     let onward = Reset {
         sender: numbers.sender,
@@ -90,6 +100,7 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
     write(packet, segment, &onward).ok_or(PassReason::RewriteFailed)
 }
 
+/// The reset that goes back to the sender of a segment.
 #[inline(always)]
 fn to_client<A: Family>(segment: &Segment<A>, numbers: &Numbers) -> Reset<A> {
     Reset {
@@ -104,14 +115,15 @@ fn to_client<A: Family>(segment: &Segment<A>, numbers: &Numbers) -> Reset<A> {
     }
 }
 
-/// The IP header's own length field: where it stands, and how much of the packet before the TCP header it counts.
+/// The offset of the IP header's length field, and how many bytes in front of the TCP or UDP header this field
+/// counts.
 #[inline(always)]
 fn length_field<A: Family>(segment: &Segment<A>) -> (usize, usize) {
     let headers = segment.l4() - segment.l3();
     if A::VERSION == 4 { (segment.l3() + 2, headers) } else { (segment.l3() + 4, headers - A::HEADER) }
 }
 
-/// Reads the numbers and cuts the packet behind a TCP header without options.
+/// Reads the fields that the answer needs and truncates the packet to a TCP header without options.
 #[inline(always)]
 fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbers> {
     let eth = packet.read::<EthHdr>(0)?;
@@ -121,7 +133,7 @@ fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbe
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
     let acknowledgment =
         if segment.flags & flags::ACK != 0 { u32::from_be_bytes([tcp[8], tcp[9], tcp[10], tcp[11]]) } else { 0 };
-    // What the segment takes up in sequence space: its payload, its SYN, its FIN (RFC 9293, section 3.4).
+    // Length of the segment in sequence space: its payload, plus one each for SYN and FIN (RFC 9293, section 3.4).
     let headers = counted as u32 + ((tcp[12] >> 4) as u32) * 4;
     let payload = length.saturating_sub(headers);
     let syn = (segment.flags & flags::SYN != 0) as u32;
@@ -139,7 +151,8 @@ fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbe
     })
 }
 
-/// A reset has no later fragments, even if it is made of a first one: nobody would put it together.
+/// Clears the flag "more fragments". A reset made from a first fragment has no later ones, so no host could
+/// reassemble it.
 #[inline(always)]
 fn make_whole<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()> {
     let old = packet.read::<[u8; 2]>(segment.more_at())?;
@@ -153,8 +166,8 @@ fn make_whole<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()
     Some(())
 }
 
-/// Writes the length, the addresses and, where there is one, the header's checksum. Options, if any, did not change: the
-/// checksum follows from the fields that did.
+/// Writes the length, the addresses and, for IPv4, the header's checksum. The checksum is updated by the fields
+/// that changed, because options, if any, did not. `total`: value of the length field.
 #[inline(always)]
 fn write_ip<A: Family>(packet: &impl Frame, segment: &Segment<A>, total: u16, source: A, destination: A) -> Option<()> {
     let (length_at, _) = length_field(segment);
@@ -174,13 +187,13 @@ fn write_ip<A: Family>(packet: &impl Frame, segment: &Segment<A>, total: u16, so
     packet.write(destination_at, destination)
 }
 
-/// Writes a reset over the headers.
+/// Writes a reset over the packet's headers.
 #[inline(always)]
 fn write<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset<A>) -> Option<()> {
     write_all(packet, segment, reset).then_some(())
 }
 
-/// A function to the kernel too, which returns whether it could.
+/// [`try_write`] as a BPF subprogram (not inlined), which can return only a number: whether it succeeded.
 #[inline(never)]
 fn write_all<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset<A>) -> bool {
     try_write(packet, segment, reset).is_some()
@@ -208,7 +221,7 @@ fn try_write<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset
         a[1],
         a[2],
         a[3],
-        // Five words of header; RST and ACK; no window, no urgent pointer; the checksum comes below.
+        // Header length of five words; RST and ACK; no window, no urgent pointer. The checksum is written below.
         5 << 4,
         flags::RST | flags::ACK,
         0,
@@ -222,8 +235,8 @@ fn try_write<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset
     write_checksum(packet, segment.l4(), reset)
 }
 
-/// Writes the TCP checksum: the whole one, or only the pseudo header's sum where the device adds the rest
-/// (CHECKSUM_PARTIAL, the rule on a veth).
+/// Writes the TCP checksum: complete, or, if the device adds the rest (CHECKSUM_PARTIAL, the rule on a veth), only
+/// the sum of the pseudo header.
 #[inline(always)]
 fn write_checksum<A: Family>(packet: &impl Frame, l4: usize, reset: &Reset<A>) -> Option<()> {
     let at = l4 + TCP_CHECK;
@@ -239,14 +252,14 @@ fn write_checksum<A: Family>(packet: &impl Frame, l4: usize, reset: &Reset<A>) -
     packet.write(at, check.to_be_bytes())
 }
 
-/// Bytes of an ICMP header.
+/// Length of an ICMP header.
 const ICMP: usize = 8;
-/// Bytes of a refused datagram that are quoted behind its IP header (RFC 792); RFC 4443 wants as much as fits, and no host
-/// needs more than the ports.
+/// Number of bytes of a refused datagram that are quoted behind its IP header (RFC 792). RFC 4443 asks for as many
+/// as fit, but no host needs more than the ports.
 const QUOTED: usize = UdpHdr::LEN;
 
-/// Turns a datagram into an ICMP "port unreachable" about itself. One with VLAN tags or IPv6 extension headers is not
-/// refused, but passed.
+/// Turns a datagram into an ICMP "port unreachable" about itself. `None` for a datagram with VLAN tags or IPv6
+/// extension headers: it passes instead.
 #[inline(always)]
 fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()> {
     if segment.l3() != L3 || (A::VERSION == 6 && segment.l4() != L3 + A::HEADER) {
@@ -256,7 +269,7 @@ fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<(
     let eth = packet.read::<EthHdr>(0)?;
     let quote = (segment.l4() - L3 + QUOTED) as u16;
     let udp = packet.read::<[u8; QUOTED]>(segment.l4())?;
-    // Of the quoted header: an IPv4 header sums up to nothing by itself, options and all.
+    // The sum of the quoted IP header. An IPv4 header, with its options, sums up to zero because of its own checksum.
     let quoted_header = if A::VERSION == 4 {
         0
     } else {
@@ -272,7 +285,7 @@ fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<(
     packet.make_room((A::HEADER + ICMP) as u32)?;
     packet.write(0, EthHdr { dst_addr: eth.src_addr, src_addr: eth.dst_addr, ether_type: eth.ether_type })?;
     let icmp_length = ICMP as u16 + quote;
-    // Type and code: RFC 792 "port unreachable"; RFC 4443, section 3.1.
+    // Type and code of "port unreachable": RFC 792; RFC 4443, section 3.1.
     let (kind, code) = if A::VERSION == 4 { (3, 3) } else { (1, 4) };
     let under = if A::VERSION == 4 { 0 } else { csum::pseudo(client.words(), vip.words(), A::ICMP, icmp_length) };
     let check = !csum::fold(under + csum::word([kind, code]) + quoted);
@@ -280,7 +293,7 @@ fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<(
     packet.write(L3 + A::HEADER, [kind, code, c[0], c[1], 0, 0, 0, 0])?;
     if A::VERSION == 4 {
         let t = (V4::HEADER as u16 + icmp_length).to_be_bytes();
-        // Precedence "internetwork control" as RFC 1812 section 4.3.2.5 wants, don't fragment, 64 hops.
+        // Precedence "internetwork control", as RFC 1812, section 4.3.2.5 asks for; "don't fragment"; TTL 64.
         packet.write(L3, [0x45, 0xc0, t[0], t[1], 0, 0, 0x40, 0, 64, A::ICMP, 0, 0])?;
         let sum = csum::word([0x45, 0xc0]) + csum::word(t) + 0x4000 + csum::word([64, A::ICMP]);
         packet.write(L3 + 10, (!csum::fold(sum + vip.words() + client.words())).to_be_bytes())?;

@@ -1,31 +1,31 @@
-//! Which tier and which slot a new connection gets. Userspace did the thinking: weights, health, tiers and policies
-//! are resolved into what the slots hold.
+//! Chooses the tier and the slot for a new connection. The agent has already resolved weights, health, tiers and
+//! policies into the contents of the slots.
 
 use aya_ebpf::{btf_maps::Array, macros::btf_map};
 use breaker_common::{
     Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, Switch,
-    TABLE_OF_ONE, Table, backend_use, route_flags,
+    SINGLE_BACKEND, Table, backend_use, route_flags,
 };
 
 use crate::{atomic, family::Family, hash, service};
 
-/// Selection tables; a route says which are its.
+/// Selection tables. A route holds the indices of its tables.
 #[btf_map]
 static SLOTS: Array<Table, { DEFAULT_TABLES as usize }> = Array::new();
 
-/// Where a frontend's connections may go.
+/// The route of each frontend: where its connections may go.
 #[btf_map]
 static ROUTES: Array<Route, { DEFAULT_ROUTES as usize }> = Array::new();
 
-/// What a new connection gets: a slot's content ([`SLOT_PASSTHROUGH`], [`SLOT_REJECT`] or a backend id), and whether it is
-/// one of the half-open breaker's trial connections.
+/// The choice for a new connection: the content of a slot ([`SLOT_PASSTHROUGH`], [`SLOT_REJECT`] or a backend id),
+/// and whether the connection holds one of the half-open breaker's permits.
 #[derive(Clone, Copy)]
 pub struct Choice {
     pub slot: u32,
     pub trial: bool,
 }
 
-/// Chooses for a flow.
+/// Chooses tier and slot for a flow. Takes a permit if the breaker is half-open and one is left.
 #[inline(always)]
 pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> Choice {
     choose_by(service, route, switch, |seed| {
@@ -33,8 +33,8 @@ pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &Fl
     })
 }
 
-/// Chooses by a hash, which is made with the service's seed. A service without a record (which cannot be) is left to
-/// kube-proxy.
+/// As [`choose`], with a hash that `hash` computes from the service's seed. A service without a record, which
+/// cannot occur, is left to kube-proxy.
 #[inline(always)]
 pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> Choice {
     let Some(record) = service::record(service) else { return Choice { slot: SLOT_PASSTHROUGH, trial: false } };
@@ -45,17 +45,17 @@ pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnc
     Choice { slot: in_tier(route, switch, !primary, hash), trial }
 }
 
-/// What a hash gets in a tier, the primary or the backup.
+/// The content of a hash's slot in the primary or the backup tier of a route.
 #[inline(always)]
 fn in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32 {
     let tables = ROUTES.get(route).map_or(Route::NOTHING.tables, |route| route.tables);
     let [first, second] = if switch.buffer() == 0 { tables[0] } else { tables[1] };
     let table = if backup { second } else { first };
-    // A table that holds only one thing is not there; its index says which.
+    // A table with a single content does not exist; the route holds that content in place of the table's index.
     if table >= SLOT_REJECT {
         table
-    } else if table & TABLE_OF_ONE != 0 {
-        table & !TABLE_OF_ONE
+    } else if table & SINGLE_BACKEND != 0 {
+        table & !SINGLE_BACKEND
     } else {
         let slot =
             SLOTS.get(table).and_then(|table| table.slots.get(hash::slot(hash) as usize & (table.slots.len() - 1)));
@@ -63,7 +63,7 @@ fn in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32 {
     }
 }
 
-/// The backend that a flow gets in the backup, whatever the state: a slot's content.
+/// The content of a flow's slot in the backup tier, whatever the breaker's state.
 #[inline(always)]
 pub fn in_backup<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> u32 {
     in_backup_by(service, route, switch, |seed| {
@@ -71,46 +71,46 @@ pub fn in_backup<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: 
     })
 }
 
-/// As [`in_backup`], by a hash that is made with the service's seed.
+/// As [`in_backup`], with a hash that `hash` computes from the service's seed.
 #[inline(always)]
 pub fn in_backup_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> u32 {
     let Some(record) = service::record(service) else { return SLOT_PASSTHROUGH };
     in_tier(route, switch, true, hash(record.seed))
 }
 
-/// Whether a client outside keeps its address on a route, toward a backend of this node.
+/// Whether external clients of a route keep their address toward backends on this node.
 #[inline(always)]
 pub fn keeps_client(route: u32) -> bool {
     ROUTES.get(route).is_some_and(|route| route.flags & route_flags::KEEP_CLIENT != 0)
 }
 
-/// A backend by id.
+/// The backend with an id, if there is one.
 #[inline(always)]
 pub fn backend<A: Family>(id: u32) -> Option<&'static Backend<A>> {
     A::backends().get(id).filter(|backend| backend.proto != 0)
 }
 
-/// Index of a backend's interface, if it is on this node, and still the one with this address; 0 otherwise.
+/// Index of a backend's interface; 0 if the backend is not on this node, or if the id now belongs to another address.
 #[inline(always)]
 pub fn interface_of<A: Family>(id: u32, addr: A) -> u32 {
     A::backends().get(id).filter(|backend| backend.addr == addr).map_or(0, |backend| backend.ifindex)
 }
 
-/// Whether packets of a backend need a look into the flow tables: bits of [`backend_use`].
+/// How a backend is used: bits of [`backend_use`]. If 0, its packets need no look-up in the flow tables.
 #[inline(always)]
 pub fn backend_in_use<A: Family>(id: u32) -> u32 {
     A::backends().get(id).map_or(0, |backend| backend.in_use)
 }
 
-/// Notes that a backend's packets need a look into the flow tables from now on.
+/// Sets bits of [`backend_use`]: from now on the backend's packets are looked up in the flow tables.
 #[inline(always)]
 pub fn mark_in_use<A: Family>(id: u32, bits: u32) {
     debug_assert!(bits & !(backend_use::REDIRECTED | backend_use::DIRECT | backend_use::FAST) == 0);
     let Some(backend) = A::backends().get_ptr_mut(id) else { return };
-    // SAFETY: the kernel returned a pointer to a value of this map; the field is 4 bytes, aligned.
+    // SAFETY: the kernel returned a pointer to a value of this map; the field has 4 bytes and is aligned.
     unsafe {
         let at = &raw mut (*backend).in_use;
-        // Reading first keeps the cache line shared once the bit is set.
+        // Writing only on a change keeps the cache line shared between CPUs once the bit is set.
         if at.read_volatile() & bits != bits {
             atomic::or(at, bits);
         }

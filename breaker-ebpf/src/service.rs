@@ -1,4 +1,5 @@
-//! A service's switch (which way connections go), its record and what the programs keep for it.
+//! A service's switch (where new connections go), its record, and the state that the programs keep for it: the
+//! epoch and the half-open permits.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{DEFAULT_SERVICES, ServiceRecord, ServiceRuntime, Switch, switch_flags};
@@ -8,30 +9,32 @@ use crate::{atomic, limit};
 const SERVICES_LEN: usize = DEFAULT_SERVICES as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
-/// One word a service; the agent maps it into its memory and stores whole words.
+/// The switch of each service, one word. The agent maps the array into its memory and stores whole words.
 #[btf_map]
 static SWITCHES: Array<Switch, SERVICES_LEN, MMAPABLE> = Array::new();
 
-/// Names, reasons and times: for restarts and for people. In the agent's memory, too: a flip writes it.
+/// Names, reasons and times, for restarts of the agent and for operators. The agent maps the array into its memory,
+/// too, and writes it with every change of state.
 #[btf_map]
 static SERVICES: Array<ServiceRecord, SERVICES_LEN, MMAPABLE> = Array::new();
 
-/// Written by the programs only.
+/// The programs' own state of each service. Only the programs write it.
 #[btf_map]
 static RUNTIME: Array<ServiceRuntime, SERVICES_LEN> = Array::new();
 
-/// How often a compare-and-swap is tried before the caller takes the safe way out.
+/// Number of attempts at a compare-and-swap before the caller takes the safe result.
 const TRIES: usize = 4;
 
 /// A service's switch, read as one word.
 #[inline(always)]
 pub fn switch(service: u32) -> Option<Switch<u8>> {
     let word = SWITCHES.get_ptr(service)?.cast::<u64>();
-    // SAFETY: the kernel returned a pointer to a value of this map, 8 bytes and aligned.
+    // SAFETY: the kernel returned a pointer to a value of this map, which has 8 bytes and is aligned.
     Some(Switch::from_word(unsafe { atomic::load(word) }))
 }
 
-/// Whether a service may have flows that the tables must be asked for.
+/// Whether the flow tables may hold flows of a service: the agent tracks them, or a limit has sent connections to
+/// the backup.
 #[inline(always)]
 pub fn tracks(service: u32, switch: &Switch<u8>) -> bool {
     switch.has(switch_flags::TRACK) || switch.has(switch_flags::LIMITED) && limit::has_overflowed(service)
@@ -43,7 +46,7 @@ pub fn record(service: u32) -> Option<&'static ServiceRecord> {
     SERVICES.get(service)
 }
 
-/// The packed form of [`ServiceRuntime`].
+/// A [`ServiceRuntime`] packed into one word.
 #[inline(always)]
 fn pack(epoch: u32, taken: u32) -> u64 {
     let (e, t) = (epoch.to_ne_bytes(), taken.to_ne_bytes());
@@ -56,34 +59,35 @@ fn unpack(word: u64) -> (u32, u32) {
     (u32::from_ne_bytes([b[0], b[1], b[2], b[3]]), u32::from_ne_bytes([b[4], b[5], b[6], b[7]]))
 }
 
-/// Notes that the programs met `epoch`; true for the one packet that was first.
+/// Records that the programs have seen `epoch`. Returns true for the one packet that recorded it.
 #[inline(always)]
 pub fn adopt(service: u32, epoch: u32) -> bool {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return false };
     let at = runtime.cast::<u64>();
-    // SAFETY: the kernel returned a pointer to a value of this map, 8 bytes and aligned; only these two functions
-    // touch it.
+    // SAFETY: the kernel returned a pointer to a value of this map, which has 8 bytes and is aligned; only the
+    // functions of this module access it, by atomic operations.
     let word = unsafe { atomic::load(at) };
     // SAFETY: as above.
     unpack(word).0 != epoch && unsafe { atomic::compare_exchange(at, word, pack(epoch, 0)) }
 }
 
-/// Takes one of the connections that a half-open breaker lets through to the primary.
+/// Takes one of the permits with which a half-open breaker lets connections through to the primary. Returns whether
+/// one was left.
 ///
-/// Exactly `limit` are given out per epoch: a packet that loses every race gets none, which is the safe side.
+/// An epoch has `limit` permits: a packet that loses every race gets none, which is the safe side.
 #[inline(always)]
 pub fn take_half_open(service: u32, epoch: u32, limit: u32) -> bool {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return false };
     let at = runtime.cast::<u64>();
     for _ in 0..TRIES {
-        // SAFETY: see `adopt`.
+        // SAFETY: as in `adopt`.
         let word = unsafe { atomic::load(at) };
         let (seen, taken) = unpack(word);
         let taken = if seen == epoch { taken } else { 0 };
         if taken >= limit {
             return false;
         }
-        // SAFETY: see `adopt`.
+        // SAFETY: as in `adopt`.
         if unsafe { atomic::compare_exchange(at, word, pack(epoch, taken + 1)) } {
             return true;
         }
@@ -91,20 +95,20 @@ pub fn take_half_open(service: u32, epoch: u32, limit: u32) -> bool {
     false
 }
 
-/// Gives back one of the connections that [`take_half_open`] took, for one that a limit keeps from the primary. One that loses
-/// every race stays taken, which is the safe side.
+/// Returns a permit that [`take_half_open`] took for a connection that a limit then kept from the primary. A permit
+/// whose return loses every race stays taken, which is the safe side.
 #[inline(always)]
 pub fn give_back_half_open(service: u32, epoch: u32) {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return };
     let at = runtime.cast::<u64>();
     for _ in 0..TRIES {
-        // SAFETY: see `adopt`.
+        // SAFETY: as in `adopt`.
         let word = unsafe { atomic::load(at) };
         let (seen, taken) = unpack(word);
         if seen != epoch || taken == 0 {
             return;
         }
-        // SAFETY: see `adopt`.
+        // SAFETY: as in `adopt`.
         if unsafe { atomic::compare_exchange(at, word, pack(epoch, taken - 1)) } {
             return;
         }

@@ -5,49 +5,52 @@ use breaker_common::PassReason;
 
 use crate::count;
 
-/// The end of a packet's way through a function of the hook.
+/// What becomes of a packet after one function of a hook.
 pub enum Verdict {
-    /// On to the next program on the hook, then the stack: untouched, or rewritten. Never a final OK, so that
-    /// whoever is behind us still runs (TCX_NEXT has the number of TC_ACT_UNSPEC, include/uapi/linux/bpf.h).
+    /// The next program on the hook runs, then the network stack. The packet is unchanged or rewritten. breaker never
+    /// returns a final TC_ACT_OK, so that other programs on the hook still run (TCX_NEXT has the value of
+    /// TC_ACT_UNSPEC, include/uapi/linux/bpf.h).
     Next,
-    /// Goes where `bpf_redirect` said; carries the helper's return value.
+    /// A redirect helper has set where the packet goes. Holds the helper's return value.
     Redirect(i32),
-    /// Settled already, by another function.
+    /// Already decided. Holds the action, which may be the return value of another function of the hook.
     Settled(i32),
-    /// Not settled: the next function of the hook takes over.
+    /// Not decided yet: the function for this step continues.
     Then(Step),
 }
 
-/// What a packet needs next. The numbers are none of the kernel's actions (include/uapi/linux/pkt_cls.h).
+/// The step that a packet needs next. A hook's functions return it in place of a tc action, so the numbers differ
+/// from all of the kernel's actions (include/uapi/linux/pkt_cls.h).
 #[derive(Clone, Copy)]
 #[repr(i32)]
 pub enum Step {
-    /// It is the first of its flow: decide.
+    /// The first packet of its flow: choose its destination.
     Decide = 0x1001,
-    /// Translate it as was decided.
+    /// Translate the packet to the backend that was chosen.
     Translate = 0x1002,
-    /// Refuse it.
+    /// Refuse the connection or datagram.
     Refuse = 0x1003,
-    /// Reset its connection at both ends.
+    /// Reset the packet's connection at both ends.
     Reset = 0x1004,
-    /// It is an ICMP error: translate what it quotes.
+    /// An ICMP error from a client: translate the packet that it quotes.
     Error = 0x1005,
-    /// It goes to a backend's own address.
+    /// A packet to a backend's own address.
     Direct = 0x1006,
-    /// It may be a backend's answer that leaves the stack out.
+    /// Possibly a backend's reply on the fast path, which bypasses the host network stack.
     Answer = 0x1007,
-    /// It is an ICMP error, and not about what a backend sent: maybe about what it got past the stack.
+    /// An ICMP error that does not quote a frontend's packet. It may come from a backend and quote a packet that the
+    /// backend received on the fast path.
     AnswerError = 0x1008,
-    /// It is the first of its flow, and its service has limits: ask whether it is admitted.
+    /// The first packet of a flow to a service with limits: ask whether they admit it.
     Admit = 0x1009,
-    /// As `Admit`, for the backup: the primary is at a limit, and connections over it go there.
+    /// As `Admit`, for the backup: the primary is at a limit, and new connections over it go to the backup.
     AdmitToBackup = 0x100a,
-    /// Carry out what was decided for it.
+    /// Apply the decision for the first packet of a flow.
     CarryOut = 0x100b,
 }
 
-/// Turns the outcome of a hook into the action that the kernel wants. An error is never the packet's fault: it goes
-/// on as it came, and the reason is counted (fail open).
+/// Converts an outcome to the number that a hook's function returns: the kernel's action, or the next [`Step`].
+/// After an error the packet passes unchanged, and the reason is counted (fail open).
 #[inline(always)]
 pub fn settle(outcome: Result<Verdict, PassReason>) -> i32 {
     match outcome {

@@ -1,9 +1,10 @@
-//! Builds the programs in `breaker-ebpf` for the kernel.
+//! Builds the BPF programs in `breaker-ebpf`.
 //!
-//! Rust has no precompiled `core` for BPF, so the compiler must come with core's source, and building it needs
-//! unstable flags. Two compilers will do: a rustup nightly with `rust-src`, or Debian's `rustc-web` with
-//! `rust-web-src` (a stable compiler that is told to accept unstable flags). [`Compiler::find`] takes the first that
-//! is there. Linking is bpf-linker's, which also writes the type information.
+//! Rust ships no precompiled `core` for BPF targets. The compiler must therefore come with the source of `core`, and
+//! building that needs unstable flags. Two compilers are supported: a rustup nightly with `rust-src`, and Debian's
+//! `rustc-web` with `rust-web-src`, a stable compiler that `RUSTC_BOOTSTRAP` makes accept unstable flags.
+//! [`Compiler::find`] returns the first one that is installed. bpf-linker links the programs and writes BTF, their
+//! type information.
 
 #![forbid(unsafe_code)]
 
@@ -16,24 +17,24 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// The version that the programs are known to link with.
+/// Version of bpf-linker that the programs are tested with.
 pub const BPF_LINKER_VERSION: &str = "0.10.3";
-/// Little-endian BPF.
+/// Rust target: little-endian BPF.
 pub const TARGET: &str = "bpfel-unknown-none";
-/// Debian's compiler and its source.
+/// Path of Debian's compiler.
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
-/// A compiler that can build `core` for the kernel.
+/// A compiler that can build `core` for BPF.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Compiler {
-    /// A rustup toolchain, by the path of its `rustc`.
+    /// The nightly toolchain of rustup; the path is that of its `rustc`.
     Nightly(PathBuf),
-    /// Debian's, by its path.
+    /// Debian's compiler; the path is that of its `rustc`.
     Debian(PathBuf),
 }
 
 impl Compiler {
-    /// The first compiler that has the source of `core`.
+    /// Returns the first compiler that comes with the source of `core`; `None` if there is none.
     #[must_use]
     pub fn find() -> Option<Self> {
         if let Some(rustc) = rustup_nightly()
@@ -54,7 +55,7 @@ impl Compiler {
     }
 }
 
-/// The `rustc` of rustup's nightly, where rustup has one.
+/// Path of the `rustc` of rustup's nightly toolchain, if that is installed.
 fn rustup_nightly() -> Option<PathBuf> {
     let output = Command::new("rustup").args(["which", "--toolchain", "nightly", "rustc"]).output().ok()?;
     let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
@@ -67,7 +68,7 @@ fn has_core_source(rustc: &Path) -> bool {
     output.status.success() && Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file()
 }
 
-/// Where bpf-linker is: on the path, or where cargo installs to.
+/// Finds bpf-linker in `PATH` or in the directory that cargo installs binaries to.
 #[must_use]
 pub fn find_linker() -> Option<PathBuf> {
     let cargo_bin = env::var_os("CARGO_HOME")
@@ -78,26 +79,26 @@ pub fn find_linker() -> Option<PathBuf> {
     env::split_paths(&path).chain(cargo_bin).map(|dir| dir.join("bpf-linker")).find(|path| path.is_file())
 }
 
-/// The workspace's directory, as seen from any of its packages' build scripts and binaries.
+/// Directory of the workspace. Works for build scripts and binaries of all its packages.
 #[must_use]
 pub fn workspace() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent().unwrap_or(here).to_owned()
 }
 
-/// What was built.
+/// The object files that a build produced.
 #[derive(Clone, Debug)]
 pub struct Objects {
-    /// The programs for users.
+    /// breaker's own programs.
     pub breaker: PathBuf,
-    /// Somebody else's programs, for the tests.
+    /// Stand-ins for third-party programs, for the tests.
     pub foreign: PathBuf,
 }
 
-/// Builds the programs; a build without changes only asks cargo.
+/// Builds the programs. If nothing has changed, cargo only verifies that.
 ///
 /// # Errors
-/// A missing compiler or linker (with what to do), or the failed command.
+/// A compiler or linker is missing (the message says how to install it), or the build command failed.
 pub fn build(release: bool) -> Result<Objects> {
     let mut cargo = cargo("build")?;
     if release {
@@ -107,12 +108,12 @@ pub fn build(release: bool) -> Result<Objects> {
     let out = target_dir().join(TARGET).join(if release { "release" } else { "debug" });
     let objects = Objects { breaker: out.join("breaker"), foreign: out.join("foreign") };
     for object in [&objects.breaker, &objects.foreign] {
-        ensure!(object.is_file(), "the build left no {}", object.display());
+        ensure!(object.is_file(), "the build of the programs did not produce {}", object.display());
     }
     Ok(objects)
 }
 
-/// Builds the programs for a build script, which runs again only when something that they are made of has changed.
+/// Builds the programs in a build script, and tells cargo to rerun the script only when one of their inputs changes.
 ///
 /// # Errors
 /// As for [`build`].
@@ -123,8 +124,8 @@ pub fn build_for_script() -> Result<Objects> {
     build(true)
 }
 
-/// Builds the programs with warnings as errors. (The compiler that builds them brings no clippy that fits, where it is
-/// Debian's; with a nightly, clippy runs.)
+/// Checks the programs with warnings as errors: with clippy if the compiler is a nightly that has it, else with
+/// `cargo check`. (Debian's compiler has no matching clippy.)
 ///
 /// # Errors
 /// As for [`build`].
@@ -139,15 +140,15 @@ fn target_dir() -> PathBuf {
     workspace().join("target/ebpf")
 }
 
-/// A cargo that compiles the programs: another target, compiler and flags than the agent's.
+/// A cargo command that compiles the programs, with their own target, compiler and flags instead of the agent's.
 fn cargo(subcommand: &str) -> Result<Command> {
     let compiler = Compiler::find().context(
-        "no compiler for the programs: neither a rustup nightly with rust-src nor Debian's rustc-web with rust-web-src; \
-         run `cargo xtask setup`",
+        "no compiler for the BPF programs: neither a rustup nightly with rust-src nor Debian's rustc-web with \
+         rust-web-src is installed; run `cargo xtask setup`",
     )?;
     let linker = find_linker().context("bpf-linker is not installed; run `cargo xtask setup`")?;
     let outer = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-    // A nightly brings a cargo (and a clippy) of its own; Debian's compiler is driven by the one that runs us.
+    // A nightly comes with its own cargo (and clippy). Debian's compiler is run by the cargo that runs this code.
     let mut cargo = match &compiler {
         Compiler::Nightly(rustc) if rustc.with_file_name("cargo").is_file() => {
             let mut cargo = Command::new(rustc.with_file_name("cargo"));
@@ -156,7 +157,7 @@ fn cargo(subcommand: &str) -> Result<Command> {
         }
         Compiler::Nightly(_) | Compiler::Debian(_) => Command::new(outer),
     };
-    // What the outer cargo set for the agent's target does not hold for this one.
+    // Remove what the outer cargo set for the agent's target.
     for (name, _) in env::vars_os() {
         let name = name.to_string_lossy();
         let ours = ["CARGO_HOME", "CARGO_NET_OFFLINE"].contains(&&*name);
@@ -167,13 +168,14 @@ fn cargo(subcommand: &str) -> Result<Command> {
     let flags = [
         format!("-Clinker={}", linker.display()),
         "-Clink-arg=--btf".to_owned(),
-        // Otherwise each copy or fill of a few bytes, such as a key's padding, is a call of a loop over bytes.
+        // Otherwise the linker turns each copy or fill of a few bytes, such as a key's padding, into a call of a
+        // byte loop.
         "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
-        // Atomics with a return value, 32-bit jumps: kernel 5.12 and later.
+        // 32-bit jumps and atomics that return a value. Needs kernel 5.12 or later.
         "-Ctarget-cpu=v3".to_owned(),
         "-Cdebuginfo=2".to_owned(),
-        // The lines that `bpftool prog dump` shows name their files; where they were built is nobody's business, and would
-        // make other programs of it.
+        // `bpftool prog dump` shows source lines with file names. Without the mapping the objects would contain the
+        // path of the build directory, and would differ between build directories.
         format!("--remap-path-prefix={}=breaker", workspace().display()),
     ];
     cargo

@@ -1,17 +1,18 @@
-//! The lab: a node as k3s lays it out, in network namespaces of its own, with real programs in the real kernel.
+//! Test support: the lab (nodes like those of k3s, in network namespaces, with the real agent and the real programs in
+//! the running kernel), packet tests, and the model of the datapath.
 //!
 //! | module | one concern |
 //! |---|---|
-//! | [`lab::netns`] | network namespaces, and commands and threads in them |
-//! | [`lab::world`] | nodes, bridge, pods, and that all of it goes away |
-//! | [`lab::kubeproxy`] | Services in iptables as kube-proxy writes them |
-//! | [`lab::service`] | pods that run the dummy service, and what can go wrong with them |
+//! | [`lab::netns`] | network namespaces; running commands and threads in them |
+//! | [`lab::world`] | nodes, bridges and pods, and their removal |
+//! | [`lab::kubeproxy`] | Services in iptables, as kube-proxy writes them |
+//! | [`lab::service`] | pods that run the dummy service, and faults to inject into them |
 //! | [`lab::agent`] | the agent under test |
-//! | [`lab::client`] | clients that keep asking, and what they were told |
-//! | [`lab::stage`] | all of it put together: the lab that the story is about |
-//! | [`model`] | the datapath's rules as plain Rust, to hold the programs against |
-//! | [`tables`] | what is in the flow tables, as plain values |
-//! | [`packets`] | packets built independently of our own code, and the programs to put them through |
+//! | [`lab::client`] | clients that send requests, and the outcomes that they record |
+//! | [`lab::stage`] | the complete lab: node, primary, backup, client and agent |
+//! | [`model`] | the rules of the datapath in plain Rust; tests compare the programs with them |
+//! | [`tables`] | the content of the flow tables, as plain values |
+//! | [`packets`] | packets that are built independently of the product's code, and the programs to run on them |
 
 pub mod lab;
 pub mod model;

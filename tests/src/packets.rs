@@ -1,4 +1,4 @@
-//! Packets, built and read by etherparse, independently of our own code; and the programs to put them through
+//! Builds and parses packets with etherparse, independently of the product's code, and runs the programs on them
 //! (BPF_PROG_TEST_RUN).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -30,9 +30,9 @@ use rustix::{
 
 use crate::lab::{netns::NetNs, world::World};
 
-/// TCP flags, as in byte 13.
+/// TCP flags: bits of byte 13 of the TCP header.
 pub mod flags {
-    #![allow(missing_docs, reason = "RFC 9293, section 3.1")]
+    #![allow(missing_docs, reason = "the names are those of RFC 9293, section 3.1")]
     pub const FIN: u8 = 0x01;
     pub const SYN: u8 = 0x02;
     pub const RST: u8 = 0x04;
@@ -40,24 +40,24 @@ pub mod flags {
     pub const ACK: u8 = 0x10;
 }
 
-/// What to do with a packet: `TC_ACT_UNSPEC`, which is also `TCX_NEXT`.
+/// Action `TC_ACT_UNSPEC`, which is also `TCX_NEXT`: the next program on the hook runs, then the host network stack.
 pub const NEXT: u32 = u32::MAX;
-/// `TC_ACT_REDIRECT`.
+/// Action `TC_ACT_REDIRECT`: the packet goes to another interface.
 pub const REDIRECT: u32 = 7;
 
-/// `XDP_PASS`: on to the stack.
+/// `XDP_PASS`: the packet continues to the host network stack.
 pub const XDP_PASS: u32 = 2;
-/// `XDP_TX`: back where it came from.
+/// `XDP_TX`: the packet is sent back out of the interface that it arrived on.
 pub const XDP_TX: u32 = 3;
 
 /// A TCP segment in an Ethernet frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// From.
+    /// Source address and port.
     pub source: SocketAddr,
-    /// To.
+    /// Destination address and port.
     pub destination: SocketAddr,
-    /// Bits of [`flags`].
+    /// TCP flags: bits of [`flags`].
     pub flags: u8,
     /// Sequence number.
     pub sequence: u32,
@@ -69,15 +69,15 @@ pub struct Segment {
     pub ip_options: Vec<u8>,
     /// TCP options, a multiple of four bytes.
     pub tcp_options: Vec<u8>,
-    /// Sender's and receiver's MAC addresses.
+    /// MAC addresses: the sender's, the receiver's.
     pub macs: ([u8; 6], [u8; 6]),
 }
 
-/// Client's side of a veth, and the bridge's.
+/// MAC addresses of a packet that a pod sends: the pod's (sender) and the bridge's (receiver).
 pub const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 4], [2, 0, 0, 0, 0, 1]);
 
 impl Segment {
-    /// A segment without payload and options.
+    /// Creates a segment without payload and options, with sequence number 1,000,000 and acknowledgment number 0.
     #[must_use]
     pub const fn new(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
         Self {
@@ -93,13 +93,13 @@ impl Segment {
         }
     }
 
-    /// With a payload and numbers.
+    /// Sets the sequence number, the acknowledgment number and the payload.
     #[must_use]
     pub fn data(self, sequence: u32, acknowledgment: u32, payload: &[u8]) -> Self {
         Self { sequence, acknowledgment, payload: payload.to_vec(), ..self }
     }
 
-    /// As bytes, checksums and all.
+    /// Builds the Ethernet frame and computes all checksums.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
         let mut tcp = TcpHeader::new(self.source.port(), self.destination.port(), self.sequence, 64_240);
@@ -116,26 +116,26 @@ impl Segment {
             Ip::V6(ip) => tcp.calc_checksum_ipv6(ip, &self.payload),
         }
         .unwrap_or(0);
-        // Writing to a Vec does not fail.
+        // Writing to a Vec cannot fail.
         let _ = tcp.write(&mut rest);
         rest.extend_from_slice(&self.payload);
         ip.frame(self.macs, &rest)
     }
 
-    /// Reads a frame, and checks all checksums by computing them anew.
+    /// Parses an Ethernet frame and verifies all checksums by recomputing them.
     ///
     /// # Errors
-    /// Not a TCP segment, or a wrong checksum.
+    /// Fails if the frame is not a TCP segment, or if a checksum is wrong.
     pub fn read(bytes: &[u8]) -> Result<Self> {
         let (macs, ip, rest) = Ip::read(bytes)?;
-        ensure!(ip.proto() == IpNumber::TCP, "this is {:?}", ip.proto());
-        let (tcp, payload) = TcpHeader::from_slice(rest).context("TCP")?;
+        ensure!(ip.proto() == IpNumber::TCP, "expected TCP, got {:?}", ip.proto());
+        let (tcp, payload) = TcpHeader::from_slice(rest).context("parse the TCP header")?;
         let expected = match &ip {
             Ip::V4(ip) => tcp.calc_checksum_ipv4(ip, payload),
             Ip::V6(ip) => tcp.calc_checksum_ipv6(ip, payload),
         }
-        .context("checksum")?;
-        ensure!(tcp.checksum == expected, "the TCP checksum is {:#06x} instead of {expected:#06x}", tcp.checksum);
+        .context("compute the TCP checksum")?;
+        ensure!(tcp.checksum == expected, "the TCP checksum is {:#06x}, expected {expected:#06x}", tcp.checksum);
         let (source, destination) = ip.ends();
         Ok(Self {
             source: SocketAddr::new(source, tcp.source_port),
@@ -154,26 +154,26 @@ impl Segment {
 /// A UDP datagram in an Ethernet frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Datagram {
-    /// From.
+    /// Source address and port.
     pub source: SocketAddr,
-    /// To.
+    /// Destination address and port.
     pub destination: SocketAddr,
     /// Payload.
     pub payload: Vec<u8>,
-    /// Without a checksum, as IPv4 allows.
+    /// The UDP checksum is zero: the sender computed none, which IPv4 allows (RFC 768).
     pub unchecked: bool,
-    /// Sender's and receiver's MAC addresses.
+    /// MAC addresses: the sender's, the receiver's.
     pub macs: ([u8; 6], [u8; 6]),
 }
 
 impl Datagram {
-    /// With a checksum.
+    /// Creates a datagram that will have a checksum.
     #[must_use]
     pub fn new(source: SocketAddr, destination: SocketAddr, payload: &[u8]) -> Self {
         Self { source, destination, payload: payload.to_vec(), unchecked: false, macs: MACS }
     }
 
-    /// As bytes, checksums and all.
+    /// Builds the Ethernet frame and computes all checksums; an `unchecked` datagram gets no UDP checksum.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
         let (source_port, destination_port) = (self.source.port(), self.destination.port());
@@ -188,17 +188,17 @@ impl Datagram {
         ip.frame(self.macs, &rest)
     }
 
-    /// Reads a frame, and checks all checksums by computing them anew.
+    /// Parses an Ethernet frame and verifies all checksums by recomputing them.
     ///
     /// # Errors
-    /// Not a UDP datagram, or a wrong checksum.
+    /// Fails if the frame is not a UDP datagram, or if a checksum is wrong.
     pub fn read(bytes: &[u8]) -> Result<Self> {
         let (macs, ip, rest) = Ip::read(bytes)?;
-        ensure!(ip.proto() == IpNumber::UDP, "this is {:?}", ip.proto());
-        let (udp, payload) = UdpHeader::from_slice(rest).context("UDP")?;
+        ensure!(ip.proto() == IpNumber::UDP, "expected UDP, got {:?}", ip.proto());
+        let (udp, payload) = UdpHeader::from_slice(rest).context("parse the UDP header")?;
         if udp.checksum != 0 {
             let expected = udp_checksum(&udp, &ip, payload)?;
-            ensure!(udp.checksum == expected, "the UDP checksum is {:#06x} instead of {expected:#06x}", udp.checksum);
+            ensure!(udp.checksum == expected, "the UDP checksum is {:#06x}, expected {expected:#06x}", udp.checksum);
         }
         let (source, destination) = ip.ends();
         Ok(Self {
@@ -216,10 +216,10 @@ fn udp_checksum(udp: &UdpHeader, ip: &Ip, payload: &[u8]) -> Result<u16> {
         Ip::V4(ip) => udp.calc_checksum_ipv4(ip, payload),
         Ip::V6(ip) => udp.calc_checksum_ipv6(ip, payload),
     };
-    sum.context("checksum")
+    sum.context("compute the UDP checksum")
 }
 
-/// Whether an ICMP message behind an IP header has the right checksum (RFC 792; RFC 4443, section 2.3).
+/// Whether the ICMP message that follows an IP header has the right checksum (RFC 792; RFC 4443, section 2.3).
 #[must_use]
 pub fn icmp_is_valid(ip: &Ip, message: &[u8]) -> bool {
     match ip {
@@ -238,14 +238,15 @@ pub fn icmp_is_valid(ip: &Ip, message: &[u8]) -> bool {
 /// An IP header of either family.
 #[derive(Clone, Debug)]
 pub enum Ip {
-    /// RFC 791.
+    /// IPv4 (RFC 791).
     V4(Ipv4Header),
-    /// RFC 8200, without extension headers.
+    /// IPv6 (RFC 8200), without extension headers.
     V6(Ipv6Header),
 }
 
 impl Ip {
-    /// For `length` bytes behind it; options for IPv4 only.
+    /// Creates a header for a payload of `length` bytes, with TTL or hop limit 64. The header is IPv4 if both addresses
+    /// are. `options` are IPv4 options, a multiple of four bytes; an IPv6 header ignores them.
     #[must_use]
     pub fn new(source: SocketAddr, destination: SocketAddr, proto: IpNumber, length: usize, options: &[u8]) -> Self {
         let length = u16::try_from(length).unwrap_or(u16::MAX);
@@ -277,7 +278,7 @@ impl Ip {
         }
     }
 
-    /// A frame around it and what is behind it.
+    /// Builds an Ethernet frame of this header and `rest`, the bytes that follow the header.
     #[must_use]
     pub fn frame(&self, macs: ([u8; 6], [u8; 6]), rest: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -285,7 +286,7 @@ impl Ip {
             Self::V4(_) => EtherType::IPV4,
             Self::V6(_) => EtherType::IPV6,
         };
-        // Writing to a Vec does not fail.
+        // Writing to a Vec cannot fail.
         let _ = Ethernet2Header { source: macs.0, destination: macs.1, ether_type }.write(&mut bytes);
         let _ = match self {
             Self::V4(ip) => ip.write_raw(&mut bytes),
@@ -295,29 +296,29 @@ impl Ip {
         bytes
     }
 
-    /// Reads a frame up to the end of its IP header, and checks the header's checksum and length: the MAC addresses, the
-    /// header, and what is behind it.
+    /// Parses a frame up to the end of its IP header, and verifies the header's checksum and length. Returns the MAC
+    /// addresses, the IP header and the bytes that follow it.
     ///
     /// # Errors
-    /// Not IP, or a wrong checksum or length.
+    /// Fails if the frame is not an IP packet, or if a checksum or length is wrong.
     #[expect(clippy::type_complexity, reason = "three parts of a frame")]
     pub fn read(bytes: &[u8]) -> Result<(([u8; 6], [u8; 6]), Self, &[u8])> {
-        let (eth, rest) = Ethernet2Header::from_slice(bytes).context("Ethernet")?;
+        let (eth, rest) = Ethernet2Header::from_slice(bytes).context("parse the Ethernet header")?;
         let (ip, rest, length) = if eth.ether_type == EtherType::IPV6 {
-            let (ip, rest) = Ipv6Header::from_slice(rest).context("IPv6")?;
+            let (ip, rest) = Ipv6Header::from_slice(rest).context("parse the IPv6 header")?;
             let length = ip.payload_length;
             (Self::V6(ip), rest, length)
         } else {
-            let (ip, rest) = Ipv4Header::from_slice(rest).context("IPv4")?;
-            ensure!(ip.header_checksum == ip.calc_header_checksum(), "the IP checksum is wrong: {ip:?}");
-            let length = ip.payload_len().context("the total length is too short")?;
+            let (ip, rest) = Ipv4Header::from_slice(rest).context("parse the IPv4 header")?;
+            ensure!(ip.header_checksum == ip.calc_header_checksum(), "the IPv4 header checksum is wrong: {ip:?}");
+            let length = ip.payload_len().context("the IPv4 total length is too short")?;
             (Self::V4(ip), rest, length)
         };
-        ensure!(rest.len() == usize::from(length), "{} bytes after the IP header, which says {length}", rest.len());
+        ensure!(rest.len() == usize::from(length), "{} bytes follow the IP header, which says {length}", rest.len());
         Ok(((eth.source, eth.destination), ip, rest))
     }
 
-    /// The protocol behind it.
+    /// Protocol number of the payload.
     #[must_use]
     pub const fn proto(&self) -> IpNumber {
         match self {
@@ -326,7 +327,7 @@ impl Ip {
         }
     }
 
-    /// Source and destination.
+    /// Source and destination address.
     #[must_use]
     pub fn ends(&self) -> (IpAddr, IpAddr) {
         match self {
@@ -343,8 +344,9 @@ impl Ip {
     }
 }
 
-/// Puts the calling thread into a network namespace that forwards, and has one interface with all routes; returns both.
-/// Programs run where their caller is, and may ask for routes.
+/// Creates a network namespace that forwards packets and has default routes over one interface, and moves the calling
+/// thread into it. Returns the namespace and the interface's index. BPF_PROG_TEST_RUN runs a program in its caller's
+/// namespace, and the programs look up that namespace's routes.
 fn enter_node(world: &World) -> Result<(NetNs, u32)> {
     let ns = NetNs::create(&format!("{}-rig", world.id()))?;
     ns.ip(&["link", "add", "uplink", "type", "veth", "peer", "name", "beyond"])?;
@@ -357,41 +359,41 @@ fn enter_node(world: &World) -> Result<(NetNs, u32)> {
     ns.sysctl(&["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])?;
     ns.settle()?;
     let socket = socket(AddressFamily::INET, SocketType::DGRAM, None).context("open a socket")?;
-    let uplink = name_to_index(&socket, "uplink").context("the rig's uplink")?;
+    let uplink = name_to_index(&socket, "uplink").context("look up the index of the interface uplink")?;
     Ok((ns, uplink))
 }
 
-/// What became of a packet.
+/// Result of one test run of a program.
 #[derive(Clone, Debug)]
 pub struct Ran {
-    /// The action.
+    /// Action that the program returned.
     pub action: u32,
-    /// The packet as it left.
+    /// The packet after the run.
     pub bytes: Vec<u8>,
-    /// Its mark.
+    /// The packet's mark (`skb->mark`) after the run.
     pub mark: u32,
 }
 
-/// The programs and their maps, on a BPF file system of their own.
+/// The programs and their maps, loaded for test runs and pinned on a BPF file system of their own.
 #[derive(Debug)]
 pub struct Rig {
-    /// The datapath, to be told plans.
+    /// The datapath to which tests apply plans.
     pub datapath: KernelDatapath,
     programs: aya::Ebpf,
     pins: PinDir,
     node: NetNs,
-    /// Interface that packets come in by.
+    /// Index of the interface on which packets appear to arrive.
     uplink: u32,
     _world: World,
 }
 
 /// Offset of `mark` in `struct __sk_buff` (include/uapi/linux/bpf.h).
 const SKB_MARK: usize = 8;
-/// Offset of `ifindex`.
+/// Offset of `ifindex` in `struct __sk_buff`.
 const SKB_IFINDEX: usize = 40;
 const SKB_SIZE: usize = 192;
 
-/// The programs, on maps that are there or are made.
+/// Loads the programs. Uses the maps that are pinned below `pins`, and creates the ones that are missing.
 fn loaded(pins: &PinDir, sizes: &Sizes) -> Result<(KernelDatapath, aya::Ebpf)> {
     let options = LoadOptions {
         sizes: *sizes,
@@ -402,27 +404,28 @@ fn loaded(pins: &PinDir, sizes: &Sizes) -> Result<(KernelDatapath, aya::Ebpf)> {
     };
     let mut loaded = load(pins, &options)?;
     loaded.tail_calls.lead_to(&loaded.programs)?;
-    loaded.xdp.map_err(anyhow::Error::msg).context("XDP")?;
+    loaded.xdp.map_err(anyhow::Error::msg).context("load the XDP program")?;
     let mut datapath = KernelDatapath::new(loaded.maps);
     datapath.beat(std::time::Duration::ZERO, 0);
     Ok((datapath, loaded.programs))
 }
 
 impl Rig {
-    /// Loads the programs, and settles the calling thread in a network namespace.
+    /// Loads the programs, and moves the calling thread into the rig's network namespace for the rest of its life.
     ///
     /// # Errors
-    /// No root, or what the kernel said; the process's first thread, which would be killed with the namespace's end.
+    /// Fails without root, and if the kernel refuses a program or map. Fails on the process's first thread: removing
+    /// the namespace kills every process whose first thread is in it.
     pub fn new() -> Result<Self> {
         Self::with_sizes(&Sizes::for_memory(1024))
     }
 
-    /// Loads the programs, with maps of these sizes.
+    /// Like [`Rig::new`], with maps of these sizes.
     ///
     /// # Errors
     /// As for [`Rig::new`].
     pub fn with_sizes(sizes: &Sizes) -> Result<Self> {
-        ensure!(gettid() != getpid(), "a rig is made on a thread of its own");
+        ensure!(gettid() != getpid(), "create a rig on another thread than the process's first one");
         let world = World::new(0)?;
         let (node, uplink) = enter_node(&world)?;
         let pins = PinDir::open(&world.bpffs().join("rig"))?;
@@ -430,30 +433,31 @@ impl Rig {
         Ok(Self { datapath, programs, pins, node, uplink, _world: world })
     }
 
-    /// As if the agent ended and another one came: the maps stay.
+    /// Simulates a restart of the agent: reloads the programs on the pinned maps, and adopts the maps' content.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses a program, or if the maps cannot be adopted.
     pub fn restart(&mut self) -> Result<()> {
         (self.datapath, self.programs) = loaded(&self.pins, &Sizes::for_memory(1024))?;
         self.datapath.adopt()?;
         Ok(())
     }
 
-    /// Puts a packet through a program.
+    /// Runs a program of tc once on a packet.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if there is no such program, or if the kernel refuses the run.
     pub fn run(&mut self, program: &str, packet: &[u8]) -> Result<Ran> {
         self.repeat(program, packet, 1).map(|(ran, _)| ran)
     }
 
-    /// Puts a packet through a program many times; also tells how long one time took, nanoseconds.
+    /// Runs a program of tc on a packet `times` times. Returns the result of the last run, and the average duration of
+    /// one run in nanoseconds.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if there is no such program, or if the kernel refuses the run.
     pub fn repeat(&mut self, program: &str, packet: &[u8], times: u32) -> Result<(Ran, u128)> {
-        let program: &SchedClassifier = self.programs.program(program).context("program")?.try_into()?;
+        let program: &SchedClassifier = self.programs.program(program).context("no such program")?.try_into()?;
         let mut out = vec![0; packet.len() + 256];
         let mut came_by = vec![0; SKB_SIZE];
         came_by[SKB_IFINDEX..SKB_IFINDEX + 4].copy_from_slice(&self.uplink.to_ne_bytes());
@@ -471,12 +475,12 @@ impl Rig {
         Ok((Ran { action: result.return_value, bytes: out, mark }, result.duration.as_nanos()))
     }
 
-    /// Puts a packet through the program for XDP; the action is one of `xdp_action`.
+    /// Runs the XDP program on a packet. Returns the action (an `xdp_action`) and the packet after the run.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses the run.
     pub fn run_xdp(&mut self, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
-        let program: &Xdp = self.programs.program("breaker_xdp").context("program")?.try_into()?;
+        let program: &Xdp = self.programs.program("breaker_xdp").context("no program breaker_xdp")?.try_into()?;
         let mut out = vec![0; packet.len() + 256];
         let options = TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
         let result = program.test_run(options)?;
@@ -490,73 +494,74 @@ impl Rig {
         &self.node
     }
 
-    /// Where a map is pinned.
+    /// Path of a pinned map.
     #[must_use]
     pub fn map(&self, name: &str) -> std::path::PathBuf {
         self.pins.map(name)
     }
 
-    /// The program itself.
+    /// A loaded program of tc.
     ///
     /// # Errors
-    /// No such program.
+    /// Fails if there is no such program.
     pub fn program(&self, name: &str) -> Result<&SchedClassifier> {
-        Ok(self.programs.program(name).context("program")?.try_into()?)
+        Ok(self.programs.program(name).context("no such program")?.try_into()?)
     }
 
-    /// What a pod sends.
+    /// Runs `breaker_in` on a segment that a pod sends.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses the run.
     pub fn from_pod(&mut self, segment: &Segment) -> Result<Ran> {
         self.run("breaker_in", &segment.bytes())
     }
 
-    /// What a pod gets.
+    /// Runs `breaker_out` on a segment that goes to a pod.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses the run.
     pub fn to_pod(&mut self, segment: &Segment) -> Result<Ran> {
         self.run("breaker_out", &segment.bytes())
     }
 
-    /// A datagram or any other packet that a pod sends.
+    /// Runs `breaker_in` on any frame that a pod sends.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses the run.
     pub fn raw_from_pod(&mut self, packet: &[u8]) -> Result<Ran> {
         self.run("breaker_in", packet)
     }
 
-    /// A datagram or any other packet that a pod gets.
+    /// Runs `breaker_out` on any frame that goes to a pod.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses the run.
     pub fn raw_to_pod(&mut self, packet: &[u8]) -> Result<Ran> {
         self.run("breaker_out", packet)
     }
 
-    /// Puts a plan into force.
+    /// Writes a plan into the maps.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses a write.
     pub fn apply(&mut self, plan: &ServicePlan) -> Result<()> {
         Ok(self.datapath.apply(plan)?)
     }
 }
 
-/// A service of the rig: `extra` goes into its configuration.
+/// Creates a service with one TCP frontend. `extra` is YAML (flow style, ending in a comma) that is inserted into the
+/// service's configuration; it may be empty.
 ///
 /// # Errors
-/// A configuration that is wrong.
+/// Fails if the configuration is invalid.
 pub fn service(name: &str, vip: SocketAddr, backups: &[SocketAddr], extra: &str) -> Result<Service> {
     service_with(name, &[(vip, "TCP")], backups, extra)
 }
 
-/// The same, with several frontends.
+/// Like [`service`], with several frontends, each with its protocol (`TCP` or `UDP`).
 ///
 /// # Errors
-/// As for [`service`].
+/// Fails if the configuration is invalid.
 pub fn service_with(
     name: &str,
     frontends: &[(SocketAddr, &str)],
@@ -574,17 +579,19 @@ pub fn service_with(
     );
     let parsed = config::parse(std::path::Path::new("rig"), &text);
     let mut config = parsed.map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
-    config.services.pop().context("a service")
+    config.services.pop().context("the configuration contains no service")
 }
 
-/// A plan for a service in a state.
+/// Creates the plan of a service in a state, with all its backends of the backup usable and with `draining` set. The
+/// primary gets all new flows if the state is closed, and none otherwise.
 #[must_use]
 pub fn plan(service: &Service, state: BreakerState, epoch: u32) -> ServicePlan {
     let backup = service.backups[0].backends.clone();
     plan_with(service, state, epoch, if state == BreakerState::Closed { 1000 } else { 0 }, true, &backup)
 }
 
-/// A plan with everything said.
+/// Creates a plan from explicit values. `share` is the part of new flows that the primary gets, in permille; `draining`
+/// means that flows on a backup may still exist; `backup` lists the usable backends of the backup.
 #[must_use]
 pub fn plan_with(
     service: &Service,
@@ -607,25 +614,25 @@ pub fn plan_with(
     ServicePlan::new(service, decision, backup)
 }
 
-/// An address of the rig's pods: 10.42.0.`host`.
+/// IPv4 address of a pod of the rig: 10.42.0.`host`.
 #[must_use]
 pub const fn pod(host: u8, port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 42, 0, host)), port)
 }
 
-/// A VIP of the rig: 10.43.0.`host`:8080.
+/// IPv4 VIP of the rig: 10.43.0.`host`, port 8080.
 #[must_use]
 pub const fn vip(host: u8) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 43, 0, host)), 8080)
 }
 
-/// An IPv6 address of the rig's pods: fd42::`host`.
+/// IPv6 address of a pod of the rig: fd42::`host`.
 #[must_use]
 pub const fn pod6(host: u8, port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, host as u16)), port)
 }
 
-/// An IPv6 VIP of the rig: fd43::`host`, port 8080.
+/// IPv6 VIP of the rig: fd43::`host`, port 8080.
 #[must_use]
 pub const fn vip6(host: u8) -> SocketAddr {
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd43, 0, 0, 0, 0, 0, 0, host as u16)), 8080)

@@ -1,4 +1,4 @@
-//! What is in the flow tables, as plain values, for tests that compare it.
+//! Reads the flow tables into plain values that tests can compare.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -16,7 +16,7 @@ use crate::{
     packets::Rig,
 };
 
-/// A rig's flow tables, open.
+/// The flow tables of a rig, opened for reading and clearing.
 #[derive(Debug)]
 pub struct Tables {
     v4: Family<V4>,
@@ -30,7 +30,7 @@ struct Family<A: Address> {
     fragments: HashMap<MapData, FragmentKey<A>, Fragment<A>>,
 }
 
-/// An address of a family, as the standard library has it.
+/// Conversion of a map's address to the standard library's types.
 trait Ip: Address {
     fn ip(self) -> IpAddr;
 
@@ -52,18 +52,18 @@ impl Ip for V6 {
 }
 
 impl Tables {
-    /// Opens a rig's.
+    /// Opens the flow tables of a rig.
     ///
     /// # Errors
-    /// A map that is not pinned there.
+    /// Fails if a map is not pinned.
     pub fn open(rig: &Rig) -> Result<Self> {
         Ok(Self { v4: Family::open(rig, 4)?, v6: Family::open(rig, 6)? })
     }
 
-    /// All that is in them, of both classes; no flow may be in both.
+    /// Reads all entries, pending and established.
     ///
     /// # Errors
-    /// An entry that is there twice, or that cannot be read.
+    /// Fails if an entry cannot be read, or if a flow is in both the pending and the established table.
     pub fn read(&self) -> Result<Book> {
         let mut book = Book::default();
         self.v4.read(&mut book)?;
@@ -71,10 +71,10 @@ impl Tables {
         Ok(book)
     }
 
-    /// Empties them.
+    /// Removes all entries, the notes about fragments included.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// Fails if the kernel refuses a removal.
     pub fn clear(&mut self) -> Result<()> {
         self.v4.clear()?;
         self.v6.clear()
@@ -102,7 +102,7 @@ impl<A: Ip> Family<A> {
                     proto: key.proto,
                 };
                 let flow = flow::Flow {
-                    kind: FlowKind::try_from(value.kind).ok().context("a kind of flow")?,
+                    kind: FlowKind::try_from(value.kind).ok().context("unknown kind of flow")?,
                     backend: value.backend.socket(value.backend_port),
                     source_port: u16::from_be_bytes(value.source_port),
                     epoch: value.epoch,
@@ -111,7 +111,7 @@ impl<A: Ip> Family<A> {
                     fast: value.way & flow_way::FAST != 0,
                     keeps_client: value.way & flow_way::KEEP_CLIENT != 0,
                 };
-                ensure!(book.flows.insert(side, flow).is_none(), "{side:?} is in both tables");
+                ensure!(book.flows.insert(side, flow).is_none(), "{side:?} is both pending and established");
             }
         }
         for entry in self.ways_back.iter().flat_map(HashMap::iter) {
@@ -129,7 +129,7 @@ impl<A: Ip> Family<A> {
             };
             let answered = value.seen & seen::ANSWERED != 0;
             let way = WayBack { owner, answered, backend_said: last_words(value.seen), fast: value.exit != 0 };
-            ensure!(book.ways_back.insert(side, way).is_none(), "{side:?} is in both tables");
+            ensure!(book.ways_back.insert(side, way).is_none(), "{side:?} is both pending and established");
         }
         Ok(())
     }

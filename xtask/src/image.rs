@@ -1,6 +1,9 @@
-//! Container images without a container engine: one static binary on nothing, as an archive that is an OCI image layout
-//! (OCI image-spec 1.1) and a docker archive at once, so that `ctr images import`, `docker load` and `skopeo` all take it.
-//! The same binary makes the same bytes: no time, no user, no order that could differ.
+//! Builds container images without a container engine.
+//!
+//! An image contains one static binary and no base image. Its archive is an OCI image layout (OCI image-spec 1.1)
+//! and a docker archive at the same time, so `ctr images import`, `docker load` and `skopeo` all accept it. The
+//! build is reproducible: the archive contains no times, no user names and no varying order, so the same binary
+//! gives the same bytes.
 
 use std::{
     fs,
@@ -15,18 +18,19 @@ use sha2::{Digest as _, Sha256};
 
 use crate::run::{cargo, run};
 
-/// An image that we make.
+/// An image to build.
 struct Image {
-    /// Repository and file name.
+    /// Name of the repository and of the archive.
     name: &'static str,
-    /// The binary in target/<host>/release.
+    /// Name of the binary in target/release.
     binary: &'static str,
-    /// What it says about itself.
+    /// The image's title label.
     title: &'static str,
-    /// Who runs it. The agent loads programs and is root; the dummy service needs one capability for port 80, which a
-    /// container's default set does not give to other users.
+    /// User and group ids of the process. The agent loads BPF programs and runs as root. The dummy service runs
+    /// unprivileged; it can listen on port 80 only where `net.ipv4.ip_unprivileged_port_start` allows it (k8s/lab
+    /// sets that), because the default capabilities of a container do not reach other users than root.
     user: &'static str,
-    /// What runs without arguments.
+    /// Default arguments.
     cmd: &'static [&'static str],
 }
 
@@ -41,18 +45,18 @@ const IMAGES: &[Image] = &[
     Image {
         name: "dummyservice",
         binary: "dummy-service",
-        title: "breaker's lab: a service that fails when told to, and clients that ask it",
+        title: "breaker's lab: a dummy service that fails on demand, and clients for it",
         user: "65532:65532",
         cmd: &[],
     },
 ];
 
-/// What a node has to fetch for an image, at most.
+/// Maximum compressed size of an image's layer in bytes, which every node has to download.
 const LARGEST: usize = 15_000_000;
-/// Where a registry is not named, images are called as if they came from here.
+/// Registry in the images' names if `--push` does not name one.
 const DEFAULT_REGISTRY: &str = "localhost:5000";
 
-/// A blob and its digest.
+/// Content of an image, and its SHA-256 digest in hexadecimal.
 struct Blob {
     digest: String,
     bytes: Vec<u8>,
@@ -77,10 +81,11 @@ fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Builds the binaries and their images into `dist/`, and pushes them if a registry is named.
+/// Builds the binaries and their images into `dist/`, and pushes the images if `push` names a registry.
 ///
 /// # Errors
-/// A build that fails, a directory that cannot be written to, a registry that does not take them.
+/// `tag` is invalid, a build fails, `dist/` cannot be written, an image is too large, or the registry rejects an
+/// image.
 pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
     if tag.is_empty() || tag.len() > 128 || !tag.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
         bail!("--tag: {tag:?} is not allowed; allowed: letters, digits, '.', '_' and '-'");
@@ -95,7 +100,7 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
         let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
         let parts = Parts::new(image, &bytes)?;
         if parts.layer.bytes.len() > LARGEST {
-            bail!("{reference} is {} bytes packed; allowed: {LARGEST}", parts.layer.bytes.len());
+            bail!("the compressed layer of {reference} has {} bytes; allowed: {LARGEST}", parts.layer.bytes.len());
         }
         let file = dist.join(format!("{}.tar", image.name));
         fs::write(&file, parts.archive(&reference)?).with_context(|| format!("write {}", file.display()))?;
@@ -115,14 +120,15 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Where cargo puts release binaries: beside our own debug build.
+/// Directory of cargo's release binaries, found from the path of the running binary.
 fn binaries() -> Result<PathBuf> {
-    let own = std::env::current_exe().context("find our own binary")?;
-    let target = own.parent().and_then(Path::parent).context("our own binary is in no target directory")?;
+    let own = std::env::current_exe().context("find the path of the running binary")?;
+    let target =
+        own.parent().and_then(Path::parent).context("the running binary is not in a cargo target directory")?;
     Ok(target.join("release"))
 }
 
-/// What an image is made of.
+/// The parts of an image.
 struct Parts {
     layer: Blob,
     config: Blob,
@@ -168,7 +174,8 @@ impl Parts {
         Ok(Self { layer, config, manifest })
     }
 
-    /// Both layouts in one archive: `index.json` leads the one kind of reader, `manifest.json` the other.
+    /// Writes both layouts into one tar archive: `index.json` is the entry point for OCI readers, `manifest.json`
+    /// for docker.
     fn archive(&self, reference: &str) -> Result<Vec<u8>> {
         let mut entry = self.manifest.descriptor();
         let tag = reference.rsplit(':').next().unwrap_or_default();
@@ -192,7 +199,8 @@ impl Parts {
         Ok(archive.into_inner()?)
     }
 
-    /// Pushes to a registry over plain HTTP (OCI distribution-spec 1.1: blobs, then the manifest).
+    /// Pushes the image to a registry over plain HTTP (OCI distribution-spec 1.1): first the blobs, then the
+    /// manifest.
     fn push(&self, registry: &str, name: &str, tag: &str) -> Result<()> {
         let base = format!("http://{registry}");
         let agent = ureq::Agent::new_with_defaults();
@@ -207,7 +215,7 @@ impl Parts {
                 .headers()
                 .get("location")
                 .and_then(|l| l.to_str().ok())
-                .context("the registry names no place for an upload")?;
+                .context("the registry's answer has no Location header for the upload")?;
             let place = if place.starts_with('/') { format!("{base}{place}") } else { place.to_owned() };
             let mark = if place.contains('?') { '&' } else { '?' };
             agent
@@ -225,7 +233,7 @@ impl Parts {
     }
 }
 
-/// The only layer: the binary, and directories that volumes are mounted on.
+/// The image's only layer as a tar archive: the binary, and directories for mounts.
 fn layer(image: &Image, binary: &[u8]) -> Result<Vec<u8>> {
     let mut layer = tar::Builder::new(Vec::new());
     for dir in ["etc/", "proc/", "run/", "sys/", "tmp/"] {

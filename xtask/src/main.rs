@@ -1,4 +1,4 @@
-//! `cargo xtask`: everything a developer or CI does here, each by one word.
+//! `cargo xtask`: the development tasks of this repository, one subcommand each.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use run::{cargo, run};
 
-/// breaker's own commands.
+/// breaker's development tasks: build, lint, test, images, demo and benchmarks.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", version, about)]
 struct Cli {
@@ -24,70 +24,72 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Install what a build, the demo and the tests need: Debian packages by apt-get, bpf-linker by cargo.
+    /// Install what builds, the demo and the tests need: Debian packages with apt-get, bpf-linker with cargo.
     Setup,
-    /// Build the programs for the kernel (a build of the agent does this by itself).
+    /// Build the BPF programs (building the agent does this by itself).
     BuildEbpf {
-        /// As the agent embeds them.
+        /// Build optimized programs, as embedded in the agent.
         #[arg(long)]
         release: bool,
     },
-    /// Formatting and clippy, warnings as errors, the programs included.
+    /// Check formatting and run clippy with warnings as errors, including the BPF programs.
     Lint,
-    /// All tests: those without root first, then the ones in the real kernel. (Other kernels are apart: `test vm`.)
+    /// Run all tests except the tiers fuzz and vm: first those without root, then those that use the running kernel.
     Test {
-        /// Only this tier.
+        /// Run only this tier.
         tier: Option<Tier>,
-        /// Only tests whose name contains this.
+        /// Run only tests whose name contains this text.
         #[arg(long)]
         filter: Option<String>,
-        /// Of `fuzz`: so many sequences of packets.
+        /// Tier fuzz only: number of packet sequences.
         #[arg(long, default_value_t = 50_000)]
         cases: u64,
-        /// Of `fuzz`: where to start; the same seed makes the same sequences.
+        /// Tier fuzz only: seed of the random generator. The same seed produces the same sequences.
         #[arg(long, default_value_t = 1)]
         seed: u64,
-        /// With the tier vm: only on this kernel; may be given several times.
+        /// Tier vm only: run on this kernel only; may be given several times.
         #[arg(long)]
         kernel: Vec<vm::Kernel>,
-        /// With the tier vm: only this tier, in the guest.
+        /// Tier vm only: run only this tier in the guest.
         #[arg(long = "tier", value_name = "TIER")]
         guest: Option<vm::Guest>,
     },
-    /// Build container images of the agent and the dummy service into dist/, without a container engine: each archive is
-    /// an OCI image layout and a docker archive at once.
+    /// Build container images of the agent and of the dummy service into dist/, without a container engine. Each
+    /// archive is an OCI image layout and a docker archive at the same time.
     Image {
-        /// Push them to this registry, too, over plain HTTP.
+        /// Also push the images to this registry, over plain HTTP.
         #[arg(long, value_name = "HOST:PORT")]
         push: Option<String>,
-        /// The images' tag.
+        /// Tag of the images.
         #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
         tag: String,
     },
-    /// Write the definitions of the Kubernetes types to k8s/, from the Rust types.
+    /// Generate the CustomResourceDefinitions in k8s/ from the Rust types.
     Crdgen,
-    /// Play the lab: a service fails over in the kernel and comes back.
+    /// Run the demo: a service fails over in the kernel and recovers (needs root).
     Demo {
-        /// Print one JSON object instead of the story.
+        /// Print one JSON object instead of text.
         #[arg(long)]
         json: bool,
-        /// Leave the lab up afterwards, and say how to look around in it.
+        /// Keep the lab running afterwards, and print how to inspect it.
         #[arg(long)]
         keep: bool,
     },
-    /// Play the lab and its faults on a cluster of yours, and take everything away again.
+    /// Install breaker and the lab on a cluster of yours, run the end-to-end scenarios, and remove everything again.
     #[command(after_help = "\
-Commands run by `sh -c`; {} stands for an archive or a node. Without the optional ones, what needs them is left out.")]
+The options whose value is CMD take a command for `sh -c`, in which {} stands for an archive or a node. Scenarios that \
+need a command that was not given are skipped.")]
     E2e {
-        /// Everything else goes to the program that does it: see `cargo xtask e2e -- --help`.
+        /// Arguments for the end-to-end test program: see `cargo xtask e2e -- --help`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Measure; ratios between things that ran side by side.
+    /// Run benchmarks. They report ratios between alternatives that run side by side (needs root).
     Bench {
-        /// Only the groups whose name contains this: packets, http, failover, probes, maps.
+        /// Run only the groups whose name contains this: packets, http, ways, limits, limits-packets, failover,
+        /// probes, maps.
         name: Option<String>,
-        /// Print the rows as a JSON list.
+        /// Print the results as a JSON list.
         #[arg(long)]
         json: bool,
     },
@@ -96,15 +98,16 @@ Commands run by `sh -c`; {} stands for an archive or a node. Without the optiona
 /// A tier of tests.
 #[derive(Clone, Copy, ValueEnum, PartialEq, Eq)]
 enum Tier {
-    /// Everything that needs no root.
+    /// All tests that do not need root.
     Unit,
-    /// The programs in the kernel, packet by packet (root).
+    /// The BPF programs in the running kernel, packet by packet (needs root).
     Program,
-    /// Real sockets in network namespaces (root).
+    /// The whole agent with real sockets in network namespaces (needs root).
     Lab,
-    /// Random packets through the programs and a model of their rules (root); a few of them are in `program`, too.
+    /// Random packets through the BPF programs and through a model of their rules (needs root). A small fixed part
+    /// of it belongs to the tier program.
     Fuzz,
-    /// The tiers program and lab on other kernels under qemu: not part of "all".
+    /// The tiers program and lab on other kernels under qemu. Not run without naming it.
     Vm,
 }
 
@@ -143,8 +146,8 @@ fn execute(task: Task) -> Result<()> {
             vm::test(if kernel.is_empty() { all } else { &kernel }, guests, filter.as_deref())
         }
         Task::Test { tier, filter, kernel, guest, .. } => {
-            ensure!(guest.is_none(), "--tier is for the tier vm only: cargo xtask test vm --tier lab");
-            ensure!(kernel.is_empty(), "--kernel is for the tier vm only: cargo xtask test vm --kernel {}", kernel[0]);
+            ensure!(guest.is_none(), "--tier needs the tier vm: run `cargo xtask test vm --tier lab`");
+            ensure!(kernel.is_empty(), "--kernel needs the tier vm: run `cargo xtask test vm --kernel {}`", kernel[0]);
             setup::setup(false)?;
             test(tier, filter.as_deref())
         }
@@ -172,7 +175,7 @@ fn execute(task: Task) -> Result<()> {
     }
 }
 
-/// Where the definitions are; base and chart have the same file.
+/// Files with the CustomResourceDefinitions. The base and the chart contain the same file.
 const CRDS: [&str; 2] = ["k8s/base/crds.yaml", "k8s/chart/crds/crds.yaml"];
 
 fn crdgen() -> Result<()> {
@@ -192,7 +195,8 @@ fn lint() -> Result<()> {
     setup::setup(false)?;
     run(cargo().args(["fmt", "--all", "--check"]))?;
     run(cargo().args(["fmt", "--check", "--manifest-path", "breaker-ebpf/Cargo.toml"]))?;
-    // The programs' own warnings are errors in their build; clippy knows the target only with core's source.
+    // The BPF programs are checked by a build of their own: clippy can check their target only with the source of
+    // `core`.
     ebpf_builder::lint()?;
     run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
 }
@@ -203,12 +207,12 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
     if wanted(Tier::Unit) {
         run(cargo().args(["test", "--quiet", "--workspace", "--exclude", "breaker-tests"]).args(&filter))?;
         let helm = std::process::Command::new("helm").arg("version").output().is_ok_and(|o| o.status.success());
-        println!("k8s/chart is rendered by {}", if helm { "helm" } else { "gtmpl: there is no helm on the PATH" });
+        println!("k8s/chart is rendered by {}", if helm { "helm" } else { "gtmpl, because helm is not in PATH" });
         run(cargo()
             .args(["test", "--quiet", "-p", "breaker-tests", "--lib", "--test", "unit", "--test", "manifests"])
             .args(&filter))?;
     }
-    // One lab at a time on two cores: these tests measure outcomes under load.
+    // One test at a time: these tests measure outcomes under load, and two cores are not enough for two of them.
     let root = |name: &str| {
         let mut command = cargo();
         command.args(["test", "--quiet", "-p", "breaker-tests", "--test", name, "--"]).args(&filter);
@@ -226,7 +230,7 @@ fn test(tier: Option<Tier>, filter: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// The differential test alone, optimized: most of its time is the model's and the generator's.
+/// Runs the differential test only. It is optimized, because the model and the generator take most of the time.
 fn fuzz(cases: u64, seed: u64) -> Result<()> {
     run(cargo()
         .args(["test", "--quiet", "--release", "-p", "breaker-tests", "--test", "program", "--"])
@@ -235,12 +239,12 @@ fn fuzz(cases: u64, seed: u64) -> Result<()> {
         .env("BREAKER_FUZZ_SEED", seed.to_string()))
 }
 
-/// Builds what the lab runs, for release: the stories and numbers are about what users run.
+/// Builds the binaries that the lab runs, optimized, so that tests and benchmarks run what users run.
 fn build_lab() -> Result<()> {
     run(cargo().args(["build", "--quiet", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))
 }
 
-/// Runs a command of the lab binary.
+/// Runs a subcommand of the lab binary.
 fn lab<'a>(command: &str, args: impl Iterator<Item = &'a str>) -> Result<()> {
     build_lab()?;
     run(cargo()

@@ -1,20 +1,20 @@
-//! Running commands, with the command in the error.
+//! Runs commands. An error contains the whole command.
 
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-/// The cargo that runs us, in the workspace's directory.
+/// The cargo that runs this program, with the workspace as its working directory.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(ebpf_builder::workspace());
     command
 }
 
-/// Runs a command to its end.
+/// Runs a command and waits for it to end.
 ///
 /// # Errors
-/// When it cannot start or fails; the message has the whole command.
+/// The command cannot be started or fails. The message contains the whole command.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("start {command:?}"))?;
     if !status.success() {
@@ -23,7 +23,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end and returns what it printed.
+/// Runs a command, waits for it to end, and returns its standard output.
 ///
 /// # Errors
 /// As for [`run`].

@@ -1,4 +1,4 @@
-//! What a build, the demo and the tests need, installed once.
+//! Installs what builds, the demo and the tests need.
 
 use std::{
     env,
@@ -11,7 +11,7 @@ use ebpf_builder::{BPF_LINKER_VERSION, Compiler};
 
 use crate::run::{cargo, run};
 
-/// A program that must be there, and the Debian package that brings it.
+/// Programs that must be installed, each with the Debian package that contains it.
 const PROGRAMS: &[(&str, &str)] = &[
     ("cc", "gcc"),
     ("ip", "iproute2"),
@@ -26,7 +26,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("taskset", "util-linux"),
 ];
 
-/// What the lab's tests need beside that: clients and servers of other people's, and eyes.
+/// Programs that the lab tests need in addition: third-party clients and servers, and packet capture.
 const LAB_PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("nghttp", "nghttp2-client"),
@@ -38,19 +38,20 @@ const LAB_PROGRAMS: &[(&str, &str)] = &[
     ("tshark", "tshark"),
 ];
 
-/// What the tests on other kernels need beside that.
+/// Programs that the tests on other kernels need in addition.
 const VM_PROGRAMS: &[(&str, &str)] = &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("awk", "mawk")];
 
-/// A file that must be there, and the Debian package that brings it.
+/// Files that must exist, each with the Debian package that contains it.
 const FILES: &[(&str, &str)] = &[("/usr/include/stdio.h", "libc6-dev")];
 
-/// Debian's compiler for the programs, where rustup has none.
+/// Debian's compiler for the BPF programs, used if rustup has none.
 const DEBIAN_COMPILER: &[&str] = &["rustc-web", "rust-web-src"];
 
-/// Installs what is missing; says so when there is nothing to do, if `talk`.
+/// Installs what is missing. If nothing is missing and `talk` is set, prints a message.
 ///
 /// # Errors
-/// With exactly what to install, where we can't: no root, no apt-get, or a failed installation.
+/// Something cannot be installed: root or apt-get is missing, or an installation failed. The message says what to
+/// install.
 pub fn setup(talk: bool) -> Result<()> {
     let mut packages = missing_packages(PROGRAMS, FILES);
     if Compiler::find().is_none() && !add_rust_src() {
@@ -59,7 +60,7 @@ pub fn setup(talk: bool) -> Result<()> {
     let linker_missing = ebpf_builder::find_linker().is_none();
     if packages.is_empty() && !linker_missing {
         if talk {
-            println!("setup: everything is there");
+            println!("setup: nothing to install");
         }
         return Ok(());
     }
@@ -71,13 +72,13 @@ pub fn setup(talk: bool) -> Result<()> {
         run(cargo().args(["install", "--quiet", "bpf-linker", "--version", BPF_LINKER_VERSION, "--locked"]))?;
     }
     if Compiler::find().is_none() {
-        bail!("still no compiler for the programs: install {} by hand", DEBIAN_COMPILER.join(" and "));
+        bail!("there is still no compiler for the BPF programs: install {}", DEBIAN_COMPILER.join(" and "));
     }
     eprintln!("setup: done");
     Ok(())
 }
 
-/// Installs what only the lab's tests need.
+/// Installs the additional programs that the lab tests need.
 ///
 /// # Errors
 /// As for [`setup`].
@@ -85,7 +86,7 @@ pub fn setup_lab() -> Result<()> {
     install_missing(LAB_PROGRAMS)
 }
 
-/// Installs what only the tests on other kernels need.
+/// Installs the additional programs that the tests on other kernels need.
 ///
 /// # Errors
 /// As for [`setup`].
@@ -111,7 +112,8 @@ fn missing_packages(programs: &Needed, files: &Needed) -> Vec<&'static str> {
     packages
 }
 
-/// Asks rustup for core's source, where there is a nightly without it. It is no error if it can't be had.
+/// Adds the source of `core` to rustup's nightly toolchain if that lacks it. Returns whether a compiler is available
+/// now; a failure is no error, because Debian's compiler can be installed instead.
 fn add_rust_src() -> bool {
     let Ok(output) = Command::new("rustup").args(["toolchain", "list"]).output() else { return false };
     if !String::from_utf8_lossy(&output.stdout).contains("nightly") {
@@ -127,15 +129,13 @@ fn add_rust_src() -> bool {
 
 fn install_packages(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
-    let by_hand = format!("as root: apt-get install {list}");
+    let by_hand = format!("run as root: apt-get install {list}");
     let id = Command::new("id").arg("-u").output();
     if !id.is_ok_and(|id| id.stdout.trim_ascii() == b"0") {
-        bail!("these Debian packages are missing, and only root can install them: {list}\n{by_hand}");
+        bail!("these Debian packages are missing, and installing them needs root: {list}\n{by_hand}");
     }
     if Command::new("apt-get").arg("--version").stdout(Stdio::null()).status().is_err() {
-        bail!(
-            "these Debian packages are missing, and this machine has no apt-get: {list}\ninstall what brings the same"
-        );
+        bail!("these Debian packages are missing, and this machine has no apt-get: {list}\ninstall their equivalents");
     }
     eprintln!("setup: apt-get install {list}");
     let apt = |args: &[&str]| {

@@ -34,7 +34,7 @@ async fn ask(at: SocketAddr, service: &str, limit: Duration) -> Outcome {
             ServingStatus::Serving => (CheckCode::L7Ok, "SERVING".into()),
             other => (CheckCode::L7Sts, other.as_str_name().into()),
         },
-        // NOT_FOUND is an answer of the protocol: the server does not know the service.
+        // NOT_FOUND is a valid answer of the protocol: the server does not know the service.
         Err(status) if status.code() == tonic::Code::NotFound => (CheckCode::L7Sts, "NOT_FOUND".into()),
         Err(status) => (CheckCode::L7Rsp, status.to_string()),
     }

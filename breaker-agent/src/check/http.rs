@@ -1,4 +1,4 @@
-//! `httpGet`: a request on a connection of its own, as kubelet and NGINX Plus do.
+//! `httpGet` probes: each sends one request on a connection of its own, as kubelet and NGINX Plus do.
 
 use std::{
     collections::HashMap,
@@ -11,13 +11,13 @@ use bytes::BytesMut;
 use reqwest::{Client, Response, redirect};
 
 use super::{CheckCode, Outcome};
-use crate::model::CheckAction;
+use breaker_core::model::CheckAction;
 
-/// How much of a body is looked at.
+/// Largest part of a response body, in bytes, that is read and searched.
 const BODY_LIMIT: usize = 64 * 1024;
 
-/// One client per time limit, shared by all checks with that limit: a client holds a TLS configuration, and a
-/// thousand checks should not hold a thousand.
+/// HTTP clients by time limit. Checks with the same limit share a client: a client holds a TLS configuration, and a
+/// thousand checks should not hold a thousand of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Clients {
     by_limit: Arc<Mutex<HashMap<Duration, Client>>>,
@@ -38,25 +38,25 @@ impl Clients {
 fn builder(limit: Duration) -> reqwest::ClientBuilder {
     Client::builder()
         .user_agent(concat!("breaker/", env!("CARGO_PKG_VERSION")))
-        // A redirect is an answer, in 200-399 by default.
+        // A redirect counts as an answer: its status is in the default range 200-399.
         .redirect(redirect::Policy::none())
         .no_proxy()
         .http1_only()
         .pool_max_idle_per_host(0)
-        // As kubelet: a check asks whether the service answers, not who signed its certificate.
+        // As in kubelet: a check asks whether the service answers, not who signed its certificate.
         .tls_danger_accept_invalid_certs(true)
         .timeout(limit)
-        // A moment less than the whole, so that the error tells which of the two ran out.
+        // Slightly shorter than the total limit, so that the error tells which of the two limits expired.
         .connect_timeout(limit.saturating_sub(Duration::from_millis(2)).max(Duration::from_millis(1)))
 }
 
 pub(super) async fn probe(clients: &Clients, action: &CheckAction, at: SocketAddr, limit: Duration) -> Outcome {
     let CheckAction::HttpGet { path, https, host, headers, expected_statuses, body_contains, .. } = action else {
-        return (CheckCode::L7Rsp, "not an HTTP check".into());
+        return (CheckCode::L7Rsp, "internal error: this is not an HTTP check".into());
     };
     let scheme = if *https { "https" } else { "http" };
-    // For TLS a host name goes into the handshake (SNI), so it must be in the URL; the address is pinned beside it.
-    // (An address is never sent as SNI, RFC 6066 section 3.)
+    // With TLS, a host name is sent in the handshake (SNI), so it must be part of the URL; `resolve` makes it lead
+    // to the probed address. An IP address is never sent as SNI (RFC 6066, section 3).
     let named = host.as_deref().filter(|_| *https).map(|host| host.split(':').next().unwrap_or(host));
     let named = named.filter(|name| name.parse::<IpAddr>().is_err() && !name.starts_with('['));
     let (client, authority) = match named {
@@ -115,14 +115,16 @@ fn classify(error: &reqwest::Error) -> Outcome {
         (true, true) => CheckCode::L4Tout,
         (true, false) => CheckCode::L7Tout,
         (false, true) => CheckCode::L4Con,
-        // Broken while we waited for the answer: the connection's fault, if the socket says so.
+        // The connection failed while the probe waited for the answer: an error of the connection, if it came from
+        // the socket.
         (false, false) if chain(error).any(|cause| cause.is::<std::io::Error>()) => CheckCode::L4Con,
         (false, false) => CheckCode::L7Rsp,
     };
     (code, describe(error))
 }
 
-/// An I/O error hides what it wraps from the chain of sources, so look into it.
+/// Whether an error is a TLS error. `source()` does not return the error that an I/O error wraps, so this function
+/// looks inside.
 fn is_tls(cause: &(dyn std::error::Error + 'static)) -> bool {
     let inner = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     cause.is::<rustls::Error>() || inner.is_some_and(|inner| is_tls(inner))
@@ -134,7 +136,7 @@ fn chain<'a>(
     std::iter::successors(Some(error), |cause| cause.source())
 }
 
-/// The innermost cause says it best: "connection refused" rather than "error sending request".
+/// Describes an error by its innermost cause: "connection refused" rather than "error sending request".
 fn describe(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return if error.is_connect() { "not connected in time".into() } else { "no answer in time".into() };

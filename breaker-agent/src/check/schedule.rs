@@ -1,6 +1,7 @@
-//! When to probe: every period, with jitter, faster while a change is under way. One task for a backend and a check,
-//! however many services want to know; it keeps each one's rise and fall, and reports every result with the health that
-//! follows from it.
+//! The schedule of probes: one per period, with jitter, and at the shorter period while a health is about to change.
+//!
+//! Each pair of backend and check has one task, however many services use it. The task keeps rise and fall for
+//! every target and reports each result together with the resulting health.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -8,68 +9,42 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    sync::mpsc,
-    task::JoinHandle,
-    time::{Instant, sleep_until},
-};
-
-use super::{ProbeResult, Prober};
-use crate::{
+use breaker_core::{
     health::{Health, RiseFall},
-    model::{Check, ServiceName},
+    model::Check,
+    probe::{ProbeReport, Target},
 };
+use tokio::{sync::mpsc, task::JoinHandle, time::sleep_until};
 
-/// Whom a probe is about.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Target {
-    /// The service.
-    pub service: ServiceName,
-    /// 0 = the primary, then the backups.
-    pub tier: usize,
-    /// The backend.
-    pub backend: SocketAddr,
-}
+use super::Prober;
+use crate::clock;
 
-/// A probe's result and what it makes of the backend's health.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// Whom it is about.
-    pub target: Target,
-    /// What came of it.
-    pub result: ProbeResult,
-    /// The health by now.
-    pub health: Health,
-    /// Whether this result changed it.
-    pub flipped: bool,
-}
-
-/// What a probe is: services that check the same backend in the same way share one.
+/// The identity of a probe task. Services that check the same backend in the same way share one task.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Probe {
     backend: SocketAddr,
     check: Check,
 }
 
-/// All checks of an agent. They end when it is dropped.
+/// All checks of an agent. Their tasks end when this value is dropped.
 #[derive(Debug)]
 pub struct Checkers {
     prober: Prober,
-    reports: mpsc::Sender<Report>,
+    reports: mpsc::Sender<ProbeReport>,
     running: HashMap<Probe, Checker>,
     targets: BTreeMap<Target, Probe>,
 }
 
 impl Checkers {
-    /// None yet. Results go to `reports`.
+    /// Creates an empty set of checks. Results are sent to `reports`.
     #[must_use]
-    pub fn new(reports: mpsc::Sender<Report>) -> Self {
+    pub fn new(reports: mpsc::Sender<ProbeReport>) -> Self {
         Self { prober: Prober::default(), reports, running: HashMap::new(), targets: BTreeMap::new() }
     }
 
-    /// Starts checks that are new or different, ends those that are not wanted any more. `known` tells what is known of a
-    /// target's health already.
-    pub fn want(&mut self, wanted: BTreeMap<Target, Check>, known: impl Fn(&Target) -> Health) {
+    /// Starts checks that are new or changed, and stops checks that are not in `wanted`. `known` returns the health
+    /// with which a new target starts.
+    pub fn set_targets(&mut self, wanted: BTreeMap<Target, Check>, known: impl Fn(&Target) -> Health) {
         let old = std::mem::take(&mut self.targets);
         for (target, probe) in old {
             let stays = wanted.get(&target) == Some(&probe.check);
@@ -77,7 +52,7 @@ impl Checkers {
                 self.targets.insert(target, probe);
             } else if let Some(checker) = self.running.get_mut(&probe) {
                 checker.members -= 1;
-                // A task that has ended wants nothing.
+                // `send` fails only if the task has ended; then there is nothing to tell it.
                 let _ = checker.changes.send(Change::Leave(target));
             }
         }
@@ -98,14 +73,14 @@ impl Checkers {
     }
 }
 
-/// Who wants a probe's results.
+/// A change of the targets that get a task's results.
 #[derive(Debug)]
 enum Change {
     Join(Target, Health),
     Leave(Target),
 }
 
-/// A running check of one backend; ends when dropped.
+/// The running task of one probe. The task ends when this value is dropped.
 #[derive(Debug)]
 struct Checker {
     members: usize,
@@ -114,7 +89,7 @@ struct Checker {
 }
 
 impl Checker {
-    fn start(probe: Probe, prober: Prober, reports: mpsc::Sender<Report>) -> Self {
+    fn start(probe: Probe, prober: Prober, reports: mpsc::Sender<ProbeReport>) -> Self {
         let (changes, changes_out) = mpsc::unbounded_channel();
         let task = tokio::spawn(run(probe, changes_out, prober, reports));
         Self { members: 0, changes, task }
@@ -127,17 +102,17 @@ impl Drop for Checker {
     }
 }
 
-/// The most that a first probe is put off, so that a thousand checks do not start in one moment.
+/// Longest delay of a first probe. It spreads the start of many checks.
 const START_SPREAD: Duration = Duration::from_millis(100);
 
 async fn run(
     Probe { backend, check }: Probe,
     mut changes: mpsc::UnboundedReceiver<Change>,
     prober: Prober,
-    reports: mpsc::Sender<Report>,
+    reports: mpsc::Sender<ProbeReport>,
 ) {
     let mut members: BTreeMap<Target, RiseFall> = BTreeMap::new();
-    let soon = || Instant::now() + START_SPREAD.min(check.fast_period).mul_f64(fastrand::f64());
+    let soon = || clock::instant() + START_SPREAD.min(check.fast_period).mul_f64(fastrand::f64());
     let mut due = soon();
     loop {
         tokio::select! {
@@ -145,7 +120,7 @@ async fn run(
                 None => return,
                 Some(Change::Join(target, known)) => {
                     members.insert(target, RiseFall::starting(check.success_threshold, check.failure_threshold, known));
-                    // Whoever comes later need not wait for a whole period.
+                    // A target that joins later need not wait for a whole period.
                     due = due.min(soon());
                     continue;
                 }
@@ -156,24 +131,24 @@ async fn run(
             },
             () = sleep_until(due) => {}
         }
-        let started = Instant::now();
+        let started = clock::instant();
         let result = prober.probe(&check, backend).await;
         for (target, health) in &mut members {
-            let flipped = health.observe(result.code.passes()).is_some();
-            let report = Report { target: target.clone(), result: result.clone(), health: health.health(), flipped };
+            health.observe(result.code.passes());
+            let report = ProbeReport { target: target.clone(), result: result.clone(), health: health.health() };
             if reports.send(report).await.is_err() {
                 return;
             }
         }
         let fast = members.values().any(RiseFall::in_transition);
         let period = if fast { check.fast_period } else { check.period };
-        // Counted from the start of the last probe: a slow answer does not stretch the period, and a probe that took
-        // longer than the period is followed at once.
+        // The period counts from the start of the last probe: a slow answer does not lengthen it, and a probe that
+        // took longer than the period is followed by the next one at once.
         due = started + jittered(period, check.jitter_percent, fastrand::f64());
     }
 }
 
-/// `unit` is a random number in 0..1.
+/// Shortens or lengthens a period by up to `percent`. `unit` is a random number from 0 to 1.
 fn jittered(period: Duration, percent: u8, unit: f64) -> Duration {
     let span = f64::from(percent) / 100.0;
     period.mul_f64(1.0 - span + 2.0 * span * unit)

@@ -1,4 +1,4 @@
-//! `tcpSocket`: the connection is the answer.
+//! `tcpSocket` probes: an established connection passes.
 
 use std::{io, net::SocketAddr, time::Duration};
 

@@ -1,7 +1,8 @@
-//! Probes against real sockets on loopback.
+//! Probes of real sockets on the loopback interface.
 
 use super::*;
-use crate::model::{Check, CheckAction};
+use breaker_core::model::{Check, CheckAction};
+use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -32,7 +33,8 @@ fn http(body: Option<&str>, https: bool) -> Check {
     })
 }
 
-/// A server that reads a request's head and answers with fixed bytes; `None` = never answers. Returns what it read.
+/// A server that reads the head of one request and answers with fixed bytes, or never if `answer` is `None`. Its
+/// task returns the head.
 async fn server(answer: Option<&'static str>) -> (SocketAddr, tokio::task::JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
@@ -50,7 +52,7 @@ async fn server(answer: Option<&'static str>) -> (SocketAddr, tokio::task::JoinH
 }
 
 async fn code(check: &Check, at: SocketAddr) -> (CheckCode, String) {
-    crate::install_crypto();
+    breaker_cli::install_crypto();
     let result = Prober::default().probe(check, at).await;
     (result.code, result.detail)
 }

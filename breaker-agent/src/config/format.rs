@@ -1,5 +1,6 @@
-//! The shape of the file: names as in Kubernetes where Kubernetes has one. Every field that can be wrong in itself is
-//! [`Spanned`], so that the message names the line. Defaults are in one place, [`super::validate`].
+//! The format of the configuration file. Fields have the same names as in Kubernetes, where Kubernetes has such a
+//! field. Every field that can be wrong by itself is [`Spanned`], so that the message contains its line. All
+//! defaults are in [`super::validate`].
 
 use serde::Deserialize;
 use serde_saphyr::Spanned;
@@ -12,7 +13,7 @@ pub(super) struct File {
     pub services: Spanned<Vec<Service>>,
 }
 
-/// The file of an agent whose services come from elsewhere.
+/// The file of an agent whose services come from another source.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct AgentFile {
@@ -61,7 +62,7 @@ pub(super) struct Service {
     pub limits: Option<Spanned<Limits>>,
 }
 
-/// The primary's limits, and what holds for all.
+/// The primary's limits, and settings for both tiers.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct Limits {

@@ -1,13 +1,13 @@
-//! Limits, from the file's shape to the domain.
+//! Converts limits from the format of the file to domain types.
 
 use std::time::Duration;
 
 use serde_saphyr::{Location, Spanned};
 
 use super::{format, validate::Problems};
-use crate::limits::{CLIENT_PREFIX, IDLE, Limits, MOST, OnLimit, Rate, Scope, TierLimits};
+use breaker_core::limits::{CLIENT_PREFIX, IDLE, Limits, MOST, OnLimit, Rate, Scope, TierLimits};
 
-/// The limits of one tier as they are written.
+/// The limits of one tier, as written in the file.
 struct Raw<'a> {
     rate: &'a Option<Spanned<f64>>,
     burst: &'a Option<Spanned<f64>>,
@@ -16,7 +16,7 @@ struct Raw<'a> {
     on_limit: &'a Option<Spanned<String>>,
 }
 
-/// Takes in a service's limits. `has_backup`: whether there is a tier to fail over to.
+/// Converts a service's limits; `None` if it has none. `has_backup`: whether the service has a backup tier.
 pub(super) fn limits(
     problems: &mut Problems<'_>,
     path: &str,
@@ -100,7 +100,7 @@ fn tier(problems: &mut Problems<'_>, path: &str, raw: &Raw<'_>) -> TierLimits {
     limits
 }
 
-/// A client's limit above that of all clients together would never bite.
+/// Reports a limit for each client that is above the limit of all clients together: it would never have an effect.
 fn at_most(problems: &mut Problems<'_>, value: Option<&Spanned<f64>>, field: &str, of_client: u32, of_all: u32) {
     if of_client > of_all {
         let at = value.map_or(Location::UNKNOWN, |value| value.referenced);
@@ -121,13 +121,13 @@ fn rate(
     let per_second = whole(problems, rate, &format!("{path}.newConnectionsPerSecond"));
     let given = whole(problems, burst, &format!("{path}.burst"));
     if let (None, Some(burst)) = (rate, burst) {
-        let problem = "says how many new connections may come at once: it needs newConnectionsPerSecond".into();
+        let problem = "needs newConnectionsPerSecond: burst is how many connections may come at once".into();
         problems.add(burst.referenced, &format!("{path}.burst"), problem);
     }
     per_second.map(|per_second| Rate { per_second, burst: given.unwrap_or_else(|| Rate::default_burst(per_second)) })
 }
 
-/// A whole number from 1 to [`MOST`].
+/// Converts a value to a whole number from 1 to [`MOST`]. Any other value is reported and replaced by 1.
 fn whole(problems: &mut Problems<'_>, value: Option<&Spanned<f64>>, field: &str) -> Option<u32> {
     let value = value?;
     let number = value.value;

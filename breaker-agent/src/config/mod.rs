@@ -1,6 +1,6 @@
-//! The configuration file: what a person writes ([`format`]), and what it means ([`validate`]).
+//! The configuration file: its format ([`format`]) and its meaning ([`validate`]).
 //!
-//! Parsing is strict and happens once: behind [`Config`] nothing is checked again.
+//! Parsing is strict and happens once. A [`Config`] is always valid, so later code does not check it again.
 
 mod format;
 mod limits;
@@ -13,118 +13,94 @@ use std::{
     time::Duration,
 };
 
+use breaker_core::model::Service;
 use globset::GlobSet;
 
-use crate::model::Service;
+use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
 
-pub use validate::{DEFAULT_PIN_PATH, DEFAULT_SOCKET};
-
-/// A configuration that holds together.
+/// A valid configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// About the agent itself.
+    /// Settings of the agent itself.
     pub agent: AgentConfig,
-    /// What is protected.
+    /// The protected services.
     pub services: Vec<Service>,
 }
 
-/// About the agent itself. All of it is read at start; a reload that changes it says that it needs a restart.
-#[derive(Clone, Debug)]
+/// Settings of the agent itself. The agent uses them at start only; if a reload changes one, the agent says that
+/// the change takes effect at the next start.
+#[derive(Clone, Debug, PartialEq)]
 pub struct AgentConfig {
-    /// Where maps and links are pinned; the ABI version is added below.
+    /// Directory in which maps and links are pinned, in a subdirectory named after the ABI version.
     pub pin_path: PathBuf,
-    /// The control socket.
+    /// Path of the control socket.
     pub socket: PathBuf,
-    /// Where `/livez` and `/readyz` are served, if anywhere.
+    /// Address that serves `/livez` and `/readyz`; `None` = they are not served.
     pub listen: Option<SocketAddr>,
-    /// Whether host-side veths get the programs.
+    /// Whether host-side veths of pods get the programs.
     pub veths: bool,
-    /// Whether interfaces that a default route leaves by get the programs.
+    /// Whether interfaces of default routes get the programs.
     pub uplinks: bool,
-    /// Further interfaces, by glob.
-    pub interfaces: GlobSet,
-    /// The globs as written, to compare.
-    pub interface_globs: Vec<String>,
-    /// Whether the node's own processes are protected, too.
+    /// Names of other interfaces that get the programs, as globs.
+    pub interfaces: InterfaceGlobs,
+    /// Whether connections of the node's own processes are protected, too.
     pub node_sockets: bool,
     /// How the programs are attached.
     pub attach: AttachMode,
-    /// Before or behind others' on the same hook.
+    /// Position among the programs of others on the same hook.
     pub attach_order: AttachOrder,
-    /// XDP on uplinks.
+    /// Whether uplinks get the XDP program.
     pub xdp: XdpPolicy,
-    /// How long the programs act on the agent's last word; zero = for ever.
+    /// How long the programs act on the last decision without a heartbeat of the agent; zero = for ever.
     pub lease: Duration,
-    /// How many services there is room for; `None`: by the node's memory.
+    /// Number of services that the maps have room for; `None` = according to the node's memory.
     pub max_services: Option<u32>,
-    /// How many established flows of each IP family there is room for; `None`: by the node's memory.
+    /// Number of established flows of each IP family that the maps have room for; `None` = according to the node's
+    /// memory.
     pub max_flows: Option<u32>,
     /// kube-proxy's masquerade mark.
     pub masquerade_mark: u32,
-    /// Whether there is to be a rule of our own for it, behind kube-proxy's.
+    /// Whether breaker installs a masquerade rule of its own for that mark, which runs after kube-proxy's.
     pub masquerade_rule: bool,
 }
 
-impl PartialEq for AgentConfig {
-    fn eq(&self, other: &Self) -> bool {
-        let key = |c: &Self| {
-            (
-                c.pin_path.clone(),
-                c.socket.clone(),
-                c.listen,
-                (c.veths, c.uplinks, c.node_sockets),
-                c.interface_globs.clone(),
-                (c.attach, c.attach_order, c.xdp),
-                c.lease,
-                (c.max_services, c.max_flows),
-                (c.masquerade_mark, c.masquerade_rule),
-            )
-        };
-        key(self) == key(other)
+/// Interfaces by name: globs, compared as they are written.
+#[derive(Clone, Debug, Default)]
+pub struct InterfaceGlobs {
+    set: GlobSet,
+    written: Vec<String>,
+}
+
+impl InterfaceGlobs {
+    /// Globs that were parsed, and how they are written.
+    #[must_use]
+    pub const fn new(set: GlobSet, written: Vec<String>) -> Self {
+        Self { set, written }
+    }
+
+    /// The parsed globs.
+    #[must_use]
+    pub const fn set(&self) -> &GlobSet {
+        &self.set
     }
 }
 
-/// How programs are attached to tc hooks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub enum AttachMode {
-    /// tcx where the kernel has it, clsact elsewhere.
-    Auto,
-    /// tcx links (kernel 6.6).
-    Tcx,
-    /// cls_bpf filters on a clsact qdisc.
-    Clsact,
+impl PartialEq for InterfaceGlobs {
+    fn eq(&self, other: &Self) -> bool {
+        self.written == other.written
+    }
 }
 
-/// Where our programs stand among those of a hook that are there when they are attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub enum AttachOrder {
-    /// They see packets before all others.
-    First,
-    /// They see packets that all others let through.
-    Last,
-}
-
-/// Whether uplinks get an XDP program, too; never in the kernel's generic mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub enum XdpPolicy {
-    /// No.
-    Off,
-    /// Where the driver has a native mode, but for veths.
-    Auto,
-    /// Also on a veth.
-    Native,
-}
-
-/// What is wrong with a configuration file.
+/// One problem of a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     /// The file.
     pub file: PathBuf,
-    /// Line, from 1; 0 where the error has no place.
+    /// Line number, from 1; 0 if the problem does not belong to a line.
     pub line: u64,
-    /// Where in the structure, e.g. `services[0].primary.check.periodSeconds`; empty for a syntax error.
+    /// Path of the field, e.g. `services[0].primary.check.periodSeconds`; empty for a syntax error.
     pub field: String,
-    /// What is wrong: the value and what is allowed.
+    /// The wrong value and what is allowed, or the parser's message.
     pub problem: String,
 }
 
@@ -143,18 +119,18 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Reads a configuration file.
+/// Reads and parses a configuration file.
 ///
 /// # Errors
-/// Everything that is wrong with it: an unreadable file and a syntax error alone, problems with values all at once.
+/// The file cannot be read or has a syntax error (one problem), or it has wrong values (all of them at once).
 pub fn load(file: &Path) -> Result<Config, Vec<ConfigError>> {
     parse(file, &read(file)?)
 }
 
-/// Reads a configuration file's text.
+/// Reads the text of a configuration file.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// The file cannot be read.
 pub fn read(file: &Path) -> Result<String, Vec<ConfigError>> {
     std::fs::read_to_string(file).map_err(|error| {
         vec![ConfigError {
@@ -166,32 +142,37 @@ pub fn read(file: &Path) -> Result<String, Vec<ConfigError>> {
     })
 }
 
-/// Parses a configuration; `file` is for the messages only.
+/// Parses the text of a configuration file. `file` is used in messages only.
 ///
 /// # Errors
-/// As for [`load`].
+/// The text has a syntax error (one problem), or wrong values (all of them at once).
 pub fn parse(file: &Path, text: &str) -> Result<Config, Vec<ConfigError>> {
     let raw: format::File = serde_saphyr::from_str(text).map_err(|error| syntax(file, &error))?;
     validate::validate(file, raw)
 }
 
-/// Parses the file of an agent whose services come from elsewhere: the section `agent` and nothing else. An empty text is
-/// fine.
+/// Parses the file of an agent whose services come from another source. It may contain the section `agent` only. An
+/// empty text is valid and means all defaults.
 ///
 /// # Errors
-/// As for [`load`].
+/// As for [`parse`].
 pub fn parse_agent(file: &Path, text: &str) -> Result<AgentConfig, Vec<ConfigError>> {
     let text = if text.trim().is_empty() { "{}" } else { text };
     let raw: format::AgentFile = serde_saphyr::from_str(text).map_err(|error| syntax(file, &error))?;
     validate::validate_agent(file, raw.agent)
 }
 
-/// Parses a service whose addresses are filled in later: a file's service with empty lists of frontends and backends.
+/// Parses the policies of a service. The text has the format of a service in the file, but its lists of frontends
+/// and backends may be empty; the caller fills in the addresses later.
+///
+/// Converts the policies of a service whose addresses are filled in later: a service of the file with empty lists of
+/// frontends and backends, as a JSON value.
 ///
 /// # Errors
-/// Everything that is wrong, in one line: fields (from `spec`), values, what is allowed.
-pub fn parse_policies(text: &str) -> Result<Service, String> {
-    let raw: format::Service = serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
+/// Everything that is wrong, in one line: field (from `spec`), value, and what is allowed.
+pub fn policies(value: &serde_json::Value) -> Result<Service, String> {
+    use serde::Deserialize as _;
+    let raw = format::Service::deserialize(value).map_err(|error| error.to_string())?;
     validate::validate_policies(raw).map_err(|errors| {
         let lines: Vec<String> =
             errors.into_iter().map(|error| format!("{}: {}", error.field, error.problem)).collect();
@@ -201,7 +182,7 @@ pub fn parse_policies(text: &str) -> Result<Service, String> {
 
 fn syntax(file: &Path, error: &serde_saphyr::Error) -> Vec<ConfigError> {
     let line = error.location().map_or(0, |location| location.line());
-    // The first line says it; the rest is a picture of the place, which the line number replaces.
+    // Without the snippet that shows the position in the text, because the line number is enough.
     let problem = error.without_snippet().to_string();
     vec![ConfigError { file: file.to_owned(), line, field: String::new(), problem }]
 }

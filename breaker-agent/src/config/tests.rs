@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::{CheckAction, EstablishedPolicy};
+use breaker_core::model::{CheckAction, EstablishedPolicy};
 
 const GOOD: &str = "\
 services:
@@ -33,23 +33,23 @@ fn the_defaults_are_the_labs() {
     assert_eq!((service.on_open, service.on_close), (EstablishedPolicy::Reset, EstablishedPolicy::Keep));
 }
 
-/// Every row: what is written instead of what, and what the message must say.
+/// Each row: a text in the good file, its replacement, and a part of the message that must follow.
 #[test]
 fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
     let rows: &[(&str, &str, &str)] = &[
         ("port: 8080", "port: 0", "lab.yaml:4: services[0].frontends[0].port: 0 is not allowed; allowed: 1 to 65535"),
         ("port: 8080", "port: 65536", "lab.yaml:4: services[0].frontends[0].port: 65536 is not allowed"),
-        ("10.43.0.10", "vip", "lab.yaml:4: services[0].frontends[0].address: \"vip\" is no IP address; allowed"),
+        ("10.43.0.10", "vip", "lab.yaml:4: services[0].frontends[0].address: \"vip\" is not an IP address; allowed"),
         (
             "10.43.0.10",
             "'fe80::1'",
-            "lab.yaml:4: services[0].frontends[0].address: \"fe80::1\" is no address of a host",
+            "lab.yaml:4: services[0].frontends[0].address: \"fe80::1\" is not a host's address",
         ),
-        ("10.43.0.10", "'::ffff:10.0.0.1'", "lab.yaml:4: services[0].frontends[0].address: \"::ffff:10.0.0.1\" is no"),
+        ("10.43.0.10", "'::ffff:10.0.0.1'", "lab.yaml:4: services[0].frontends[0].address: \"::ffff:10.0.0.1\" is not"),
         (
             "10.43.0.10",
             "'ff02::1'",
-            "lab.yaml:4: services[0].frontends[0].address: \"ff02::1\" is no address of a host",
+            "lab.yaml:4: services[0].frontends[0].address: \"ff02::1\" is not a host's address",
         ),
         ("name: dummy", "name: 'a b'", "lab.yaml:2: services[0].name: \"a b\" is not allowed; allowed"),
         ("{path: /ready}", "{path: ready}", "lab.yaml:9: services[0].primary.check.httpGet.path: \"ready\" is not"),
@@ -102,7 +102,7 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
         (
             "    primary:\n",
             "    limits: {burst: 10}\n    primary:\n",
-            "services[0].limits.burst: says how many new connections may come at once: it needs newConnectionsPerSecond",
+            "services[0].limits.burst: needs newConnectionsPerSecond: burst is how many connections may come at once",
         ),
         (
             "    primary:\n",
@@ -143,7 +143,7 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
     }
 }
 
-/// A service without a backup is refused as such; what it says of its limits is told, too.
+/// A service without a backup is refused. The problem of its limits is reported, too.
 #[test]
 fn failover_needs_a_backup() {
     let text = "services: [{name: s, frontends: [{address: 10.43.0.1, port: 80}], primary: {}, backups: [], \
@@ -167,11 +167,11 @@ fn duplicates_name_both_places() {
     let twice = format!("{GOOD}{}", GOOD.trim_start_matches("services:\n"));
     let errors = errors(&twice);
     assert!(
-        errors[0].contains("lab.yaml:13: services[1].name: \"dummy\" is taken by the service in line 2"),
+        errors[0].contains("lab.yaml:13: services[1].name: \"dummy\" is already the name of the service in line 2"),
         "{errors:?}"
     );
     assert!(
-        errors[1].contains("services[1].frontends[0]: 10.43.0.10:8080/TCP is a frontend of dummy already (line 4)"),
+        errors[1].contains("services[1].frontends[0]: 10.43.0.10:8080/TCP is already a frontend of dummy (line 4)"),
         "{errors:?}"
     );
 }
@@ -198,8 +198,8 @@ fn a_file_that_is_not_there_is_named() {
     assert!(errors[0].to_string().starts_with("/nowhere/lab.yaml: cannot be read: "), "{errors:?}");
 }
 
-/// docs/CONFIGURATION.md, checked against the code: every field is there, its default is the default, its limits are the
-/// limits, its words are the words.
+/// Compares docs/CONFIGURATION.md with the code: every field is documented, and the documented defaults, limits and
+/// words are those of the code.
 mod documented {
     use super::*;
 
@@ -313,7 +313,7 @@ mod documented {
                 camel.push_str(&word[..1].to_uppercase());
                 camel.push_str(&word[1..]);
             }
-            // One field whose name is not made of its parts.
+            // The name of this one field does not follow from the Rust name.
             let camel = if camel == "clientPrefixLength" { "clientPrefixLengthIPv6".to_owned() } else { camel };
             let found = documented.iter().any(|d| d.rsplit('.').next() == Some(camel.as_str()));
             assert!(found || structural.contains(&camel.as_str()), "{camel} is not in docs/CONFIGURATION.md");
@@ -363,7 +363,8 @@ mod documented {
             if field.name.contains("name") || field.name.ends_with("path") {
                 continue;
             }
-            // `window` and `limits` are off by default; their fields' defaults are those of an empty one, or of one limit.
+            // `window` and `limits` are off by default. The defaults of their fields hold in an empty window, or
+            // beside one limit.
             let without = if field.name == "backup.onLimit" {
                 format!("{GOOD}    limits: {{backup: {{concurrentConnections: 1}}}}\n")
             } else if field.section == "limits" {

@@ -1,5 +1,5 @@
-//! From the file's shape to the domain, with every default and every limit. All problems of a file are reported at
-//! once, each with its line, field, value and what is allowed.
+//! Converts the format of the file to domain types, with every default and every limit. All problems of a file are
+//! reported at once, each with its line, field, value and what is allowed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,28 +9,25 @@ use std::{
     time::Duration,
 };
 
+use breaker_api::{DEFAULT_PIN_PATH, DEFAULT_SOCKET};
 use breaker_common::{DEFAULT_MASQUERADE_MARK, NAME_LEN};
-use globset::{Glob, GlobSetBuilder};
-use serde_saphyr::{Location, Spanned};
-
-use super::{AgentConfig, AttachMode, AttachOrder, Config, ConfigError, XdpPolicy, format, limits};
-use crate::model::{
+use breaker_core::model::{
     Backend, BreakerPolicy, Check, CheckAction, EstablishedPolicy, FailureWindow, FastPath, Frontend, KeepClient, Mode,
     OnAgentLoss, Override, Protocol, Service, ServiceName, Tier, WhenAllUnhealthy,
 };
+use globset::{Glob, GlobSetBuilder};
+use serde_saphyr::{Location, Spanned};
 
-/// Where maps and links are pinned by default.
-pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/breaker";
-/// Where the control socket is by default.
-pub const DEFAULT_SOCKET: &str = "/run/breaker/breaker.sock";
+use super::{AgentConfig, Config, ConfigError, InterfaceGlobs, format, limits};
+use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
 
-/// A day in milliseconds: the longest time that a field takes.
+/// One day in milliseconds: the longest time that a field accepts.
 const DAY: u64 = 86_400_000;
 
-/// Collects problems; a field that has one gets its default, so that the next problem is found too.
-/// What one node can be told to protect.
+/// The largest number of services that one node can protect.
 const MOST_SERVICES: u32 = 65_536;
 
+/// Collects problems. A field with a problem gets a default, so that later problems are found as well.
 pub(super) struct Problems<'a> {
     file: &'a Path,
     found: Vec<ConfigError>,
@@ -41,7 +38,8 @@ impl Problems<'_> {
         self.found.push(ConfigError { file: self.file.to_owned(), line: at.line(), field: field.to_owned(), problem });
     }
 
-    /// A number within its limits.
+    /// Returns a number in the allowed range; the default if there is none, or if it is out of range, which is
+    /// reported.
     pub(super) fn number(
         &mut self,
         value: Option<&Spanned<u64>>,
@@ -77,7 +75,8 @@ impl Problems<'_> {
         Duration::from_millis(self.number(value, field, default, least..=DAY))
     }
 
-    /// One of a few words.
+    /// Returns the meaning of one of the allowed words; the default if there is none, or if it is another word,
+    /// which is reported.
     pub(super) fn word<T: Copy>(
         &mut self,
         value: Option<&Spanned<String>>,
@@ -115,13 +114,13 @@ impl Problems<'_> {
         };
         let no_host = |ip: &IpAddr| match ip {
             IpAddr::V4(ip) => ip.is_broadcast(),
-            // What is written in the mapped form stands in no packet; a link-local address is nothing without an interface.
+            // No packet carries an IPv4-mapped address. A link-local address means nothing without an interface.
             IpAddr::V6(ip) => ip.to_ipv4_mapped().is_some() || ip.is_unicast_link_local(),
         };
         let ip = match address.value.parse::<IpAddr>() {
-            Ok(ip) if ip.is_unspecified() || ip.is_multicast() || no_host(&ip) => refuse("is no address of a host"),
+            Ok(ip) if ip.is_unspecified() || ip.is_multicast() || no_host(&ip) => refuse("is not a host's address"),
             Ok(ip) => ip,
-            Err(_) => refuse("is no IP address"),
+            Err(_) => refuse("is not an IP address"),
         };
         SocketAddr::new(ip, port)
     }
@@ -144,7 +143,7 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
         let name = raw.name.clone();
         if let Some(first) = names.insert(name.value.clone(), name.referenced.line()) {
             let problem =
-                format!("{:?} is taken by the service in line {first}; allowed: a name of its own", name.value);
+                format!("{:?} is already the name of the service in line {first}; allowed: a unique name", name.value);
             problems.add(name.referenced, &format!("{path}.name"), problem);
         }
         for (i, tier) in raw.backups.value.iter().enumerate() {
@@ -161,7 +160,7 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
         for (i, (frontend, at)) in service.frontends.iter().zip(places).enumerate() {
             if let Some(first) = frontends.insert(*frontend, (service.name.clone(), at.line())) {
                 let problem = format!(
-                    "{frontend} is a frontend of {} already (line {}); allowed: a frontend belongs to one service, once",
+                    "{frontend} is already a frontend of {} (line {}); allowed: each frontend in one service, once",
                     first.0, first.1
                 );
                 problems.add(at, &format!("{path}.frontends[{i}]"), problem);
@@ -169,7 +168,8 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
         }
         services.push(service);
     }
-    // Two translations in a row would give two connections of a client the same addresses and ports.
+    // A backup that is another service's frontend would be translated twice, and two connections of one client
+    // could then have the same addresses and ports.
     for (service, field, address, at) in backups {
         let taken = [Protocol::Tcp, Protocol::Udp]
             .iter()
@@ -183,14 +183,14 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
     if problems.found.is_empty() { Ok(Config { agent, services }) } else { Err(problems.found) }
 }
 
-/// A file without services: they come from elsewhere.
+/// Validates a file without services, for an agent whose services come from another source.
 pub(super) fn validate_agent(file: &Path, raw: format::Agent) -> Result<AgentConfig, Vec<ConfigError>> {
     let mut problems = Problems { file, found: Vec::new() };
     let agent = agent(&mut problems, raw);
     if problems.found.is_empty() { Ok(agent) } else { Err(problems.found) }
 }
 
-/// A service but for its addresses.
+/// Validates a service without its addresses.
 pub(super) fn validate_policies(raw: format::Service) -> Result<Service, Vec<ConfigError>> {
     let mut problems = Problems { file: Path::new(""), found: Vec::new() };
     let service = service(&mut problems, "spec", raw, false);
@@ -229,8 +229,10 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
         veths: raw.veths.unwrap_or(true),
         uplinks: raw.uplinks.unwrap_or(false),
         node_sockets: raw.node_sockets.unwrap_or(true),
-        interfaces: globs.build().unwrap_or_default(),
-        interface_globs: raw.interfaces.into_iter().map(|glob| glob.value).collect(),
+        interfaces: InterfaceGlobs::new(
+            globs.build().unwrap_or_default(),
+            raw.interfaces.into_iter().map(|glob| glob.value).collect(),
+        ),
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),
         xdp: problems.word(raw.xdp.as_ref(), "agent.xdp", &xdp, XdpPolicy::Off),
         attach_order: problems.word(raw.attach_order.as_ref(), "agent.attachOrder", &orders, AttachOrder::First),
@@ -247,7 +249,7 @@ fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
     }
 }
 
-/// `complete` is false for a service whose addresses are filled in by who asks.
+/// Converts a service. `complete` is false if the caller fills in the addresses later; then there may be none.
 fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, complete: bool) -> Service {
     name(problems, path, &raw.name);
     if complete && raw.frontends.value.is_empty() {
@@ -337,7 +339,7 @@ fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, comple
         routes: Vec::new(),
         primary,
         backups,
-        settle: Duration::ZERO,
+        grace_period: Duration::ZERO,
         breaker: breaker(problems, &field("breaker"), raw.breaker),
         mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
@@ -395,7 +397,7 @@ fn backends(problems: &mut Problems<'_>, path: &str, raw: &[format::Backend]) ->
         let address = problems.address(&raw.address, &raw.port, &field);
         let weight = problems.number(raw.weight.as_ref(), &format!("{field}.weight"), 1, 1..=1000);
         if !seen.insert(address) {
-            let problem = format!("{address} is in this list already; allowed: every backend once");
+            let problem = format!("{address} is already in this list; allowed: each backend once");
             problems.add(raw.address.referenced, &field, problem);
         }
         backends.push(Backend { address, weight: u16::try_from(weight).unwrap_or(1) });
@@ -444,7 +446,7 @@ fn check(problems: &mut Problems<'_>, path: &str, raw: format::Check) -> Check {
     }
 }
 
-/// A time that may be given in seconds or in milliseconds, but not in both.
+/// Returns a time that is given in seconds or in milliseconds. If both are given, that is reported.
 fn either(
     problems: &mut Problems<'_>,
     path: &str,
@@ -455,7 +457,7 @@ fn either(
     default_millis: u64,
 ) -> Duration {
     if let (Some(seconds), Some(_)) = (&seconds, &millis) {
-        let problem = format!("is given as {name}Millis too; allowed: one of the two");
+        let problem = format!("is set together with {name}Millis; allowed: only one of the two");
         problems.add(seconds.referenced, &format!("{path}.{name}Seconds"), problem);
     }
     if let Some(millis) = millis {
@@ -485,18 +487,19 @@ fn http_get(problems: &mut Problems<'_>, path: &str, raw: format::HttpGet) -> Ch
     for (i, header) in raw.http_headers.iter().enumerate() {
         let at = field(&format!("httpHeaders[{i}]"));
         if header.name.value.parse::<http::HeaderName>().is_err() {
-            let problem = format!("{:?} is no name of a header; allowed: RFC 9110, section 5.1", header.name.value);
+            let problem =
+                format!("{:?} is not a header name; allowed: a token (RFC 9110, section 5.1)", header.name.value);
             problems.add(header.name.referenced, &format!("{at}.name"), problem);
         }
         if header.value.value.parse::<http::HeaderValue>().is_err() {
-            let problem = format!("{:?} is no value of a header; allowed: visible characters", header.value.value);
+            let problem = format!("{:?} is not a header value; allowed: visible ASCII characters", header.value.value);
             problems.add(header.value.referenced, &format!("{at}.value"), problem);
         }
     }
     if let Some(host) = &raw.host
         && host.value.parse::<http::uri::Authority>().is_err()
     {
-        let problem = format!("{:?} is not allowed; allowed: a host name, with a port if wanted", host.value);
+        let problem = format!("{:?} is not allowed; allowed: a host name, optionally with a port", host.value);
         problems.add(host.referenced, &field("host"), problem);
     }
     let https = problems.word(raw.scheme.as_ref(), &field("scheme"), &[("HTTP", false), ("HTTPS", true)], false);
@@ -513,7 +516,7 @@ fn http_get(problems: &mut Problems<'_>, path: &str, raw: format::HttpGet) -> Ch
     }
 }
 
-/// `200-399` or `200,204,300-302`.
+/// Parses a list of statuses and ranges, like `200-399` or `200,204,300-302`.
 fn statuses(problems: &mut Problems<'_>, field: &str, given: &Spanned<String>) -> Vec<RangeInclusive<u16>> {
     let number = |text: &str| text.trim().parse::<u16>().ok().filter(|n| (100..=599).contains(n));
     let ranges: Option<Vec<_>> = given
@@ -537,7 +540,8 @@ fn statuses(problems: &mut Problems<'_>, field: &str, given: &Spanned<String>) -
 
 fn breaker(problems: &mut Problems<'_>, path: &str, raw: format::Breaker) -> BreakerPolicy {
     let field = |name: &str| format!("{path}.{name}");
-    // A rate that tripped says nothing of the next moment, so with a window there must be a time to recover in.
+    // A failure rate that tripped the breaker does not tell whether the primary has recovered. With a window the
+    // breaker must therefore stay open for some time: by default for the window's length, and at least 1 ms.
     let window_length = raw.window.as_ref().map(|w| w.length_millis.as_ref().map_or(10_000, |length| length.value));
     let open = problems.millis(
         raw.open_millis.as_ref(),

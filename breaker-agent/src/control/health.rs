@@ -1,4 +1,5 @@
-//! What kubelet asks: is the agent alive, is it ready. Two paths, no secrets, on the loopback address.
+//! The health endpoints for kubelet: whether the agent is alive and whether it is ready. There are two paths
+//! without secret content, meant for the loopback address.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -10,45 +11,46 @@ use tokio::{
     time::timeout,
 };
 
-use super::Request;
+use crate::command::Command;
 
-/// The loop answers within this, or it hangs.
+/// Time limit for an answer of the main loop. A loop that takes longer counts as hung.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Serves `/livez` (the loop answers) and `/readyz` (it has a configuration, and the programs are attached).
+/// Serves `/livez` (the main loop answers) and `/readyz` (the agent has a configuration, and the programs are
+/// attached).
 ///
 /// # Errors
-/// An address that cannot be bound.
-pub async fn serve(address: SocketAddr, requests: mpsc::Sender<Request>) -> Result<()> {
+/// The address cannot be bound.
+pub async fn serve(address: SocketAddr, commands: mpsc::Sender<Command>) -> Result<()> {
     let listener = TcpListener::bind(address)
         .await
-        .with_context(|| format!("agent.listen: {address} cannot be listened on; choose another port"))?;
-    let app = Router::new().route("/livez", get(livez)).route("/readyz", get(readyz)).with_state(requests);
+        .with_context(|| format!("agent.listen: cannot listen on {address}; choose another port"))?;
+    let app = Router::new().route("/livez", get(livez)).route("/readyz", get(readyz)).with_state(commands);
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, app).await {
-            tracing::error!("{address} is not served any more: {error}");
+            tracing::error!("the health endpoints on {address} ended: {error}");
         }
     });
     Ok(())
 }
 
-async fn ask(requests: &mpsc::Sender<Request>) -> Option<Result<(), String>> {
+async fn ask(commands: &mpsc::Sender<Command>) -> Option<Result<(), String>> {
     let (reply, answer) = oneshot::channel();
-    timeout(PATIENCE, requests.send(Request::Ready(reply))).await.ok()?.ok()?;
+    timeout(PATIENCE, commands.send(Command::Ready(reply))).await.ok()?.ok()?;
     timeout(PATIENCE, answer).await.ok()?.ok()
 }
 
-async fn livez(State(requests): State<mpsc::Sender<Request>>) -> (StatusCode, String) {
-    match ask(&requests).await {
+async fn livez(State(commands): State<mpsc::Sender<Command>>) -> (StatusCode, String) {
+    match ask(&commands).await {
         Some(_) => (StatusCode::OK, "alive\n".into()),
-        None => (StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer\n".into()),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the agent's main loop does not answer\n".into()),
     }
 }
 
-async fn readyz(State(requests): State<mpsc::Sender<Request>>) -> (StatusCode, String) {
-    match ask(&requests).await {
+async fn readyz(State(commands): State<mpsc::Sender<Command>>) -> (StatusCode, String) {
+    match ask(&commands).await {
         Some(Ok(())) => (StatusCode::OK, "ready\n".into()),
         Some(Err(why)) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
-        None => (StatusCode::SERVICE_UNAVAILABLE, "the agent's loop does not answer\n".into()),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the agent's main loop does not answer\n".into()),
     }
 }

@@ -1,4 +1,4 @@
-//! The agent's side of the control socket.
+//! The server side of the control socket.
 
 use std::{
     convert::Infallible,
@@ -17,6 +17,11 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use breaker_api::{
+    commands::{ErrorBody, HandoverBody, TripBody},
+    events::EventLine,
+};
+use breaker_core::engine::CommandError;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -25,10 +30,9 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{ErrorBody, HandoverBody, Request, TripBody};
-use crate::agent::{engine::CommandError, status::EventLine};
+use crate::command::Command;
 
-/// A served socket; gone when dropped.
+/// A control socket that is being served. When dropped, the socket file is removed.
 #[derive(Debug)]
 pub struct Socket {
     path: PathBuf,
@@ -42,16 +46,16 @@ impl Drop for Socket {
     }
 }
 
-/// Serves the control socket. A socket file that nobody listens on any more is replaced.
+/// Serves the control socket. A socket file that no process listens on is replaced.
 ///
 /// # Errors
-/// A socket that somebody listens on, or a path that cannot be bound.
-pub fn serve(path: &FsPath, requests: mpsc::Sender<Request>, latest: watch::Receiver<u64>) -> Result<Socket> {
+/// Another process listens on the socket, or the path cannot be bound.
+pub fn serve(path: &FsPath, commands: mpsc::Sender<Command>, latest: watch::Receiver<u64>) -> Result<Socket> {
     if UnixStream::connect(path).is_ok() {
-        bail!("somebody listens on the control socket {} already", path.display());
+        bail!("another process already listens on the control socket {}", path.display());
     }
     if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("create the directory {}", dir.display()))?;
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -59,14 +63,14 @@ pub fn serve(path: &FsPath, requests: mpsc::Sender<Request>, latest: watch::Rece
         }
         _ => {}
     }
-    // Nobody else gets in between bind and chmod.
+    // The umask keeps other users out between bind and chmod.
     let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
     let listener = UnixListener::bind(path);
     rustix::process::umask(old);
     let listener = listener.with_context(|| format!("bind the control socket {}", path.display()))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))
         .with_context(|| format!("restrict the control socket {}", path.display()))?;
-    let app = router(Shared { requests, latest });
+    let app = router(Shared { commands, latest });
     let task = tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, app).await {
             tracing::error!("the control socket ended: {error}");
@@ -77,7 +81,7 @@ pub fn serve(path: &FsPath, requests: mpsc::Sender<Request>, latest: watch::Rece
 
 #[derive(Clone)]
 struct Shared {
-    requests: mpsc::Sender<Request>,
+    commands: mpsc::Sender<Command>,
     latest: watch::Receiver<u64>,
 }
 
@@ -88,11 +92,11 @@ fn router(shared: Shared) -> Router {
         .route("/v1/events", get(events))
         .route("/v1/handover", post(handover))
         .route("/v1/ping", post(|| async { "pong" }).get(|| async { "pong" }))
-        .fallback(|| async { Failure(StatusCode::NOT_FOUND, "there is nothing at this path".into()) })
+        .fallback(|| async { Failure(StatusCode::NOT_FOUND, "unknown path; see docs/CONTROL.md".into()) })
         .with_state(shared)
 }
 
-/// An answer that is an error.
+/// An error response.
 struct Failure(StatusCode, String);
 
 impl IntoResponse for Failure {
@@ -112,16 +116,16 @@ impl From<CommandError> for Failure {
     }
 }
 
-/// Asks the loop.
-async fn ask<T>(shared: &Shared, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Failure> {
+/// Sends a request to the main loop and waits for the answer.
+async fn ask<T>(shared: &Shared, request: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Failure> {
     let (reply, answer) = oneshot::channel();
-    let gone = || Failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is ending".into());
-    shared.requests.send(request(reply)).await.map_err(|_| gone())?;
+    let gone = || Failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is shutting down".into());
+    shared.commands.send(request(reply)).await.map_err(|_| gone())?;
     answer.await.map_err(|_| gone())
 }
 
 async fn status(State(shared): State<Shared>) -> Result<Response, Failure> {
-    Ok(Json(ask(&shared, Request::Status).await?).into_response())
+    Ok(Json(ask(&shared, Command::Status).await?).into_response())
 }
 
 #[derive(Deserialize)]
@@ -129,7 +133,8 @@ struct FlowsQuery {
     limit: Option<usize>,
 }
 
-/// Names may hold slashes (namespace/name), so the verb is what stands behind the last one, if it is one.
+/// Answers GET /v1/services/NAME and /v1/services/NAME/flows. A name may contain a slash (namespace/name), so only
+/// the part after the last slash can be the verb.
 async fn service_get(
     State(shared): State<Shared>,
     Path(rest): Path<String>,
@@ -137,9 +142,9 @@ async fn service_get(
 ) -> Result<Response, Failure> {
     if let Some(name) = rest.strip_suffix("/flows") {
         let (name, limit) = (name.to_owned(), query.limit.unwrap_or(100));
-        return json(ask(&shared, |reply| Request::Flows { name, limit, reply }).await?);
+        return json(ask(&shared, |reply| Command::Flows { name, limit, reply }).await?);
     }
-    json(ask(&shared, |reply| Request::Get(rest, reply)).await?)
+    json(ask(&shared, |reply| Command::Get(rest, reply)).await?)
 }
 
 async fn service_post(
@@ -162,13 +167,13 @@ async fn service_post(
             return Err(Failure(StatusCode::BAD_REQUEST, "seconds: 0 is not allowed; allowed: at least 1".into()));
         }
         let (name, duration) = (name.to_owned(), body.seconds.map(Duration::from_secs));
-        return json(ask(&shared, |reply| Request::Trip { name, duration, reason: body.reason, reply }).await?);
+        return json(ask(&shared, |reply| Command::Trip { name, duration, reason: body.reason, reply }).await?);
     }
     if let Some(name) = rest.strip_suffix("/reset") {
         let name = name.to_owned();
-        return json(ask(&shared, |reply| Request::Reset(name, reply)).await?);
+        return json(ask(&shared, |reply| Command::Reset(name, reply)).await?);
     }
-    Err(Failure(StatusCode::NOT_FOUND, "a POST is for /v1/services/NAME/trip or /v1/services/NAME/reset".into()))
+    Err(Failure(StatusCode::NOT_FOUND, "POST allows only /v1/services/NAME/trip and /v1/services/NAME/reset".into()))
 }
 
 async fn handover(State(shared): State<Shared>, body: Bytes) -> Result<Response, Failure> {
@@ -179,7 +184,7 @@ async fn handover(State(shared): State<Shared>, body: Bytes) -> Result<Response,
         return Err(refuse(format!("seconds: {} is not allowed", body.seconds)));
     }
     let duration = Duration::from_secs(body.seconds);
-    ask(&shared, |reply| Request::Handover { duration, reply }).await?;
+    ask(&shared, |reply| Command::Handover { duration, reply }).await?;
     Ok(Json(body).into_response())
 }
 
@@ -195,9 +200,9 @@ struct EventsQuery {
     follow: bool,
 }
 
-/// One JSON object a line; with `follow` the answer does not end.
+/// Answers with one JSON object per line. With `follow`, the answer does not end.
 async fn events(State(shared): State<Shared>, Query(query): Query<EventsQuery>) -> Result<Response, Failure> {
-    let first = ask(&shared, |reply| Request::Events { after: query.after, reply }).await?;
+    let first = ask(&shared, |reply| Command::Events { after: query.after, reply }).await?;
     let content_type = [(header::CONTENT_TYPE, "application/x-ndjson")];
     if !query.follow {
         return Ok((content_type, lines(&first)).into_response());
@@ -208,7 +213,7 @@ async fn events(State(shared): State<Shared>, Query(query): Query<EventsQuery>) 
             Some(batch) => batch,
             None => {
                 shared.latest.changed().await.ok()?;
-                ask(&shared, |reply| Request::Events { after, reply }).await.ok()?
+                ask(&shared, |reply| Command::Events { after, reply }).await.ok()?
             }
         };
         after = batch.last().map_or(after, |event| event.id);
@@ -220,7 +225,7 @@ async fn events(State(shared): State<Shared>, Query(query): Query<EventsQuery>) 
 fn lines(events: &[EventLine]) -> Bytes {
     let mut text = Vec::new();
     for event in events {
-        // Strings and numbers only: it cannot fail.
+        // An event consists of strings and numbers only, so this cannot fail.
         let _ = serde_json::to_writer(&mut text, event);
         text.push(b'\n');
     }

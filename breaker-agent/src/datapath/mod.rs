@@ -1,219 +1,209 @@
-//! The datapath: carries out plans, and tells what the programs did. Only this module knows maps and programs.
+//! The datapath: the eBPF programs and maps of this node. Only this module uses aya.
 //!
-//! [`plan`] says what should be, from domain types, without knowing the kernel; [`kernel`] makes it so; [`fake`]
-//! pretends to, for tests of everything above.
+//! | module | one concern |
+//! |---|---|
+//! | [`options`] | what the configuration chooses: attach mode, order, XDP |
+//! | [`sizes`] | how large the maps are |
+//! | [`preflight`] | what the datapath needs of a machine |
+//! | [`sys`] | what the kernel can do, and where its file systems are |
+//! | [`pins`] | the pin directory: whole or refused, one agent at a time |
+//! | [`programs`] | loading the programs on the maps |
+//! | [`attach`] | attaching programs to interfaces, cgroups and drivers |
+//! | [`maps`] | the maps, typed |
+//! | [`apply`] | from a plan to map writes, in an order that is whole at every moment |
+//! | [`sweep`] | walking the flow tables: finished flows, live flows |
+//! | [`flow_list`] | the flows of one service, for people |
+//! | [`interfaces`], [`neighbors`] | which interfaces there are, and which pods are behind them |
+//! | [`masquerade`] | the nftables rule for the masquerade mark |
+//! | [`offline`] | reading the maps without an agent |
+//! | [`cleanup`] | removing everything that an agent left |
 
-pub mod fake;
-pub mod kernel;
-pub mod plan;
+pub mod apply;
+pub mod attach;
+pub mod cleanup;
+pub mod flow_list;
+pub mod interfaces;
+pub mod maps;
+pub mod masquerade;
+pub mod neighbors;
+pub mod offline;
+pub mod options;
+pub mod pins;
+pub mod preflight;
+pub mod programs;
+pub mod sizes;
+pub mod sweep;
+pub mod sys;
 
 use std::{
-    borrow::Cow,
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
-use breaker_common::{BreakerState, EventKind, FlowKind, LimitCounters, PassReason, ServiceCounters, StateReason};
-use serde::{Deserialize, Serialize};
+use breaker_common::{PassReason, ServiceCounters, switch_flags};
+use breaker_core::{
+    datapath::{Adopted, Datapath, DatapathError, Destination, FlowSnapshot, LimitReport, PacketEvent, Sweep},
+    model::{Frontend, ServiceName},
+    plan::ServicePlan,
+};
 
-use crate::model::{Frontend, Override, Protocol, ServiceName};
-use plan::ServicePlan;
+use self::{
+    apply::{Installed, Limited},
+    maps::{Maps, index_allocator::IndexAllocator},
+    neighbors::LocalPods,
+    sizes::Sizes,
+};
 
-/// A backend as packets know it.
-pub type Destination = (SocketAddr, Protocol);
+/// The datapath on BPF programs and maps in the kernel.
+#[derive(Debug)]
+pub struct KernelDatapath {
+    maps: Maps,
+    services: BTreeMap<ServiceName, Installed>,
+    /// Backend ids, by destination.
+    backends: HashMap<Destination, u32>,
+    /// Backends in a service's tables, by service.
+    table_backends: BTreeMap<ServiceName, BTreeSet<Destination>>,
+    /// Frontends that have the all-packets bit ([`FilterBit::AllPackets`]) in the filter, by service.
+    full_path_frontends: BTreeMap<ServiceName, BTreeSet<Frontend>>,
+    /// Services with limits.
+    limited: BTreeMap<ServiceName, Limited>,
+    /// Whether flows on the fast path (which bypasses the host network stack), or services that use it, were there
+    /// at the last sweep or came since.
+    fast_path_seen: bool,
+    /// Interface index of each pod on this node, by the pod's address.
+    local_pods: LocalPods,
+    service_indices: IndexAllocator,
+    route_indices: IndexAllocator,
+    table_indices: IndexAllocator,
+    backend_ids: [IndexAllocator; 2],
+}
 
-/// What the datapath could not do. The text names the map or program and the kernel's answer.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct DatapathError(pub String);
+impl KernelDatapath {
+    /// Creates the datapath on maps that are already loaded or adopted.
+    #[must_use]
+    pub fn new(maps: Maps) -> Self {
+        let sizes = maps.sizes;
+        Self {
+            maps,
+            services: BTreeMap::new(),
+            backends: HashMap::new(),
+            table_backends: BTreeMap::new(),
+            full_path_frontends: BTreeMap::new(),
+            limited: BTreeMap::new(),
+            fast_path_seen: true,
+            local_pods: LocalPods::new(),
+            service_indices: IndexAllocator::new("services", sizes.services),
+            route_indices: IndexAllocator::new("routes", sizes.routes),
+            table_indices: IndexAllocator::new("selection tables", sizes.tables),
+            backend_ids: ["IPv4 backends", "IPv6 backends"].map(|what| IndexAllocator::new(what, sizes.backends)),
+        }
+    }
 
-impl From<anyhow::Error> for DatapathError {
-    fn from(error: anyhow::Error) -> Self {
-        Self(format!("{error:#}"))
+    /// Returns the sizes of the maps.
+    #[must_use]
+    pub const fn sizes(&self) -> &Sizes {
+        &self.maps.sizes
+    }
+
+    /// Whether a service allows the fast path, which bypasses the host network stack, or a flow still uses it.
+    #[must_use]
+    pub fn fast_path_in_use(&self) -> bool {
+        self.maps.fast_path_in_use()
+    }
+
+    /// Sends a heartbeat: the programs act on decisions for `lease` from now on; zero = for ever. `unix_ns` is the wall
+    /// clock.
+    pub fn heartbeat(&mut self, lease: Duration, unix_ns: u64) {
+        self.maps.write_heartbeat(lease, unix_ns);
+        // A program runs for much less than the time between two heartbeats, so no packet can use an index any more
+        // that was released before the previous heartbeat.
+        for indices in [&mut self.service_indices, &mut self.route_indices, &mut self.table_indices] {
+            indices.end_grace_period();
+        }
+    }
+
+    /// Returns the packets that failed open, by reason; only reasons that happened.
+    ///
+    /// # Errors
+    /// Maps that cannot be read.
+    pub fn reasons(&self) -> anyhow::Result<Vec<(PassReason, u64)>> {
+        self.maps.reasons()
+    }
+
+    fn names(&self) -> HashMap<u32, ServiceName> {
+        self.services.iter().map(|(name, installed)| (installed.index, name.clone())).collect()
+    }
+
+    fn index(&self, name: &ServiceName) -> Result<u32, DatapathError> {
+        let installed = self.services.get(name);
+        installed.map(|s| s.index).ok_or_else(|| DatapathError(format!("{name} is not in the maps yet")))
     }
 }
 
-/// A service as an earlier agent left it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Adopted {
-    /// Its name.
-    pub name: ServiceName,
-    /// Where its clients connect to.
-    pub frontends: Vec<Frontend>,
-    /// Backends that its backup table names.
-    pub backup: BTreeSet<SocketAddr>,
-    /// The state that the programs act on.
-    pub state: BreakerState,
-    /// Its epoch.
-    pub epoch: u32,
-    /// The primary's share, permille.
-    pub share: u16,
-    /// Why it is in its state.
-    pub reason: StateReason,
-    /// Since when, nanoseconds since 1970.
-    pub since_unix_ns: u64,
-    /// Trips in a row.
-    pub trips: u32,
-    /// An operator's word and when it ends (nanoseconds since 1970, 0 = never).
-    pub override_: (Override, u64),
+impl Datapath for KernelDatapath {
+    fn adopt(&mut self) -> Result<Vec<Adopted>, DatapathError> {
+        self.try_adopt().map_err(failed)
+    }
+
+    fn apply(&mut self, plan: &ServicePlan) -> Result<(), DatapathError> {
+        self.try_apply(plan).map_err(failed)
+    }
+
+    fn remove(&mut self, name: &ServiceName) -> Result<(), DatapathError> {
+        self.try_remove(name).map_err(failed)
+    }
+
+    fn counters(&self, name: &ServiceName) -> Result<ServiceCounters, DatapathError> {
+        let index = self.index(name)?;
+        self.maps.counters(index).map_err(failed)
+    }
+
+    fn limits(&self, name: &ServiceName, clients: usize) -> Result<LimitReport, DatapathError> {
+        let index = self.index(name)?;
+        self.maps.limits.report(index, clients).map_err(failed)
+    }
+
+    fn sweep(&mut self, idle: Option<Duration>) -> Result<Sweep, DatapathError> {
+        let names = self.names();
+        let found = sweep::sweep(&mut self.maps, &names, idle).map_err(failed)?;
+        self.release_unused_backends(&found.redirected_to, &found.all_to).map_err(failed)?;
+        // Read from the switches, because after a restart nothing else is known about the services.
+        let fast = |s: &Installed| self.maps.switch(s.index).has(switch_flags::FAST);
+        let fast_path_in_use = found.fast_path_in_use || self.services.values().any(fast);
+        // Cleared only if two sweeps in a row find nothing: a walk may miss a flow that moves between the tables
+        // meanwhile.
+        if fast_path_in_use || !std::mem::replace(&mut self.fast_path_seen, fast_path_in_use) {
+            self.maps.set_fast_path_in_use(fast_path_in_use);
+        }
+        self.fast_path_seen |= fast_path_in_use;
+        Ok(Sweep { overflowed: self.sweep_limits(), ..found.sweep })
+    }
+
+    fn remove_flows(
+        &mut self,
+        name: &ServiceName,
+        doomed: &dyn Fn(Destination) -> bool,
+    ) -> Result<usize, DatapathError> {
+        let index = self.index(name)?;
+        sweep::remove_flows(&mut self.maps, index, doomed).map_err(failed)
+    }
+
+    fn is_local(&self, destination: Destination) -> bool {
+        self.backends.get(&destination).is_some_and(|id| self.interface(destination.0, *id) != 0)
+    }
+
+    fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowSnapshot>, DatapathError> {
+        let index = self.index(name)?;
+        flow_list::list(&self.maps, index, limit).map_err(failed)
+    }
+
+    fn events(&mut self) -> Vec<PacketEvent> {
+        let names = self.names();
+        self.maps.events(&names)
+    }
 }
 
-/// A flow for people.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct FlowView {
-    /// Client.
-    pub client: SocketAddr,
-    /// What it connected to.
-    pub frontend: SocketAddr,
-    /// Where it goes.
-    pub backend: SocketAddr,
-    /// Under which protocol.
-    pub protocol: Protocol,
-    /// The client's port toward the backend.
-    pub source_port: u16,
-    /// What was decided.
-    #[serde(serialize_with = "kind_label")]
-    pub kind: FlowKind,
-    /// In which epoch.
-    pub epoch: u32,
-    /// How its packets go: `stack`, or `veth`: past the stack, into the backup's veth.
-    pub way: &'static str,
-    /// How long ago, seconds.
-    pub age_seconds: u64,
-    /// Whether the backend answered, and whether it is over.
-    pub phase: &'static str,
-}
-
-fn kind_label<S: serde::Serializer>(kind: &FlowKind, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_str(kind.label())
-}
-
-/// What the programs tell as it happens.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PacketEvent {
-    /// The service.
-    pub service: ServiceName,
-    /// What happened.
-    #[serde(serialize_with = "event_label")]
-    pub kind: EventKind,
-    /// In which epoch.
-    pub epoch: u32,
-    /// Whose connection.
-    pub client: SocketAddr,
-    /// To what.
-    pub frontend: SocketAddr,
-    /// Where it went, if anywhere.
-    pub backend: Option<SocketAddr>,
-}
-
-fn event_label<S: serde::Serializer>(kind: &EventKind, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_str(kind.label())
-}
-
-/// A client that limits refuse, for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct LimitedClientView {
-    /// Its address, or the IPv6 network that counts as one client, like `fd42::/64`; absent for the node's own processes.
-    pub client: Option<String>,
-    /// `primary` or `backup`.
-    pub tier: Cow<'static, str>,
-    /// New connections of the last minute that were over a limit; about, where many clients are refused.
-    pub refused: u64,
-}
-
-/// What limits did for a service.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LimitReport {
-    /// Since the service is in the maps.
-    pub counters: LimitCounters,
-    /// Connections that are counted now: to the primary, to the backup.
-    pub concurrent: [u32; 2],
-    /// The clients that were refused most often in the last minute, most first.
-    pub clients: Vec<LimitedClientView>,
-}
-
-/// What a look through the flow tables found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sweep {
-    /// Flows on a backup that live, by service.
-    pub redirected: BTreeMap<ServiceName, usize>,
-    /// Entries in the forward tables, finished ones removed.
-    pub entries: usize,
-    /// Those of them that nothing pushes out, in the fuller one of the two families' tables.
-    pub established: usize,
-    /// How full that table is.
-    pub pressure_percent: u8,
-    /// Services whose primary was at a limit, so that connections went to the backup while it is closed.
-    pub overflowed: BTreeSet<ServiceName>,
-}
-
-/// What the engine needs of the datapath.
-pub trait Datapath {
-    /// What an earlier agent left; asked once, before anything is changed.
-    ///
-    /// # Errors
-    /// Maps that cannot be read.
-    fn adopt(&mut self) -> Result<Vec<Adopted>, DatapathError>;
-
-    /// Makes a plan true. The switch is thrown last and at once; a failure before it leaves the old decision whole.
-    ///
-    /// # Errors
-    /// The map write that failed; applying the same plan again is safe.
-    fn apply(&mut self, plan: &ServicePlan) -> Result<(), DatapathError>;
-
-    /// Takes a service away; flows of it that live would be cut, so it is asked for when none is left.
-    ///
-    /// # Errors
-    /// As for [`Datapath::apply`].
-    fn remove(&mut self, name: &ServiceName) -> Result<(), DatapathError>;
-
-    /// Renews the lease.
-    fn beat(&mut self, lease: Duration, unix_ns: u64);
-
-    /// A service's counters, summed over the CPUs.
-    ///
-    /// # Errors
-    /// Maps that cannot be read.
-    fn counters(&self, name: &ServiceName) -> Result<ServiceCounters, DatapathError>;
-
-    /// What limits did for a service, with up to `clients` of its clients.
-    ///
-    /// # Errors
-    /// Maps that cannot be read.
-    fn limits(&self, name: &ServiceName, clients: usize) -> Result<LimitReport, DatapathError>;
-
-    /// Packets that failed open, by reason; only reasons that happened.
-    ///
-    /// # Errors
-    /// Maps that cannot be read.
-    fn reasons(&self) -> Result<Vec<(PassReason, u64)>, DatapathError>;
-
-    /// Looks through the flow tables: removes what is over, and counts what lives. `idle` is how long a flow without
-    /// packets is kept; `None` keeps it (the agent just started and does not know what it missed).
-    ///
-    /// # Errors
-    /// Maps that cannot be read.
-    fn sweep(&mut self, idle: Option<Duration>) -> Result<Sweep, DatapathError>;
-
-    /// Ends a service's flows to the backends that are `doomed`: no packet of theirs is translated any more. Returns how many there were.
-    ///
-    /// # Errors
-    /// Maps that cannot be read or written; what was done by then stays done.
-    fn cut(&mut self, name: &ServiceName, doomed: &dyn Fn(Destination) -> bool) -> Result<usize, DatapathError>;
-
-    /// Whether a backend is a pod of this node that flows may reach past the stack.
-    fn is_near(&self, destination: Destination) -> bool;
-
-    /// The service's flows, up to `limit`.
-    ///
-    /// # Errors
-    /// Maps that cannot be read.
-    fn flows(&self, name: &ServiceName, limit: usize) -> Result<Vec<FlowView>, DatapathError>;
-
-    /// Events since the last call, up to some thousand.
-    fn events(&mut self) -> Vec<PacketEvent>;
+/// An error with its causes in one line.
+fn failed(error: anyhow::Error) -> DatapathError {
+    DatapathError(format!("{error:#}"))
 }

@@ -1,4 +1,4 @@
-//! A file as the source: read at start, on SIGHUP, and when it changes.
+//! The configuration file as a source of services. The agent reads it at start, on SIGHUP, and when it changes.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,7 +14,8 @@ use tokio::{
 
 use crate::config::{self, Config, ConfigError};
 
-/// Editors write in several steps, and a ConfigMap swaps links: wait until it is quiet.
+/// How long the file must be unchanged before it is read again: an editor writes in several steps, and kubelet
+/// updates a mounted ConfigMap by swapping symbolic links.
 const QUIET: Duration = Duration::from_millis(100);
 
 /// Watches a configuration file.
@@ -23,29 +24,31 @@ pub struct FileSource {
     path: PathBuf,
     changes: mpsc::Receiver<()>,
     last: Option<String>,
-    /// When it will have been quiet long enough since the last note of a change.
+    /// When the file will have been unchanged for `QUIET`; `None` while no change is pending.
     quiet_at: Option<Instant>,
     _watcher: RecommendedWatcher,
 }
 
 impl FileSource {
-    /// Starts to watch a file's directory (the file itself may be replaced by another one of that name).
+    /// Starts to watch the directory of a file (not the file itself, which may be replaced by another file of that
+    /// name).
     ///
-    /// `last` is what was read of it already: a change since then is told at once.
+    /// `last` is the content that the caller has already read. [`FileSource::changed`] reports a change since then at
+    /// once.
     ///
     /// # Errors
-    /// A directory that cannot be watched.
+    /// The directory cannot be watched with inotify.
     pub fn watch(path: &Path, last: String) -> Result<Self> {
-        let path = std::path::absolute(path).context("the path of the configuration")?;
+        let path = std::path::absolute(path).context("make the path of the configuration file absolute")?;
         let (sender, changes) = mpsc::channel(1);
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             if event.is_ok_and(|event| !event.kind.is_access()) {
-                // One note is enough, however much happened.
+                // One pending notification is enough, however many changes there were.
                 let _ = sender.try_send(());
             }
         })
         .context("open inotify")?;
-        // The file's directory, and where a link leads.
+        // Watch the file's directory and, if the file is a symbolic link, the directory of its target.
         let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
         for dir in [path.parent(), real.parent()].into_iter().flatten() {
             watcher.watch(dir, RecursiveMode::NonRecursive).with_context(|| format!("watch {}", dir.display()))?;
@@ -54,10 +57,11 @@ impl FileSource {
         Ok(Self { path, changes, last: Some(last), quiet_at, _watcher: watcher })
     }
 
-    /// Waits until the file's content has changed. Safe to cancel.
+    /// Waits until the file's content has changed. A file that can no longer be read counts as changed once. Safe to
+    /// cancel.
     pub async fn changed(&mut self) {
         loop {
-            // What is known is kept in `self`, so that a caller that drops this future loses nothing.
+            // The pending change is stored in `self`, so that a caller that drops this future loses nothing.
             let quiet_at = match self.quiet_at {
                 Some(at) => at,
                 None => {
@@ -78,10 +82,10 @@ impl FileSource {
         }
     }
 
-    /// Reads the file.
+    /// Reads and validates the file.
     ///
     /// # Errors
-    /// Everything that is wrong with it.
+    /// All problems of the file, not only the first one.
     pub fn load(&self) -> Result<Config, Vec<ConfigError>> {
         config::load(&self.path)
     }

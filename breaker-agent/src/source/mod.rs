@@ -1,4 +1,5 @@
-//! Where services come from. Every source ends in [`crate::model`].
+//! Sources of the services to protect: a configuration file, or Kubernetes. Each source produces [`crate::model`]
+//! values.
 
 pub mod file;
 pub mod kube;

@@ -1,5 +1,5 @@
-//! An API server's double: lists, watches, creates, patches and applies, as far as an agent asks it to, and misbehaves on
-//! demand. It knows no schemas: what is put in comes out.
+//! A test double of the Kubernetes API server. It lists, watches, creates, patches and applies as far as the agent
+//! needs, and injects faults on demand. It knows no schemas: it returns objects as they were sent.
 
 use std::{
     collections::BTreeMap,
@@ -19,43 +19,43 @@ use futures_util::stream;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::watch, time::Instant};
 
-/// How it misbehaves.
+/// A fault that the double injects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Not at all.
+    /// No fault.
     None,
-    /// Every request gets this status.
+    /// Every request is answered with this HTTP status.
     Status(u16),
-    /// Every request gets something that is no JSON.
+    /// Every request is answered with text that is not JSON.
     Garbage,
-    /// Every watch is told 410 Gone at once.
+    /// Every watch ends at once with 410 Gone.
     Gone,
     /// Every stream ends in the middle of an object.
     Cut,
-    /// Connections are taken, and nothing is said.
+    /// Connections are accepted, but requests are not answered.
     Silent,
-    /// Every answer takes a third of a second.
+    /// Every answer is delayed by 300 ms.
     Slow,
-    /// Watches are told 410 Gone, and lists come from a replica that is this many changes behind.
+    /// Watches end with 410 Gone, and lists come from a replica that is this many changes behind.
     Stale(u64),
 }
 
-/// Where an object is: plural, namespace, name.
+/// The identity of an object: plural, namespace, name.
 type Place = (String, String, String);
 
 struct Inner {
     objects: BTreeMap<Place, Value>,
-    /// What happened, in order: version, place's plural, type, object.
+    /// All changes, in order: version, type of the watch event, identity, object.
     history: Vec<(u64, &'static str, Place, Value)>,
     version: u64,
     fault: Fault,
-    /// Requests by method and path, but for watches and lists.
+    /// Method and path of every write request.
     writes: Vec<(String, String)>,
     lists: usize,
 }
 
 impl Inner {
-    /// The objects as they were some changes ago, and the version of then.
+    /// The objects as they were `behind` changes ago, and the version of that time.
     fn some_time_ago(&self, behind: u64) -> (u64, BTreeMap<Place, Value>) {
         let version = self.version - behind;
         let mut objects = BTreeMap::new();
@@ -69,7 +69,7 @@ impl Inner {
     }
 }
 
-/// The double.
+/// The test double.
 #[derive(Clone)]
 pub struct Double {
     inner: Arc<Mutex<Inner>>,
@@ -96,18 +96,18 @@ impl Double {
     }
 
     pub fn client(&self) -> kube::Client {
-        breaker_agent::install_crypto();
+        breaker_cli::install_crypto();
         let config = kube::Config::new(self.url.parse().unwrap());
         breaker_agent::source::kube::client_of(config).unwrap()
     }
 
-    /// From now on it misbehaves like this; streams that are open end.
+    /// Injects a fault from now on, also into open streams.
     pub fn fault(&self, fault: Fault) {
         self.lock().fault = fault;
         self.wake();
     }
 
-    /// Puts an object there as its owner would.
+    /// Creates or replaces an object, as its owner would.
     pub fn put(&self, plural: &str, mut object: Value) {
         let place = place_of(plural, &object);
         let mut inner = self.lock();
@@ -140,7 +140,7 @@ impl Double {
         self.wake();
     }
 
-    /// Forgets what happened: a version that a watcher was at is one that nobody knows any more.
+    /// Deletes the history, so that a watch from an earlier version gets 410 Gone.
     pub fn forget(&self) {
         let mut inner = self.lock();
         inner.history.clear();
@@ -155,7 +155,7 @@ impl Double {
         self.lock().objects.iter().filter(|(place, _)| place.0 == plural).map(|(_, object)| object.clone()).collect()
     }
 
-    /// Writes so far whose path contains a text.
+    /// Number of writes so far whose path contains `text`.
     pub fn writes(&self, text: &str) -> usize {
         self.lock().writes.iter().filter(|(_, path)| path.contains(text)).count()
     }
@@ -306,7 +306,7 @@ async fn answer(State(double): State<Double>, method: Method, uri: Uri, headers:
         }
         ("PATCH", Some(mut old)) => {
             if content.contains("apply-patch") {
-                // What an applier leaves out goes; it owns the whole status here.
+                // Server-side apply removes what the applier leaves out; the applier owns the whole status here.
                 old["status"] = sent["status"].clone();
             } else {
                 merge(&mut old, &sent);
@@ -324,7 +324,7 @@ async fn answer(State(double): State<Double>, method: Method, uri: Uri, headers:
     good(&double.get(&place.0, &place.1, &place.2).unwrap())
 }
 
-/// RFC 7396.
+/// Applies a JSON merge patch (RFC 7396).
 fn merge(target: &mut Value, patch: &Value) {
     let Some(fields) = patch.as_object() else {
         *target = patch.clone();
@@ -364,9 +364,10 @@ fn watched(double: Double, target: Target) -> Response {
                 (inner.fault, found, inner.history.first().map_or(inner.version, |h| h.0), inner.version)
             };
             let state = |at, ended| (double.clone(), target_again(&target), changed.clone(), at, ended);
-            // A version before everything that is remembered.
+            // The version is from before the recorded history.
             let expired = at + 500 < oldest;
-            // Once is enough for a replica that is behind: from its list on, what it tells is true.
+            // A replica that is behind sends 410 Gone only to a watch that is up to date. A watch that continues from
+            // its older list gets all later changes.
             let behind = matches!(fault, Fault::Stale(_)) && at >= inner_version;
             if fault == Fault::Gone || behind || expired {
                 let gone = json!({ "type": "ERROR", "object": { "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "too old", "reason": "Expired", "code": 410 } });

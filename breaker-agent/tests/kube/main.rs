@@ -1,4 +1,4 @@
-//! The Kubernetes source against an API server's double: no cluster, no root.
+//! Tests of the Kubernetes source against a test double of the API server. They need neither a cluster nor root.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -6,10 +6,15 @@ mod double;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use breaker_agent::{
-    agent::status::{Summary, TierSummary},
+use breaker_agent::source::kube::{KubeSource, NodeIdentity, NodeState, Update};
+use breaker_api::status::AttachMode;
+use breaker_common::{
+    BreakerState::{self, Closed, Open},
+    StateReason,
+};
+use breaker_core::{
+    engine::snapshot::{AppliedSummary, Summary, TierSummary},
     model::ServiceName,
-    source::kube::{Facts, KubeSource, Place, Update},
 };
 use double::{Double, Fault};
 use serde_json::{Value, json};
@@ -48,22 +53,22 @@ async fn lab() -> Double {
     double.put("services", service("backup", "10.43.0.2"));
     double.put("endpointslices", slice("dummy", &["10.42.0.1"]));
     double.put("endpointslices", slice("backup", &["10.42.0.3"]));
-    // Nobody refers to this one.
+    // No CircuitBreaker refers to this Service.
     double.put("endpointslices", slice("other", &["10.42.0.9"]));
     double.put("circuitbreakers", breaker(1));
     double
 }
 
 fn source(double: &Double) -> KubeSource {
-    let place = Place { node: "node1".into(), namespace: "breaker-system".into(), kubeconfig: None, room: 1000 };
+    let place = NodeIdentity { node: "node1".into(), namespace: "breaker-system".into(), kubeconfig: None, room: 1000 };
     KubeSource::start(&double.client(), &place)
 }
 
 async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+    tokio::time::timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("timed out waiting for {what}"))
 }
 
-/// Waits for an update with a property.
+/// Waits for an update for which `good` returns true.
 async fn update(source: &mut KubeSource, what: &str, mut good: impl FnMut(&Update) -> bool) -> Arc<Update> {
     within(what, async {
         loop {
@@ -76,7 +81,7 @@ async fn update(source: &mut KubeSource, what: &str, mut good: impl FnMut(&Updat
     .await
 }
 
-/// Waits for something that the double can tell.
+/// Waits until `look` returns true. It is called every 20 ms.
 async fn until(what: &str, mut look: impl FnMut() -> bool) {
     within(what, async {
         while !look() {
@@ -90,26 +95,28 @@ fn primary(update: &Update) -> Vec<String> {
     update.services().iter().flat_map(|s| &s.primary.backends).map(|b| b.address.to_string()).collect()
 }
 
-/// What an agent would tell that has all of it in force.
-fn facts(update: &Arc<Update>, state: &'static str) -> Facts {
+/// The facts that an agent would report while the whole update is in force.
+fn node_state(update: &Arc<Update>, state: BreakerState) -> NodeState {
     let tier = |name: &str, active: bool| TierSummary { name: name.into(), up: 1, total: 1, checking: 0, active };
     let summary = |name: &ServiceName| Summary {
         limits_shared_by: 0,
         limited: None,
         name: name.clone(),
-        state,
-        since: None,
-        reason: if state == "Open" { "HttpStatus" } else { "Initial" },
+        applied: Some(AppliedSummary {
+            state,
+            since_unix_ns: 0,
+            reason: if state == Open { StateReason::HttpStatus } else { StateReason::Initial },
+            share: if state == Open { 0 } else { 1000 },
+        }),
         message: String::new(),
-        share: if state == "Open" { 0 } else { 1000 },
         in_force: true,
         error: None,
         tiers: vec![tier("dummy", false), tier("backup", true)],
     };
-    Facts {
+    NodeState {
         summaries: update.services().iter().map(|s| summary(&s.name)).collect(),
         update: update.clone(),
-        attach: "Tcx".into(),
+        attach: AttachMode::Tcx,
         interfaces: 3,
         failed_interfaces: Vec::new(),
         sockets: None,
@@ -122,19 +129,19 @@ async fn objects_become_services_and_their_changes_follow() {
     let double = lab().await;
     let mut source = source(&double);
     let first = update(&mut source, "the lab", |_| true).await;
-    // The first word is whole: nothing is taken away for want of endpoints that are not listed yet.
+    // The first update is complete: no service is missing because its endpoints were not listed yet.
     assert_eq!(primary(&first), ["10.42.0.1:80"]);
     assert_eq!(first.services()[0].backups[0].backends.len(), 1);
     double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
-    update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+    update(&mut source, "one more pod", |u| primary(u).len() == 2).await;
     let mut changed = breaker(2);
     changed["spec"]["mode"] = json!("DryRun");
     double.put("circuitbreakers", changed);
-    update(&mut source, "the new generation", |u| u.subjects[0].generation == 2).await;
+    update(&mut source, "the new generation", |u| u.results[0].generation == 2).await;
     double.delete("services", "lab", "dummy");
     update(&mut source, "the Service to be gone", |u| u.services().is_empty()).await;
     double.delete("circuitbreakers", "lab", "cb");
-    update(&mut source, "the CircuitBreaker to be gone", |u| u.subjects.is_empty()).await;
+    update(&mut source, "the CircuitBreaker to be gone", |u| u.results.is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,18 +153,18 @@ async fn whatever_the_server_does_the_last_state_goes_on_and_what_was_missed_is_
         let mut source = source(&double);
         update(&mut source, "the lab", |u| primary(u).len() == 1).await;
         double.fault(fault);
-        // It changes while nobody can be told, and the history is forgotten.
+        // The objects change while the source cannot learn of it; afterwards the history is deleted.
         double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
         let lists = double.lists();
         let missed = tokio::time::timeout(Duration::from_millis(600), async {
             loop {
                 let update = source.changed().await;
-                assert!(!update.services().is_empty(), "{fault:?}: the last state did not go on");
+                assert!(!update.services().is_empty(), "{fault:?}: the last state was lost");
             }
         });
         assert!(missed.await.is_err());
         if fault == Fault::Gone {
-            assert!(double.lists() > lists, "410 is answered by a new list");
+            assert!(double.lists() > lists, "the source must list again after 410 Gone");
         }
         double.forget();
         double.fault(Fault::None);
@@ -179,7 +186,7 @@ async fn a_server_that_is_away_at_the_start_is_waited_for() {
     double.fault(Fault::Status(503));
     let mut source = source(&double);
     let early = tokio::time::timeout(Duration::from_millis(500), source.changed()).await;
-    assert!(early.is_err(), "an update out of nothing");
+    assert!(early.is_err(), "there is an update although the server never answered");
     double.fault(Fault::None);
     update(&mut source, "the lab", |u| primary(u).len() == 1).await;
 }
@@ -204,7 +211,7 @@ async fn what_is_in_force_is_reported_published_and_told_once() {
     let double = lab().await;
     let mut source = source(&double);
     let lab = update(&mut source, "the lab", |u| !u.services().is_empty()).await;
-    source.report(facts(&lab, "Closed"));
+    source.publish_node_state(node_state(&lab, Closed));
     until("Programmed", || is(&double, "Programmed", "True", "Programmed")).await;
     let report = double.get("nodereports", "", "node1").unwrap();
     assert_eq!(report["spec"]["services"][0]["appliedGeneration"], 1);
@@ -219,22 +226,22 @@ async fn what_is_in_force_is_reported_published_and_told_once() {
         event_reasons(&double)
     );
 
-    source.report(facts(&lab, "Open"));
+    source.publish_node_state(node_state(&lab, Open));
     until("Opened", || event_reasons(&double).iter().any(|r| r == "Opened")).await;
     let status = double.get("circuitbreakers", "lab", "cb").unwrap()["status"].clone();
     assert_eq!((&status["state"], &status["open"], &status["share"]), (&json!("Open"), &json!("1/1"), &json!("0%")));
     assert!(is(&double, "Degraded", "True", "TrafficOnBackup"));
 
-    // The same again, many times: not one write more, in several of the publisher's rounds.
+    // Reporting the same facts many times must not cause a write, over several rounds of the publisher.
     let (reports, statuses) = (double.writes("nodereports"), double.writes("circuitbreakers"));
     for _ in 0..60 {
-        source.report(facts(&lab, "Open"));
+        source.publish_node_state(node_state(&lab, Open));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!((double.writes("nodereports"), double.writes("circuitbreakers")), (reports, statuses));
-    source.farewell().await;
+    source.shutdown().await;
     let lease = double.get("leases", "breaker-system", "breaker-status").unwrap();
-    assert_eq!(lease["spec"]["holderIdentity"], "", "whoever comes next need not wait");
+    assert_eq!(lease["spec"]["holderIdentity"], "", "the next holder must not have to wait");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -242,15 +249,15 @@ async fn what_could_not_be_written_is_written_later() {
     let double = lab().await;
     let mut source = source(&double);
     let lab = update(&mut source, "the lab", |u| !u.services().is_empty()).await;
-    source.report(facts(&lab, "Closed"));
+    source.publish_node_state(node_state(&lab, Closed));
     until("Programmed", || is(&double, "Programmed", "True", "Programmed")).await;
     double.fault(Fault::Status(500));
-    source.report(facts(&lab, "Open"));
+    source.publish_node_state(node_state(&lab, Open));
     tokio::time::sleep(Duration::from_millis(500)).await;
-    // An API server that was away marks its nodes as not Ready at first.
+    // After an outage, the API server has its Nodes as not Ready at first.
     double.put("nodes", node("Unknown"));
     double.fault(Fault::None);
-    until("the state of meanwhile", || {
+    until("the state reported during the outage", || {
         double.get("circuitbreakers", "lab", "cb").is_some_and(|cb| cb["status"]["state"] == "Open")
     })
     .await;
@@ -265,9 +272,9 @@ async fn what_is_refused_is_said_and_a_newer_one_waits() {
     double.put("circuitbreakers", newer);
     double.delete("services", "lab", "backup");
     let mut source = source(&double);
-    let update = update(&mut source, "both", |u| u.subjects.len() == 2).await;
+    let update = update(&mut source, "both", |u| u.results.len() == 2).await;
     assert!(update.services().is_empty());
-    source.report(facts(&update, "Closed"));
+    source.publish_node_state(node_state(&update, Closed));
     until("BackupNotFound", || is(&double, "ResolvedRefs", "False", "BackupNotFound")).await;
     until("both Events", || {
         let reasons = event_reasons(&double);
@@ -276,7 +283,7 @@ async fn what_is_refused_is_said_and_a_newer_one_waits() {
     .await;
 }
 
-/// An object of a later version, or one that a laxer check let in, must not keep the others from being heard.
+/// An object of a later API version, or one that passed a laxer validation, must not hide the others.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_is_not_understood_leaves_the_others_alone() {
     let double = lab().await;
@@ -285,19 +292,19 @@ async fn an_object_that_is_not_understood_leaves_the_others_alone() {
     strange["spec"]["override"] = json!("SomethingNew");
     double.put("circuitbreakers", strange.clone());
     let mut source = source(&double);
-    update(&mut source, "the lab", |u| primary(u).len() == 1 && u.subjects.len() == 1).await;
+    update(&mut source, "the lab", |u| primary(u).len() == 1 && u.results.len() == 1).await;
     strange["spec"]["until"] = json!("whenever");
     double.put("circuitbreakers", strange);
-    // One that was understood before goes on as it was.
+    // An object that could be parsed before keeps its last valid version.
     let mut newer = breaker(2);
     newer["spec"]["mode"] = json!("OfALaterVersion");
     double.put("circuitbreakers", newer);
     double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
-    update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+    update(&mut source, "one more pod", |u| primary(u).len() == 2).await;
 }
 
-/// With many names the slices of the whole namespace are watched: those of a Service that is wanted later are there already,
-/// and nothing more is told of them.
+/// With many names, the EndpointSlices of the whole namespace are watched. Those of a Service that is referenced
+/// later are in the store already, so no further event comes for them.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_more_of_many_is_heard_without_another_event() {
     const MANY: usize = 70;
@@ -326,16 +333,17 @@ async fn a_replica_that_is_behind_ends_with_the_truth() {
     let mut source = source(&double);
     update(&mut source, "the lab", |u| primary(u).len() == 1).await;
     double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2"]));
-    update(&mut source, "a pod more", |u| primary(u).len() == 2).await;
+    update(&mut source, "one more pod", |u| primary(u).len() == 2).await;
     let lists = double.lists();
     double.fault(Fault::Stale(1));
-    until("a list of the past", || double.lists() > lists).await;
+    until("a list of an older state", || double.lists() > lists).await;
     double.put("endpointslices", slice("dummy", &["10.42.0.1", "10.42.0.2", "10.42.0.4"]));
     double.fault(Fault::None);
-    update(&mut source, "the truth", |u| primary(u).len() == 3).await;
+    update(&mut source, "the current state", |u| primary(u).len() == 3).await;
 }
 
-/// A ClusterIP is given away again: from then on it is not ours, and comes back only by a wish for its new Service.
+/// When the ClusterIP is assigned to another Service, it is no longer a frontend, unless that Service is protected,
+/// too.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_that_another_service_got_is_not_ours_any_more() {
     let double = lab().await;
@@ -348,33 +356,34 @@ async fn an_address_that_another_service_got_is_not_ours_any_more() {
     double.delete("services", "lab", "dummy");
     double.put("services", service("stranger", "10.43.0.1"));
     double.put("endpointslices", slice("stranger", &["10.42.0.8"]));
-    let without = update(&mut source, "nothing of it", |u| frontends(u).is_empty()).await;
-    assert_eq!(without.subjects.len(), 1, "the CircuitBreaker is still there, and says what is missing");
-    // The Service is made again, and gets another address.
+    let without = update(&mut source, "no frontend", |u| frontends(u).is_empty()).await;
+    assert_eq!(without.results.len(), 1, "the CircuitBreaker is still there, and reports the missing Service");
+    // The Service is created again, and gets another address.
     double.put("services", service("dummy", "10.43.0.7"));
-    update(&mut source, "the new address alone", |u| frontends(u) == ["10.43.0.7"]).await;
+    update(&mut source, "the new address only", |u| frontends(u) == ["10.43.0.7"]).await;
 }
 
-/// A deleted object that is made again under its name gets a status of its own, although it says the same.
+/// A CircuitBreaker that is deleted and created again under the same name gets a status of its own, even if the
+/// content is the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_object_that_is_made_again_gets_its_status_again() {
     let double = lab().await;
     let mut source = source(&double);
     let lab = update(&mut source, "the lab", |u| !u.services().is_empty()).await;
-    source.report(facts(&lab, "Closed"));
+    source.publish_node_state(node_state(&lab, Closed));
     until("Programmed", || is(&double, "Programmed", "True", "Programmed")).await;
     double.delete("circuitbreakers", "lab", "cb");
     let mut again = breaker(1);
     again["metadata"]["uid"] = json!("another");
     double.put("circuitbreakers", again);
-    let lab = update(&mut source, "the new one", |u| u.subjects.iter().any(|s| s.uid == "another")).await;
-    source.report(facts(&lab, "Closed"));
+    let lab = update(&mut source, "the new one", |u| u.results.iter().any(|s| s.uid == "another")).await;
+    source.publish_node_state(node_state(&lab, Closed));
     until("Programmed again", || is(&double, "Programmed", "True", "Programmed")).await;
-    // Somebody writes nonsense into it: it is put right.
+    // A foreign writer changes the status: the publisher restores it.
     let mut wrong = double.get("circuitbreakers", "lab", "cb").unwrap();
     wrong["status"]["state"] = json!("Nonsense");
     double.put("circuitbreakers", wrong);
-    until("the truth", || {
+    until("the restored status", || {
         double.get("circuitbreakers", "lab", "cb").is_some_and(|cb| cb["status"]["state"] == "Closed")
     })
     .await;

@@ -1,12 +1,13 @@
-//! The first look at a packet, on every hook of tc: by its two ends alone. Most packets' way ends here; the others go on in
-//! [`super::tc`], which is a program of its own, behind a tail call.
+//! The prefilter: the first program on every tc hook. It judges a packet by its source and destination alone and
+//! passes most packets. The others go on to the full path ([`super::tc`]).
 //!
-//! Because that one writes into packets, and this one does not: before a program that does, the kernel puts a call that makes the
-//! packet writable (`bpf_unclone_prologue` in net/core/filter.c), and nearly everything that TCP sends is a clone. On a closed
-//! service's packets it cost more than all that we do with them.
+//! The full path is a separate program, called by tail call, because it writes into packets and the prefilter does
+//! not. In front of a program that writes, the kernel puts a prologue that makes the packet writable
+//! (`bpf_unclone_prologue` in net/core/filter.c), and nearly every packet that TCP sends is a clone. On packets of
+//! a closed service the prologue cost more than everything that breaker does with them.
 
 use aya_ebpf::{btf_maps::ProgramArray, macros::btf_map, programs::TcContext};
-use breaker_common::{PassReason, Place};
+use breaker_common::{PassReason, TcHook};
 
 use super::by_family;
 use crate::{
@@ -17,45 +18,46 @@ use crate::{
     verdict::{self, Verdict},
 };
 
-/// The programs that look closer, by [`Place`].
+/// The tail-call map: hook ([`TcHook`]) → full-path program. The agent fills it.
 #[btf_map]
-static PROGRAMS: ProgramArray<{ Place::ALL.len() }> = ProgramArray::new();
+static PROGRAMS: ProgramArray<{ TcHook::ALL.len() }> = ProgramArray::new();
 
-/// A packet that a client sends. `OUTSIDE`: by an uplink.
+/// Prefilter for a packet from a client (tc ingress). `OUTSIDE`: the hook is on an uplink.
 #[inline(always)]
-pub fn sent<const OUTSIDE: bool>(ctx: &TcContext, place: Place) -> i32 {
+pub fn sent<const OUTSIDE: bool>(ctx: &TcContext, hook: TcHook) -> i32 {
     by_family::<OUTSIDE>(
         ctx,
-        |packet, l3| onward(ctx, place, sent_counts::<V4, OUTSIDE>(packet, l3)),
-        |packet, l3| onward(ctx, place, sent_counts::<V6, OUTSIDE>(packet, l3)),
+        |packet, l3| onward(ctx, hook, sent_counts::<V4, OUTSIDE>(packet, l3)),
+        |packet, l3| onward(ctx, hook, sent_counts::<V6, OUTSIDE>(packet, l3)),
     )
 }
 
-/// A packet that a client gets.
+/// Prefilter for a packet to a client (tc egress). `OUTSIDE`: the hook is on an uplink.
 #[inline(always)]
-pub fn got<const OUTSIDE: bool>(ctx: &TcContext, place: Place) -> i32 {
+pub fn got<const OUTSIDE: bool>(ctx: &TcContext, hook: TcHook) -> i32 {
     by_family::<OUTSIDE>(
         ctx,
-        |packet, l3| onward(ctx, place, got_counts::<V4>(packet, l3)),
-        |packet, l3| onward(ctx, place, got_counts::<V6>(packet, l3)),
+        |packet, l3| onward(ctx, hook, got_counts::<V4>(packet, l3)),
+        |packet, l3| onward(ctx, hook, got_counts::<V6>(packet, l3)),
     )
 }
 
-/// What cannot be seen at a glance counts.
+/// Whether a packet from a client needs the full path. Packets that the prefilter cannot parse do.
 #[inline(always)]
 fn sent_counts<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> bool {
     let Some(ends) = parse::glance::<A>(packet, l3) else { return true };
     let to = endpoint::guess(ends.destination, ends.ports.destination, ends.proto);
     let closes = || ends.ends() && endpoint::is_counted(ends.destination, ends.ports.destination);
     if OUTSIDE {
-        // What goes to a backend's own address is other nodes' business.
+        // On an uplink, packets to a backend's own address are left alone: they are the traffic of other nodes.
         return to.frontend && (to.counts(ends.may_begin) || closes());
     }
-    // It may be a backend's answer that leaves the stack out.
+    // The sender may be a backend whose replies take the fast path, which bypasses the host network stack.
     let answers = || agent::any_fast() && endpoint::guess(ends.source, ends.ports.source, ends.proto).every;
     to.counts(ends.may_begin) || closes() || answers()
 }
 
+/// Whether a packet to a client needs the full path. Packets that the prefilter cannot parse do.
 #[inline(always)]
 fn got_counts<A: Family>(packet: &Packet<'_>, l3: usize) -> bool {
     let Some(ends) = parse::glance::<A>(packet, l3) else { return true };
@@ -63,14 +65,15 @@ fn got_counts<A: Family>(packet: &Packet<'_>, l3: usize) -> bool {
         || ends.is_control() && endpoint::is_counted(ends.source, ends.ports.source)
 }
 
-/// On to the next program on the hook, or to the one that looks closer.
+/// Passes the packet to the next program on the hook, or tail-calls the full path if `counts` is set.
 #[inline(always)]
-fn onward(ctx: &TcContext, place: Place, counts: bool) -> i32 {
+fn onward(ctx: &TcContext, hook: TcHook, counts: bool) -> i32 {
     if !counts {
         return verdict::settle(Ok(Verdict::Next));
     }
-    // SAFETY: nothing is left to be done here, and nothing to be dropped.
-    unsafe { PROGRAMS.tail_call(ctx, place as u32) };
-    // It came back: there is none, which cannot be while the agent's pins are whole.
+    // SAFETY: a successful tail call does not return; this function has nothing left to do and no value to drop.
+    unsafe { PROGRAMS.tail_call(ctx, hook as u32) };
+    // The tail call failed: the map has no program for this hook. This cannot happen while the agent's pins are
+    // intact.
     verdict::settle(Err(PassReason::ProgramMissing))
 }

@@ -1,7 +1,9 @@
-//! What limits do with a packet, on the hooks of tc: admit the first of a flow, note what begins and ends a connection.
+//! Limits on the tc hooks: admits or refuses the first packet of a flow, and records the segments that start and end
+//! counted connections.
 //!
-//! A service that is closed and settled, and has limits: its SYN, and every datagram, is asked about here, its FIN and RST are
-//! noted, and its data packets are not seen.
+//! For a service that is closed and idle (no tracked flows) and has limits, SYNs and all datagrams ask for admission
+//! here. If it counts connections, its FIN and RST segments are recorded too. Its data packets pass at the
+//! prefilter.
 
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use breaker_common::{
@@ -21,7 +23,8 @@ use crate::{
     verdict::{self, Step, Verdict},
 };
 
-/// Asks whether the first packet of a flow is admitted to the tier that was chosen for it (`case.slot`).
+/// Asks whether a limit admits the first packet of a flow to the tier that was selected for it (`case.slot`). A BPF
+/// subprogram (not inlined), because of the stack limit: see [`super::tc`].
 #[inline(never)]
 pub fn admit<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>, to_backup: bool) -> i32 {
     verdict::settle(try_admit(packet, segment, case, to_backup))
@@ -52,7 +55,7 @@ fn try_admit<A: Family>(
     let dry_run = switch.has(switch_flags::DRY_RUN);
     let Some(kind) = limit::kind_over(answer) else {
         if is_settled(case, &switch) {
-            // A datagram of a flow that is known is not a new connection.
+            // A datagram of a flow that was admitted before is not a new connection.
             if segment.is_tcp() || answer != limit::REPEATED {
                 count::service(service, |c| c.new_primary += 1);
             }
@@ -86,7 +89,8 @@ fn try_admit<A: Family>(
     Ok(Verdict::Then(Step::Refuse))
 }
 
-/// The first packet of a flow to a service that is closed and settled, and has limits.
+/// Handles a packet for a service that is closed and idle (no tracked flows) and has limits. A packet that cannot
+/// start a flow passes.
 #[inline(always)]
 pub fn closed<A: Family>(segment: &Segment<A>, case: &mut Case<A>, switch: &Switch<u8>) -> Verdict {
     if !segment.may_begin() {
@@ -99,7 +103,7 @@ pub fn closed<A: Family>(segment: &Segment<A>, case: &mut Case<A>, switch: &Swit
     Verdict::Then(Step::Admit)
 }
 
-/// Whether nothing needs to be done for a connection that is left to kube-proxy.
+/// Returns whether the connection goes to kube-proxy and needs no flow entry, because the service is closed and idle.
 #[inline(always)]
 fn is_settled<A>(case: &Case<A>, switch: &Switch<u8>) -> bool {
     case.slot == SLOT_PASSTHROUGH
@@ -108,7 +112,7 @@ fn is_settled<A>(case: &Case<A>, switch: &Switch<u8>) -> bool {
         && !switch.has(switch_flags::DRY_RUN)
 }
 
-/// The tag of a connection.
+/// Tag of the connection with a flow key.
 #[inline(always)]
 fn tag<A: Family>(key: &FlowKey<A>, limits: &ServiceLimits) -> u64 {
     let ports = u32::from_ne_bytes([key.client_port[0], key.client_port[1], key.vip_port[0], key.vip_port[1]]);
@@ -116,20 +120,21 @@ fn tag<A: Family>(key: &FlowKey<A>, limits: &ServiceLimits) -> u64 {
     hash::tag(key.client.folded(), key.vip.folded(), rest, limits.hash_key)
 }
 
-/// What tells a client apart.
+/// The client as limits identify it: an IPv4-mapped address, or the IPv6 address under the service's mask.
 #[inline(always)]
 fn client<A: Family>(addr: A, limits: &ServiceLimits) -> V6 {
     addr.client(V6::from_bytes(limits.client_mask.bytes))
 }
 
-/// A segment's sequence number, as it is in memory.
+/// TCP sequence number of a segment, as it is in memory (wire order); 0 if the packet is too short.
 #[inline(always)]
 fn sequence<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> u32 {
     use crate::packet::Frame as _;
     packet.read::<u32>(segment.l4() + 4).unwrap_or(0)
 }
 
-/// Notes a segment of a client: its FIN or RST, or, during a census, any.
+/// Records a segment of a client: FIN and RST always, and during a census every segment. A BPF subprogram (not
+/// inlined).
 #[inline(never)]
 pub fn note_client<A: Family>(segment: &Segment<A>, service: u32) {
     let Some(limits) = limit::of(service) else { return };
@@ -142,7 +147,8 @@ pub fn note_client<A: Family>(segment: &Segment<A>, service: u32) {
     connections::note(tag, bit, segment.is_rst());
 }
 
-/// Notes a segment of a server that comes from the frontend itself: kube-proxy has translated it back.
+/// Records a segment of a server whose source is the frontend's address, because kube-proxy has already translated
+/// it back. A BPF subprogram (not inlined).
 #[inline(never)]
 pub fn note_server<A: Family>(segment: &Segment<A>) {
     let role = endpoint::find(segment.source, segment.ports.source, segment.proto);
@@ -158,7 +164,7 @@ pub fn note_server<A: Family>(segment: &Segment<A>) {
     note_server_of(segment, service, &key);
 }
 
-/// Notes a segment of a backup's backend.
+/// Records a segment that one of the backup's backends sent. A BPF subprogram (not inlined).
 #[inline(never)]
 pub fn note_backend<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>) {
     let key = FlowKey {

@@ -1,4 +1,4 @@
-//! The hooks, each as a packet travels through it.
+//! The hooks, one module for each. Read each module from top to bottom to follow a packet.
 
 pub mod glance;
 pub mod limited;
@@ -15,7 +15,8 @@ use crate::{
     verdict::{self, Verdict},
 };
 
-/// What a hook does with a packet, by its family. `TAGGED`: there may be VLAN tags.
+/// Calls the handler for the packet's IP version with the offset of its IP header; passes all other packets.
+/// `TAGGED`: the packet may carry VLAN tags, which are skipped.
 #[inline(always)]
 fn by_family<const TAGGED: bool>(
     ctx: &TcContext,

@@ -1,13 +1,14 @@
-//! Sockets of the node's own processes and of pods with hostNetwork, whose packets pass no veth: the destination is replaced
-//! before there is a packet (cgroup hooks at connect(2), sendmsg(2), recvmsg(2), getpeername(2)).
+//! Redirects sockets in the host network namespace: those of node processes and of pods with `hostNetwork`. Their
+//! packets pass no veth, so cgroup hooks at connect(2), sendmsg(2), recvmsg(2) and getpeername(2) replace the
+//! destination before there is a packet.
 //!
-//! A connection to a VIP is decided as a SYN is, and its socket is connected to the backend itself; nothing needs to be
-//! translated later, and it stays where it is. A datagram from a socket that is not connected is decided each time, by the
-//! same hash: it moves when the service's tables or state do. What the socket believes to talk to is noted, so that the
-//! process never sees a backend's address.
+//! A connection to a VIP is decided like a SYN. Its socket is connected to the backend itself, so no packet needs
+//! translation later, and the connection stays on that backend. A datagram from an unconnected socket is decided
+//! each time, by the same hash, so the flow moves when the service's tables or state change. The original
+//! destination is recorded, so that the process never sees a backend's address.
 //!
-//! The hooks see the sockets of the whole node, pods' too: those of other network namespaces than the node's own are left
-//! alone, because their packets pass a veth.
+//! The hooks see the sockets of every process on the node, including those in pods. Sockets in other network
+//! namespaces are left alone, because their packets pass a veth.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -28,11 +29,13 @@ use crate::{
     hash, limit, select, service,
 };
 
-/// The network namespace whose sockets are ours (SO_NETNS_COOKIE); the loader sets it. 0: none.
+/// Cookie of the host network namespace (`SO_NETNS_COOKIE`), the only one whose sockets are redirected. The loader
+/// sets it. 0: redirect no sockets.
 #[unsafe(no_mangle)]
 static NODE_NETNS: aya_ebpf::Global<u64> = aya_ebpf::Global::new(0);
 
-/// What sockets believe to talk to. Written as words; a map has bytes, for people.
+/// Original destinations of redirected sockets. The programs access addresses as words; the map's type has them as
+/// bytes, which are easier to read in a dump.
 #[btf_map]
 static SOCKETS: LruHashMap<SocketKey, SocketOrigin, { DEFAULT_SOCKETS as usize }> = LruHashMap::new();
 
@@ -41,19 +44,19 @@ type Origin = SocketOrigin<V6>;
 
 #[inline(always)]
 fn sockets() -> &'static LruHashMap<Key, Origin, { DEFAULT_SOCKETS as usize }> {
-    // SAFETY: see `family`: a map's definition holds nothing but pointers that are never followed, and the types differ by
-    // how an address is taken only.
+    // SAFETY: the two types have the same layout and differ only in whether an address is words or bytes. As
+    // `family` explains, a map definition contains only pointers that are never followed.
     unsafe { &*(&raw const SOCKETS).cast() }
 }
 
-/// Go on (the kernel's word for a hook of this kind).
+/// Return value of a cgroup hook: continue with the system call.
 pub const PROCEED: i32 = 1;
-/// Give the process an error.
+/// Return value of a cgroup hook: the system call fails.
 const REFUSE: i32 = 0;
-/// ECONNREFUSED (asm-generic/errno.h).
+/// `ECONNREFUSED` (asm-generic/errno.h).
 const CONNECTION_REFUSED: i32 = 111;
 
-/// A socket address on its way into the kernel, or out of it.
+/// The socket address that a system call passes to the kernel or gets from it.
 struct Sock<'a> {
     ctx: &'a SockAddrContext,
 }
@@ -64,44 +67,45 @@ impl Sock<'_> {
         self.ctx.sock_addr
     }
 
-    /// Whether the socket is of the node's own network namespace.
+    /// Returns whether the socket is in the host network namespace.
     #[inline(always)]
     fn is_nodes(&self) -> bool {
         let ours = NODE_NETNS.load();
-        // SAFETY: the context is valid for the run of the program.
+        // SAFETY: the context is valid while the program runs.
         ours != 0 && unsafe { bpf_get_netns_cookie(self.ctx.as_ptr()) } == ours
     }
 
     #[inline(always)]
     fn cookie(&self) -> u64 {
-        // SAFETY: as above.
+        // SAFETY: as in `is_nodes`.
         unsafe { bpf_get_socket_cookie(self.ctx.as_ptr()) }
     }
 
-    /// TCP or UDP, by its number.
+    /// The socket's protocol number if it is TCP or UDP.
     #[inline(always)]
     fn proto(&self) -> Option<u8> {
-        // SAFETY: as above.
+        // SAFETY: as in `is_nodes`.
         let proto = unsafe { (*self.raw()).protocol } as u8;
         (proto == PROTO_TCP || proto == PROTO_UDP).then_some(proto)
     }
 
     #[inline(always)]
     fn v4(&self) -> V4 {
-        // SAFETY: as above.
+        // SAFETY: as in `is_nodes`.
         V4::from_word(unsafe { (*self.raw()).user_ip4 })
     }
 
     #[inline(always)]
     fn set_v4(&self, addr: V4) {
-        // SAFETY: as above; hooks of this kind may write it.
+        // SAFETY: as in `is_nodes`; programs of this type may write the field.
         unsafe { (&raw mut (*self.raw()).user_ip4).write_volatile(addr.word()) };
     }
 
     #[inline(always)]
     fn v6(&self) -> V6 {
         let at = self.raw();
-        // SAFETY: as above. One word at a time, which is what the verifier allows.
+        // SAFETY: as in `is_nodes`. Volatile reads of single words: the verifier allows no wider access to this
+        // field.
         let word = |i: usize| unsafe { (&raw const (*at).user_ip6[i]).read_volatile() };
         V6::from_words([word(0), word(1), word(2), word(3)])
     }
@@ -109,7 +113,7 @@ impl Sock<'_> {
     #[inline(always)]
     fn set_v6(&self, addr: V6) {
         let (at, words) = (self.raw(), addr.in_words());
-        // SAFETY: as above.
+        // SAFETY: as in `set_v4`. Single words, as in `v6`.
         let set = |i: usize| unsafe { (&raw mut (*at).user_ip6[i]).write_volatile(words[i]) };
         set(0);
         set(1);
@@ -117,10 +121,10 @@ impl Sock<'_> {
         set(3);
     }
 
-    /// Wire order: the kernel keeps the port in the first two bytes.
+    /// The port in wire order. The kernel stores it in the first two bytes of `user_port`.
     #[inline(always)]
     fn port(&self) -> [u8; 2] {
-        // SAFETY: as above.
+        // SAFETY: as in `is_nodes`.
         let bytes = unsafe { (*self.raw()).user_port }.to_ne_bytes();
         [bytes[0], bytes[1]]
     }
@@ -128,22 +132,24 @@ impl Sock<'_> {
     #[inline(always)]
     fn set_port(&self, port: [u8; 2]) {
         let word = u32::from_ne_bytes([port[0], port[1], 0, 0]);
-        // SAFETY: as above.
+        // SAFETY: as in `set_v4`.
         unsafe { (&raw mut (*self.raw()).user_port).write_volatile(word) };
     }
 }
 
-/// What becomes of a destination.
+/// Decision about a destination.
 enum Choice {
-    /// It stays.
+    /// The destination is left unchanged.
     Stays,
-    /// The process gets an error.
+    /// The system call fails with an error.
     Refused,
-    /// This backend, by its id.
+    /// The destination becomes the backend with this id.
     Backend(u32),
 }
 
-/// Decides where a socket's connection or datagram to `vip` goes.
+/// Decides about a socket's connection or datagram to `vip` (`port` in wire order), and counts the decision. Stores
+/// the service's index in `service` if `vip` is one of its frontends and the socket is in the host network
+/// namespace.
 #[inline(always)]
 fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: u64, service: &mut u32) -> Choice {
     let Some(role) = endpoint::find(vip, port, proto) else { return Choice::Stays };
@@ -159,7 +165,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
         count::service(index, |c| c.new_primary += 1);
         return Choice::Stays;
     }
-    // A socket has no port yet; its cookie tells it from the others.
+    // The socket has no source port yet, so the hash uses the socket's cookie in place of the client's address.
     let hash = |seed| hash::flow(cookie, vip.folded(), [0; 2], port, proto, seed);
     let mut chosen = if agent::decision_holds(&switch, agent::now_ns()) {
         select::choose_by(index, role.route, &switch, hash)
@@ -170,7 +176,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     };
     if limited && chosen.slot != SLOT_REJECT {
         let asked = Asked { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
-        // A flow of datagrams that a limit has sent to the backup stays there.
+        // A flow of datagrams that a limit has sent to the backup before stays there.
         if chosen.slot == SLOT_PASSTHROUGH && proto == PROTO_UDP && fails_over(index) && is_at_backup(&asked) {
             let slot = select::in_backup_by(index, role.route, &switch, hash);
             if slot < SLOT_REJECT {
@@ -212,34 +218,36 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     Choice::Backend(chosen.slot)
 }
 
-/// A connection or datagram of the node's own that its service's limits are asked about.
+/// A socket's connection or datagram that asks its service's limits for admission.
 struct Asked {
     service: u32,
     switch: u64,
     cookie: u64,
-    /// Folded: see [`breaker_common::Address::folded`].
+    /// Folded to 64 bits: see [`breaker_common::Address::folded`].
     vip: u64,
     port: [u8; 2],
     proto: u8,
 }
 
-/// What limits say.
+/// Decision of the limits.
 enum Over {
-    /// It may go on.
+    /// Admitted.
     No,
-    /// It is over a limit of this tier.
+    /// Over a limit of this tier.
     Refused(u32),
 }
 
-/// Asks the limits of a tier, and counts what is over one. A dry run refuses nothing.
+/// Asks the limits of a tier for admission, and counts the request if it is over a limit. In a dry run nothing is
+/// refused.
 #[inline(always)]
 fn ask(asked: &Asked, backup: bool) -> Over {
     let tier = if backup { limit::BACKUP } else { limit::PRIMARY };
     let tcp = asked.proto == PROTO_TCP;
     let request = limit::Request {
-        // A socket's connection is found again by the socket alone, when it is closed.
+        // A TCP connection's tag depends on the socket alone, because that is all that is known when the socket is
+        // closed.
         tag: if tcp { tag_of(asked.cookie) } else { tag_of_flow(asked) },
-        // All processes of the node are one client.
+        // All processes in the host network namespace count as one client.
         client: V6::ZERO,
         service: asked.service,
         switch: asked.switch,
@@ -255,41 +263,42 @@ fn ask(asked: &Asked, backup: bool) -> Over {
     if dry_run { Over::No } else { Over::Refused(tier) }
 }
 
-/// Whether a flow of datagrams was admitted to the backup.
+/// Returns whether the backup admitted this flow of datagrams.
 #[inline(always)]
 fn is_at_backup(asked: &Asked) -> bool {
     let place = limit::connections::find(tag_of_flow(asked), true);
     place.is_some_and(|place| place.is_of(asked.service * 2 + limit::BACKUP))
 }
 
-/// The tag of a socket's flow of datagrams to an address.
+/// Tag of a socket's flow of datagrams to one address and port.
 #[inline(always)]
 fn tag_of_flow(asked: &Asked) -> u64 {
     let rest = (u16::from_ne_bytes(asked.port) as u64) << 16 | asked.proto as u64;
     hash::tag(asked.cookie, asked.vip, rest, 0)
 }
 
-/// Whether connections over the primary's limits go to the backup.
+/// Returns whether connections over the primary's limits go to the backup (`onLimit: Failover`).
 #[inline(always)]
 fn fails_over(service: u32) -> bool {
     limit::of(service).is_some_and(|limits| limits.tiers[0].action == LimitAction::Failover as u32)
 }
 
-/// The tag of a socket's connection.
+/// Tag of a socket's TCP connection.
 #[inline(always)]
 fn tag_of(cookie: u64) -> u64 {
     hash::tag(cookie, 0, PROTO_TCP as u64, 0)
 }
 
-/// A socket of the node is closed: its connection counts no more.
+/// Hook for the release of a socket: a TCP connection in the host network namespace is no longer counted by its
+/// limits.
 #[inline(always)]
 pub fn released(ctx: &SockContext) -> i32 {
     let ours = NODE_NETNS.load();
-    // SAFETY: the context is valid for the run of the program.
+    // SAFETY: the context is valid while the program runs.
     if ours == 0 || !agent::counts_sockets() || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != ours {
         return PROCEED;
     }
-    // SAFETY: as above.
+    // SAFETY: as above: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     if let Some(place) = limit::connections::find(tag_of(cookie), true) {
         place.release();
@@ -297,15 +306,15 @@ pub fn released(ctx: &SockContext) -> i32 {
     PROCEED
 }
 
-/// Refuses; `true` for what is not to go on.
+/// Makes the system call fail with `ECONNREFUSED`. Returns the value that the hook must return.
 #[inline(always)]
 fn refuse() -> i32 {
-    // SAFETY: a number is passed. (A kernel before 5.18 does not know the helper, and does not load this program.)
+    // SAFETY: the argument is a plain number. (Kernels before 5.18 lack this helper and reject the program at load.)
     unsafe { bpf_set_retval(-CONNECTION_REFUSED) };
     REFUSE
 }
 
-/// Notes what the socket believes to talk to, and counts.
+/// Records the socket's original destination, and counts the redirect. Addresses and ports are in wire order.
 #[inline(always)]
 fn note<A: Family>(
     cookie: u64,
@@ -320,7 +329,8 @@ fn note<A: Family>(
     let origin = Origin { vip: vip.mapped(), vip_port, pad: 0, service };
     let first = sockets().insert(&key, &origin, BPF_NOEXIST as u64).is_ok();
     if !first {
-        // Another VIP with the same backend, from the same socket: the last one asked is the one answered.
+        // The socket already used this backend, perhaps for another VIP. The most recent VIP replaces the recorded
+        // one.
         let _ = sockets().insert(&key, &origin, BPF_ANY as u64);
     }
     if first || proto == PROTO_TCP {
@@ -332,7 +342,8 @@ fn note<A: Family>(
     }
 }
 
-/// Decides, and replaces the destination; `set` writes an address in the socket's own form.
+/// Decides about a destination and replaces it if needed. `set` writes an address in the form that the socket's
+/// family uses.
 #[inline(always)]
 fn out<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
     let Some(proto) = sock.proto() else { return PROCEED };
@@ -351,14 +362,14 @@ fn out<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
     }
 }
 
-/// connect(2) and sendmsg(2) of IPv4 sockets.
+/// Hook for connect(2) and sendmsg(2) on IPv4 sockets.
 #[inline(always)]
 pub fn out4(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
     out(&sock, sock.v4(), |addr| sock.set_v4(addr))
 }
 
-/// connect(2) and sendmsg(2) of IPv6 sockets, which may be to an IPv4 address in its mapped form.
+/// Hook for connect(2) and sendmsg(2) on IPv6 sockets, whose destination may be an IPv4-mapped address.
 #[inline(always)]
 pub fn out6(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
@@ -369,10 +380,10 @@ pub fn out6(ctx: &SockAddrContext) -> i32 {
     }
 }
 
-/// What a socket believes to talk to, instead of this backend.
+/// Looks up the original destination of a socket that was redirected to this backend.
 #[inline(always)]
 fn origin(sock: &Sock<'_>, backend: V6) -> Option<Origin> {
-    // Most are of pods.
+    // Most sockets that reach this hook belong to pods.
     if !sock.is_nodes() {
         return None;
     }
@@ -381,7 +392,7 @@ fn origin(sock: &Sock<'_>, backend: V6) -> Option<Origin> {
     unsafe { sockets().get(&key) }.copied()
 }
 
-/// recvmsg(2) and getpeername(2) of IPv4 sockets.
+/// Hook for recvmsg(2) and getpeername(2) on IPv4 sockets: replaces a backend's address by the original destination.
 #[inline(always)]
 pub fn back4(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
@@ -394,7 +405,7 @@ pub fn back4(ctx: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// recvmsg(2) and getpeername(2) of IPv6 sockets.
+/// Hook for recvmsg(2) and getpeername(2) on IPv6 sockets: replaces a backend's address by the original destination.
 #[inline(always)]
 pub fn back6(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };

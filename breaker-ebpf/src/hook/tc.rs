@@ -1,28 +1,40 @@
-//! Both directions of the host side of a pod's veth, for what does not go on after a [glance](super::glance).
+//! The full path on the tc hooks, for packets that the [prefilter](super::glance) does not pass.
 //!
-//! From the pod (tc ingress): is it for a frontend? → a first packet: decide, pin, translate → another one: what was
-//! decided for its flow.
+//! # From a client (tc ingress on the host side of a pod's veth)
 //!
-//! To the pod (tc egress): is it from a backend that has flows of ours? → translate back.
+//! If the packet is for a frontend: the first packet of a flow is decided, the decision is pinned, and the packet
+//! is translated if it goes to a backup. Later packets follow their flow's decision.
 //!
-//! Both on the client's own veth: on a bridge CNI a reply between two pods of one node is bridged and never routed, so
-//! this is the only place that every reply passes.
+//! # To a client (tc egress on the host side of a pod's veth)
 //!
-//! On an uplink the same, for clients outside: their flows are masqueraded on the way to the backup, whichever node it is
-//! on, so that its replies come back to this node and this interface. kube-proxy does so too (externalTrafficPolicy:
+//! If the packet is from a backend that has flows in the tables, it is translated back.
+//!
+//! Both programs run on the client's own veth: on a bridge CNI a reply between two pods of one node is bridged and
+//! never routed, so only this veth sees every reply.
+//!
+//! # On an uplink
+//!
+//! The same steps serve external clients. Their flows to a backup are masqueraded, whichever node the backup is on,
+//! so that replies come back to this node and this interface. kube-proxy does the same (externalTrafficPolicy:
 //! Cluster).
 //!
-//! Besides, both ways: ICMP errors about translated packets, and later fragments of translated packets.
+//! # Both directions
 //!
-//! Past the stack (`fastPath: PeerRedirect`): a flow to a backup pod of this node may leave the stack out, from another pod as
-//! from outside. Then there is no way back through the client's veth or the stack: what the backend sends is translated where it
-//! comes from the backend, and goes into the client's namespace, or out of the uplink, at once.
+//! ICMP errors about translated packets and later fragments of translated packets are translated, too.
 //!
-//! Functions that return an action (`i32`) are functions to the kernel, too, and are not inlined: a frame each, because all
-//! of it together would not fit into the 512 bytes of stack that a program has. For the same reason they are called one
-//! after the other, not one by the other: [`from_client`] has their order, and is in the entry point's own frame. A frame is
-//! rounded up to 32 bytes on kernel 6.1, and an empty one takes as many (`check_max_stack_depth` in kernel/bpf/verifier.c); newer
-//! ones round to 16, where they compile the program.
+//! # Fast path (`fastPath: PeerRedirect`)
+//!
+//! A flow to a backup pod of this node, from another pod or from an external client, may bypass the host network
+//! stack. Its replies then pass neither the client's veth nor the stack: the program on the backup's veth
+//! translates them and redirects them into the client's namespace or out of the uplink.
+//!
+//! # Stack frames
+//!
+//! A function that returns an action (`i32`) and is not inlined is a BPF subprogram with a stack frame of its own:
+//! all of them in one frame would exceed the 512 bytes of stack that a program has. For the same reason they do not
+//! call each other. [`from_client`] calls them one after the other and is part of the entry point's frame. Kernel
+//! 6.1 rounds each frame up to 32 bytes and counts 32 bytes for an empty one (`check_max_stack_depth` in
+//! kernel/bpf/verifier.c). Newer kernels round up to 16 bytes where they JIT-compile the program.
 
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
@@ -47,56 +59,58 @@ use crate::{
     verdict::{self, Step, Verdict},
 };
 
-/// kube-proxy's masquerade mark; the loader sets it to what the node uses.
+/// kube-proxy's masquerade mark. The loader sets it to the mark that the node uses.
 #[unsafe(no_mangle)]
 static MASQUERADE_MARK: aya_ebpf::Global<u32> = aya_ebpf::Global::new(DEFAULT_MASQUERADE_MARK);
 
-/// A packet that a pod sends.
+/// Full path for a packet that a pod sends.
 #[inline(always)]
 pub fn from_pod(ctx: &TcContext) -> i32 {
     by_family::<false>(ctx, from_client::<V4, false>, from_client::<V6, false>)
 }
 
-/// A packet that comes in by an uplink.
+/// Full path for a packet that comes in on an uplink.
 #[inline(always)]
 pub fn from_outside(ctx: &TcContext) -> i32 {
     by_family::<true>(ctx, from_client::<V4, true>, from_client::<V6, true>)
 }
 
-/// A packet that a pod gets.
+/// Full path for a packet to a pod.
 #[inline(always)]
 pub fn to_pod(ctx: &TcContext) -> i32 {
     by_family::<false>(ctx, to_client::<V4>, to_client::<V6>)
 }
 
-/// A packet that leaves by an uplink.
+/// Full path for a packet that leaves on an uplink.
 #[inline(always)]
 pub fn to_outside(ctx: &TcContext) -> i32 {
     by_family::<true>(ctx, to_client::<V4>, to_client::<V6>)
 }
 
-/// What is known of a client's packet, from one function to the next.
+/// Context of a packet from a client, handed from one step to the next.
 pub struct Case<A> {
     pub service: u32,
     pub route: u32,
-    /// The backend whose own address it is for.
+    /// Id of the backend, if the packet is for a backend's own address; [`NONE`] otherwise.
     backend: u32,
-    /// What was decided for the first packet of a flow: a slot's content.
+    /// The decision for the first packet of a flow: the content of a slot.
     pub slot: u32,
-    /// 1 if it is one of the half-open breaker's trial connections, else 0.
+    /// 1 if the connection holds one of the half-open breaker's permits, else 0.
     pub trial: u32,
-    /// When it was decided.
+    /// Time of the decision, ns of `CLOCK_MONOTONIC`.
     pub now_ns: u64,
-    /// The service's switch, as a word.
+    /// The service's switch, packed into one word ([`Switch::to_word`]).
     pub switch: u64,
-    /// Where the packet is to go: the backend, or the other end of the connection that is reset.
+    /// Destination of the packet: the backend, or the other end of a connection that is reset.
     peer: Peer<A>,
 }
 
-/// What looks closer is a function of its own, also for IPv4, which has the smaller frame: this one lies under the frames of
-/// all steps that follow, and kernel 6.1 had no room for that: 576 bytes by its reckoning.
+/// Runs the steps for a packet from a client, in order.
 ///
-/// `OUTSIDE`: the way back must be led past us.
+/// `look` is not inlined, for IPv4 either, although its frame is smaller there. This function's frame stays on the
+/// stack while every step runs; with `look` inlined, kernel 6.1 counted 576 bytes, and the limit is 512.
+///
+/// `OUTSIDE`: the hook is on an uplink, so replies must be made to come back through it.
 #[inline(always)]
 fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -> i32 {
     let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return verdict::settle(Ok(Verdict::Next)) };
@@ -140,7 +154,7 @@ fn from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, l3: usize) -
     action
 }
 
-/// What does a client send?
+/// Classifies a packet from a client: returns an action, or the [`Step`] that the packet needs.
 #[inline(never)]
 fn look<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
@@ -151,7 +165,7 @@ fn look<A: Family, const OUTSIDE: bool>(
     verdict::settle(try_look::<A, OUTSIDE>(packet, l3, segment, case))
 }
 
-/// What a client gets.
+/// Handles a packet to a client.
 #[inline(never)]
 fn to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> i32 {
     verdict::settle(try_to_client::<A>(packet, l3))
@@ -172,7 +186,7 @@ fn try_look<A: Family, const OUTSIDE: bool>(
     }
     let (addr, port, proto) = (segment.destination, segment.ports.destination, segment.proto);
     let guess = endpoint::guess(addr, port, proto);
-    // Most packets to a service that is open go on with a flow, which says of which service it is.
+    // Most packets to a service whose breaker is open belong to a known flow, which names the service.
     let mut unknown = false;
     if guess.frontend && guess.every && !segment.is_syn() {
         match flow::find_going_on(&flow::key(segment)) {
@@ -201,8 +215,9 @@ fn try_look<A: Family, const OUTSIDE: bool>(
     {
         return Ok(Verdict::Then(Step::Answer));
     }
-    // From outside, what goes to a pod itself is other nodes' business (their probes above all). (Where pods can be reached
-    // from outside at all, a client that asks a backup both directly and by a frontend, from one port, is not told apart.)
+    // On an uplink, packets to a pod's own address are left alone: they are the traffic of other nodes, above all
+    // their probes. (Where pods can be reached from outside, a client that uses one source port both for a backup's
+    // own address and for a frontend is not told apart.)
     if OUTSIDE {
         return Ok(Verdict::Next);
     }
@@ -232,7 +247,7 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     translate_back(packet, segment, reverse, exit::STACK)
 }
 
-/// A backend's packet, on the backend's own interface: to the client at once, if its flow leaves the stack out.
+/// Handles a packet from a pod that may be a backend's reply on the fast path, on the backend's own veth.
 #[inline(never)]
 fn answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
     verdict::settle(try_answer(packet, segment))
@@ -245,7 +260,8 @@ fn try_answer<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> Result<Ve
     translate_back(packet, segment, reverse, reverse.exit)
 }
 
-/// Makes a backend's packet what the client expects.
+/// Translates a backend's packet back to the frontend that the client connected to. `exit`: where the packet goes,
+/// see [`exit`].
 #[inline(always)]
 fn translate_back<A: Family>(
     packet: &Packet<'_>,
@@ -269,13 +285,14 @@ fn translate_back<A: Family>(
     Ok(onward(packet, exit))
 }
 
-/// On to the stack, or past it.
+/// The verdict for a packet that goes to `exit`: through the stack, or past it by a redirect.
 #[inline(always)]
 fn onward(packet: &Packet<'_>, exit: u32) -> Verdict {
     if exit == exit::STACK { Verdict::Next } else { Verdict::Redirect(packet.send_by(exit)) }
 }
 
-/// What an address is as a backend: bits of [`backend_use`]. With none its packets need no look into the flow tables.
+/// How an address is used as a backend: bits of [`backend_use`]. If 0, its packets need no look-up in the flow
+/// tables.
 #[inline(always)]
 fn uses_of<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
     if !endpoint::guess(addr, port, proto).every {
@@ -285,15 +302,16 @@ fn uses_of<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
     backend.map_or(0, select::backend_in_use::<A>)
 }
 
-/// A fragment without ports: as its first one.
+/// Translates a later fragment, which has no ports, as its first fragment was translated.
 #[inline(always)]
 fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<Verdict, PassReason> {
     let exit = fragment::follow(packet, segment, end)?;
     Ok(onward(packet, exit))
 }
 
-/// An error that a router or the backend tells a client of: it quotes what the client sent, as we translated it. `FAST`: it
-/// comes from the backend, on the backend's own interface, and is looked at only if the flow leaves the stack out.
+/// Handles an ICMP error from a router or a backend to a client. It quotes the client's packet as breaker
+/// translated it, so the quote is translated back. `FAST`: the error comes from the backend, on the backend's own
+/// veth, and is translated only if its flow is on the fast path.
 #[inline(never)]
 fn error_to_client<A: Family, const FAST: bool>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
     verdict::settle(try_error_to_client::<A, FAST>(packet, segment))
@@ -335,7 +353,8 @@ fn try_error_to_client<A: Family, const FAST: bool>(
     Ok(onward(packet, exit))
 }
 
-/// An error that a client tells a backend of: it quotes what the backend sent, as we translated it.
+/// Handles an ICMP error from a client to a backend. It quotes the backend's packet as breaker translated it, so
+/// the quote is translated back.
 #[inline(never)]
 fn error_from_client<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
     verdict::settle(try_error_from_client::<A, OUTSIDE>(packet, segment))
@@ -374,20 +393,22 @@ fn try_error_from_client<A: Family, const OUTSIDE: bool>(
     Ok(onward(packet, exit))
 }
 
-/// The switch of a flow's service, if the flow holds for a packet.
+/// The switch of a flow's service, if the service has tracked flows and the flow's decision still holds for the
+/// packet.
 #[inline(always)]
 fn tracked_by<A: Family>(flow: &Flow<A>, segment: &Segment<A>) -> Option<Switch<u8>> {
     let switch = service::switch(flow.service)?;
     (service::tracks(flow.service, &switch) && holds(flow, segment, &switch)).then_some(switch)
 }
 
-/// A datagram's flow holds for its service's epoch only: with the next one a client may be somewhere else.
+/// Whether a flow's decision still holds for a packet. A datagram's decision holds in the service's current epoch
+/// only: the next epoch may send the client elsewhere.
 #[inline(always)]
 fn holds<A: Family>(flow: &Flow<A>, segment: &Segment<A>, switch: &Switch<u8>) -> bool {
     segment.is_tcp() || flow.epoch == switch.epoch
 }
 
-/// `unknown`: it was looked for its flow, and there is none.
+/// Handles a packet to a frontend. `unknown`: the flow tables were already searched and have no entry for the packet.
 #[inline(always)]
 fn to_frontend<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
@@ -402,7 +423,7 @@ fn to_frontend<A: Family, const OUTSIDE: bool>(
     if limited && segment.is_tcp() && !segment.is_syn() {
         limited::note_client(segment, case.service);
     }
-    // Closed and settled: no flow of ours can exist, so nothing needs to be looked up.
+    // Closed and idle: the flow tables hold no flow of this service, so no look-up is needed.
     if !tracks && !switch.has(switch_flags::DRY_RUN) {
         return if limited {
             Ok(limited::closed(segment, case, &switch))
@@ -424,7 +445,8 @@ fn to_frontend<A: Family, const OUTSIDE: bool>(
     }
 }
 
-/// A packet for a service that is closed, and has been for long enough.
+/// Passes a packet to a service that is closed and idle (no tracked flows). Counts a new TCP connection, and
+/// reports the first one of the epoch.
 #[inline(always)]
 fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) -> Result<Verdict, PassReason> {
     if segment.is_syn() {
@@ -436,14 +458,16 @@ fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) ->
     Ok(Verdict::Next)
 }
 
-/// A SYN always decides anew: ports get used again, and a client that got no answer must be able to move. So does a
-/// datagram of a flow that is not known, or was decided in another epoch.
+/// Decides the first packet of a flow. Every SYN is decided anew, because clients reuse ports, and because a client
+/// without an answer must be able to move. A datagram is decided anew if its flow is unknown or was decided in
+/// another epoch.
 #[inline(never)]
 fn decide<A: Family>(segment: &Segment<A>, case: &mut Case<A>) -> i32 {
     verdict::settle(Ok(Verdict::Then(choose(segment, case))))
 }
 
-/// Decides where it goes, and what comes next: to carry that out, or, where there are limits, to ask whether it is admitted.
+/// Chooses the destination and returns the next step: to apply the decision, or, for a service with limits, to ask
+/// whether they admit the packet.
 #[inline(always)]
 fn choose<A: Family>(segment: &Segment<A>, case: &mut Case<A>) -> Step {
     let (service, switch) = (case.service, Switch::from_word(case.switch));
@@ -468,7 +492,7 @@ fn choose<A: Family>(segment: &Segment<A>, case: &mut Case<A>) -> Step {
     if limited { Step::Admit } else { Step::CarryOut }
 }
 
-/// Carries out what was decided for the first packet of a flow.
+/// Applies the decision for the first packet of a flow.
 #[inline(never)]
 fn carry_out<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>) -> i32 {
     verdict::settle(try_carry_out::<A, OUTSIDE>(packet, segment, case))
@@ -508,7 +532,7 @@ fn try_carry_out<A: Family, const OUTSIDE: bool>(
     }
 }
 
-/// Sends a new connection to a backend.
+/// Pins a new connection to backend `id`. The next step translates its first packet.
 #[inline(always)]
 fn redirect<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
@@ -525,11 +549,12 @@ fn redirect<A: Family, const OUTSIDE: bool>(
     };
     let mut flow = flow::to(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
     let hairpin = key.client == flow.backend;
-    // How it goes is decided once: netfilter does not take up a connection that it has not seen from the start.
+    // The path is decided once: for netfilter a connection that it has not seen from the start is INVALID.
     let mut uses = backend_use::REDIRECTED;
     let mut back_by = exit::STACK;
     if backend.ifindex != 0 && !hairpin {
-        // (A frame's VLAN tag would be the pod's business; the routes say that a tagged client is behind another interface.)
+        // (A packet with VLAN tags does not take the fast path: the pod would receive the tags, and the routes name
+        // another interface, that of the VLAN, for its client.)
         if switch.has(switch_flags::FAST) && (!OUTSIDE || segment.l3() == parse::L3 && fib::leads_back(packet, key)) {
             flow.way = flow_way::FAST;
             uses |= backend_use::FAST;
@@ -559,7 +584,7 @@ fn translate_first<A: Family, const OUTSIDE: bool>(packet: &Packet<'_>, segment:
     verdict::settle(translate::<A, OUTSIDE>(packet, segment, case.service, &case.peer))
 }
 
-/// Sends a packet of a redirected flow on its way.
+/// Translates a packet of a redirected flow and sends it to the backend.
 #[inline(always)]
 fn translate<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
@@ -567,7 +592,8 @@ fn translate<A: Family, const OUTSIDE: bool>(
     service: u32,
     to: &Peer<A>,
 ) -> Result<Verdict, PassReason> {
-    // The pod would drop a packet from itself: let netfilter masquerade it, as kube-proxy's hairpin does.
+    // A pod drops a packet that comes from its own address: netfilter must masquerade it, as for kube-proxy's
+    // hairpin.
     let masquerade = OUTSIDE && to.way == 0 || segment.source == to.addr;
     let mark = if masquerade { MASQUERADE_MARK.load() } else { 0 };
     if mark != 0 {
@@ -579,8 +605,8 @@ fn translate<A: Family, const OUTSIDE: bool>(
     Ok(onward(packet, to.exit))
 }
 
-/// Leaves a new connection that should have moved to kube-proxy. That is pinned too, if there is room: its next segment
-/// must not be taken for one from before.
+/// Leaves a new connection to kube-proxy because it could not be moved to a backend. This is pinned, too, if there
+/// is room: otherwise its next segment would look like one of a connection from before the trip.
 #[inline(always)]
 fn fail_open<A: Family>(
     service: u32,
@@ -594,11 +620,13 @@ fn fail_open<A: Family>(
     Err(reason)
 }
 
-/// Leaves a new connection to kube-proxy. While the breaker is not closed that is a decision like another, and pinned:
-/// what is established later on the primary and not pinned is from before, and the policy for it may be a reset.
+/// Leaves a new connection to kube-proxy. While the breaker is not closed, this is pinned like any other decision:
+/// a connection on the primary without an entry is then known to be from before the trip, and the policy may reset
+/// it.
 ///
-/// Datagrams know no reset. They are pinned while they try the primary only; where the backup is missing, or the agent, each
-/// of them is decided anew, and moves as soon as there is one again.
+/// Datagrams cannot be reset. They are pinned only in state half-open, where they try the primary. While there is
+/// no usable backup, or the agent's lease has run out, each datagram is decided anew, so that the client moves as
+/// soon as this has changed.
 #[inline(always)]
 fn pass_and_pin<A: Family>(
     service: u32,
@@ -613,7 +641,8 @@ fn pass_and_pin<A: Family>(
     Ok(Verdict::Next)
 }
 
-/// A packet of a flow that we decided: it stays where it is, unless the policy for the other side says reset.
+/// Handles a packet of a decided flow: the flow keeps its destination, unless it was decided in an older epoch and
+/// the policy for its tier says reset.
 #[inline(always)]
 fn established<A: Family, const OUTSIDE: bool>(
     packet: &Packet<'_>,
@@ -640,7 +669,8 @@ fn established<A: Family, const OUTSIDE: bool>(
     translate::<A, OUTSIDE>(packet, segment, case.service, &Peer::of(flow))
 }
 
-/// A segment of a flow that we did not see from its SYN: never rewritten, only passed or, by policy, reset.
+/// Handles a segment of a connection that the programs have not seen from its SYN. Such a segment is never
+/// rewritten, only passed or, by policy, reset.
 #[inline(always)]
 fn unseen<A: Family>(segment: &Segment<A>, switch: &Switch<u8>, case: &mut Case<A>) -> Result<Verdict, PassReason> {
     if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() {
@@ -671,8 +701,8 @@ fn refuse_datagram<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 
     verdict::settle(reset::refuse_datagram(packet, segment).map(|()| Verdict::Redirect(packet.send_back())))
 }
 
-/// A client's own connection to a backend. It takes part only so that it never shares a reverse key with a flow of a
-/// frontend: whoever comes second gets another source port.
+/// Handles a packet of a client's direct connection to a backend. It is tracked only so that its reverse key never
+/// equals that of a flow to a frontend: the later one of the two gets another source port.
 #[inline(never)]
 fn to_backend_directly<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, id: u32) -> i32 {
     verdict::settle(try_to_backend_directly(packet, segment, id))
@@ -685,12 +715,14 @@ fn try_to_backend_directly<A: Family>(
     id: u32,
 ) -> Result<Verdict, PassReason> {
     let in_use = select::backend_in_use::<A>(id);
-    // A datagram does not say that it is the first one; it matters only where flows of a frontend come, too.
+    // A datagram does not show whether it is the first of its flow. It matters only if the backend has other
+    // tracked flows.
     if !segment.is_tcp() && in_use == 0 {
         return Ok(Verdict::Next);
     }
     let key = flow::key(segment);
-    // Without a changed port only a connection's end matters: then its reverse key is free again.
+    // While no direct connection to this backend has a changed port, only SYN, FIN and RST matter: FIN and RST free
+    // the reverse key.
     if segment.is_tcp() && !segment.is_syn() && in_use & backend_use::DIRECT == 0 && !segment.ends() {
         return Ok(Verdict::Next);
     }

@@ -1,10 +1,11 @@
-//! An uplink, before the stack: what is to be refused is answered by the driver, at a fraction of what the stack takes for it.
-//! Of a service that is open, has no usable backup and refuses (`whenAllUnhealthy: Reject`), a flood of connection requests is
-//! what comes.
+//! XDP on an uplink: refuses new connections in the driver, at a fraction of what a refusal costs in the network
+//! stack. If a service is open, has no usable backup and refuses (`whenAllUnhealthy: Reject`), its clients send a
+//! flood of connection requests.
 //!
-//! All else is tc's: what goes to a backup of another node must be masqueraded, by a mark that only a packet of the stack can
-//! carry; and what goes to one of this node takes the stack's way all the same. Nor could it be translated here: nothing says
-//! whether its checksum is complete, and where an uplink is a veth, many are partial.
+//! Every other packet is left to tc. A packet to a backup of another node must be masqueraded, by a mark that only
+//! a packet in the network stack can carry. A packet to a backup of this node goes through the stack in any case.
+//! It could not be translated here either: XDP does not tell whether a checksum is complete, and on an uplink that
+//! is a veth many are partial.
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_TX},
@@ -22,7 +23,7 @@ use crate::{
     reset, select, service,
 };
 
-/// A packet that comes in by an uplink.
+/// Handles a packet that comes in on an uplink.
 #[inline(always)]
 pub fn from_wire(ctx: &XdpContext) -> u32 {
     let packet = WirePacket::new(ctx);
@@ -53,13 +54,14 @@ fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
     XDP_TX
 }
 
-/// Whether it may be the first packet of a flow to a frontend.
+/// Whether the packet may be the first of a flow to a frontend.
 #[inline(always)]
 fn is_asked_for<A: Family>(glance: &Glance<A>) -> bool {
     glance.may_begin && endpoint::guess(glance.destination, glance.ports.destination, glance.proto).frontend
 }
 
-/// Whether it is the first packet of a connection that is to be refused. What cannot be parsed, tc counts.
+/// Whether the packet is the first of a connection that is to be refused; sets `service` if so. A packet that
+/// cannot be parsed is passed to tc, which counts it.
 #[inline(never)]
 fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
     let Ok(Kind::Transport) = parse::at(packet, l3, segment) else { return false };
@@ -71,7 +73,7 @@ fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segme
     };
     let Some(index) = endpoint::index(role.service) else { return false };
     let Some(switch) = service::switch(index) else { return false };
-    // Half-open, connections are counted out: one place does that.
+    // While half-open, permits are counted, and only the full path does that.
     if switch.state != BreakerState::Open as u8 || switch.has(switch_flags::DRY_RUN) || segment.more != 0 {
         return false;
     }
@@ -84,7 +86,7 @@ fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segme
     {
         return false;
     }
-    // An earlier connection's, with the same ports.
+    // An earlier connection with the same ports may have left its flow.
     flow::forget(&key);
     event::send(EventKind::Rejected, index, &switch, &key, None);
     *service = index;

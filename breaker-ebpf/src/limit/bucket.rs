@@ -1,47 +1,47 @@
-//! Places that are found by a tag: see [`breaker_common::Bucket`].
+//! Hash buckets whose entries are found by a tag: see [`breaker_common::Bucket`].
 //!
-//! A tag has two buckets, and a new one takes the first free place in either. With half of all places taken, one in a
-//! million finds none.
+//! A tag has two candidate buckets and gets the first free entry in either. With half of all entries in use, about
+//! one tag in a million finds no free entry.
 //!
-//! These loops have a way out at every place, and the verifier follows each with all that comes behind. So they are called
-//! from global functions that do little else, and that return the number of a place.
+//! The loops below can exit at every entry, and the verifier explores the code that follows for each exit. They are
+//! therefore called from small global functions that return the number of an entry.
 
 use breaker_common::{Bucket, WAYS};
 
 use crate::atomic;
 
-/// Indices of a tag's two buckets; `mask` is the number of buckets, a power of two, less 1.
+/// Indexes of a tag's two buckets. `mask` is the number of buckets, a power of two, minus 1.
 #[inline(always)]
 pub fn of_tag(tag: u64, mask: u32) -> [u32; 2] {
     let first = (tag >> 8) as u32 & mask;
     [first, (first ^ ((tag >> 36) as u32 | 1)) & mask]
 }
 
-/// The number of a place plus 1; 0 stands for none.
+/// Number of an entry: its index over all buckets, plus 1. 0 stands for "no entry".
 #[inline(always)]
 pub fn number(bucket: u32, way: usize) -> u32 {
     bucket * WAYS as u32 + way as u32 + 1
 }
 
-/// The bucket and the place that a [`number`] stands for.
+/// Bucket index and index in the bucket of the entry with a [`number`]; `None` for 0.
 #[inline(always)]
 pub fn of_number(number: u32) -> Option<(u32, usize)> {
     let place = number.checked_sub(1)?;
     Some((place / WAYS as u32, place as usize & (WAYS - 1)))
 }
 
-/// The place with a tag, in one bucket.
+/// Finds the entry with a tag in one bucket and returns its index in the bucket.
 #[inline(always)]
 pub fn find<S>(bucket: *mut Bucket<S>, tag: u64) -> Option<usize> {
-    // SAFETY: the caller has the bucket from its map; the place is inside.
+    // SAFETY: the caller got the bucket from its map, and `way` is in bounds.
     (0..WAYS).find(|way| unsafe { atomic::load(&raw const (*bucket).tags[*way]) } == tag)
 }
 
-/// Claims a free place for a tag. One that another CPU was faster at is left to it.
+/// Claims a free entry for a tag. If another CPU claims the same entry first, the next free entry is tried.
 #[inline(always)]
 pub fn claim<S>(bucket: *mut Bucket<S>, tag: u64) -> Option<usize> {
     for way in 0..WAYS {
-        // SAFETY: as above; tags are only changed by atomics.
+        // SAFETY: as in `find`; tags are changed by atomics only.
         unsafe {
             let at = &raw mut (*bucket).tags[way];
             if atomic::load(at) == 0 && atomic::compare_exchange(at, 0, tag) {
@@ -52,12 +52,12 @@ pub fn claim<S>(bucket: *mut Bucket<S>, tag: u64) -> Option<usize> {
     None
 }
 
-/// Claims a place whose state says that it may be taken from whoever has it, beginning with place `from`.
+/// Takes over an entry whose state `may_go` accepts, whoever owns it. The search begins at entry `from`.
 #[inline(always)]
 pub fn displace<S>(bucket: *mut Bucket<S>, tag: u64, from: usize, may_go: impl Fn(*const S) -> bool) -> Option<usize> {
     for step in 0..WAYS {
         let way = (from + step) & (WAYS - 1);
-        // SAFETY: as above.
+        // SAFETY: as in `claim`.
         unsafe {
             let at = &raw mut (*bucket).tags[way];
             let before = atomic::load(at);
@@ -69,9 +69,9 @@ pub fn displace<S>(bucket: *mut Bucket<S>, tag: u64, from: usize, may_go: impl F
     None
 }
 
-/// Frees a place.
+/// Frees an entry.
 #[inline(always)]
 pub fn free<S>(bucket: *mut Bucket<S>, way: usize) {
-    // SAFETY: as above.
+    // SAFETY: as in `find`.
     unsafe { (&raw mut (*bucket).tags[way & (WAYS - 1)]).write_volatile(0) };
 }

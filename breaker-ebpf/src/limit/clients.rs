@@ -1,4 +1,4 @@
-//! Clients of tiers with limits for each client, and the clients that are refused most often.
+//! Clients of tiers with per-client limits, and the list of the clients that are refused most often.
 
 use aya_ebpf::{Global, bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
@@ -16,29 +16,30 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 #[btf_map]
 static CLIENTS: Array<Buckets, { DEFAULT_CLIENT_BUCKETS as usize }, MMAPABLE> = Array::new();
 
-/// The number of buckets less 1; the loader sets it to what the map has.
+/// Number of buckets minus 1. The loader sets it to match the size of the map.
 #[unsafe(no_mangle)]
 static CLIENT_MASK: Global<u32> = Global::new(DEFAULT_CLIENT_BUCKETS - 1);
 
-/// Written as words; a map has bytes, for people.
+/// The clients that are refused most often. The programs write entries as words ([`Entry`]); the map's type has the
+/// address as bytes, which are easier to read in a dump.
 #[btf_map]
 static LIMITED: Array<LimitedClient, { LIMITED_CLIENTS as usize }, MMAPABLE> = Array::new();
 
-/// The tag of a limiter's client.
+/// Tag of a client of a limiter. `key` is the service's [`hash_key`](breaker_common::ServiceLimits::hash_key).
 #[inline(always)]
 pub fn tag(client: V6, limiter: u32, key: u64) -> u64 {
     let [a, b, c, d] = client.in_words();
     hash::tag(((a as u64) << 32) | b as u64, ((c as u64) << 32) | d as u64, limiter as u64, key)
 }
 
-/// The number of a client's place plus 1, of a new one if it has none. 0: all places of its buckets are of clients that have
-/// connections, or whose bucket is not full.
+/// Returns the number of a client's entry, and creates the entry if there is none. Returns 0 if every entry of its
+/// two buckets belongs to a client that has connections or whose token bucket is not full.
 #[inline(always)]
 pub fn place(tag: u64, now_ns: u64) -> u32 {
     breaker_client(tag, now_ns)
 }
 
-/// See [`place`]. A global function, as [`super::breaker_admit`].
+/// Implements [`place`]. A global function: see [`super::breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_client(tag: u64, now_ns: u64) -> u32 {
@@ -57,50 +58,50 @@ pub extern "C" fn breaker_client(tag: u64, now_ns: u64) -> u32 {
     0
 }
 
-/// Takes the place of a client that is as good as one never seen. It needs no reset: a full bucket and no connections is how
-/// a new client starts. (Two clients that claim one place within the moment before the first of them is counted share it for
-/// that connection.)
+/// Takes over the entry of a client without connections and with a full token bucket. A new client starts in exactly
+/// that state, so the entry needs no reset. (If two CPUs claim one entry for two clients before the first client is
+/// counted, the two clients share the entry for that connection.)
 #[inline(always)]
 fn replace(bucket: *mut Buckets, tag: u64, now_ns: u64) -> Option<usize> {
     bucket::displace(bucket, tag, 0, |state| {
-        // SAFETY: a state of this bucket; its fields are aligned.
+        // SAFETY: the state is in this bucket, and its fields are aligned.
         let (arrival, concurrent) =
             unsafe { (atomic::load(&raw const (*state).arrival_ns), atomic::load32(&raw const (*state).concurrent)) };
         arrival <= now_ns && concurrent == 0
     })
 }
 
-/// The client in a place (its number plus 1, or 0 for nobody).
+/// Returns the client with an entry number; `None` for 0.
 #[inline(always)]
 pub fn at(number: u32) -> Option<*mut ClientState> {
     let (bucket, way) = bucket::of_number(number)?;
     let bucket = CLIENTS.get_ptr_mut(bucket)?;
-    // SAFETY: the bucket is a value of the map, and the place is inside.
+    // SAFETY: the bucket is a value of the map, and the index is masked to be in bounds.
     Some(unsafe { &raw mut (*bucket).states[way & (WAYS - 1)] })
 }
 
-/// A client's theoretical arrival time.
+/// Pointer to a client's theoretical arrival time.
 #[inline(always)]
 pub fn arrival(client: *mut ClientState) -> *mut u64 {
-    // SAFETY: the caller has the client from [`at`].
+    // SAFETY: the caller got the client from `at`.
     unsafe { &raw mut (*client).arrival_ns }
 }
 
-/// A client's connections.
+/// Pointer to a client's connection count.
 #[inline(always)]
 pub fn concurrent(client: *mut ClientState) -> *mut u32 {
-    // SAFETY: as above.
+    // SAFETY: as in `arrival`.
     unsafe { &raw mut (*client).concurrent }
 }
 
-/// Takes a connection out of a client's count.
+/// Decrements a client's connection count.
 #[inline(always)]
 pub fn decrement(client: *mut ClientState) {
-    // SAFETY: as above; the field is 4 bytes, aligned, and only changed by atomics.
+    // SAFETY: as in `arrival`; the field is 4 bytes, aligned, and changed by atomics only.
     unsafe { atomic::decrement(concurrent(client)) };
 }
 
-/// Takes a connection out of the count of the client that is in a place (its number plus 1, or 0 for nobody).
+/// Decrements the connection count of the client with an entry number. Does nothing for 0.
 #[inline(always)]
 pub fn count_down(number: u32) {
     if let Some(client) = at(number) {
@@ -108,7 +109,8 @@ pub fn count_down(number: u32) {
     }
 }
 
-/// Notes that a client was refused. Two CPUs may lose one of two notes: it is a list for people.
+/// Records in `LIMITED` that a client was refused. Two CPUs that write at once may lose one of the two refusals,
+/// which is acceptable because the list is for display only.
 #[inline(always)]
 pub fn note_refused(client: V6, service: u32, tier: u32) {
     let [a, b, c, d] = client.in_words();
@@ -116,7 +118,8 @@ pub fn note_refused(client: V6, service: u32, tier: u32) {
     let _ = breaker_refused(words(a, b), words(c, d), (service * 2 + tier) as u64);
 }
 
-/// See [`note_refused`]. A global function, as [`super::breaker_admit`]; one must return a number.
+/// Implements [`note_refused`]. A global function: see [`super::breaker_admit`]. Global functions must return a
+/// number, so the result is always 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u64) -> u32 {
@@ -128,7 +131,7 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
     let window = (now_ns >> LIMITED_WINDOW_SHIFT) as u32;
     for near in 0..NEAR {
         let Some(entry) = LIMITED.get_ptr_mut(first + near) else { return 0 };
-        // SAFETY: the kernel returned a pointer to a value of this map, which has the size, the alignment and the bytes of
+        // SAFETY: the kernel returned a pointer to a value of this map, which has the size, alignment and fields of
         // `Entry`.
         let entry = unsafe { &mut *entry.cast::<Entry>() };
         if entry.window != window {
@@ -144,7 +147,7 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
             *entry = Entry { client, limiter: limiter + 1, window, count: 1, before: 0 };
             return 0;
         }
-        // All are taken: the last one gives way, little by little.
+        // Other clients occupy all entries: decrement the last one until it can be taken over.
         if near == NEAR - 1 {
             entry.count -= 1;
         }
@@ -152,10 +155,10 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
     0
 }
 
-/// How many places a client may have in the list.
+/// Number of consecutive entries of `LIMITED` that a client may be in.
 const NEAR: u32 = 4;
 
-/// A [`LimitedClient`] with its address in words.
+/// A [`LimitedClient`] whose address is stored as words.
 #[repr(C)]
 struct Entry {
     client: V6,

@@ -1,10 +1,10 @@
-//! The connections that were admitted: so that a SYN that is sent again is not charged twice, and that a connection that was
-//! counted is counted down once, when both ends have sent a FIN or one has sent a RST.
+//! The admitted connections. They are remembered so that a retransmitted SYN is not charged twice, and so that a
+//! counted connection is counted down exactly once: when both ends have sent a FIN or either end has sent a RST.
 //!
-//! What ends without such a sign, the agent takes out (`datapath/kernel/connections.rs` there).
+//! The agent removes connections that end without FIN or RST (`datapath/kernel/limits.rs` in breaker-agent).
 //!
-//! A connection that is not counted (there are limits on rates only) makes room for others when a bucket is full; one that is
-//! counted never does.
+//! When a bucket is full, an entry that is not counted (its tier has rate limits only) may be replaced by a new one.
+//! A counted connection is never replaced.
 
 use aya_ebpf::{Global, bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
@@ -19,27 +19,30 @@ type Buckets = Bucket<ConnectionState>;
 #[btf_map]
 static CONNECTIONS: Array<Buckets, { DEFAULT_CONNECTION_BUCKETS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// The number of buckets less 1; the loader sets it to what the map has.
+/// Number of buckets minus 1. The loader sets it to match the size of the map.
 #[unsafe(no_mangle)]
 static CONNECTION_MASK: Global<u32> = Global::new(DEFAULT_CONNECTION_BUCKETS - 1);
 
-/// How long a flow of datagrams is remembered without a packet, in ticks. The agent goes by the same time.
+/// How long a flow of datagrams without packets is remembered, in ticks (60 ticks are 64 s). The agent removes it
+/// after 60 s.
 const DATAGRAMS_TICKS: u32 = 60;
 
-/// Where a connection is remembered.
+/// The entry of a connection.
 #[derive(Clone, Copy)]
 pub struct Place {
     bucket: *mut Buckets,
     way: usize,
 }
 
-/// The place of a connection. `second`: it may be in the second of its buckets, where only connections that are counted are.
+/// Finds the entry of a connection. `second` says whether to search the second bucket too, which holds counted
+/// connections only.
 #[inline(always)]
 pub fn find(tag: u64, second: bool) -> Option<Place> {
     at(breaker_find(tag, second as u64))
 }
 
-/// The number of a connection's place plus 1; 0: there is none. A global function, as [`super::breaker_admit`].
+/// Returns the number of a connection's entry, or 0 if there is none. A global function: see
+/// [`super::breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_find(tag: u64, second: u64) -> u32 {
@@ -55,20 +58,21 @@ pub extern "C" fn breaker_find(tag: u64, second: u64) -> u32 {
     0
 }
 
-/// The place of a number.
+/// Returns the entry with a number; `None` for 0.
 #[inline(always)]
 fn at(number: u32) -> Option<Place> {
     let (bucket, way) = bucket::of_number(number)?;
     Some(Place { bucket: CONNECTIONS.get_ptr_mut(bucket)?, way })
 }
 
-/// Remembers a connection that was admitted. False: there is no room, and nobody will count it down.
+/// Remembers an admitted connection. Returns false if no entry could be claimed; the caller must then undo the
+/// counting, because nothing will count the connection down later.
 #[inline(always)]
 pub fn insert(tag: u64, limiter: u32, number: u32, what: u32, client: u32, tick: u32) -> bool {
     let Some(place) = at(breaker_claim(tag, (what & bits::COUNTED != 0) as u64)) else { return false };
     let state = place.state();
-    // SAFETY: the place is ours since its tag was swapped. Who finds the tag meanwhile sees an earlier connection's fields, as
-    // if this one had not come yet.
+    // SAFETY: this CPU owns the entry since it swapped the tag in. A CPU that finds the tag before the fields are
+    // written sees the fields of an earlier connection and treats this one as not yet there.
     unsafe {
         let turn = atomic::load32(&raw const (*state).state) & !(CONNECTION_TURN - 1);
         (&raw mut (*state).limiter).write_volatile(limiter);
@@ -80,7 +84,8 @@ pub fn insert(tag: u64, limiter: u32, number: u32, what: u32, client: u32, tick:
     true
 }
 
-/// Claims a place for a tag: its number plus 1; 0: there is none. A global function, as [`super::breaker_admit`].
+/// Claims an entry for a tag. Returns its number, or 0 if none is available. A global function: see
+/// [`super::breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_claim(tag: u64, counted: u64) -> u32 {
@@ -94,9 +99,10 @@ pub extern "C" fn breaker_claim(tag: u64, counted: u64) -> u32 {
     {
         return bucket::number(buckets[1], way);
     }
-    // One that is not counted gives way, whichever.
+    // No entry is free: replace a connection in the first bucket that is not counted, starting at an entry that the
+    // tag selects.
     let uncounted = |state: *const ConnectionState| {
-        // SAFETY: a state of this bucket; its fields are aligned.
+        // SAFETY: the state is in this bucket, and its fields are aligned.
         unsafe { atomic::load32(&raw const (*state).state) & bits::COUNTED == 0 }
     };
     match bucket::displace(first, tag, (tag >> 3) as usize & (WAYS - 1), uncounted) {
@@ -105,7 +111,7 @@ pub extern "C" fn breaker_claim(tag: u64, counted: u64) -> u32 {
     }
 }
 
-/// Takes a connection out of the counts of its limiter and its client (a place plus 1, or 0).
+/// Decrements the connection counts of a limiter and of a client (its entry number; 0 = no client).
 #[inline(always)]
 pub fn count_down(limiter: u32, client: u32) {
     if let Some(limiter) = LIMITERS.get_ptr_mut(limiter) {
@@ -115,19 +121,21 @@ pub fn count_down(limiter: u32, client: u32) {
     clients::count_down(client);
 }
 
-/// Notes a segment that ends a connection that is counted, or begins to: `over` for a RST, else the FIN of [`bits::CLIENT_FIN`] or
-/// [`bits::SERVER_FIN`], or [`bits::ANSWERED`].
+/// Records a segment that changes the state of a counted connection. `over` is true for a RST, which ends the
+/// connection at once; otherwise `bit` is [`bits::CLIENT_FIN`], [`bits::SERVER_FIN`], [`bits::ANSWERED`], a
+/// combination of these, or 0 for a mere sign that the connection is alive.
 #[inline(always)]
 pub fn note(tag: u64, bit: u32, over: bool) {
     let _ = breaker_note(tag, bit as u64 | (over as u64) << 32);
 }
 
-/// See [`note`]. A global function, as [`super::breaker_admit`]; one must return a number.
+/// Implements [`note`]. A global function: see [`super::breaker_admit`]. Global functions must return a number, so
+/// the result is always 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
     let Some(place) = find(tag, true) else { return 0 };
-    // SAFETY: the field of a map's value, 4 bytes and aligned.
+    // SAFETY: the pointer is to an aligned 4-byte field of a map value.
     if unsafe { atomic::load32(place.state_word()) } & bits::COUNTED == 0 {
         return 0;
     }
@@ -139,10 +147,10 @@ pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
     let bit = what as u32;
     let at = place.state_word();
     for _ in 0..gcra::TRIES {
-        // SAFETY: the field of a map's value, 4 bytes and aligned.
+        // SAFETY: as for the load above.
         let before = unsafe { atomic::load32(at) };
         let after = before | bit;
-        // SAFETY: as above.
+        // SAFETY: as for the load above.
         if before == after || unsafe { atomic::compare_exchange32(at, before, after) } {
             let both = bits::CLIENT_FIN | bits::SERVER_FIN;
             if after & both == both {
@@ -157,21 +165,22 @@ pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
 impl Place {
     #[inline(always)]
     fn state(&self) -> *mut ConnectionState {
-        // SAFETY: the bucket is a value of the map, and the place is inside.
+        // SAFETY: the bucket is a value of the map, and the index is masked to be in bounds.
         unsafe { &raw mut (*self.bucket).states[self.way & (WAYS - 1)] }
     }
 
     #[inline(always)]
     fn state_word(&self) -> *mut u32 {
-        // SAFETY: as above.
+        // SAFETY: as in `state`.
         unsafe { &raw mut (*self.state()).state }
     }
 
-    /// Whether a request is about the connection that is here: a SYN that is sent again, or a datagram of a flow that lives.
+    /// Returns whether the request belongs to the connection in this entry: a retransmitted SYN, or a datagram of a
+    /// flow that has not expired.
     #[inline(always)]
     pub fn is_again(&self, request: &Asked, limiter: u32) -> bool {
         let state = self.state();
-        // SAFETY: as above; the fields are aligned.
+        // SAFETY: as in `state`; the fields are aligned.
         let (of, number, last) = unsafe {
             (
                 atomic::load32(&raw const (*state).limiter),
@@ -181,23 +190,23 @@ impl Place {
         };
         let fresh =
             request.what & bits::DATAGRAMS == 0 || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
-        // Each connect() of a socket of the node's own is a connection of its own.
+        // For a socket in the host network namespace, each connect() is a new connection.
         let socket = request.what & (bits::SOCKET | bits::DATAGRAMS) == bits::SOCKET;
         of == limiter && number == request.number && fresh && !socket
     }
 
-    /// Whether a limiter has admitted the connection that is here.
+    /// Returns whether this limiter admitted the connection in this entry.
     #[inline(always)]
     pub fn is_of(&self, limiter: u32) -> bool {
-        // SAFETY: as above.
+        // SAFETY: as in `is_again`.
         unsafe { atomic::load32(&raw const (*self.state()).limiter) == limiter }
     }
 
-    /// Notes a sign of life.
+    /// Marks the connection as alive at `tick`.
     #[inline(always)]
     pub fn touch(&self, tick: u32) {
         let state = self.state();
-        // SAFETY: as above. Reading first keeps the cache line clean.
+        // SAFETY: as in `is_again`. Read first: an unconditional write would dirty the cache line for every packet.
         unsafe {
             let at = &raw mut (*state).last_tick;
             if atomic::load32(at) != tick {
@@ -206,11 +215,12 @@ impl Place {
         }
     }
 
-    /// Forgets the connection, and counts it down if it was counted. Of those who do so at once, one counts.
+    /// Frees the entry and, if the connection was counted, counts it down. If several CPUs do so at once, only one
+    /// counts down.
     #[inline(always)]
     pub fn release(&self) {
         let (state, at) = (self.state(), self.state_word());
-        // SAFETY: as above.
+        // SAFETY: as in `is_again`.
         let (limiter, client, first) = unsafe {
             (
                 atomic::load32(&raw const (*state).limiter),
@@ -223,15 +233,15 @@ impl Place {
             if before & bits::COUNTED == 0 {
                 break;
             }
-            // SAFETY: as above.
+            // SAFETY: as in `is_again`; the word is changed by atomics.
             if unsafe { atomic::compare_exchange32(at, before, before & !bits::COUNTED) } {
                 count_down(limiter, client);
                 break;
             }
-            // SAFETY: as above.
+            // SAFETY: as in `is_again`.
             before = unsafe { atomic::load32(at) };
             if (before ^ first) >= CONNECTION_TURN {
-                // The place is another connection's by now.
+                // Another connection has claimed the entry in the meantime.
                 return;
             }
         }

@@ -1,14 +1,15 @@
-//! Limits: new connections a second and connections at the same time, of a tier and of each of its clients.
+//! Limits on new connections per second and on concurrent connections, per tier and per client of a tier.
 //!
-//! [`Request::admit`] decides about one new connection. Rates are GCRA ([`breaker_common::gcra`]); connections at the same time are
-//! counted up here and counted down where the connection ends ([`connections`]). It looks at all limits before it takes
-//! anything, so that a connection that one of them refuses costs the others nothing.
+//! [`Request::admit`] decides about one new connection. Rates use GCRA ([`breaker_common::gcra`]). Concurrent
+//! connections are counted up here and counted down where the connection ends ([`connections`]). All limits are
+//! checked before anything is taken from one of them, so a connection that one limit refuses takes nothing from the
+//! others.
 //!
 //! | module | one concern |
 //! |---|---|
-//! | [`bucket`] | finding and claiming a place by its tag |
-//! | [`connections`] | which connections are admitted, and which are counted |
-//! | [`clients`] | the rate and count of each client; who is refused most often |
+//! | [`bucket`] | finding and claiming the entry of a tag |
+//! | [`connections`] | which connections were admitted, and which of them are counted |
+//! | [`clients`] | rate and connection count per client; the clients that are refused most often |
 
 pub mod bucket;
 pub mod clients;
@@ -34,58 +35,63 @@ use crate::{agent, atomic, count, family::V6};
 const SERVICES: usize = DEFAULT_SERVICES as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
-/// What is configured.
+/// The configured limits of each service. Written by the agent.
 #[btf_map]
 static LIMITS: Array<ServiceLimits, SERVICES, MMAPABLE> = Array::new();
 
-/// Buckets and counts, two for each service.
+/// Token buckets and connection counts of the limiters, two per service (see [`breaker_common::Limiter`]).
 #[btf_map]
 static LIMITERS: Array<Limiter, { 2 * SERVICES }, MMAPABLE> = Array::new();
 
 #[btf_map]
 static LIMIT_COUNTERS: PerCpuArray<LimitCounters, SERVICES> = PerCpuArray::new();
 
-/// Index of a tier in [`ServiceLimits::tiers`], and its part of a limiter's index.
+/// Index of the primary in [`ServiceLimits::tiers`]; also the offset of its limiter from twice the service's index.
 pub const PRIMARY: u32 = 0;
-/// As [`PRIMARY`].
+/// Index of the backup; see [`PRIMARY`].
 pub const BACKUP: u32 = 1;
 
-/// An answer: it may go on.
+/// Result of [`Request::admit`]: the connection is admitted.
 pub const ADMITTED: u32 = 0;
-/// An answer: its connection was admitted before.
+/// Result of [`Request::admit`]: the connection was admitted before.
 pub const REPEATED: u32 = 1;
-/// An answer: it is over the limit whose [`LimitKind`] is added.
+/// Base of the results that mean "over a limit": the number of the [`LimitKind`] is added to it.
 const OVER: u32 = 16;
 
-/// The limit that an answer says it is over.
+/// Returns the number of the [`LimitKind`] that the connection is over, or `None` if `answer` means that it is
+/// admitted.
 #[inline(always)]
 pub fn kind_over(answer: u32) -> Option<u32> {
     let mut answer = answer;
-    // The compiler knows which answers there are, and leaves out the mask by which the verifier would know it, too.
-    // SAFETY: no instruction at all.
+    // LLVM derives the range of `answer` from the code of `breaker_admit` and drops the mask below as redundant;
+    // without the mask the verifier cannot prove the index to be below 4. The empty assembly hides the value from
+    // LLVM.
+    // SAFETY: the assembly contains no instruction.
     unsafe { asm!("/* {0} */", inout(reg) answer, options(pure, nomem, nostack)) };
     if answer >= OVER { Some((answer - OVER) & 3) } else { None }
 }
 
-/// A new connection that asks to be admitted.
+/// A new connection that asks for admission.
 pub struct Request {
-    /// Of the connection.
+    /// Tag of the connection.
     pub tag: u64,
-    /// Its client: see [`clients::tag`].
+    /// The client as limits identify it: see [`Family::client`](crate::family::Family::client). Zero for the
+    /// processes in the host network namespace.
     pub client: V6,
     pub service: u32,
-    /// The service's switch, as a word.
+    /// The service's switch as a word (see [`Switch::to_word`]).
     pub switch: u64,
     /// [`PRIMARY`] or [`BACKUP`].
     pub tier: u32,
-    /// The sequence number of its SYN; 0 for datagrams.
+    /// Sequence number of the SYN as it is in memory; 0 for datagrams and sockets.
     pub number: u32,
-    /// Bits of [`connection_state`] that say what it is: `DATAGRAMS`, `SOCKET`.
+    /// Bits of [`connection_state`] that describe the connection: `DATAGRAMS`, `SOCKET`.
     pub what: u32,
 }
 
 impl Request {
-    /// Decides: [`ADMITTED`], [`REPEATED`], or over a limit ([`kind_over`]).
+    /// Decides whether the connection is admitted. Returns [`ADMITTED`], [`REPEATED`], or a number that
+    /// [`kind_over`] decodes.
     #[inline(always)]
     pub fn admit(&self) -> u32 {
         let [a, b, c, d] = self.client.in_words();
@@ -100,9 +106,11 @@ impl Request {
     }
 }
 
-/// See [`Request::admit`], whose fields these are. A global function: the verifier looks at it once, and not again for every
-/// way that leads here. Such a function takes numbers only (Documentation/bpf/btf.rst; `btf_prepare_func_args` in
-/// kernel/bpf/btf.c).
+/// Implements [`Request::admit`]; the arguments are the packed fields of the request.
+///
+/// A global BPF function: the verifier verifies it once by itself, instead of once per path of every caller. All
+/// arguments are scalars, which need no annotations for the verifier (Documentation/bpf/btf.rst;
+/// `btf_prepare_func_args` in kernel/bpf/btf.c).
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_admit(tag: u64, client_high: u64, client_low: u64, what: u64, number: u64) -> u32 {
@@ -122,8 +130,11 @@ pub extern "C" fn breaker_admit(tag: u64, client_high: u64, client_low: u64, wha
     admit(&asked, limits)
 }
 
-/// Now, by the clock that a tier's limits need. The fine one costs twice as much as the coarse one, which moves every 1 to 10
-/// ms: enough where the bucket holds what comes in that time many times over. Without a rate, the agent's heartbeat will do.
+/// Current time in nanoseconds, from the cheapest clock that is precise enough for a tier's limits.
+///
+/// The coarse clock advances every 1 to 10 ms and costs half as much as the precise one. It is used where every
+/// token bucket tolerates at least 100 ms, many times the clock's step. Without a rate limit, the time of the
+/// agent's last heartbeat is enough.
 #[inline(always)]
 fn now_for(limits: &ServiceLimits, tier: u32) -> u64 {
     const COARSE_ENOUGH: u64 = 100_000_000;
@@ -138,7 +149,7 @@ fn now_for(limits: &ServiceLimits, tier: u32) -> u64 {
     }
 }
 
-/// A [`Request`], and when it came.
+/// An unpacked [`Request`], with the current time.
 pub struct Asked {
     tag: u64,
     client: V6,
@@ -147,93 +158,100 @@ pub struct Asked {
     what: u32,
     number: u32,
     now_ns: u64,
-    /// The service's `onAgentLoss` says that the last decision holds.
+    /// The service has `onAgentLoss: Hold`.
     holds: bool,
 }
 
-/// Now, by a clock that is fine enough for a million connections a second (`bpf_ktime_get_coarse_ns` moves every 1 to 10 ms).
+/// Current time in nanoseconds from the precise clock, which can tell a million connections per second apart.
+/// (`bpf_ktime_get_coarse_ns` advances every 1 to 10 ms.)
 #[inline(always)]
 fn now_ns() -> u64 {
-    // SAFETY: no arguments, no side effects.
+    // SAFETY: the helper takes no arguments and has no side effects.
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// A service's limits.
+/// Returns the limits of a service.
 #[inline(always)]
 pub fn of(service: u32) -> Option<&'static ServiceLimits> {
     LIMITS.get(service)
 }
 
-/// A tier's limits.
+/// Selects the limits of a tier: [`PRIMARY`] or [`BACKUP`].
 #[inline(always)]
 pub fn of_tier(limits: &ServiceLimits, tier: u32) -> &TierLimits {
     if tier == PRIMARY { &limits.tiers[0] } else { &limits.tiers[1] }
 }
 
-/// Changes a service's counters.
+/// Changes the limit counters of a service on this CPU.
 #[inline(always)]
 pub fn counters(service: u32, change: impl FnOnce(&mut LimitCounters)) {
     if let Some(counters) = LIMIT_COUNTERS.get_ptr_mut(service) {
-        // SAFETY: the kernel returned a pointer to this CPU's value; see `count::service`.
+        // SAFETY: the kernel returned a pointer to this CPU's value; see `count::service` on preemption.
         change(unsafe { &mut *counters });
     }
 }
 
-/// The counter of a tier and a kind of limit.
+/// Selects the counter of a tier and of the limit with the number `kind` (a [`LimitKind`]).
 #[inline(always)]
 pub fn of_kind(counters: &mut [[u64; 4]; 2], tier: u32, kind: u32) -> &mut u64 {
     let tier = if tier == PRIMARY { &mut counters[0] } else { &mut counters[1] };
     &mut tier[kind as usize & 3]
 }
 
-/// Notes that connections of a service's primary went to the backup because of a limit: from here on its flows are looked
-/// for. The agent takes over with the next sweep, and clears this when the last of those flows has ended.
+/// Records that a connection to a service's primary was sent to the backup because of a limit. From then on, packets
+/// of the service are looked up in the flow tables. The agent sets [`switch_flags::TRACK`] in its next sweep and
+/// then clears this record.
 #[inline(always)]
 pub fn mark_overflowed(service: u32) {
     let Some(limiter) = LIMITERS.get_ptr_mut(service * 2) else { return };
     // SAFETY: the kernel returned a pointer to a value of this map; the field is 4 bytes, aligned.
     unsafe {
         let at = &raw mut (*limiter).overflowed;
-        // Reading first keeps the cache line shared.
+        // Read first: an unconditional write would take the cache line away from the other CPUs each time.
         if atomic::load32(at) == 0 {
             at.write_volatile(1);
         }
     }
 }
 
-/// Whether a service may have flows on the backup because of a limit.
+/// Returns whether [`mark_overflowed`] was called since the agent last cleared the record.
 #[inline(always)]
 pub fn has_overflowed(service: u32) -> bool {
     let Some(limiter) = LIMITERS.get_ptr_mut(service * 2) else { return false };
-    // SAFETY: as above.
+    // SAFETY: as in `mark_overflowed`.
     unsafe { atomic::load32(&raw const (*limiter).overflowed) != 0 }
 }
 
-/// A theoretical arrival time in a map.
+/// Pointer to a theoretical arrival time in a map value.
 struct Arrival(*mut u64);
 
 impl Word for Arrival {
     #[inline(always)]
     fn load(&self) -> u64 {
-        // SAFETY: the field of a map's value, 8 bytes and aligned, that only this type touches.
+        // SAFETY: the pointer is to an aligned 8-byte field of a map value, which the programs change through this
+        // type only.
         unsafe { atomic::load(self.0) }
     }
 
     #[inline(always)]
     fn compare_exchange(&self, old: u64, new: u64) -> bool {
-        // SAFETY: as above.
+        // SAFETY: as in `load`.
         unsafe { atomic::compare_exchange(self.0, old, new) }
     }
 }
 
-/// An answer of [`breaker_rate`] and [`breaker_count`]: over the limit.
+/// Result of [`breaker_rate`] and [`breaker_count`]: over the limit, nothing was taken.
 const REFUSED: u64 = 0;
-/// An answer of both: admitted, and not charged, or beyond the limit perhaps, because every compare-and-swap lost its race.
+/// Result of [`breaker_rate`] and [`breaker_count`]: admitted, but the limit was not enforced. The rate was not
+/// charged, or the count may now exceed its limit, because every compare-and-swap lost its race or because the agent
+/// is gone.
 const CONTENDED: u64 = 1;
-/// An answer of [`breaker_count`]: counted. Of [`breaker_rate`], any other number is the new theoretical arrival time.
+/// Result of [`breaker_count`]: counted. From [`breaker_rate`], a number above this one is the new theoretical
+/// arrival time.
 const COUNTED: u64 = 2;
 
-/// Whose word a limit is: of a limiter by its index, or of a client by the number of its place (see [`bucket::number`]).
+/// Owner of a token bucket and a connection count: a limiter by its index, or a client by its entry number (see
+/// [`bucket::number`]).
 #[derive(Clone, Copy)]
 enum Whose {
     Limiter(u32),
@@ -241,7 +259,7 @@ enum Whose {
 }
 
 impl Whose {
-    /// In 64 bits, for the global functions.
+    /// Packs the owner into 64 bits, to pass it to a global function.
     #[inline(always)]
     fn word(self) -> u64 {
         match self {
@@ -251,7 +269,7 @@ impl Whose {
     }
 }
 
-/// The theoretical arrival time and the count that a [`Whose::word`] names.
+/// Returns the theoretical arrival time and the connection count of the owner that [`Whose::word`] packed.
 #[inline(always)]
 fn words_of(whose: u64) -> Option<(Arrival, *mut u32)> {
     if whose >> 32 != 0 {
@@ -263,7 +281,7 @@ fn words_of(whose: u64) -> Option<(Arrival, *mut u32)> {
     Some(unsafe { (Arrival(&raw mut (*limiter).arrival_ns), &raw mut (*limiter).concurrent) })
 }
 
-/// Takes one connection out of a bucket. A global function, as [`breaker_admit`].
+/// Takes one connection from a rate limit. Times are in nanoseconds. A global function: see [`breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> u64 {
@@ -275,7 +293,8 @@ pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolera
     }
 }
 
-/// Gives back what [`breaker_rate`] took: the bucket is as full as it was, or, if it had been full for a while, full as of now.
+/// Undoes [`breaker_rate`], whose result was `after`. The bucket is then as full as before; if it had been full, it
+/// is full as of now.
 #[inline(always)]
 fn give_back(whose: Whose, after: u64, interval_ns: u64) {
     if after > COUNTED
@@ -285,15 +304,15 @@ fn give_back(whose: Whose, after: u64, interval_ns: u64) {
     }
 }
 
-/// Counts up to `most` (0 = without end). `holds`: the service's `onAgentLoss` says that the last decision holds. A global
-/// function, as [`breaker_admit`].
+/// Counts one more connection, up to `most` (0 = no limit). `holds` is 1 if the service has `onAgentLoss: Hold`. A
+/// global function: see [`breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
     let Some((_, at)) = words_of(whose) else { return CONTENDED };
     if most != 0 {
         for _ in 0..gcra::TRIES {
-            // SAFETY: the field of a map's value, 4 bytes and aligned, that is only changed by atomics.
+            // SAFETY: the pointer is to an aligned 4-byte field of a map value, which is changed by atomics only.
             let now = unsafe { atomic::load32(at) };
             if now as u64 >= most {
                 if counts_hold(holds != 0) {
@@ -301,19 +320,21 @@ pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
                 }
                 break;
             }
-            // SAFETY: as above.
+            // SAFETY: as for the load.
             if unsafe { atomic::compare_exchange32(at, now, now + 1) } {
                 return COUNTED;
             }
         }
     }
-    // SAFETY: as above.
+    // SAFETY: as for the load.
     unsafe { atomic::increment(at) };
     if most == 0 { COUNTED } else { CONTENDED }
 }
 
-/// Whether a count that is at its limit refuses. Without an agent that takes out of it what ended without a sign, nobody is
-/// refused for a count, unless the last decision holds.
+/// Returns whether a connection count that is at its limit refuses new connections.
+///
+/// The agent removes connections that ended without FIN or RST from the count. After its lease has run out the count
+/// may be too high, so it refuses nobody unless the service has `onAgentLoss: Hold`.
 #[inline(always)]
 fn counts_hold(holds: bool) -> bool {
     holds || agent::is_heard(agent::now_ns())
@@ -330,7 +351,7 @@ fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
             counters(asked.service, |c| c.repeated += 1);
             return REPEATED;
         }
-        // The client's port was used again: its earlier connection is over, or has moved to the other tier.
+        // The client reuses its port: the earlier connection has ended, or now belongs to the other tier.
         place.release();
     }
     if !limit.any() {
@@ -363,7 +384,8 @@ fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
     ADMITTED
 }
 
-/// Takes one connection from every limit, or nothing from any: then the error is the limit that it is over.
+/// Takes one connection from every limit. If one limit refuses, nothing is taken from any, and the error names that
+/// limit.
 #[inline(always)]
 fn take_all(
     asked: &Asked,
@@ -376,11 +398,11 @@ fn take_all(
     let client = clients::at(client_number);
     let now = asked.now_ns;
 
-    // Look: what one limit refuses takes nothing from the others.
+    // First check all limits without taking anything, so that a refusal by one of them changes no other.
     let over = |at: &Arrival, interval: u64, tolerance: u64| {
         interval != 0 && gcra::next(at.load(), now, interval, tolerance).is_none()
     };
-    // SAFETY: the fields of maps' values, 4 bytes and aligned.
+    // SAFETY: the pointers are to aligned 4-byte fields of map values.
     let full = |at: *mut u32, most: u32| most != 0 && unsafe { atomic::load32(at) } >= most && counts_hold(asked.holds);
     if let Some(client) = client {
         if over(&Arrival(clients::arrival(client)), limit.client_interval_ns, limit.client_tolerance_ns) {
@@ -397,7 +419,8 @@ fn take_all(
         return Err(LimitKind::Concurrent);
     }
 
-    // Take, and give back what was taken if another CPU was faster at the next limit.
+    // Then take from each. If another CPU exhausts a later limit in between, give back what was taken from the
+    // earlier ones.
     let (of_limiter, of_client) = (Whose::Limiter(limiter_index), Whose::Client(client_number));
     let mut client_after = CONTENDED;
     if client.is_some() && limit.client_interval_ns != 0 {

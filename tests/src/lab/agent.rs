@@ -1,4 +1,4 @@
-//! The agent under test: the real binary, in a node's network namespace.
+//! The agent under test: the real binary in a node's network namespace.
 
 use std::{
     fs::{self, File},
@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{binary, netns::NetNs, wait_for};
 
-/// An agent, running or not, and its files.
+/// An agent and its files. The agent may be running or not; dropping it kills the process.
 #[derive(Debug)]
 pub struct Agent {
     ns: NetNs,
@@ -26,47 +26,47 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that is not started yet. `dir` takes its configuration, socket and log.
+    /// Describes an agent without starting it. Its configuration, control socket and log go into `dir`.
     #[must_use]
     pub fn new(ns: &NetNs, dir: &Path, pin_path: &Path) -> Self {
         Self { ns: ns.clone(), dir: dir.to_owned(), pin_path: pin_path.to_owned(), process: None }
     }
 
-    /// Its control socket.
+    /// Path of the control socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.dir.join("breaker.sock")
     }
 
-    /// Its configuration file.
+    /// Path of the configuration file.
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.dir.join("lab.yaml")
     }
 
-    /// What is pinned of a kind: maps, links.
+    /// Directory of one kind of pins: `maps` or `links`.
     #[must_use]
     pub fn pinned(&self, kind: &str) -> PathBuf {
         self.pin_path().join(format!("v{}", breaker_common::ABI_VERSION)).join(kind)
     }
 
-    /// Where it pins.
+    /// Directory that contains all pins.
     #[must_use]
     pub fn pin_path(&self) -> &Path {
         &self.pin_path
     }
 
-    /// Its log.
+    /// Content of the log so far; empty if there is none.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
     }
 
-    /// Writes its configuration: what it says of services, and the agent's own section before it. The file is replaced
-    /// at once, as a careful editor does.
+    /// Writes the configuration file: a section `agent` with the paths and the lines of `agent`, then `services`. The
+    /// file is replaced by a rename, so that the agent never reads a part of it.
     ///
     /// # Errors
-    /// No place to write to.
+    /// Fails if the file cannot be written.
     pub fn write_config(&self, agent: &str, services: &str) -> Result<()> {
         let text = format!(
             "agent:\n  pinPath: {}\n  socket: {}\n{agent}{services}",
@@ -78,18 +78,18 @@ impl Agent {
         fs::rename(&temporary, self.config()).context("replace the configuration")
     }
 
-    /// Starts it, and waits until it answers.
+    /// Starts the agent and waits until it answers on its socket.
     ///
     /// # Errors
-    /// An agent that ends or does not answer; its log is in the message.
+    /// Fails if the agent exits or does not answer within 120 s; the error contains its log.
     pub fn start(&mut self) -> Result<()> {
         self.start_with(&[])
     }
 
-    /// As [`Agent::start`], with more arguments.
+    /// Like [`Agent::start`], with more arguments for the agent.
     ///
     /// # Errors
-    /// As there.
+    /// Fails if the agent exits or does not answer within 120 s; the error contains its log.
     pub fn start_with(&mut self, args: &[&str]) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.dir.join("agent.log")).context("open the log")?;
         let child = self
@@ -113,32 +113,32 @@ impl Agent {
         });
         outcome.with_context(|| format!("the agent's log:\n{}", self.log()))?;
         match ended {
-            Some(status) => bail!("the agent ended with {status}; its log:\n{}", self.log()),
+            Some(status) => bail!("the agent exited with {status}; its log:\n{}", self.log()),
             None => Ok(()),
         }
     }
 
-    /// Its process id.
+    /// Process id of the agent.
     ///
     /// # Errors
-    /// It is not running.
+    /// Fails if the agent is not running.
     pub fn pid(&self) -> Result<u32> {
         Ok(self.process.as_ref().context("the agent is not running")?.id())
     }
 
-    /// Sends it a signal.
+    /// Sends the agent a signal.
     ///
     /// # Errors
-    /// It is not running.
+    /// Fails if the agent is not running.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.pid()?).ok().and_then(Pid::from_raw).context("a process id")?;
+        let pid = i32::try_from(self.pid()?).ok().and_then(Pid::from_raw).context("invalid process id")?;
         kill_process(pid, signal).context("signal the agent")
     }
 
-    /// Kills it without a warning (SIGKILL).
+    /// Kills the agent with SIGKILL and waits for its end.
     ///
     /// # Errors
-    /// It is not running.
+    /// Fails if the agent is not running.
     pub fn kill(&mut self) -> Result<()> {
         let mut process = self.process.take().context("the agent is not running")?;
         process.kill().context("kill the agent")?;
@@ -146,49 +146,49 @@ impl Agent {
         Ok(())
     }
 
-    /// Ends it by SIGTERM, and waits.
+    /// Stops the agent with SIGTERM and waits for its end.
     ///
     /// # Errors
-    /// It is not running, or does not end well.
+    /// Fails if the agent is not running, or if its exit status is not success; the error contains its log.
     pub fn stop(&mut self) -> Result<()> {
         self.signal(Signal::TERM)?;
         let status = self.process.take().context("the agent is not running")?.wait().context("wait for the agent")?;
         if !status.success() {
-            bail!("the agent ended with {status}; its log:\n{}", self.log());
+            bail!("the agent exited with {status}; its log:\n{}", self.log());
         }
         Ok(())
     }
 
-    /// Runs the command line against it: standard output, error and exit code.
+    /// Runs the command `breaker` against this agent. Returns standard output, standard error and the exit status.
     ///
     /// # Errors
-    /// It could not be started.
+    /// Fails if the command cannot be started. A command that exits with a failure is not an error.
     pub fn cli(&self, args: &[&str]) -> Result<Output> {
         let mut command: Command = self.ns.command(binary("breaker")?);
         command.args(args).arg("--socket").arg(self.socket()).arg("--pin-path").arg(&self.pin_path);
         command.output().context("run breaker")
     }
 
-    /// Its status.
+    /// The agent's status, from its control socket.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Fails if the agent does not answer.
     pub fn status(&self) -> Result<AgentStatus> {
         self.with_client(async |client| client.status().await)
     }
 
-    /// One service's status.
+    /// The status of one service.
     ///
     /// # Errors
-    /// It does not answer, or there is no such service.
+    /// Fails if the agent does not answer, or if it has no such service.
     pub fn service(&self, name: &str) -> Result<ServiceStatus> {
         self.with_client(async |client| client.get(name).await)
     }
 
-    /// All events that it remembers.
+    /// All events that the agent still has in memory, oldest first.
     ///
     /// # Errors
-    /// It does not answer.
+    /// Fails if the agent does not answer.
     pub fn events(&self) -> Result<Vec<EventLine>> {
         self.with_client(async |client| {
             let mut events = Vec::new();
@@ -204,7 +204,7 @@ impl Agent {
     /// Waits until every backend of every service is Up.
     ///
     /// # Errors
-    /// After `limit`.
+    /// Fails after `limit`.
     pub fn wait_well(&self, limit: Duration) -> Result<()> {
         wait_for("every backend to be Up", limit, || {
             self.status().is_ok_and(|status| {
@@ -214,21 +214,22 @@ impl Agent {
         })
     }
 
-    /// Waits until the agent has read its file again, and everybody is well.
+    /// Waits until the agent has read its file again, and every backend is Up. An event `Config` of an earlier reload
+    /// satisfies the first condition, too.
     ///
     /// # Errors
-    /// After `limit`.
+    /// Fails after `limit`.
     pub fn wait_reload(&self, limit: Duration) -> Result<()> {
-        wait_for("the agent to read its file again", limit, || {
+        wait_for("the agent to reload its file", limit, || {
             self.events().is_ok_and(|events| events.iter().any(|e| e.kind == "Config"))
         })?;
         self.wait_well(limit)
     }
 
-    /// Waits until a service is in a state, and the programs know it.
+    /// Waits until a service is in a state and the maps say so: the applied plan equals the desired one.
     ///
     /// # Errors
-    /// After `limit`, with the last status.
+    /// Fails after `limit`; the error contains the last status and the agent's log.
     pub fn wait_state(&self, name: &str, state: &str, limit: Duration) -> Result<()> {
         let mut last = None;
         wait_for(&format!("{name} to be {state}"), limit, || {
@@ -239,9 +240,9 @@ impl Agent {
     }
 
     fn with_client<T>(&self, work: impl AsyncFnOnce(&Client) -> Result<T>) -> Result<T> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build a runtime")?;
         runtime.block_on(async {
-            let client = Client::connect(&self.socket())?.context("no agent listens")?;
+            let client = Client::connect(&self.socket())?.context("no agent listens on the socket")?;
             work(&client).await
         })
     }

@@ -1,4 +1,5 @@
-//! Clients that keep asking a Service, and what they were told: every request's outcome, time, and which pod answered.
+//! Clients that keep sending requests to a Service and record each one: its outcome, its duration, and the pod that
+//! answered.
 
 use std::{
     collections::BTreeMap,
@@ -22,27 +23,27 @@ use tokio::{
 
 use super::netns::NetNs;
 
-/// What a client was told.
+/// Outcome of a request, as the client sees it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {
-    /// An answer: status, and what stands behind `FROM` in the body (the pod).
+    /// An HTTP response: its status, and the text after `FROM` in its body, which names the pod.
     Answer(u16, String),
     /// The connection was refused.
     Refused,
     /// The connection was reset.
     Reset,
-    /// The connection ended before the answer did.
+    /// The connection was closed before the response was complete.
     Closed,
-    /// No connection in time.
+    /// The connection was not established in time.
     NotConnected,
-    /// No answer in time.
+    /// The response did not arrive in time.
     NoAnswer,
-    /// Anything else.
+    /// Any other error, as text.
     Other(String),
 }
 
 impl Outcome {
-    /// What an error of the socket is to a client.
+    /// The outcome that corresponds to a socket's error.
     #[must_use]
     pub fn of(error: &io::Error) -> Self {
         match error.kind() {
@@ -54,13 +55,13 @@ impl Outcome {
         }
     }
 
-    /// A 200 from somebody.
+    /// Whether it is a response with status 200, from any pod.
     #[must_use]
     pub const fn is_success(&self) -> bool {
         matches!(self, Self::Answer(200, _))
     }
 
-    /// Who answered.
+    /// The pod that answered, if one did.
     #[must_use]
     pub fn pod(&self) -> Option<&str> {
         match self {
@@ -84,41 +85,42 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// One request.
+/// Record of one request.
 #[derive(Clone, Debug)]
 pub struct Record {
-    /// When it began.
+    /// When the request began: for a new connection, before it was established.
     pub at: Instant,
-    /// How long it took.
+    /// How long the request took.
     pub took: Duration,
-    /// Whether it was on a connection that is used again.
+    /// Whether the client keeps its connection for several requests.
     pub keep_alive: bool,
-    /// What came of it.
+    /// Outcome of the request.
     pub outcome: Outcome,
 }
 
-/// How to ask.
+/// Load to generate.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Whom.
+    /// Address and port to connect to.
     pub target: SocketAddrV4,
-    /// New connections per second, a request on each.
+    /// New connections per second, with one request each. May be 0.
     pub per_second: u32,
-    /// Clients that keep their connection, with a request every 20 ms each.
+    /// Number of clients that keep their connection; each sends a request, then pauses for 20 ms. May be 0.
     pub keep_alive: u32,
-    /// How long a request may take.
+    /// Time limit of a request. On a new connection for one request it includes connecting; a keep-alive client has as
+    /// much time again to connect.
     pub limit: Duration,
 }
 
 impl Plan {
-    /// 200 new connections per second, a few that keep theirs, a second per request.
+    /// The usual load: 200 new connections per second, 4 clients that keep their connection, 1 s for a request.
     #[must_use]
     pub const fn usual(target: SocketAddrV4) -> Self {
         Self { target, per_second: 200, keep_alive: 4, limit: Duration::from_secs(1) }
     }
 }
 
-/// Clients at work.
+/// Clients that are running. Dropping it stops them.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
@@ -127,16 +129,16 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts clients in a network namespace.
+    /// Starts the clients in a network namespace.
     ///
     /// # Errors
-    /// No thread.
+    /// Fails if the thread cannot be started.
     pub fn start(ns: &NetNs, plan: Plan) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let records: Arc<Mutex<Vec<Record>>> = Arc::default();
         let (s, r) = (stop.clone(), records.clone());
         let thread = ns.thread(move || {
-            // In this namespace: a runtime of one thread, so that no socket is opened elsewhere.
+            // A runtime with a single thread: every socket is then opened in this thread's namespace.
             if let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() {
                 runtime.block_on(drive(plan, s, r));
             }
@@ -144,25 +146,26 @@ impl Load {
         Ok(Self { stop, records, thread: Some(thread) })
     }
 
-    /// What was recorded so far, in the order in which requests ended.
+    /// All records so far, in the order in which the requests ended.
     #[must_use]
     pub fn records(&self) -> Vec<Record> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits until `condition` holds for what was recorded.
+    /// Waits until `condition` holds for the records so far. The records are in the order in which the requests ended.
     ///
     /// # Errors
-    /// After `limit`, with a summary of the last second.
+    /// Fails after `limit`; the error contains a summary of the last 200 requests.
     pub fn wait(&self, what: &str, limit: Duration, mut condition: impl FnMut(&[Record]) -> bool) -> Result<()> {
         super::wait_for(what, limit, || condition(&self.records.lock().unwrap_or_else(PoisonError::into_inner)))
             .with_context(|| format!("the last requests: {:?}", summary(self.records().iter().rev().take(200))))
     }
 
-    /// Ends the clients; requests under way are waited for. Returns everything, in the order in which requests began.
+    /// Stops the clients and waits for the requests that are under way. Returns all records, in the order in which the
+    /// requests began.
     ///
     /// # Errors
-    /// A thread that panicked.
+    /// Fails if the clients' thread could not enter its namespace.
     pub fn stop(mut self) -> Result<Vec<Record>> {
         self.stop.store(true, Ordering::SeqCst);
         if let Some(thread) = self.thread.take()
@@ -185,10 +188,10 @@ impl Drop for Load {
     }
 }
 
-/// Asks once, on a new connection from a network namespace.
+/// Sends one request on a new connection from a network namespace.
 ///
 /// # Errors
-/// No thread.
+/// Fails if the thread or its runtime cannot be started. A request that fails is an [`Outcome`], not an error.
 pub fn ask_once(from: &NetNs, target: SocketAddrV4) -> Result<Outcome> {
     let outcome = from.enter(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -200,10 +203,10 @@ pub fn ask_once(from: &NetNs, target: SocketAddrV4) -> Result<Outcome> {
             Ok::<_, io::Error>(connection.ask(false, Duration::from_secs(5)).await)
         })
     })?;
-    outcome.context("ask")
+    outcome.context("start a runtime for one request")
 }
 
-/// How often each outcome was.
+/// Number of requests by outcome.
 #[must_use]
 pub fn summary<'a>(records: impl IntoIterator<Item = &'a Record>) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
@@ -240,7 +243,7 @@ fn record(records: &Records, at: Instant, keep_alive: bool, outcome: Outcome) {
     records.lock().unwrap_or_else(PoisonError::into_inner).push(record);
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 async fn ask_new(plan: Plan, records: Records) {
     let at = Instant::now();
     let outcome = match connect(plan, plan.limit).await {
@@ -253,7 +256,7 @@ async fn ask_new(plan: Plan, records: Records) {
     record(&records, at, false, outcome);
 }
 
-/// Requests one after the other on a connection that lasts as long as it does.
+/// Sends one request after the other on one connection, and opens a new connection after a failure.
 async fn keep_asking(plan: Plan, stop: Arc<AtomicBool>, records: Records) {
     const PAUSE: Duration = Duration::from_millis(20);
     let mut connection = None;
@@ -290,7 +293,7 @@ async fn connect(plan: Plan, limit: Duration) -> Result<Connection, Outcome> {
     }
 }
 
-/// An HTTP/1.1 connection that asks for `/`.
+/// An HTTP/1.1 connection for requests `GET /`.
 #[derive(Debug)]
 pub struct Connection {
     stream: TcpStream,
@@ -299,17 +302,18 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects without a time limit.
+    /// Connects, without a time limit.
     ///
     /// # Errors
-    /// What the socket said.
+    /// Returns the socket's error.
     pub async fn open(target: SocketAddrV4) -> io::Result<Self> {
         let stream = TcpStream::connect(target).await?;
         stream.set_nodelay(true)?;
         Ok(Self { stream, buffer: BytesMut::with_capacity(1024), target })
     }
 
-    /// Asks once.
+    /// Sends one request and reads the response. If `keep_alive` is false, the request asks the server to close the
+    /// connection afterwards.
     pub async fn ask(&mut self, keep_alive: bool, limit: Duration) -> Outcome {
         match timeout(limit, self.exchange(keep_alive)).await {
             Ok(Ok(outcome)) => outcome,
@@ -334,7 +338,7 @@ impl Connection {
     }
 }
 
-/// A whole answer at the start of a buffer, and its length.
+/// Parses a complete response at the start of a buffer, and returns its length in bytes; `None` if it is not complete.
 fn parse(buffer: &[u8]) -> Option<(Outcome, usize)> {
     let end = buffer.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
     let head = std::str::from_utf8(&buffer[..end]).ok()?;

@@ -1,5 +1,5 @@
-//! Services in iptables, as kube-proxy 1.34 writes them (chains, masquerade marks, the INVALID rule that punishes
-//! translations in the wrong place), and flannel's rules beside them.
+//! Services in iptables as kube-proxy 1.34 writes them, and flannel's rules beside them. This includes the masquerade
+//! marks, and the rule that drops packets in conntrack state INVALID: translations at a wrong hook run into it.
 
 use std::{
     fmt::Write as _,
@@ -13,25 +13,25 @@ use super::netns::NetNs;
 /// A Service of type ClusterIP.
 #[derive(Clone, Debug)]
 pub struct Service {
-    /// Its name.
+    /// Name, which becomes part of chain names and comments.
     pub name: String,
-    /// Its cluster IP and port.
+    /// Cluster IP and port.
     pub vip: SocketAddrV4,
-    /// Its endpoints.
+    /// Endpoints.
     pub endpoints: Vec<SocketAddrV4>,
-    /// `tcp`, `udp`: what its port is open for.
+    /// Protocols of the port: `tcp`, `udp`.
     pub protocols: &'static [&'static str],
 }
 
-/// Where the lab's VIPs are.
+/// Subnet of the lab's cluster IPs.
 pub const VIPS: &str = "10.43.0.0/24";
 
 const PODS: &str = "10.42.0.0/16";
 
-/// Sets up the chains that do not depend on Services.
+/// Adds the chains and rules that do not depend on Services.
 ///
 /// # Errors
-/// A failed command.
+/// Fails if iptables-restore fails; the error contains its output.
 pub fn base(ns: &NetNs) -> Result<()> {
     ns.iptables_restore(&format!(
         "*nat
@@ -65,15 +65,15 @@ COMMIT
     ))
 }
 
-/// Adds a Service.
+/// Adds a Service's chains and rules.
 ///
 /// # Errors
-/// A failed command.
+/// Fails if iptables-restore fails; the error contains its output.
 pub fn add_service(ns: &NetNs, service: &Service) -> Result<()> {
     service.protocols.iter().try_for_each(|protocol| ns.iptables_restore(&rules(service, protocol)))
 }
 
-/// A Service's chains for one protocol: as kube-proxy has it, each port is on its own.
+/// A Service's rules for one protocol. Like kube-proxy, each port and protocol has chains of its own.
 fn rules(service: &Service, protocol: &str) -> String {
     let name = &format!("{}{}", service.name, if protocol == "tcp" { "" } else { protocol });
     let chain = format!("KUBE-SVC-{}", tag(name));
@@ -108,7 +108,7 @@ fn rules(service: &Service, protocol: &str) -> String {
     rules
 }
 
-/// kube-proxy's chains end in 16 characters of a hash; ours are made of the name, for people.
+/// End of a chain's name. kube-proxy uses 16 characters of a hash; the lab uses the Service's name, which is readable.
 fn tag(name: &str) -> String {
     let mut tag: String = name.to_uppercase().chars().filter(char::is_ascii_alphanumeric).collect();
     tag.truncate(16);
@@ -118,12 +118,12 @@ fn tag(name: &str) -> String {
 fn sep(name: &str, endpoint: &SocketAddrV4) -> String {
     let ip = u32::from(*endpoint.ip());
     let mut name = tag(name);
-    // A chain's name has 28 characters at the most.
+    // A chain's name has at most 28 characters.
     name.drain(..name.len().saturating_sub(6));
     format!("KUBE-SEP-{name}{ip:08X}{:04X}", endpoint.port())
 }
 
-/// Where the lab's Services are: the first is 10.43.0.10.
+/// Cluster IP and port of the lab's Service number `index`: 10.43.0.(10 + `index`), port 8080.
 #[must_use]
 pub fn vip(index: u8) -> SocketAddrV4 {
     SocketAddrV4::new(Ipv4Addr::new(10, 43, 0, 10 + index), 8080)

@@ -1,4 +1,4 @@
-//! Network namespaces, and commands and threads in them.
+//! Network namespaces; commands and threads that run in them.
 
 use std::{
     fs::File,
@@ -10,17 +10,17 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// A named network namespace; somebody else deletes it (see [`super::world::World`]).
+/// A named network namespace. Dropping it does not delete the namespace: [`super::world::World`] does that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetNs {
     name: String,
 }
 
 impl NetNs {
-    /// Makes it, with its loopback up.
+    /// Creates a namespace and brings its loopback interface up.
     ///
     /// # Errors
-    /// No root, or a name that is taken.
+    /// Fails without root, or if the name exists.
     pub fn create(name: &str) -> Result<Self> {
         let ns = Self { name: name.to_owned() };
         run(Command::new("ip").args(["netns", "add", name]))?;
@@ -28,19 +28,19 @@ impl NetNs {
         Ok(ns)
     }
 
-    /// Its name.
+    /// Name of the namespace.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file that stands for it.
+    /// Path of the file that represents the namespace (ip-netns(8)).
     #[must_use]
     pub fn path(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(&self.name)
     }
 
-    /// A command that runs in it. (`ip netns exec` would hide mounts such as bpffs; nsenter does not.)
+    /// Creates a command that runs in the namespace. (nsenter keeps mounts such as bpffs, which `ip netns exec` hides.)
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
@@ -48,40 +48,40 @@ impl NetNs {
         command
     }
 
-    /// Runs `ip` with arguments in it.
+    /// Runs `ip` with these arguments in the namespace.
     ///
     /// # Errors
-    /// The failed command, with what it said.
+    /// Fails if the command fails; the error contains the command and its output.
     pub fn ip(&self, args: &[&str]) -> Result<()> {
         run(Command::new("ip").args(["-n", &self.name]).args(args))
     }
 
-    /// Runs a program in it to its end; returns what it printed.
+    /// Runs a program in the namespace and waits for it. Returns its standard output.
     ///
     /// # Errors
-    /// The failed command, with what it said.
+    /// Fails if the program fails; the error contains the command and its output.
     pub fn output(&self, program: &str, args: &[&str]) -> Result<String> {
         output(self.command(program).args(args))
     }
 
-    /// Sets sysctls in it.
+    /// Sets sysctls in the namespace. Each setting is `name=value`.
     ///
     /// # Errors
-    /// The failed command.
+    /// Fails if a sysctl cannot be set.
     pub fn sysctl(&self, settings: &[&str]) -> Result<()> {
         for setting in settings {
-            let (name, value) = setting.split_once('=').context("a setting is name=value")?;
+            let (name, value) = setting.split_once('=').context("a sysctl setting must be name=value")?;
             let file = format!("/proc/sys/{}", name.replace('.', "/"));
-            // The directory is the namespace's of whoever opens it.
+            // /proc/sys/net shows the values of the namespace of the process that opens it.
             run(self.command("sh").args(["-c", &format!("echo {value} > {file}")]))?;
         }
         Ok(())
     }
 
-    /// Feeds rules to `iptables-restore` in it, without flushing what is there.
+    /// Adds rules by `iptables-restore` in the namespace, without flushing the rules that exist.
     ///
     /// # Errors
-    /// The failed command, with what it said.
+    /// Fails if the command fails; the error contains its output and the rules.
     pub fn iptables_restore(&self, rules: &str) -> Result<()> {
         use std::io::Write as _;
         let mut child = self
@@ -91,7 +91,7 @@ impl NetNs {
             .stderr(Stdio::piped())
             .spawn()
             .context("start iptables-restore")?;
-        child.stdin.take().context("stdin")?.write_all(rules.as_bytes()).context("write the rules")?;
+        child.stdin.take().context("no stdin pipe")?.write_all(rules.as_bytes()).context("write the rules")?;
         let output = child.wait_with_output().context("wait for iptables-restore")?;
         if !output.status.success() {
             bail!("iptables-restore: {}\n{rules}", String::from_utf8_lossy(&output.stderr).trim());
@@ -99,20 +99,20 @@ impl NetNs {
         Ok(())
     }
 
-    /// Puts the calling thread into it, for the rest of its life.
+    /// Moves the calling thread into the namespace, for the rest of the thread's life.
     ///
     /// # Errors
-    /// No root.
+    /// Fails without root, or if the namespace does not exist.
     pub fn settle(&self) -> Result<()> {
         let ns = File::open(self.path()).with_context(|| format!("open {}", self.path().display()))?;
         move_into_link_name_space(std::os::fd::AsFd::as_fd(&ns), Some(LinkNameSpaceType::Network))
             .context("enter the network namespace")
     }
 
-    /// Runs `work` on a thread that lives in it.
+    /// Starts a thread that runs `work` in the namespace.
     ///
     /// # Errors
-    /// No thread.
+    /// Fails if the thread cannot be started. The thread returns an error if it cannot enter the namespace.
     pub fn thread<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -127,10 +127,10 @@ impl NetNs {
             .context("start a thread")
     }
 
-    /// Runs `work` in it, and waits.
+    /// Runs `work` in the namespace, on a thread of its own, and waits for the result. A panic of `work` is passed on.
     ///
     /// # Errors
-    /// No thread, or a panic in it.
+    /// Fails if the thread cannot be started or cannot enter the namespace.
     pub fn enter<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
         match self.thread(work)?.join() {
             Ok(outcome) => outcome,
@@ -139,22 +139,22 @@ impl NetNs {
     }
 }
 
-/// Runs a command to its end.
+/// Runs a command and waits for it.
 ///
 /// # Errors
-/// The whole command, and what it said.
+/// Fails if the command cannot be started or fails; the error contains the command and its standard error.
 pub fn run(command: &mut Command) -> Result<()> {
     output(command).map(drop)
 }
 
-/// Runs a command to its end; returns what it printed.
+/// Runs a command and waits for it. Returns its standard output.
 ///
 /// # Errors
-/// The whole command, and what it said.
+/// Fails if the command cannot be started or fails; the error contains the command and its standard error.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("start {command:?}"))?;
     if !output.status.success() {
-        bail!("failed ({}): {command:?}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        bail!("command failed ({}): {command:?}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -1,4 +1,4 @@
-//! Pods that run the dummy service, and what can go wrong with them.
+//! Pods that run the dummy service, and the faults that can be injected into them.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,23 +15,23 @@ use super::{
     world::{Node, Pod},
 };
 
-/// A way to fail. More come here.
+/// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Fault {
-    /// The service says 503 to checks and hangs on requests.
+    /// The service answers checks with 503, and requests hang.
     FakeError,
-    /// Its process is killed: connections are refused.
+    /// The service's process is killed, so connections are refused.
     Kill,
-    /// Packets to the pod are dropped: nothing answers.
+    /// Packets to the pod are dropped, so nothing answers.
     BlackHole,
 }
 
 impl Fault {
-    /// All of them, in the order of the story.
+    /// All faults, in the order in which the demo shows them.
     pub const ALL: [Self; 3] = [Self::FakeError, Self::Kill, Self::BlackHole];
 
-    /// As in JSON.
+    /// Name of the fault, as in JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -42,22 +42,22 @@ impl Fault {
     }
 }
 
-/// Port of the dummy service in its pod.
+/// TCP and UDP port of the dummy service in its pod.
 pub const PORT: u16 = 80;
 
 /// A pod with a running dummy service.
 #[derive(Debug)]
 pub struct ServicePod {
-    /// Its network.
+    /// The pod.
     pub pod: Pod,
     process: Option<Child>,
 }
 
 impl ServicePod {
-    /// Adds a pod to a node and starts the service in it.
+    /// Adds a pod to a node and starts the service in it. Waits until the service answers.
     ///
     /// # Errors
-    /// A failed command, or a service that does not come up.
+    /// Fails if a command fails, or if the service does not answer within 10 s.
     pub fn start(node: &mut Node, name: &str) -> Result<Self> {
         let pod = node.add_pod(name)?;
         let mut service = Self { pod, process: None };
@@ -65,13 +65,13 @@ impl ServicePod {
         Ok(service)
     }
 
-    /// Address and port.
+    /// IPv4 address and port of the service.
     #[must_use]
     pub const fn address(&self) -> SocketAddrV4 {
         SocketAddrV4::new(self.pod.address, PORT)
     }
 
-    /// Process id of the service, while it lives.
+    /// Process id of the service; `None` after [`Fault::Kill`].
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Child::id)
@@ -91,10 +91,11 @@ impl ServicePod {
         wait_for("the dummy service to listen", Duration::from_secs(10), || self.ask("GET", "/alive").is_ok())
     }
 
-    /// Asks the service from within its own pod, past everything: status and body.
+    /// Sends the service a request over the pod's own loopback interface, which no program or rule affects. Returns the
+    /// status and the body.
     ///
     /// # Errors
-    /// No connection, or no answer.
+    /// Fails if the service does not accept the connection, or does not answer within 5 s.
     pub fn ask(&self, method: &str, path: &str) -> Result<(u16, String)> {
         let request =
             format!("{method} {path} HTTP/1.1\r\nhost: lab\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
@@ -104,34 +105,34 @@ impl ServicePod {
             stream.write_all(request.as_bytes())?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;
-            let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).context("no status")?;
+            let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).context("the answer has no status")?;
             let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned();
             Ok((status, body))
         })?
     }
 
-    /// Makes it fail.
+    /// Injects a fault.
     ///
     /// # Errors
-    /// A fault that could not be brought about.
+    /// Fails if the fault cannot be injected; [`Fault::Kill`] also if the service is not running.
     pub fn inject(&mut self, fault: Fault) -> Result<()> {
         match fault {
             Fault::FakeError => self.post("/fakeerrormodeon"),
             Fault::Kill => {
-                let mut process = self.process.take().context("it is dead already")?;
+                let mut process = self.process.take().context("dummy-service is not running")?;
                 process.kill().context("kill dummy-service")?;
                 process.wait().context("wait for dummy-service")?;
                 Ok(())
             }
-            // In the pod's own namespace, on everything but its loopback, by which we still reach it.
+            // In the pod's own namespace, on all interfaces but loopback, over which the lab still reaches the service.
             Fault::BlackHole => self.drop_rule("-I"),
         }
     }
 
-    /// Makes it well again.
+    /// Removes a fault.
     ///
     /// # Errors
-    /// A fault that could not be taken back.
+    /// Fails if the fault cannot be removed, or if a restarted service does not answer within 10 s.
     pub fn heal(&mut self, fault: Fault) -> Result<()> {
         match fault {
             Fault::FakeError => self.post("/fakeerrormodeoff"),
@@ -148,7 +149,7 @@ impl ServicePod {
     fn post(&self, path: &str) -> Result<()> {
         match self.ask("POST", path)? {
             (200, _) => Ok(()),
-            (status, body) => bail!("POST {path} answered {status} {body}"),
+            (status, body) => bail!("POST {path}: answered {status} {body}, expected 200"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The lab that the story is about: a node, a primary and a backup behind Services, a client pod, an agent.
+//! The complete lab: a node, a primary and a backup behind Services, a client pod and an agent.
 
 use std::{
     fmt::Write as _,
@@ -17,17 +17,17 @@ use super::{
     world::{Pod, World},
 };
 
-/// How often the primary and the backup are checked.
+/// Interval and thresholds of the checks of the primary and the backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checks {
-    /// The lab's: every 3 s, one failure is down, one pass is up.
+    /// Every 3 s; one failure means Down, one success means Up. These are the defaults of a check.
     Default,
-    /// Every 100 ms, three failures are down, one pass is up, 100 ms for an answer.
+    /// Every 100 ms, with a timeout of 100 ms; three failures mean Down, one success means Up.
     Fast,
 }
 
 impl Checks {
-    /// For people and JSON.
+    /// Short description, for output and JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -46,39 +46,39 @@ impl Checks {
     }
 }
 
-/// The service's name in the agent.
+/// Name of the lab's service in the agent's configuration.
 pub const SERVICE: &str = "dummy";
 
-/// The lab.
+/// A node with a primary, a backup, a client and an agent.
 #[derive(Debug)]
 pub struct Lab {
     /// The agent under test.
     pub agent: Agent,
-    /// The client's pod.
+    /// The pod that clients run in.
     pub client: Pod,
-    /// The primary.
+    /// The pod of the primary.
     pub primary: ServicePod,
-    /// The backup.
+    /// The pod of the backup.
     pub backup: ServicePod,
-    /// Where clients connect to.
+    /// Cluster IP and port that clients connect to.
     pub vip: SocketAddrV4,
-    /// Everything beneath; last, so that it goes last.
+    /// Nodes and pods. The last field, so that it is dropped last.
     pub world: World,
 }
 
 impl Lab {
-    /// Sets the lab up on one node; the agent is configured, but not started.
+    /// Sets the lab up on one node and writes the agent's configuration; does not start the agent.
     ///
     /// # Errors
-    /// No root, or a missing program (`cargo xtask setup`).
+    /// Fails without root, or if a program is missing (`cargo xtask setup` installs them).
     pub fn new(checks: Checks) -> Result<Self> {
         Self::with(checks, "")
     }
 
-    /// As [`Lab::new`], with more lines for the service (four spaces deep).
+    /// Like [`Lab::new`], with more lines for the service's configuration (indented by four spaces).
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Lab::new`].
     pub fn with(checks: Checks, service: &str) -> Result<Self> {
         let mut world = World::new(1)?;
         kubeproxy::base(world.node(0).ns())?;
@@ -98,15 +98,15 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Writes the agent's configuration.
+    /// Writes the agent's configuration. `service` is more lines for the service, indented by four spaces.
     ///
     /// # Errors
-    /// No place to write to.
+    /// Fails if the file cannot be written.
     pub fn configure(&self, checks: Checks, service: &str) -> Result<()> {
         self.agent.write_config("", &self.services(checks, service))
     }
 
-    /// The services' part of the configuration.
+    /// The part of the configuration that describes the services.
     #[must_use]
     pub fn services(&self, checks: Checks, service: &str) -> String {
         format!(
@@ -115,7 +115,7 @@ impl Lab {
         )
     }
 
-    /// As [`Lab::services`], by these frontends instead of the VIP, each as it stands in a list.
+    /// Like [`Lab::services`], with other frontends instead of the VIP, each as a YAML list element: see [`frontend`].
     #[must_use]
     pub fn services_by(&self, checks: Checks, service: &str, frontends: &[String]) -> String {
         let listed = |frontend: &String| format!("      - {frontend}\n");
@@ -123,34 +123,35 @@ impl Lab {
         self.services(checks, service).replacen(&vip, &frontends.iter().map(listed).collect::<String>(), 1)
     }
 
-    /// Starts clients in the client's pod.
+    /// Starts clients in the client pod.
     ///
     /// # Errors
-    /// No thread.
+    /// Fails if the thread cannot be started.
     pub fn load(&self, plan: Plan) -> Result<Load> {
         Load::start(&self.client.ns, plan)
     }
 
-    /// Asks the Service once from the client's pod, on a new connection.
+    /// Sends one request to the Service from the client pod, on a new connection.
     ///
     /// # Errors
-    /// No thread.
+    /// Fails if the thread or its runtime cannot be started. A request that fails is an [`Outcome`], not an error.
     pub fn ask(&self) -> Result<Outcome> {
         self.ask_at(self.vip)
     }
 
-    /// Asks any address once from the client's pod, on a new connection.
+    /// Sends one request to any address from the client pod, on a new connection.
     ///
     /// # Errors
-    /// No thread.
+    /// Fails if the thread or its runtime cannot be started. A request that fails is an [`Outcome`], not an error.
     pub fn ask_at(&self, target: SocketAddrV4) -> Result<Outcome> {
         super::client::ask_once(&self.client.ns, target)
     }
 
-    /// Plays one fault under load, from well to well.
+    /// Injects one fault under load, waits for the failover, removes the fault, and waits until the primary answers new
+    /// connections again. Calls `watch` at each [`Moment`].
     ///
     /// # Errors
-    /// Something that did not happen in time.
+    /// Fails if one of these steps takes longer than 20 s.
     pub fn play(
         &mut self,
         fault: Fault,
@@ -163,7 +164,7 @@ impl Lab {
         let load = self.load(plan)?;
         let limit = Duration::from_secs(20);
         let from = |records: &[Record], pod: &str, at: Instant| {
-            // The keep-alive clients too: everybody has moved.
+            // The keep-alive clients count, too: all clients must have moved.
             let recent: Vec<_> = records.iter().rev().take_while(|r| r.at >= at).collect();
             recent.len() >= 20 && recent.iter().rev().take(20).all(|r| r.outcome.pod() == Some(pod))
         };
@@ -178,7 +179,7 @@ impl Lab {
         self.agent.wait_state(SERVICE, "Open", limit)?;
         watch(Moment::Open(&load));
         let opened = Instant::now();
-        load.wait("the backup to answer everybody", limit, |records| from(records, &backup, opened))?;
+        load.wait("the backup to answer all clients", limit, |records| from(records, &backup, opened))?;
         watch(Moment::OnBackup(&load));
         let healing = Instant::now();
         self.primary.heal(fault)?;
@@ -198,13 +199,13 @@ impl Lab {
     }
 }
 
-/// An address and port as they stand in a list of frontends.
+/// An address and port in YAML, as an element of a list of frontends.
 #[must_use]
 pub fn frontend(at: SocketAddrV4) -> String {
     format!("{{address: {}, port: {}}}", at.ip(), at.port())
 }
 
-/// The configuration of one service.
+/// The configuration of one service in YAML, as an element of `services`. `more`: more lines, indented by four spaces.
 #[must_use]
 pub fn entry(
     name: &str,
@@ -243,30 +244,30 @@ pub fn entry(
     text
 }
 
-/// A moment of a play, with the clients at work.
+/// A moment of [`Lab::play`], with the clients that are running.
 #[derive(Debug)]
 pub enum Moment<'a> {
-    /// The primary answers.
+    /// The primary answers all requests.
     Well(&'a Load),
-    /// The fault is there.
+    /// The fault is injected.
     Injected(&'a Load),
     /// The breaker is open.
     Open(&'a Load),
-    /// Everybody is on the backup.
+    /// The backup answers all clients.
     OnBackup(&'a Load),
     /// The breaker is closed again.
     Closed(&'a Load),
-    /// New connections are on the primary again.
+    /// The primary answers new connections again.
     Back(&'a Load),
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Times {
-    /// The injection begins; it may have worked before it ends.
+    /// Before the injection, which may take effect before it returns.
     injecting: Instant,
     injected: Instant,
     opened: Instant,
-    /// Healing begins; it may have worked before it ends.
+    /// Before the fault is removed, which may take effect before it returns.
     healing: Instant,
     healed: Instant,
     closed: Instant,
@@ -287,43 +288,43 @@ impl Times {
     }
 }
 
-/// What came of a fault.
+/// Result of [`Lab::play`].
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Play {
-    /// Which.
+    /// The fault that was injected.
     pub fault: Fault,
-    /// How often was checked.
+    /// [`Checks::name`] of the checks.
     pub checks: &'static str,
-    /// From the end of the injection to the first success after which all succeed.
+    /// Milliseconds from the end of the injection to the first success after the last failure of the outage.
     pub recovered_ms: u128,
-    /// Requests without a 200.
+    /// Number of requests that did not get a 200.
     pub failed_requests: usize,
-    /// Those, by what happened to them.
+    /// Failed requests by outcome.
     pub failures: std::collections::BTreeMap<String, usize>,
-    /// Answers that were neither the right pod's nor an error that the fault explains; must be 0.
+    /// Number of outcomes that the fault does not explain: answers of the wrong pod, unexpected errors. Must be 0.
     pub wrong_answers: usize,
-    /// Those, each in words: what, when it began and ended after the injection.
+    /// Description of each of these: the outcome, and when the request began and ended, in ms after the injection.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub wrong: Vec<String>,
-    /// From the end of healing to the first new connection on the primary.
+    /// Milliseconds from the end of the fault to the first new connection that the primary answered.
     pub back_on_primary_ms: u128,
-    /// All requests.
+    /// Number of all requests.
     pub requests: usize,
-    /// What the breaker did.
+    /// The breaker's transitions.
     pub transitions: Vec<Step>,
 }
 
-/// A transition.
+/// A transition of the breaker.
 #[derive(Clone, Debug, Serialize)]
 pub struct Step {
-    /// From.
+    /// State before.
     pub from: String,
-    /// To.
+    /// State after.
     pub to: String,
-    /// Why.
+    /// Reason of the transition.
     pub reason: String,
-    /// When.
+    /// Time of the transition.
     pub at: jiff::Timestamp,
 }
 
@@ -346,7 +347,7 @@ impl Play {
     ) -> Self {
         let after = |at: Instant| move |r: &&Record| r.at >= at;
         let failed: Vec<&Record> = records.iter().filter(|r| !r.outcome.is_success()).collect();
-        // The last failure of this outage; what fails after healing is counted, but is another matter.
+        // The last failure of this outage. Requests that fail after the fault was removed are counted, but not here.
         let last_failure = failed.iter().filter(|r| r.at < times.healed).map(|r| r.at).max();
         let recovered = records
             .iter()
@@ -375,7 +376,7 @@ impl Play {
     }
 }
 
-/// A request that began shortly before a change may be answered by either side of it.
+/// Tolerance around a change: a request that begins this shortly before it may be answered by either pod.
 const MARGIN: Duration = Duration::from_millis(50);
 
 fn is_wrong(record: &Record, fault: Fault, times: &Times, primary: &str, backup: &str) -> bool {
@@ -383,17 +384,18 @@ fn is_wrong(record: &Record, fault: Fault, times: &Times, primary: &str, backup:
     let ended = record.at + record.took;
     match &record.outcome {
         Outcome::Answer(200, pod) if pod == primary => {
-            // While it fails it cannot say 200; while open nobody new is sent there.
+            // The failed primary cannot answer 200, and an open breaker sends it no new connections.
             ended > times.injected + MARGIN && ended < times.healing
                 || !record.keep_alive && began > times.opened + MARGIN && ended < times.healing
         }
         Outcome::Answer(200, pod) if pod == backup => {
-            // Before there was a reason, or as a new connection long after it was closed again.
+            // The backup answered before the fault, or a new connection well after the breaker was closed again.
             ended < times.injecting || !record.keep_alive && began > times.closed + MARGIN
         }
         Outcome::Answer(503, pod) if pod == primary => fault != Fault::FakeError || began > times.healed,
         Outcome::Answer(..) | Outcome::Other(_) => true,
-        // An error is explained by the fault from a little before it until a little after everybody has moved.
+        // Other errors are explained by the fault if the request ended after its injection began and began before it
+        // was removed.
         _ => ended < times.injecting || began > times.healed,
     }
 }

@@ -1,9 +1,9 @@
-//! Nodes as k3s lays them out: a bridge `cni0` (hairpin, MTU 1450, bridge-nf-call-iptables), pods behind veths whose
-//! host sides are named `veth` and eight hex digits, flannel's VXLAN between nodes (IPv4; IPv6 is there within a node and on
-//! the nodes' network).
+//! Nodes like those of k3s: a bridge `cni0` (hairpin, MTU 1450, bridge-nf-call-iptables), pods behind veths whose host
+//! sides are named `veth` and eight hex digits, and flannel's VXLAN between nodes (IPv4 only; IPv6 works within a node
+//! and on the network of the nodes).
 //!
-//! A world goes away when it is dropped; when its process dies without (interrupted, killed), a little shell that
-//! waits for that on a pipe cleans up. Two worlds at once do not see each other.
+//! A world is removed when it is dropped. If its process is interrupted or killed, a shell process that waits for the
+//! end of a pipe removes it. Several worlds can exist at once and do not see each other.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
@@ -16,18 +16,18 @@ use anyhow::{Context as _, Result};
 
 use super::netns::{NetNs, run};
 
-/// A machine full of nodes.
+/// A set of nodes and the network that connects them.
 #[derive(Debug)]
 pub struct World {
     id: String,
     dir: PathBuf,
     lan: NetNs,
     nodes: Vec<Node>,
-    /// Cleans up when its standard input ends.
+    /// Shell process that removes the world when its standard input ends; `None` if the world is to stay.
     janitor: Option<Child>,
 }
 
-/// A node: its network, and its pods.
+/// A node: a network namespace and its pods.
 #[derive(Debug)]
 pub struct Node {
     world: String,
@@ -36,32 +36,32 @@ pub struct Node {
     pods: u8,
 }
 
-/// A pod's network.
+/// A pod: a network namespace behind a veth.
 #[derive(Clone, Debug)]
 pub struct Pod {
-    /// Its namespace.
+    /// Network namespace of the pod.
     pub ns: NetNs,
-    /// Its address.
+    /// IPv4 address.
     pub address: Ipv4Addr,
-    /// Its IPv6 address.
+    /// IPv6 address.
     pub address6: Ipv6Addr,
-    /// Host side of its veth, in the node's namespace.
+    /// Name of the veth's host side, which is in the node's namespace.
     pub veth: String,
 }
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 impl World {
-    /// Makes a world with `nodes` nodes (1 to 9).
+    /// Creates a world with `nodes` nodes (0 to 9).
     ///
     /// # Errors
-    /// No root, or a missing program (`cargo xtask setup`).
+    /// Fails without root, or if a program is missing (`cargo xtask setup` installs them).
     pub fn new(nodes: u8) -> Result<Self> {
         load_br_netfilter()?;
         let id = format!("brk{}x{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let dir = PathBuf::from("/run/breaker-lab").join(&id);
-        let janitor = start_janitor(&id, &dir).context("start the janitor")?;
-        std::fs::create_dir_all(dir.join("bpf")).with_context(|| format!("make {} (root?)", dir.display()))?;
+        let janitor = start_janitor(&id, &dir).context("start the process that cleans up")?;
+        std::fs::create_dir_all(dir.join("bpf")).with_context(|| format!("create {} (root?)", dir.display()))?;
         run(Command::new("mount").args(["-t", "bpf", "bpf"]).arg(dir.join("bpf"))).context("mount a bpffs (root?)")?;
         let lan = NetNs::create(&format!("{id}-lan"))?;
         lan.ip(&["link", "add", "br0", "type", "bridge"])?;
@@ -76,25 +76,25 @@ impl World {
         Ok(world)
     }
 
-    /// What the names of its network namespaces begin with.
+    /// Identifier of the world; the names of its network namespaces begin with it.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// A directory of its own, gone with it.
+    /// Directory for the world's files; removed with the world.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Where its own BPF file system is.
+    /// Mount point of the world's own BPF file system.
     #[must_use]
     pub fn bpffs(&self) -> PathBuf {
         self.dir.join("bpf")
     }
 
-    /// The network that the nodes are on: an outside client's place.
+    /// Namespace of the network that connects the nodes. Clients outside of the cluster run there.
     #[must_use]
     pub const fn lan(&self) -> &NetNs {
         &self.lan
@@ -106,14 +106,14 @@ impl World {
         &self.nodes[index]
     }
 
-    /// A node by index, from 0, to add pods to.
+    /// A node by index, from 0, to add pods to or remove pods from.
     pub fn node_mut(&mut self, index: usize) -> &mut Node {
         &mut self.nodes[index]
     }
 
-    /// Leaves it up when it is dropped; returns the command that takes it away.
+    /// Keeps the world when it is dropped. Returns the shell command that removes it.
     pub fn keep(&mut self) -> String {
-        // Its work is the user's now.
+        // From now on the user removes the world.
         if let Some(mut janitor) = self.janitor.take() {
             let _ = janitor.kill();
             let _ = janitor.wait();
@@ -125,19 +125,19 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         let Some(mut janitor) = self.janitor.take() else { return };
-        // End of its standard input is its sign.
+        // The shell removes the world when its standard input ends.
         drop(janitor.stdin.take());
         let _ = janitor.wait();
     }
 }
 
-/// Bridged packets pass netfilter only with this module; on a k3s node it is loaded.
+/// Loads the kernel module that passes bridged packets through netfilter. k3s nodes have it loaded.
 fn load_br_netfilter() -> Result<()> {
     if Path::new("/proc/sys/net/bridge").exists() {
         return Ok(());
     }
     run(Command::new("modprobe").arg("br_netfilter"))
-        .context("the lab needs the kernel module br_netfilter: modprobe br_netfilter")
+        .context("the lab needs the kernel module br_netfilter; load it: modprobe br_netfilter")
 }
 
 fn cleanup_script(id: &str, dir: &Path) -> String {
@@ -150,7 +150,7 @@ fn cleanup_script(id: &str, dir: &Path) -> String {
 
 fn start_janitor(id: &str, dir: &Path) -> Result<Child> {
     let script = format!("cat >/dev/null; {}", cleanup_script(id, dir));
-    // A session of its own, so that an interrupt from the keyboard does not reach it.
+    // In a session of its own, so that an interrupt from the keyboard does not reach it.
     Command::new("setsid")
         .args(["sh", "-c", &script])
         .stdin(Stdio::piped())
@@ -186,7 +186,7 @@ impl Node {
         Ok(node)
     }
 
-    /// As flannel's vxlan backend sets a node up.
+    /// Sets up flannel's VXLAN interface, with the routes and neighbors of the other nodes.
     fn flannel(&self, nodes: u8) -> Result<()> {
         let number = self.number;
         let local = format!("172.31.0.1{number}");
@@ -206,29 +206,29 @@ impl Node {
         Ok(())
     }
 
-    /// Its network.
+    /// Network namespace of the node.
     #[must_use]
     pub const fn ns(&self) -> &NetNs {
         &self.ns
     }
 
-    /// Its address on the nodes' network.
+    /// IPv4 address on the network of the nodes.
     #[must_use]
     pub fn address(&self) -> Ipv4Addr {
         Ipv4Addr::new(172, 31, 0, 10 + self.number)
     }
 
-    /// Its IPv6 address there.
+    /// IPv6 address on the network of the nodes.
     #[must_use]
     pub fn address6(&self) -> Ipv6Addr {
-        // fd31::11, as it is written: the digits of the node's number.
+        // The address is written fd31::1N with the decimal number N of the node, hence 0x10 + N.
         Ipv6Addr::new(0xfd31, 0, 0, 0, 0, 0, 0, 0x10 + u16::from(self.number))
     }
 
-    /// Adds a pod, as the bridge CNI plugin does.
+    /// Adds a pod, connected as the bridge CNI plugin does.
     ///
     /// # Errors
-    /// A failed command.
+    /// Fails if a command fails; the error contains the command and its output.
     pub fn add_pod(&mut self, name: &str) -> Result<Pod> {
         self.pods += 1;
         let address = Ipv4Addr::new(10, 42, self.number, 1 + self.pods);
@@ -262,10 +262,10 @@ impl Node {
         Ok(Pod { ns, address, address6, veth })
     }
 
-    /// Takes a pod away, as kubelet does: its processes are ended by whoever started them.
+    /// Removes a pod's veth and namespace. The pod's processes must be stopped by whoever started them.
     ///
     /// # Errors
-    /// A failed command.
+    /// Fails if a command fails; the error contains the command and its output.
     pub fn remove_pod(&mut self, pod: &Pod) -> Result<()> {
         self.ns.ip(&["link", "del", &pod.veth])?;
         run(Command::new("ip").args(["netns", "del", pod.ns.name()]))

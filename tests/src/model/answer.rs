@@ -1,4 +1,4 @@
-//! What a connection or datagram that is refused or reset is answered with.
+//! The answers to connections and datagrams that are refused, and the packets that reset a connection.
 
 use std::net::SocketAddr;
 
@@ -9,11 +9,12 @@ use super::{
 
 const RST_ACK: u8 = 0x14;
 
-/// Answers a SYN: RST+ACK that acknowledges all that it takes up in sequence space (RFC 9293, section 3.5.2, rule 1).
+/// Answers a SYN with RST+ACK. It acknowledges everything that the SYN takes up in sequence space (RFC 9293, section
+/// 3.5.2, rule 1).
 #[must_use]
 pub fn refuse_segment(frame: &[u8], headers: &Headers) -> Edit {
     let l4 = headers.l4;
-    // Its payload, by its headers' own words: a frame may be cut.
+    // The payload's length is computed from the header fields, because the frame may be truncated.
     let says = if headers.is_v4() { word(frame, headers.l3 + 2) } else { word(frame, headers.l3 + 4) };
     let before = if headers.is_v4() { l4 - headers.l3 } else { l4 - headers.l3 - 40 };
     let payload = usize::from(says).saturating_sub(before + usize::from(frame[l4 + 12] >> 4) * 4);
@@ -23,7 +24,7 @@ pub fn refuse_segment(frame: &[u8], headers: &Headers) -> Edit {
     answer
 }
 
-/// What the peer of a connection gets that is reset on a client's segment: a RST in its place.
+/// Builds the RST that the peer gets in place of the client's segment, when a connection is reset.
 #[must_use]
 pub fn reset_peer(frame: &[u8], headers: &Headers, source_port: u16, peer: SocketAddr) -> Edit {
     let acknowledged = if headers.flags & 16 == 0 { 0 } else { long(frame, headers.l4 + 8) };
@@ -31,8 +32,8 @@ pub fn reset_peer(frame: &[u8], headers: &Headers, source_port: u16, peer: Socke
     reset(frame, headers, SocketAddr::new(headers.source.ip(), source_port), peer, numbers)
 }
 
-/// A RST under the headers of a segment: they stay but for lengths and addresses, and it is whole even if the segment was a
-/// fragment. `numbers`: sequence and acknowledgment.
+/// Builds a RST from the headers of a segment: they stay, except for lengths and addresses. The RST is not a fragment,
+/// even if the segment was one. `numbers`: sequence and acknowledgment number.
 fn reset(frame: &[u8], headers: &Headers, source: SocketAddr, destination: SocketAddr, numbers: [u32; 2]) -> Edit {
     let (l3, l4, v4) = (headers.l3, headers.l4, headers.is_v4());
     let mut edit = Edit::new(&frame[..l4]);
@@ -56,8 +57,8 @@ fn reset(frame: &[u8], headers: &Headers, source: SocketAddr, destination: Socke
     edit
 }
 
-/// Answers a datagram: "port unreachable", with its IP header and eight bytes quoted (RFC 792; RFC 4443, section 3.1).
-/// Nothing for one with VLAN tags or extension headers: it is passed.
+/// Answers a datagram with an ICMP "port unreachable" that quotes its IP header and eight bytes (RFC 792; RFC 4443,
+/// section 3.1). Returns `None` for a datagram with VLAN tags or extension headers, which passes instead.
 #[must_use]
 pub fn refuse_datagram(frame: &[u8], headers: &Headers) -> Option<Edit> {
     let (l3, l4, v4) = (headers.l3, headers.l4, headers.is_v4());
@@ -74,7 +75,7 @@ pub fn refuse_datagram(frame: &[u8], headers: &Headers) -> Option<Edit> {
     swap_macs(&mut edit.frame);
     if v4 {
         let total = (20 + length).to_be_bytes();
-        // Precedence "internetwork control" (RFC 1812, section 4.3.2.5), don't fragment, 64 hops.
+        // Precedence "internetwork control" (RFC 1812, section 4.3.2.5), don't fragment, TTL 64.
         edit.frame.extend([0x45, 0xc0, total[0], total[1], 0, 0, 0x40, 0, 64, proto::ICMP, 0, 0]);
     } else {
         let length = length.to_be_bytes();
@@ -95,7 +96,7 @@ pub fn refuse_datagram(frame: &[u8], headers: &Headers) -> Option<Edit> {
     Some(edit)
 }
 
-/// RFC 9293, section 3.1; RFC 8200, section 8.1.
+/// The pseudo-header under a transport checksum (RFC 9293, section 3.1; RFC 8200, section 8.1).
 fn pseudo(source: SocketAddr, destination: SocketAddr, proto: u8, length: u16) -> Vec<u8> {
     let mut bytes = [octets(source.ip()), octets(destination.ip())].concat();
     bytes.extend([0, proto]);

@@ -1,12 +1,12 @@
-//! Changing a frame, and the checksums with it.
+//! Changes a frame and adjusts its checksums.
 //!
-//! One's complement arithmetic is arithmetic modulo 65535, and zero has two forms, 0x0000 and 0xffff (RFC 1071). A checksum
-//! that follows a change stays as right, or as wrong, as it was.
+//! One's complement arithmetic is arithmetic modulo 65535 in which zero has two forms, 0x0000 and 0xffff (RFC 1071). An
+//! adjusted checksum is as right, or as wrong, as it was before the change.
 
-/// A checksum that was recomputed: two forms of it are equal, but where zero says that there is none.
+/// A checksum that was changed. Its two forms of zero are equal, unless zero means that there is no checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sum {
-    /// Where it stands.
+    /// Offset in the frame.
     pub at: usize,
     /// Zero means "no checksum" (UDP, RFC 768).
     pub zero_is_none: bool,
@@ -17,18 +17,18 @@ pub struct Sum {
 pub struct Edit {
     /// The frame.
     pub frame: Vec<u8>,
-    /// Checksums that were changed along.
+    /// Checksums that were changed so far.
     pub sums: Vec<Sum>,
 }
 
 impl Edit {
-    /// Of a frame that came.
+    /// Starts with a copy of a received frame.
     #[must_use]
     pub fn new(frame: &[u8]) -> Self {
         Self { frame: frame.to_vec(), sums: Vec::new() }
     }
 
-    /// Replaces whole words; `under` are the checksums that are over them.
+    /// Replaces whole 16-bit words at an offset. `under` are the checksums that cover them.
     pub fn replace(&mut self, at: usize, new: &[u8], under: &[Sum]) {
         let old = self.frame[at..at + new.len()].to_vec();
         self.frame[at..at + new.len()].copy_from_slice(new);
@@ -37,7 +37,7 @@ impl Edit {
         }
     }
 
-    /// Lets a checksum follow words that were replaced by others.
+    /// Adjusts a checksum for words `old` that were replaced by `new`. A UDP checksum of zero stays zero.
     pub fn adjust(&mut self, sum: Sum, old: &[u8], new: &[u8]) {
         let check = word(&self.frame, sum.at);
         if sum.zero_is_none && check == 0 {
@@ -47,7 +47,7 @@ impl Edit {
         self.put_sum(sum, check);
     }
 
-    /// Writes a checksum anew: what makes `covered` sum up to nothing.
+    /// Computes a checksum over `covered`, in which the checksum itself must be zero, and writes it.
     pub fn checksum(&mut self, sum: Sum, covered: &[&[u8]]) {
         let total: u32 = covered.iter().map(|bytes| words(bytes)).sum();
         self.put_sum(sum, (65535 - total % 65535) % 65535);
@@ -62,19 +62,19 @@ impl Edit {
     }
 }
 
-/// The 16 bits at a place, in wire order.
+/// The 16-bit number at an offset, read in network byte order.
 #[must_use]
 pub fn word(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 
-/// The 32 bits at a place, in wire order.
+/// The 32-bit number at an offset, read in network byte order.
 #[must_use]
 pub fn long(bytes: &[u8], at: usize) -> u32 {
     u32::from(word(bytes, at)) << 16 | u32::from(word(bytes, at + 2))
 }
 
-/// The sum of 16-bit words, modulo 65535; an odd last byte is filled up with zero.
+/// Sum of the 16-bit words modulo 65535. An odd last byte is padded with a zero byte.
 #[must_use]
 pub fn words(bytes: &[u8]) -> u32 {
     bytes

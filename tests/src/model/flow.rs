@@ -1,4 +1,4 @@
-//! The decisions that are pinned, and whose a backend's packets are.
+//! The pinned decisions, by the client's tuple and by the backend's.
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
@@ -6,96 +6,96 @@ use breaker_common::FlowKind;
 
 use super::headers::Headers;
 
-/// A connection as its client sees it.
+/// The client's tuple: a connection as its client sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientSide {
     /// The client.
     pub client: SocketAddr,
-    /// What it talks to.
+    /// The address and port that the client connects to.
     pub to: SocketAddr,
     /// Protocol number.
     pub proto: u8,
 }
 
-/// A connection as its backend sees it.
+/// The backend's tuple: a connection as its backend sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BackendSide {
     /// The backend.
     pub backend: SocketAddr,
-    /// The client, with the port that the backend knows.
+    /// The client, with the source port that the backend sees.
     pub client: SocketAddr,
     /// Protocol number.
     pub proto: u8,
 }
 
-/// Last words that one side said.
+/// Which of FIN and RST one side of a connection has sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LastWords {
-    /// FIN.
+    /// A FIN was seen.
     pub fin: bool,
-    /// RST.
+    /// A RST was seen.
     pub rst: bool,
 }
 
 impl LastWords {
-    /// A backend's.
+    /// Records a packet.
     fn hear(&mut self, headers: &Headers) {
         self.fin |= headers.flags & 1 != 0;
         self.rst |= headers.is_rst();
     }
 
-    /// A client's: what comes after a reset says that the reset was none.
+    /// Records a client's packet. A packet after a RST shows that the RST was not accepted: its record is cleared.
     fn hear_again(&mut self, headers: &Headers) {
         self.rst = false;
         self.hear(headers);
     }
 }
 
-/// A decision.
+/// A pinned decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// What was decided.
+    /// Kind of the decision.
     pub kind: FlowKind,
-    /// Where it goes; what the client talks to, if nothing is changed.
+    /// The backend; the client's own destination if the packets are not translated.
     pub backend: SocketAddr,
-    /// The client's port, as the backend sees it.
+    /// The client's source port, as the backend sees it.
     pub source_port: u16,
-    /// In which epoch of its service.
+    /// Epoch of the service when the decision was made; 0 for a direct connection.
     pub epoch: u32,
-    /// The client went on after an answer: nothing pushes the flow out any more.
+    /// The client sent a packet after an answer: the flow is in the tables that evict nothing.
     pub established: bool,
-    /// What the client said last.
+    /// Which of FIN and RST the client has sent.
     pub client_said: LastWords,
-    /// Past the stack.
+    /// The flow takes the fast path.
     pub fast: bool,
-    /// From outside, under the client's own address.
+    /// The client is outside, and its address is not masqueraded.
     pub keeps_client: bool,
 }
 
-/// How a backend's packets find back.
+/// Reverse entry: how a backend's packets are translated for the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WayBack {
-    /// The flow that holds it.
+    /// The flow that the entry belongs to.
     pub owner: ClientSide,
-    /// The backend answered.
+    /// The backend has answered with something other than a RST.
     pub answered: bool,
-    /// What the backend said last.
+    /// Which of FIN and RST the backend has sent.
     pub backend_said: LastWords,
-    /// Past the stack.
+    /// The flow takes the fast path.
     pub fast: bool,
 }
 
-/// All flows.
+/// All flows and their reverse entries.
 #[derive(Clone, Debug, Default)]
 pub struct Book {
-    /// By the client's view.
+    /// Flows by the client's tuple.
     pub flows: BTreeMap<ClientSide, Flow>,
-    /// By the backend's view: never two flows under one.
+    /// Reverse entries by the backend's tuple. Two flows never share one.
     pub ways_back: BTreeMap<BackendSide, WayBack>,
 }
 
 impl ClientSide {
-    /// Of a client's packet.
+    /// The key of a packet that a client sends.
     #[must_use]
     pub const fn of(headers: &Headers) -> Self {
         Self { client: headers.source, to: headers.destination, proto: headers.proto }
@@ -103,7 +103,7 @@ impl ClientSide {
 }
 
 impl BackendSide {
-    /// Of a backend's packet.
+    /// The key of a packet that a backend sends.
     #[must_use]
     pub const fn of(headers: &Headers) -> Self {
         Self { backend: headers.source, client: headers.destination, proto: headers.proto }
@@ -111,19 +111,19 @@ impl BackendSide {
 }
 
 impl Book {
-    /// How the backend sees a flow.
+    /// The key under which the backend sees a flow.
     fn backend_side(side: &ClientSide, flow: &Flow) -> BackendSide {
         let client = SocketAddr::new(side.client.ip(), flow.source_port);
         BackendSide { backend: flow.backend, client, proto: side.proto }
     }
 
-    /// A flow's way back, if it still holds it.
+    /// The reverse entry of a flow, unless another flow has taken it over.
     fn way_back(&mut self, side: &ClientSide) -> Option<&mut WayBack> {
         let flow = self.flows.get(side).filter(|flow| flow.kind != FlowKind::Passed)?;
         self.ways_back.get_mut(&Self::backend_side(side, flow)).filter(|way| way.owner == *side)
     }
 
-    /// Forgets a flow: a first packet decides anew.
+    /// Removes a flow and its reverse entry, before a first packet makes a new decision.
     pub fn forget(&mut self, side: &ClientSide) {
         if self.way_back(side).is_some()
             && let Some(flow) = self.flows.get(side)
@@ -133,8 +133,9 @@ impl Book {
         self.flows.remove(side);
     }
 
-    /// A client's packet that is not its first: the flow that it is of. One that was answered is established from now on; but
-    /// for what has no translation to lose: what was left to the primary, and a direct connection that keeps its port.
+    /// The flow of a client's packet that is not its first. Promotes the flow to established if the backend has
+    /// answered, except for flows that have no translation to lose: flows that were left to the primary, and direct
+    /// connections that keep their source port.
     pub fn go_on(&mut self, side: &ClientSide) -> Option<Flow> {
         let answered = self.way_back(side).is_some_and(|way| way.answered);
         let flow = self.flows.get_mut(side)?;
@@ -146,30 +147,32 @@ impl Book {
         Some(*flow)
     }
 
-    /// Notes what a client says.
+    /// Records a client's packet for its flow.
     pub fn hear_client(&mut self, side: &ClientSide, headers: &Headers) {
         if let Some(flow) = self.flows.get_mut(side) {
             flow.client_said.hear_again(headers);
         }
     }
 
-    /// Notes what a backend says, and whose it is.
+    /// Records a backend's packet. Returns the flow that it belongs to, with the reverse entry.
     pub fn hear_backend(&mut self, headers: &Headers) -> Option<(ClientSide, WayBack)> {
         let way = self.ways_back.get_mut(&BackendSide::of(headers))?;
         way.backend_said.hear(headers);
-        // All but a refusal.
+        // A RST is a refusal, not an answer.
         way.answered |= !headers.is_rst();
         Some((way.owner, *way))
     }
 
-    /// Pins a decision. The client keeps its port, unless another flow that lives has it toward this backend: then it gets
-    /// one that is free. Which, `chosen` says. Returns the port, or nothing if `chosen` was not free.
+    /// Pins a decision. The client keeps its source port, unless another live flow has this port toward this backend;
+    /// then the flow gets `chosen`, the port that the programs picked. Returns the source port, or `None` if `chosen`
+    /// is not allowed or not free.
     pub fn pin(&mut self, side: ClientSide, mut flow: Flow, chosen: u16) -> Option<u16> {
         if flow.kind == FlowKind::Passed {
             self.flows.insert(side, flow);
             return Some(side.client.port());
         }
-        // Past the stack, the port is none that the client's kernel chooses by itself: conntrack does not see to it.
+        // On the fast path the port is always one that the client's kernel does not pick by itself (below 32768),
+        // because conntrack does not see the flow and cannot prevent two connections from sharing a port.
         if flow.fast || self.is_taken(&Self::backend_side(&side, &flow), &side) {
             flow.source_port = chosen;
             if chosen < 1024 || flow.fast && chosen >= 32768 || self.is_taken(&Self::backend_side(&side, &flow), &side)
@@ -183,12 +186,12 @@ impl Book {
         Some(flow.source_port)
     }
 
-    /// Whether another flow that lives holds a way back.
+    /// Whether another live flow holds a reverse key.
     fn is_taken(&self, backend_side: &BackendSide, by: &ClientSide) -> bool {
         let Some(way) = self.ways_back.get(backend_side).filter(|way| way.owner != *by) else { return false };
         let Some(flow) = self.flows.get(&way.owner) else { return false };
         let reset = flow.client_said.rst || way.backend_said.rst;
-        // Of a direct connection the backend's packets are not always looked at.
+        // The backend's packets of a direct connection are not always inspected: the client's FIN is enough.
         let closed = flow.client_said.fin && (way.backend_said.fin || flow.kind == FlowKind::Direct);
         let holds = flow.kind != FlowKind::Passed && Self::backend_side(&way.owner, flow) == *backend_side;
         holds && !reset && !closed

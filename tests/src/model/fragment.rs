@@ -1,21 +1,22 @@
-//! Later fragments have no ports: what was done to the first one is done to them, on the same way.
+//! Fragments after the first of a packet. They have no ports, so the datapath does to them what it did to the first one
+//! in the same direction.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-/// Which packet a fragment is of (RFC 791, section 3.2; RFC 8200, section 4.5).
+/// Identifies the packet that a fragment belongs to (RFC 791, section 3.2; RFC 8200, section 4.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FragmentId {
-    /// From, as it came.
+    /// Source address as received.
     pub source: IpAddr,
-    /// To, as it came.
+    /// Destination address as received.
     pub destination: IpAddr,
-    /// Identification.
+    /// Identification field.
     pub id: u32,
-    /// Protocol, or the next header behind the fragment header.
+    /// IPv4: the protocol number. IPv6: the next header behind the fragment header.
     pub proto: u8,
 }
 
-/// Which way a packet goes.
+/// Direction of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
     /// From a client.
@@ -24,26 +25,26 @@ pub enum Way {
     Back,
 }
 
-/// What was done to a first fragment.
+/// Note about a translated first fragment.
 #[derive(Clone, Copy, Debug)]
 pub struct Done {
-    /// On which way.
+    /// Direction of the packet.
     pub way: Way,
-    /// Its other end's address: what it was replaced by.
+    /// New address: of the destination if the packet comes from the client, else of the source.
     pub address: IpAddr,
-    /// The mark that was set.
+    /// Mark that was set; 0 if none.
     pub mark: u32,
-    /// It left the stack out: then it was translated where clients' packets are, whichever way it goes.
+    /// The packet took the fast path. Then it was translated on the hook for clients' packets, in either direction.
     pub fast: bool,
 }
 
 impl Done {
-    /// Whether it was done where packets go this way.
+    /// Whether the note holds on the hook for packets in this direction. A note of the fast path holds on both hooks.
     #[must_use]
     pub fn is_of(&self, way: Way) -> bool {
         self.way == way || self.fast
     }
 }
 
-/// First fragments that were translated.
+/// Notes about translated first fragments.
 pub type Notes = BTreeMap<FragmentId, Done>;

@@ -1,4 +1,4 @@
-//! From bytes to what the datapath goes by: addresses, ports, flags.
+//! Parses a frame into what the datapath decides by: addresses, ports, flags.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -9,9 +9,9 @@ use super::{
     fragment::FragmentId,
 };
 
-/// Protocol numbers.
+/// IP protocol numbers.
 pub mod proto {
-    #![allow(missing_docs, reason = "iana.org/assignments/protocol-numbers")]
+    #![allow(missing_docs, reason = "the names are those of iana.org/assignments/protocol-numbers")]
     pub const HOP_BY_HOP: u8 = 0;
     pub const ICMP: u8 = 1;
     pub const TCP: u8 = 6;
@@ -24,48 +24,49 @@ pub mod proto {
     pub const SCTP: u8 = 132;
 }
 
-/// What a frame is to the datapath.
+/// What a frame contains, as the datapath distinguishes it.
 #[derive(Clone, Debug)]
 pub enum Frame {
-    /// Nothing that it looks at.
+    /// Nothing that the datapath handles.
     Other,
-    /// Something that it leaves alone for a reason that is counted.
+    /// A packet that the datapath passes untouched and counts under this reason.
     LeftAlone(PassReason),
-    /// A TCP segment or UDP datagram, or its first fragment.
+    /// A TCP segment or UDP datagram, or the first fragment of one.
     Transport(Headers),
-    /// A later fragment of one.
+    /// A fragment after the first.
     LaterFragment(Later),
     /// An ICMP error, which quotes another packet.
     Error(Headers),
 }
 
-/// A later fragment: it has addresses, and no ports.
+/// A fragment after the first of a packet. It has addresses, but no ports.
 #[derive(Clone, Copy, Debug)]
 pub struct Later {
-    /// Where the IP header starts.
+    /// Offset of the IP header.
     pub l3: usize,
-    /// Of which packet.
+    /// The packet that the fragment belongs to.
     pub id: FragmentId,
 }
 
 /// The headers of a packet.
 #[derive(Clone, Debug)]
 pub struct Headers {
-    /// Where the IP header starts.
+    /// Offset of the IP header.
     pub l3: usize,
-    /// Where the TCP, UDP or ICMP header starts.
+    /// Offset of the TCP, UDP or ICMP header.
     pub l4: usize,
-    /// Where the packet ends: by its own word, or where the frame does. What follows is padding.
+    /// Offset of the packet's end: where the IP length ends, or the frame, whichever is first. Padding may follow.
     pub end: usize,
-    /// From; no port for ICMP.
+    /// Source address and port; port 0 for ICMP.
     pub source: SocketAddr,
-    /// To; no port for ICMP.
+    /// Destination address and port; port 0 for ICMP.
     pub destination: SocketAddr,
     /// Protocol number.
     pub proto: u8,
-    /// TCP's; 0 for others.
+    /// TCP flags; 0 for other protocols.
     pub flags: u8,
-    /// If it is the first of several fragments: of which packet, and where the word stands that says so.
+    /// Set for the first of several fragments: the packet's id, and the offset of the 16-bit word that holds the flag
+    /// "more fragments".
     pub first_of: Option<(FragmentId, usize)>,
 }
 
@@ -76,19 +77,19 @@ impl Headers {
         self.proto == proto::TCP
     }
 
-    /// A connection request: SYN, and none of ACK, RST, FIN.
+    /// Whether it is a connection request: SYN, and none of ACK, RST, FIN.
     #[must_use]
     pub const fn is_syn(&self) -> bool {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
 
-    /// Whether it is a reset.
+    /// Whether it is a TCP reset.
     #[must_use]
     pub const fn is_rst(&self) -> bool {
         self.flags & RST != 0
     }
 
-    /// Whether its sender says that it ends.
+    /// Whether it has FIN or RST.
     #[must_use]
     pub const fn ends(&self) -> bool {
         self.flags & (RST | FIN) != 0
@@ -100,7 +101,7 @@ impl Headers {
         self.source.is_ipv4()
     }
 
-    /// The checksums that are over the addresses.
+    /// The checksums that cover the IP addresses.
     #[must_use]
     pub fn sums_over_addresses(&self) -> Vec<Sum> {
         let own = self.is_v4().then_some(ip_sum(self.l3));
@@ -136,13 +137,13 @@ const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
 
-/// Where an IP header's addresses stand, and how long they are: source, destination.
+/// Offsets of the source and the destination address in an IP header, and the length of an address in bytes.
 #[must_use]
 pub const fn addresses_at(v4: bool) -> ([usize; 2], usize) {
     if v4 { ([12, 16], 4) } else { ([8, 24], 16) }
 }
 
-/// The bytes of an address.
+/// The bytes of an address in network byte order: 4 or 16.
 #[must_use]
 pub fn octets(address: IpAddr) -> Vec<u8> {
     match address {
@@ -151,7 +152,7 @@ pub fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The source and the destination in an IP header.
+/// Reads the source and the destination address of the IP header at offset `l3`.
 #[must_use]
 pub fn addresses(frame: &[u8], l3: usize, v4: bool) -> (IpAddr, IpAddr) {
     let ([source, destination], length) = addresses_at(v4);
@@ -166,7 +167,7 @@ pub fn addresses(frame: &[u8], l3: usize, v4: bool) -> (IpAddr, IpAddr) {
     (read(source), read(destination))
 }
 
-/// Reads a frame. `tagged`: up to two VLAN tags are stepped over.
+/// Parses a frame. `tagged`: up to two VLAN tags are skipped.
 #[must_use]
 pub fn read(frame: &[u8], tagged: bool) -> Frame {
     let mut at = 12;
@@ -185,7 +186,7 @@ pub fn read(frame: &[u8], tagged: bool) -> Frame {
 
 const TRUNCATED: Frame = Frame::LeftAlone(PassReason::Truncated);
 
-/// RFC 791, section 3.1.
+/// Parses an IPv4 packet (RFC 791, section 3.1).
 fn ipv4(frame: &[u8], l3: usize) -> Frame {
     if frame.len() < l3 + 20 {
         return TRUNCATED;
@@ -207,7 +208,7 @@ fn ipv4(frame: &[u8], l3: usize) -> Frame {
     transport(frame, l3, l3 + header, l3 + usize::from(word(frame, l3 + 2)), proto, first_of)
 }
 
-/// RFC 8200, sections 3 and 4: six extension headers are walked, 256 bytes in all.
+/// Parses an IPv6 packet (RFC 8200, sections 3 and 4). Walks at most six extension headers, of 256 bytes together.
 fn ipv6(frame: &[u8], l3: usize) -> Frame {
     if frame.len() < l3 + 40 || frame[l3] >> 4 != 6 {
         return TRUNCATED;
@@ -232,7 +233,7 @@ fn ipv6(frame: &[u8], l3: usize) -> Frame {
             }
             first_of = (header[3] & 1 != 0).then_some((id, at + 2));
         }
-        // The destination in the header is not the last one.
+        // Segments are left: the destination in the IP header is not the final one.
         if next == proto::ROUTING && header[3] != 0 {
             return Frame::LeftAlone(PassReason::ExtensionHeaders);
         }
@@ -257,7 +258,7 @@ const fn other(proto: u8) -> Frame {
     if proto == proto::SCTP { Frame::LeftAlone(PassReason::Sctp) } else { Frame::Other }
 }
 
-/// A header must be in the packet by its own length, and in the frame.
+/// Parses the transport header. The whole header must lie within the packet's own length and within the frame.
 fn transport(
     frame: &[u8],
     l3: usize,
@@ -288,7 +289,7 @@ fn transport(
     if has_ports {
         return Frame::Transport(headers);
     }
-    // RFC 792; RFC 4443, section 2.1.
+    // Error types: RFC 792; RFC 4443, section 2.1.
     let is_error = if v4 { matches!(frame[l4], 3 | 4 | 11 | 12) } else { matches!(frame[l4], 1..=4) };
     if is_error { Frame::Error(headers) } else { Frame::Other }
 }

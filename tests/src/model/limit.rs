@@ -1,42 +1,43 @@
-//! Limits: who is admitted, and who still counts. No time passes: a token that was taken does not come back.
+//! Limits: which connections are admitted, and which are counted. The model has no time: a token that a connection took
+//! from a bucket does not come back.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{flow::ClientSide, headers::Headers};
 
-/// The limits of a tier. `None`: there is no such limit.
+/// The limits of a tier. `None` means that the tier has no such limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TierLimits {
-    /// Connections that a full bucket lets through.
+    /// New connections that a full bucket admits.
     pub burst: Option<u32>,
-    /// The same for each client.
+    /// New connections that a client's full bucket admits.
     pub client_burst: Option<u32>,
-    /// Connections at the same time.
+    /// Concurrent connections.
     pub concurrent: Option<u32>,
-    /// The same for each client.
+    /// Concurrent connections of one client.
     pub client_concurrent: Option<u32>,
-    /// What happens over a limit.
+    /// What happens to a new connection over a limit.
     pub over: Over,
 }
 
-/// What happens over a limit.
+/// What happens to a new connection over a limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Over {
-    /// It is refused.
+    /// The connection is refused.
     #[default]
     Reset,
-    /// Its packet is dropped.
+    /// The packet is dropped.
     Drop,
-    /// It goes to the other tier.
+    /// The connection goes to the other tier; from the backup, it is refused.
     Failover,
 }
 
-/// A service's limits: the primary's, the backup's.
+/// A service's limits, by tier: index [`PRIMARY`], then [`BACKUP`].
 pub type Limits = [TierLimits; 2];
 
-/// Index of a tier, as the counters have it.
+/// Index of the primary tier, here and in the counters.
 pub const PRIMARY: usize = 0;
-/// As [`PRIMARY`].
+/// Index of the backup tier, here and in the counters.
 pub const BACKUP: usize = 1;
 
 impl TierLimits {
@@ -44,7 +45,7 @@ impl TierLimits {
         self.client_burst.is_some() || self.client_concurrent.is_some()
     }
 
-    /// Whether connections at the same time are limited.
+    /// Whether concurrent connections are limited.
     #[must_use]
     pub fn counts(&self) -> bool {
         self.concurrent.is_some() || self.client_concurrent.is_some()
@@ -55,23 +56,24 @@ impl TierLimits {
     }
 }
 
-/// Whether a service counts connections.
+/// Whether a service limits concurrent connections in any tier.
 #[must_use]
 pub fn counts(limits: &Limits) -> bool {
     limits.iter().any(TierLimits::counts)
 }
 
-/// A limit, in the order of the counters: new connections, of one client, at the same time, of one client.
+/// Kind of a limit, as an index into the counters: 0 new connections, 1 new connections of one client, 2 concurrent
+/// connections, 3 concurrent connections of one client.
 pub type Kind = usize;
 
-/// What becomes of a request.
+/// The decision about a request for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Admitted.
+    /// The connection is admitted.
     Admitted,
-    /// Its connection was admitted before.
+    /// The connection was admitted before; this is its SYN again.
     Repeated,
-    /// Over this limit.
+    /// The connection exceeds this limit.
     Over(Kind),
 }
 
@@ -80,23 +82,24 @@ pub enum Answer {
 struct Admitted {
     service: &'static str,
     tier: usize,
+    /// Sequence number of the SYN; 0 for datagrams.
     number: u32,
-    /// Part of the tier's count.
+    /// Whether the tier's count of concurrent connections includes it.
     counted: bool,
-    /// Whose count it is part of, too.
+    /// The client whose own count includes it, too.
     client: Option<IpAddr>,
-    /// FINs that were seen: the client's, the server's.
+    /// Whether a FIN was seen: from the client, from the server.
     fins: [bool; 2],
 }
 
-/// All that was admitted.
+/// All admitted connections, and the tokens that were taken from the buckets.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     connections: BTreeMap<ClientSide, Admitted>,
     spent: BTreeMap<(&'static str, usize, Option<IpAddr>), u32>,
 }
 
-/// What tells clients apart: all but the host's part of an IPv6 address.
+/// The client that limits distinguish: an IPv4 address, or the upper 64 bits of an IPv6 address.
 fn who(side: &ClientSide) -> IpAddr {
     match side.client.ip() {
         IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & !u128::from(u64::MAX)).into()),
@@ -105,14 +108,15 @@ fn who(side: &ClientSide) -> IpAddr {
 }
 
 impl Ledger {
-    /// How many connections of a service's tier count, of all clients or of one.
+    /// Number of counted connections of a service's tier: of all clients if `client` is `None`, else of that client.
     #[must_use]
     pub fn concurrent(&self, service: &str, tier: usize, client: Option<IpAddr>) -> u32 {
         let here = self.connections.values().filter(|c| c.counted && c.service == service && c.tier == tier);
         u32::try_from(here.filter(|c| client.is_none() || c.client == client).count()).unwrap_or(u32::MAX)
     }
 
-    /// Whether a bucket is empty. One that is emptier than it can be was emptied under another limit: it counts as full.
+    /// Whether a bucket is empty. If more tokens were taken than `burst`, they were taken under an earlier limit with a
+    /// larger burst: the bucket then counts as full.
     fn is_empty(&mut self, key: (&'static str, usize, Option<IpAddr>), burst: Option<u32>) -> bool {
         let (Some(burst), Some(spent)) = (burst, self.spent.get_mut(&key)) else { return false };
         if *spent > burst {
@@ -121,7 +125,8 @@ impl Ledger {
         *spent >= burst
     }
 
-    /// Asks for a connection.
+    /// Decides about the first packet of a connection, and records the connection if it is admitted. `number` is the
+    /// sequence number of the SYN, 0 for datagrams. A limit that refuses the connection costs the other limits nothing.
     pub fn ask(
         &mut self,
         side: ClientSide,
@@ -165,7 +170,8 @@ impl Ledger {
         Answer::Admitted
     }
 
-    /// Hears how a connection begins or ends, from its client or its server. What does not count is not followed.
+    /// Records a packet of a connection, from its client or its server. A RST, or a FIN from both, removes the
+    /// connection. Connections that are not counted are ignored.
     pub fn hear(&mut self, side: &ClientSide, service: &str, headers: &Headers, from_client: bool) {
         let Some(connection) = self.connections.get_mut(side).filter(|c| c.counted && c.service == service) else {
             return;
@@ -176,13 +182,13 @@ impl Ledger {
         }
     }
 
-    /// Forgets a service that has no limits any more.
+    /// Forgets the connections and buckets of a service that no longer has limits.
     pub fn forget(&mut self, service: &str) {
         self.forget_connections(service);
         self.spent.retain(|(of, ..), _| *of != service);
     }
 
-    /// Forgets the connections of a service that does not count any more.
+    /// Forgets the connections of a service that no longer limits concurrent connections.
     pub fn forget_connections(&mut self, service: &str) {
         self.connections.retain(|_, connection| connection.service != service);
     }

@@ -1,21 +1,21 @@
-//! The datapath's rules as plain Rust: what the programs are held against, packet by packet.
+//! The rules of the datapath in plain Rust. Tests run the programs and this model on the same packets and compare them.
 //!
-//! Written from the design, not from the programs: no tables, no budgets, no incremental tricks. Read [`Model::pass`] from
-//! top to bottom to follow a packet:
+//! The model is written from the design, not from the programs: it has no bounded tables, no budget of instructions and
+//! no incremental tricks. Read [`Model::pass`] from top to bottom to follow a packet:
 //!
 //! | module | one concern |
 //! |---|---|
-//! | [`headers`] | bytes to addresses, ports, flags |
+//! | [`headers`] | parsing a frame: addresses, ports, flags |
 //! | [`service`] | where a service's new connections may go |
-//! | [`flow`] | the decisions that are pinned |
-//! | [`limit`] | who is admitted, and who still counts |
+//! | [`flow`] | the pinned decisions |
+//! | [`limit`] | which connections are admitted, and which are counted |
 //! | [`answer`] | refusing and resetting |
-//! | [`quote`] | what ICMP errors quote |
-//! | [`fragment`] | later fragments |
-//! | [`bytes`] | changing a frame, and its checksums |
+//! | [`quote`] | the packets that ICMP errors quote |
+//! | [`fragment`] | fragments other than the first of a packet |
+//! | [`bytes`] | changing a frame and its checksums |
 //!
-//! Where the design leaves a choice (which of several backups, which free source port), the model takes the one that was
-//! made, if it is allowed, and holds the flow to it from then on.
+//! Where the design leaves a choice (which of several backups, which free source port), the model accepts the choice
+//! that the programs made, if it is allowed, and expects the flow to keep it.
 
 pub mod answer;
 pub mod bytes;
@@ -41,77 +41,79 @@ use limit::{Answer, BACKUP, Kind, Ledger, Over, PRIMARY};
 use quote::End;
 use service::{Choice, Service};
 
-/// Where the IP header of an Ethernet frame without VLAN tags starts.
+/// Offset of the IP header in an Ethernet frame without VLAN tags.
 const UNTAGGED: usize = 14;
 
-/// Where a packet passes.
+/// A hook that a packet passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// From a pod on this node.
+    /// A pod on this node sends the packet.
     FromPod,
-    /// To a pod on this node.
+    /// The packet goes to a pod on this node.
     ToPod,
-    /// From outside, by an uplink.
+    /// The packet enters the node by an uplink.
     FromOutside,
-    /// To outside, by an uplink.
+    /// The packet leaves the node by an uplink.
     ToOutside,
 }
 
-/// What becomes of a packet.
+/// What the datapath must do with a packet.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// Sent back out of its own interface, or into another pod's namespace; else it goes on. (A test run does not tell which.)
+    /// Redirected: back out of the interface that the packet came by, or into a pod's namespace. If false, the packet
+    /// continues on its path. (A test run does not show where a redirect leads.)
     pub sent_away: bool,
-    /// The packet.
+    /// The packet as it leaves the hook.
     pub frame: Vec<u8>,
     /// Checksums that were changed.
     pub sums: Vec<Sum>,
-    /// Bits set in its mark.
+    /// Bits that are set in the packet's mark.
     pub mark: u32,
-    /// What was counted.
+    /// Reason that is counted, if the packet passes untouched for one.
     pub reason: Option<PassReason>,
-    /// Dropped.
+    /// The packet is dropped.
     pub dropped: bool,
-    /// Limits that it was over, by tier and kind; in a dry run, would have been.
+    /// Tier and kind of each limit that the packet exceeded. In a dry run: that it would have exceeded.
     pub limited: Vec<(usize, Kind)>,
 }
 
-/// What was seen to become of it: for choices that are free.
+/// What the programs did with the packet. The model reads it only where the design leaves a choice.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen<'a> {
-    /// Sent back, or into a pod.
+    /// The packet was redirected: sent back, or into a pod's namespace.
     pub sent_away: bool,
-    /// The packet.
+    /// The packet as it left the programs.
     pub frame: &'a [u8],
-    /// What was counted.
+    /// Pass reason that was counted.
     pub reason: Option<PassReason>,
-    /// The limits that it was over.
+    /// Tier and kind of each limit that was counted as exceeded.
     pub limited: &'a [(usize, Kind)],
-    /// In a dry run: it would have been moved or refused.
+    /// Dry run only: the programs counted that they would have moved or refused the packet.
     pub would_move: bool,
 }
 
-/// What the datapath knows.
+/// State of the datapath.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
-    /// By name.
+    /// Services by name.
     pub services: BTreeMap<&'static str, Service>,
-    /// Every address that is a backend's, with its protocol.
+    /// Address and protocol number of every backend.
     pub backends: BTreeSet<(SocketAddr, u8)>,
-    /// Flows.
+    /// Pinned flows.
     pub book: Book,
-    /// Who was admitted.
+    /// Admitted connections.
     pub ledger: Ledger,
     notes: Notes,
-    /// Backends that flows of frontends went to: only their packets are looked at.
+    /// Backends that received flows of a frontend. Only packets from these need a look-up in the flow tables.
     watched: BTreeSet<(SocketAddr, u8)>,
-    /// Of them, those with flows that leave the stack out.
+    /// Of these, the backends that received flows on the fast path.
     watched_fast: BTreeSet<(SocketAddr, u8)>,
-    /// Addresses of backends that are pods of this node.
+    /// Addresses of backends that are pods on this node.
     pub near: BTreeSet<IpAddr>,
-    /// Some service has or had such flows.
+    /// Some service has, or had, `fastPath: PeerRedirect`.
     pub any_fast: bool,
-    /// Backends with direct connections that had to move aside: only their connections are looked at from end to end.
+    /// Backends that have a direct connection with a changed source port. All packets of direct connections to them are
+    /// inspected; of other direct connections, only SYN, FIN and RST are.
     aside: BTreeSet<(SocketAddr, u8)>,
 }
 
@@ -129,14 +131,14 @@ impl Outcome {
         Self::changed(edit, 0).into_pod(true)
     }
 
-    /// Into a pod's namespace, if `fast`.
+    /// Redirects the packet into a pod's namespace if `fast`.
     fn into_pod(self, fast: bool) -> Self {
         Self { sent_away: fast, ..self }
     }
 }
 
 impl Model {
-    /// Puts a packet through a hook.
+    /// Processes a packet at a hook and updates the state. `seen` is what the programs did with the same packet.
     pub fn pass(&mut self, hook: Hook, frame: &[u8], seen: Seen<'_>) -> Outcome {
         let outside = matches!(hook, Hook::FromOutside | Hook::ToOutside);
         let way = if matches!(hook, Hook::FromPod | Hook::FromOutside) { Way::There } else { Way::Back };
@@ -147,7 +149,7 @@ impl Model {
             (Frame::Error(error), Way::There) => self.error_by_client(frame, &error, outside),
             (Frame::Error(error), Way::Back) => self.error_for_client(frame, &error, false),
             (Frame::Transport(headers), way) => {
-                // Identifications get used again: what was done to an earlier packet's fragments is over.
+                // Senders reuse identifications: drop the note about an earlier packet's fragments.
                 if let Some((id, _)) = headers.first_of
                     && self.notes.get(&id).is_some_and(|done| done.is_of(way))
                 {
@@ -169,7 +171,7 @@ impl Model {
             None if !outside && self.any_fast && self.watched_fast.contains(&(headers.source, headers.proto)) => {
                 self.answer(frame, headers)
             }
-            // Outside, connections to pods themselves are other nodes' business.
+            // On an uplink, packets to a pod's own address are left alone: they come from other nodes (mostly probes).
             None if !outside && self.backends.contains(&(to, headers.proto)) => self.direct(frame, headers, seen),
             None => Outcome::untouched(frame, None),
         }
@@ -188,7 +190,7 @@ impl Model {
         if service.limits.is_some() && headers.is_tcp() && !headers.is_syn() {
             self.ledger.hear(&side, name, headers, true);
         }
-        // A connection request always decides anew; a datagram does without a flow of this epoch.
+        // A SYN always makes a new decision; a datagram makes one if it has no flow of the current epoch.
         let first = if headers.is_tcp() {
             headers.is_syn()
         } else {
@@ -201,7 +203,7 @@ impl Model {
             return Outcome::untouched(frame, None);
         }
         let Some(flow) = self.book.go_on(&side) else {
-            // Not seen from its first packet: never rewritten, only passed or, by policy, reset.
+            // The flow was not seen from its first packet: it is never rewritten, only passed or, by policy, reset.
             if service.resets_primary() && !headers.is_rst() {
                 return Outcome::changed(
                     answer::reset_peer(frame, headers, headers.source.port(), headers.destination),
@@ -211,14 +213,14 @@ impl Model {
             return Outcome::untouched(frame, None);
         };
         self.book.hear_client(&side, headers);
-        // A decided flow keeps its backend, unless the policy for another side says reset.
+        // A flow keeps its backend, unless the policy for flows of its tier says reset.
         let redirected = flow.kind == FlowKind::Redirected;
         let resets = if redirected { service.resets_backup() } else { service.resets_primary() };
         if resets && flow.epoch != service.epoch && !headers.is_rst() {
             if let Some(flow) = self.book.flows.get_mut(&side) {
                 flow.client_said.rst = true;
             }
-            // (The client's reset is a copy, which is not seen here.)
+            // The client's reset is a copy of the packet, which a test run does not show.
             let reset = answer::reset_peer(frame, headers, flow.source_port, flow.backend);
             return Outcome::changed(reset, 0).into_pod(self.goes_fast(&flow));
         }
@@ -236,7 +238,7 @@ impl Model {
         let Some(service) = self.services.get_mut(name) else { return Outcome::untouched(frame, None) };
         let side = ClientSide::of(headers);
         let mut limited = Vec::new();
-        // Closed and settled: nothing is decided, nothing is noted, but who is admitted.
+        // Closed and idle: no choice is made and no flow is pinned; only admitted connections are recorded.
         let settled = !service.tracks() && !service.dry_run;
         if service.tracks() {
             self.book.forget(&side);
@@ -246,7 +248,7 @@ impl Model {
         let mut over = None;
         let mut failed_over = false;
         if let Some(limits) = service.limits {
-            // A choice that a limit undid is not seen in what became of the packet.
+            // If a limit refused the first choice, the packet does not show that choice, but the limits' counters do.
             let first = match seen.limited.first() {
                 Some((PRIMARY, _)) => Choice::Primary,
                 Some(_) => choices.iter().copied().find(|c| matches!(c, Choice::Backup(_))).unwrap_or(choices[0]),
@@ -286,7 +288,7 @@ impl Model {
         Outcome { limited, ..outcome }
     }
 
-    /// Which of its choices a packet was seen to get.
+    /// The choice that the programs made among `choices`; the first one if they made none of these.
     fn chosen(headers: &Headers, seen: Seen<'_>, service: &Service, choices: &[Choice]) -> Choice {
         if service.dry_run {
             let elsewhere = choices.iter().find(|choice| (**choice != Choice::Primary) == seen.would_move);
@@ -307,7 +309,7 @@ impl Model {
     ) -> Outcome {
         let service = self.services[name].clone();
         let side = ClientSide::of(headers);
-        // A client outside that is behind a VLAN tag is behind another interface than the one that the routes name.
+        // A client outside behind a VLAN tag gets no fast path: by the routes, it is behind another interface.
         let untagged = headers.l3 == UNTAGGED;
         let (fast, keeps_client) = (service.fast && (!outside || untagged), service.keeps_client && outside);
         let made = choice_made(headers, seen, fast);
@@ -324,8 +326,8 @@ impl Model {
         };
         match choice {
             Choice::Primary => {
-                // While it is not closed, who is on the primary by decision is told from who was there before. A datagram need
-                // not be, but for one that tries the primary.
+                // While the breaker is not closed, connections that are left to the primary are pinned, to distinguish
+                // them from older connections. A datagram is pinned only if it tries the primary (half-open).
                 let pins = match service.state {
                     BreakerState::Closed => false,
                     BreakerState::Open => headers.is_tcp(),
@@ -338,7 +340,7 @@ impl Model {
             }
             Choice::Refuse => refuse(frame, headers),
             Choice::Backup(backend) => {
-                // How it goes is decided once.
+                // The path of a flow is decided once, with its first packet.
                 let near = self.near.contains(&backend.ip()) && headers.source.ip() != backend.ip();
                 let (fast, keeps_client) = (fast && near, keeps_client && near && !fast);
                 let flow = Flow { kind: FlowKind::Redirected, backend, fast, keeps_client, ..flow };
@@ -354,8 +356,9 @@ impl Model {
         }
     }
 
-    /// Sends a client's packet to its flow's backend. Where the replies would not come back to us, netfilter is told to
-    /// masquerade: a client outside, but for one that keeps its address, and a pod that is its own backup.
+    /// Sends a client's packet to its flow's backend. Sets the masquerade mark where the replies would otherwise not
+    /// return to this node: for a client outside (unless its flow keeps its address or takes the fast path), and for a
+    /// pod that is its own backup.
     fn send(&mut self, frame: &[u8], headers: &Headers, flow: &Flow, outside: bool) -> Outcome {
         let masquerade = outside && !flow.keeps_client && !flow.fast || headers.source.ip() == flow.backend.ip();
         let mark = if masquerade { DEFAULT_MASQUERADE_MARK } else { 0 };
@@ -365,23 +368,24 @@ impl Model {
         Outcome::changed(edit, mark).into_pod(fast)
     }
 
-    /// A flow that leaves the stack out does so as long as its backend is known to be near.
+    /// Whether a packet takes the fast path: its flow does, and its backend is still known to be on this node.
     fn goes_fast(&self, flow: &Flow) -> bool {
         flow.fast && self.near.contains(&flow.backend.ip())
     }
 
-    /// A client's own connection to a backend: noted, so that it never shares a way back with a flow of a frontend. Whoever
-    /// comes second gets another source port.
+    /// Handles a client's own connection to a backend. The connection is recorded only so that it never shares a
+    /// reverse key with a flow of a frontend: the later of the two gets another source port.
     fn direct(&mut self, frame: &[u8], headers: &Headers, seen: Seen<'_>) -> Outcome {
         let (side, backend) = (ClientSide::of(headers), (headers.destination, headers.proto));
         let aside = self.aside.contains(&backend);
         if headers.is_tcp() {
-            // Without a changed port, only beginning and end matter.
+            // While no source port was changed, only the beginning and the end of a connection matter.
             if !headers.is_syn() && !headers.ends() && !aside {
                 return Outcome::untouched(frame, None);
             }
         } else if !aside && !self.watched.contains(&backend) {
-            // A datagram does not say that it is the first; it matters only where flows of a frontend come, too.
+            // A datagram does not show whether it is the first of its flow. It matters only if the backend also
+            // receives flows of a frontend.
             return Outcome::untouched(frame, None);
         }
         let known = if headers.is_syn() { None } else { self.book.go_on(&side) };
@@ -417,9 +421,10 @@ impl Model {
         Outcome::changed(translate(frame, headers, End::Destination, headers.destination, source_port), 0)
     }
 
-    /// A backend's packet goes back as from what the client talks to.
+    /// Handles a packet on its path to the client. The source of a backend's packet becomes the address that the client
+    /// talks to.
     fn by_backend(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
-        // kube-proxy has translated the primary's segment back.
+        // The source is a frontend: kube-proxy has already translated the primary's reply.
         let of = self.services.iter().find(|(_, s)| s.frontends.contains(&headers.source));
         if let Some((name, service)) = of
             && headers.is_tcp()
@@ -434,7 +439,8 @@ impl Model {
         self.back(frame, headers, false)
     }
 
-    /// On the backend's own interface: to the client at once, if the flow leaves the stack out.
+    /// Handles a backend's packet on the backend's own interface: it goes to the client at once if its flow takes the
+    /// fast path.
     fn answer(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
         if !self.book.ways_back.get(&BackendSide::of(headers)).is_some_and(|way| way.fast) {
             return Outcome::untouched(frame, None);
@@ -481,8 +487,9 @@ impl Model {
         Outcome::changed(edit, done.mark).into_pod(done.fast)
     }
 
-    /// A router or backend tells a client of its packet, as it was sent to the backend. `fast`: on the backend's own interface,
-    /// where only flows that leave the stack out are looked at.
+    /// Handles an ICMP error from a router or a backend about a client's packet. The error quotes the packet as it was
+    /// sent to the backend. `fast`: the error arrives on the backend's own interface, where only flows on the fast path
+    /// are handled.
     fn error_for_client(&self, frame: &[u8], error: &Headers, fast: bool) -> Outcome {
         let outcome = quote::read(frame, error).and_then(|quote| {
             let side = BackendSide { backend: quote.destination, client: quote.source, proto: quote.proto };
@@ -496,11 +503,11 @@ impl Model {
         outcome.map_or_else(|| Outcome::untouched(frame, None), |edit| Outcome::changed(edit, 0).into_pod(fast))
     }
 
-    /// A client tells a backend of its packet, as it was sent to the client.
+    /// Handles an ICMP error from a client about a backend's packet. The error quotes the packet as the client got it.
     fn error_by_client(&self, frame: &[u8], error: &Headers, outside: bool) -> Outcome {
         let Some(quote) = quote::read(frame, error) else { return Outcome::untouched(frame, None) };
         if !self.services.values().any(|s| s.frontends.contains(&quote.source)) {
-            // Not about what a client got: maybe a backend's word about what it got past the stack.
+            // The quoted packet is not from a frontend: the sender may be a backend that got it on the fast path.
             let may_be = !outside && self.any_fast;
             return if may_be { self.error_for_client(frame, error, true) } else { Outcome::untouched(frame, None) };
         }
@@ -526,7 +533,7 @@ fn sequence(frame: &[u8], headers: &Headers) -> u32 {
     u32::from(word(frame, headers.l4 + 4)) << 16 | u32::from(word(frame, headers.l4 + 6))
 }
 
-/// Replaces address and port of one end, and the port at the other: nothing else, but for the checksums.
+/// Replaces the address and port of one end and the port of the other end, and adjusts the checksums.
 fn translate(frame: &[u8], headers: &Headers, end: End, to: SocketAddr, other_port: u16) -> Edit {
     let ([source_at, destination_at], _) = addresses_at(headers.is_v4());
     let (address_at, ports_at) = match end {
@@ -540,13 +547,13 @@ fn translate(frame: &[u8], headers: &Headers, end: End, to: SocketAddr, other_po
     edit
 }
 
-/// Where a packet was seen to go; `fast`: into a pod, perhaps.
+/// The choice that the programs made, read from what they did. `fast`: a redirect may also lead into a pod.
 fn choice_made(headers: &Headers, seen: Seen<'_>, fast: bool) -> Choice {
     let refused = seen.sent_away && {
         let (_, destination) = addresses(seen.frame, headers.l3, headers.is_v4());
         !fast || destination == headers.source.ip()
     };
-    // Also what could not be refused, and passed.
+    // `RewriteFailed`: the programs chose to refuse the packet, could not build the answer, and passed it.
     if refused || seen.reason == Some(PassReason::RewriteFailed) {
         return Choice::Refuse;
     }
@@ -555,7 +562,7 @@ fn choice_made(headers: &Headers, seen: Seen<'_>, fast: bool) -> Choice {
     if destination == headers.destination { Choice::Primary } else { Choice::Backup(destination) }
 }
 
-/// Which source port a packet was seen to get.
+/// The source port that the programs gave a packet.
 fn port_chosen(headers: &Headers, seen: Seen<'_>) -> u16 {
     word(seen.frame, headers.l4)
 }

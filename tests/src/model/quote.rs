@@ -1,5 +1,5 @@
-//! ICMP errors quote the packet that they are about, as it was translated. The quote is translated back, so that the host
-//! knows its own packet again, with the checksums in it and over it.
+//! Packets that ICMP errors quote. An error quotes the packet as the datapath translated it; the datapath translates
+//! the quote back, with the checksums inside it and the one over it, so that the receiver recognizes its own packet.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,9 +11,9 @@ use super::{
 /// A quoted packet.
 #[derive(Clone, Copy, Debug)]
 pub struct Quote {
-    /// From.
+    /// Source address and port.
     pub source: SocketAddr,
-    /// To.
+    /// Destination address and port.
     pub destination: SocketAddr,
     /// Protocol number.
     pub proto: u8,
@@ -21,17 +21,17 @@ pub struct Quote {
     l4: usize,
 }
 
-/// Which end of a quote is another one for whoever gets it.
+/// The end of a packet whose address is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The address that it is from.
+    /// The packet's source.
     Source,
-    /// The address that it is to.
+    /// The packet's destination.
     Destination,
 }
 
-/// Reads a quote: a TCP or UDP packet, or its first fragment, with its ports in it. What is behind the error's own end is
-/// none of it.
+/// Reads the packet that an ICMP error quotes: a TCP or UDP packet, or the first fragment of one, with its ports. Bytes
+/// after the error's own end do not belong to the quote. Returns `None` for any other quote.
 #[must_use]
 pub fn read(frame: &[u8], error: &Headers) -> Option<Quote> {
     let (l3, v4) = (error.l4 + 8, error.is_v4());
@@ -52,14 +52,14 @@ pub fn read(frame: &[u8], error: &Headers) -> Option<Quote> {
     Some(Quote { source, destination, proto, l3, l4 })
 }
 
-/// Translates a quote's `end` to what it is to the receiver, and the other end's port. The error's own address at the other
-/// end is translated too, if it is the same.
+/// Translates an ICMP error: in the quote, the address and port of `end` become `to`, and the other end's port becomes
+/// `other_port`. The error's own address at the opposite end is translated too, if it equals the quoted address.
 #[must_use]
 pub fn translate(frame: &[u8], error: &Headers, quote: &Quote, end: End, to: SocketAddr, other_port: u16) -> Edit {
     let v4 = error.is_v4();
     let mut edit = Edit::new(frame);
     let transport = transport_sum(quote.proto, quote.l4);
-    // A quote may end before TCP's checksum.
+    // The quote may end before TCP's checksum.
     let transport = (transport.at + 2 <= error.end).then_some(transport);
     let own = v4.then_some(ip_sum(quote.l3));
     let under: Vec<_> = own.into_iter().chain(transport).collect();

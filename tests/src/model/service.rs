@@ -1,4 +1,4 @@
-//! A protected service: where its breaker stands, and where a new connection may go.
+//! A protected service: the state of its breaker, and where a new connection may go.
 
 use std::net::SocketAddr;
 
@@ -6,20 +6,20 @@ use breaker_common::BreakerState;
 
 use super::limit::Limits;
 
-/// What the agent decided for a service, with the policies that it was configured with.
+/// What the agent decided for a service, and the policies from its configuration.
 #[derive(Clone, Debug)]
 pub struct Service {
-    /// Where its clients connect to: one address, TCP and UDP, for each family.
+    /// Addresses and ports that clients connect to, by TCP and UDP; one for each IP family.
     pub frontends: Vec<SocketAddr>,
-    /// Backups that are usable, of both families.
+    /// Usable backends of the backup, of both IP families.
     pub backups: Vec<SocketAddr>,
-    /// Where the breaker stands.
+    /// State of the breaker.
     pub state: BreakerState,
-    /// How many of 1000 go to the primary.
+    /// Part of new connections that goes to the primary, in permille.
     pub share: u16,
-    /// Counts the changes of state.
+    /// Counter of decisions.
     pub epoch: u32,
-    /// Flows on a backup may be alive.
+    /// Flows on a backup may still exist.
     pub draining: bool,
     /// `mode: DryRun`.
     pub dry_run: bool,
@@ -35,51 +35,52 @@ pub struct Service {
     pub keeps_client: bool,
     /// `halfOpenConnections`.
     pub half_open_limit: u32,
-    /// How many of them were let through in this epoch.
+    /// How many of these connections were let through in this epoch.
     pub half_open_taken: u32,
     /// `limits`.
     pub limits: Option<Limits>,
-    /// Connections of the primary went to the backup because of a limit: their flows are looked for.
+    /// Connections for the primary went to the backup because of a limit: their flows must be looked up.
     pub overflowed: bool,
 }
 
 /// Where a new connection goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// It is left to kube-proxy.
+    /// The connection is left to kube-proxy.
     Primary,
-    /// It is refused.
+    /// The connection is refused.
     Refuse,
-    /// It is sent there.
+    /// The connection is sent to this backend of the backup.
     Backup(SocketAddr),
 }
 
 impl Service {
-    /// Closed, and all of the traffic on the primary.
+    /// Whether the breaker is closed and the primary gets all new connections.
     const fn is_settled(&self) -> bool {
         matches!(self.state, BreakerState::Closed) && self.share >= 1000
     }
 
-    /// Whether flows are looked for. A service that is closed, settled and drained costs nothing.
+    /// Whether flows are looked up. They are not while the service is closed, with all traffic on the primary and no
+    /// flows left on a backup.
     #[must_use]
     pub const fn tracks(&self) -> bool {
         self.draining || self.overflowed || !self.dry_run && !self.is_settled()
     }
 
-    /// Whether established connections on the primary from before are reset: by policy, and only where there is a backup.
+    /// Whether older connections on the primary are reset: by policy, and only while there is a usable backup.
     #[must_use]
     pub fn resets_primary(&self) -> bool {
         !self.dry_run && self.state == BreakerState::Open && self.reset_on_open && !self.backups.is_empty()
     }
 
-    /// Whether established connections on a backup from before are reset.
+    /// Whether older connections on a backup are reset, by policy.
     #[must_use]
     pub fn resets_backup(&self) -> bool {
         !self.dry_run && self.state == BreakerState::Closed && self.reset_on_close
     }
 
-    /// Where a new connection to one of its frontends may go. Half-open, exactly so many go to the primary first; whether it
-    /// is one of those.
+    /// Where a new connection to a frontend may go. While half-open, exactly `half_open_limit` connections per epoch go
+    /// to the primary first; the second value says whether this connection is one of them.
     pub fn choices(&mut self, frontend: SocketAddr) -> (Vec<Choice>, bool) {
         if self.state == BreakerState::HalfOpen && self.half_open_taken < self.half_open_limit {
             self.half_open_taken += 1;
@@ -91,7 +92,7 @@ impl Service {
         }
         if self.share < 1000 {
             let backups = self.backups_for(frontend);
-            // Never redirect into nothing.
+            // Never redirect to an empty backup.
             match (backups.is_empty(), self.reject) {
                 (false, _) => choices.extend(backups),
                 (true, true) => choices.push(Choice::Refuse),
@@ -101,7 +102,7 @@ impl Service {
         (choices, false)
     }
 
-    /// The backups that a frontend leads to.
+    /// The backups in the IP family of a frontend.
     #[must_use]
     pub fn backups_for(&self, frontend: SocketAddr) -> Vec<Choice> {
         let of_family = self.backups.iter().filter(|b| b.is_ipv4() == frontend.is_ipv4());

@@ -1,4 +1,4 @@
-//! Interfaces come and go, and nothing of ours is left behind.
+//! Attaching to interfaces that come, change and go; and the complete removal of the agent's programs.
 
 use anyhow::{Context as _, Result};
 use aya::programs::{SchedClassifier, TcAttachType};
@@ -27,7 +27,7 @@ fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {
     assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
     lab.client = first;
     lab.world.node_mut(0).remove_pod(&late)?;
-    wait_for("it to be forgotten", LONG, || {
+    wait_for("the agent to forget the removed veth", LONG, || {
         lab.agent.status().is_ok_and(|s| s.datapath.interfaces.len() == 3 && s.datapath.failed_interfaces.is_empty())
     })?;
     let links = std::fs::read_dir(lab.agent.pinned("links"))?.count();
@@ -36,7 +36,7 @@ fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {
     Ok(())
 }
 
-/// Kernels before 6.6 have no tcx: filters on a clsact qdisc do the same, also over a restart.
+/// Kernels before 6.6 have no tcx. Filters on a clsact qdisc do the same, and survive a restart of the agent.
 #[test]
 fn clsact_works_as_tcx_does() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -58,7 +58,7 @@ fn clsact_works_as_tcx_does() -> Result<()> {
         breaker_tests::lab::client::summary(&records)
     );
     let filters = || lab.world.node(0).ns().output("tc", &["filter", "show", "dev", &lab.client.veth, "ingress"]);
-    assert_eq!(filters()?.matches("handle 0xb4ea").count(), 1, "replaced, not added: {}", filters()?);
+    assert_eq!(filters()?.matches("handle 0xb4ea").count(), 1, "the restart must replace it: {}", filters()?);
     lab.agent.stop()?;
     assert!(lab.agent.cli(&["cleanup"])?.status.success());
     let qdiscs = lab.world.node(0).ns().output("tc", &["qdisc", "show"])?;
@@ -66,7 +66,7 @@ fn clsact_works_as_tcx_does() -> Result<()> {
     Ok(())
 }
 
-/// A clsact qdisc that was there before, and one with somebody else's filter, stay.
+/// Cleanup leaves a clsact qdisc that existed before the agent.
 #[test]
 fn somebody_elses_qdisc_stays() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -97,15 +97,15 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     };
     assert_eq!(programs()?, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
-    assert!(text(&cleaned.stdout).starts_with("took away 15 links and 32 maps"), "{}", text(&cleaned.stdout));
-    wait_for("the kernel to have let go", LONG, || programs().is_ok_and(|count| count == 0))?;
+    assert!(text(&cleaned.stdout).starts_with("removed 15 links and 32 maps"), "{}", text(&cleaned.stdout));
+    wait_for("the kernel to detach the programs", LONG, || programs().is_ok_and(|count| count == 0))?;
     assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());
     assert!(lab.ask()?.is_success());
     Ok(())
 }
 
-/// The maps are an interface: names, enums and wire order for whoever reads them with bpftool.
+/// The maps are an interface: bpftool shows field names, enum labels, and addresses in wire order.
 #[test]
 fn bpftool_shows_names() -> Result<()> {
     let mut lab = started("")?;
@@ -136,7 +136,7 @@ fn two_labs_at_once_do_not_see_each_other() -> Result<()> {
     Ok(())
 }
 
-/// An interface that is no pod's gets the programs if it is asked for by name.
+/// `agent.interfaces` attaches the programs to interfaces that are not pods' veths.
 #[test]
 fn interfaces_by_glob() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -148,7 +148,7 @@ fn interfaces_by_glob() -> Result<()> {
     wait_for("uplink0 to have programs", LONG, || interfaces() == ["uplink0"])
 }
 
-/// What k3s' boot may do to a node: its network is there, its default route comes later. Over IPv6 alone, here.
+/// While k3s boots, a node's interfaces may be up before it has a default route. Here the route is an IPv6 one.
 #[test]
 fn an_uplink_is_found_when_its_default_route_comes() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -185,25 +185,25 @@ fn an_interface_that_is_renamed_set_down_and_up_or_made_again_keeps_or_gets_its_
         node.ip(&["link", "set", &old, state])?;
     }
     by_backup(&lab, "down and up")?;
-    // (Kernels before 6.2 do not rename one that is up.)
+    // Kernels before 6.2 refuse to rename an interface that is up.
     node.ip(&["link", "set", &old, "down"])?;
     node.ip(&["link", "set", &old, "name", "veth5eed5eed", "up"])?;
-    wait_for("the new name", LONG, || named(&lab, "veth5eed5eed"))?;
+    wait_for("the status to show the new name", LONG, || named(&lab, "veth5eed5eed"))?;
     by_backup(&lab, "renamed")?;
 
-    // Away and back: the kernel takes programs off an interface that leaves its namespace.
+    // Out of the namespace and back: the kernel detaches the programs from an interface that changes its namespace.
     let elsewhere = lab.world.lan().clone();
     node.ip(&["link", "set", "veth5eed5eed", "netns", elsewhere.name()])?;
-    wait_for("it to be gone", LONG, || lab.agent.status().is_ok_and(|s| s.datapath.interfaces.len() == 2))?;
+    wait_for("two interfaces", LONG, || lab.agent.status().is_ok_and(|s| s.datapath.interfaces.len() == 2))?;
     elsewhere.ip(&["link", "set", "veth5eed5eed", "netns", node.name()])?;
     node.ip(&["link", "set", "veth5eed5eed", "master", "cni0", "up"])?;
-    wait_for("it to be there again", LONG, || named(&lab, "veth5eed5eed"))?;
+    wait_for("the interface in the status again", LONG, || named(&lab, "veth5eed5eed"))?;
     by_backup(&lab, "away and back")?;
 
-    // Another pod's, with the name and the index of this one.
+    // A new veth takes its place, with the same name and the same index.
     let text = node.output("ip", &["-o", "link", "show", "dev", "veth5eed5eed"])?;
     let index = text.split(':').next().context("no index")?.trim().to_owned();
-    // Neighbours remember the pod's link address for a minute.
+    // The pod's end gets the old MAC address: neighbors remember it for a minute.
     let text = lab.client.ns.output("ip", &["-o", "link", "show", "dev", "eth0"])?;
     let address = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).context("no address")?;
     node.ip(&["link", "del", "veth5eed5eed"])?;
@@ -214,7 +214,7 @@ fn an_interface_that_is_renamed_set_down_and_up_or_made_again_keeps_or_gets_its_
     lab.client.ns.ip(&["addr", "add", &format!("{}/24", lab.client.address), "dev", "eth0"])?;
     lab.client.ns.ip(&["link", "set", "eth0", "address", address, "up"])?;
     lab.client.ns.ip(&["route", "add", "default", "via", "10.42.1.1"])?;
-    wait_for("the new one to have programs", LONG, || {
+    wait_for("the new veth to have programs", LONG, || {
         named(&lab, "veth5eed5eed") && lab.ask().is_ok_and(|answer| answer.pod() == Some(backup.as_str()))
     })
 }

@@ -1,6 +1,6 @@
-//! Other people's clients and servers, from everywhere, over both IP families: HTTP/1.1 and HTTP/2 (curl, nghttp, nghttpd), DNS over
-//! datagrams and connections (dig, dnsmasq), bulk both ways (iperf3), long streams; what tcpdump catches of them on both
-//! sides, read by tshark, has no bad checksum.
+//! Third-party clients and servers, from everywhere, over both IP families: HTTP/1.1 and HTTP/2 (curl, nghttp,
+//! nghttpd), DNS over UDP and TCP (dig, dnsmasq), bulk transfers in both directions (iperf3), and long streams.
+//! tcpdump captures both ends, and tshark must find no bad checksum.
 
 use std::{
     fmt::Write as _,
@@ -28,7 +28,7 @@ use crate::{
     netfilter::{count, counted},
 };
 
-/// A VIP of each family.
+/// A VIP of each IP family.
 const VIPS: [&str; 2] = ["10.43.0.77", "fd43::77"];
 const HTTP: u16 = 80;
 const HTTP2: u16 = 8081;
@@ -36,7 +36,7 @@ const DNS: u16 = 53;
 const IPERF: u16 = 5201;
 const ECHO: u16 = 7000;
 
-/// A process that ends with its owner.
+/// A process that is killed when this value is dropped.
 struct Server(Child);
 
 impl Drop for Server {
@@ -55,7 +55,7 @@ fn listens(ns: &NetNs, port: u16) -> bool {
     ns.output("ss", &["-Htln", "sport", "=", &format!(":{port}")]).is_ok_and(|sockets| !sockets.is_empty())
 }
 
-/// An entry for one port; with `udp`, datagrams too. It is open: the primary is the dummy's pod, where nobody listens.
+/// The configuration of a service on one port: TCP, and with `udp` UDP too. It is forced open. `more` is added to it.
 fn service(lab: &Lab, port: u16, udp: bool, backups: [IpAddr; 2], more: &str) -> String {
     let mut text = format!("  - name: port-{port}\n    frontends:\n");
     for vip in VIPS {
@@ -73,18 +73,19 @@ fn service(lab: &Lab, port: u16, udp: bool, backups: [IpAddr; 2], more: &str) ->
     text
 }
 
-/// Ways to the VIPs for the lan. (IPv6 is masqueraded by breaker's own rule: the lab's kube-proxy has none for it.)
+/// Adds routes to the VIPs. (breaker's own rule masquerades IPv6, because the lab's kube-proxy has no rules for it.)
 fn ways(lab: &Lab) -> Result<()> {
     let (lan, node) = (lab.world.lan(), lab.world.node(0));
     lan.ip(&["route", "add", VIPS[0], "via", &node.address().to_string()])?;
     for to in [VIPS[1], "fd42::/16"] {
         lan.ip(&["-6", "route", "add", to, "via", &node.address6().to_string()])?;
     }
-    // A process of the node needs a way to the VIP, or its kernel does not even try; a k3s node has a default route.
+    // A process of the node needs a route to the VIP, or its kernel does not send a SYN. A k3s node has a default
+    // route.
     node.ns().ip(&["-6", "route", "add", VIPS[1], "via", "fd31::1"])
 }
 
-/// The lab with servers of all kinds in the backup's pod; `more` of each service.
+/// A lab with servers of all kinds in the backup's pod. `more` is added to each service's configuration.
 fn staged(services: &[(u16, bool)], more: &str) -> Result<(Lab, Vec<Server>)> {
     let mut lab = Lab::new(Checks::Fast)?;
     ways(&lab)?;
@@ -116,12 +117,12 @@ fn staged(services: &[(u16, bool)], more: &str) -> Result<(Lab, Vec<Server>)> {
     Ok((lab, servers))
 }
 
-/// An address as it stands in a URL.
+/// An address as the host of a URL: IPv6 in brackets.
 fn in_url(ip: &str) -> String {
     if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() }
 }
 
-/// One client's whole programme.
+/// Sends all kinds of requests from one client to one VIP; the backup must answer them.
 fn ask_everything(ns: &NetNs, vip: &str, backup: IpAddr, interface: &str) -> Result<()> {
     let said = |program: &str, args: &[&str]| ns.output(program, args).with_context(|| format!("{program} {args:?}"));
     let url = |port: u16, path: &str| format!("http://{}:{port}{path}", in_url(vip));
@@ -130,7 +131,7 @@ fn ask_everything(ns: &NetNs, vip: &str, backup: IpAddr, interface: &str) -> Res
     ensure!(answer.contains(&backup.to_string()), "HTTP/1.1: {answer}");
     let answer = said("curl", &[&curl[..], &["--http2-prior-knowledge", &url(HTTP2, "/who")]].concat())?;
     ensure!(answer.contains("by HTTP/2"), "HTTP/2: {answer}");
-    // Several at once on one connection.
+    // Five requests at the same time on one connection.
     let answer = said("nghttp", &["-t", "5", "-m", "5", &url(HTTP2, "/who")])?;
     ensure!(answer.matches("by HTTP/2").count() == 5, "HTTP/2: {answer}");
     let server = format!("@{vip}");
@@ -151,7 +152,7 @@ fn ask_everything(ns: &NetNs, vip: &str, backup: IpAddr, interface: &str) -> Res
     Ok(())
 }
 
-/// A capture of everything that an interface sees.
+/// A tcpdump capture on a namespace's `eth0`.
 struct Capture {
     tcpdump: Server,
     file: PathBuf,
@@ -163,12 +164,12 @@ impl Capture {
         let mut command = ns.command("tcpdump");
         command.args(["-i", "eth0", "-n", "-U", "--immediate-mode", "-B", "65536", "-w"]).arg(&file);
         let tcpdump = spawn(&mut command)?;
-        // The file's header is 24 bytes, written when it listens.
+        // tcpdump writes the file's header, 24 bytes, when it starts to capture.
         wait_for("tcpdump", LONG, || std::fs::metadata(&file).is_ok_and(|data| data.len() >= 24))?;
         Ok(Self { tcpdump, file })
     }
 
-    /// Ends it; lines of packets with a bad checksum, and how many packets there were in all.
+    /// Ends the capture. Returns a line for each packet with a bad checksum, and the number of all packets.
     fn judge(mut self) -> Result<(String, usize)> {
         let id = Pid::from_raw(i32::try_from(self.tcpdump.0.id())?).context("a process id")?;
         kill_process(id, Signal::INT)?;
@@ -183,33 +184,33 @@ impl Capture {
         };
         let all = read("tcp || udp || icmp || icmpv6")?.lines().count();
         let bad = |protocol: &str| format!("{protocol}.checksum.status == \"Bad\"");
-        // The kernel itself writes a sum of zero as its other representation (`CSUM_MANGLED_0` in `skb_checksum_help`), which
-        // means the same, and which tshark minds.
+        // The kernel itself writes a checksum of zero as 0xffff (`CSUM_MANGLED_0` in `skb_checksum_help`). Both mean
+        // the same, but tshark calls 0xffff bad for TCP.
         let own = format!("({} && tcp.checksum != 0xffff)", bad("tcp"));
-        // What an ICMP message quotes may be cut, and then its checksum says nothing.
+        // An ICMP message may quote only a part of a packet, so the checksum in the quote cannot be verified.
         let quoted = format!("({} || {}) && !icmp && !icmpv6", own, bad("udp"));
         let bad = format!("{} || {} || {} || ({quoted})", bad("ip"), bad("icmp"), bad("icmpv6"));
         Ok((read(&bad)?, all))
     }
 }
 
-/// Lets the kernel make every checksum itself, where a capture can see it.
+/// Switches checksum offload off: the kernel completes every checksum before a capture sees the packet.
 fn no_offload(lab: &Lab) -> Result<()> {
     let pods = [&lab.client.ns, &lab.backup.pod.ns];
     for ns in pods.into_iter().chain([lab.world.node(0).ns(), lab.world.lan()]) {
         let links = ns.output("ip", &["-o", "link"])?;
         for name in links.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next()) {
-            // Not all of them know all of it.
+            // Not every interface has this feature.
             let _ = ns.output("ethtool", &["-K", name, "tx", "off"]);
         }
     }
     Ok(())
 }
 
-/// Whose programme it is, where they are, and by which interface.
+/// A client's name, its network namespace, and the interface that it sends by.
 type Client<'a> = (&'a str, &'a NetNs, &'a str);
 
-/// Each client's whole programme, with eyes on both ends.
+/// Sends all kinds of requests from each client, and captures packets in the client's and the backup's pod.
 fn all_ask_everything(lab: &Lab, clients: &[Client<'_>]) -> Result<()> {
     no_offload(lab)?;
     let dir = lab.world.dir();
@@ -239,17 +240,18 @@ fn real_clients_from_everywhere_and_no_bad_checksum() -> Result<()> {
     all_ask_everything(&lab, &[("a pod", &lab.client.ns, "eth0"), node, ("the lan", lab.world.lan(), "br0")])
 }
 
-/// The same past the stack, from a pod and from outside: netfilter sees not one packet between them and the backup.
+/// The same requests on the fast path, from a pod and from outside: netfilter sees no packet between them and the
+/// backup.
 #[test]
 fn real_clients_past_the_stack_and_no_bad_checksum() -> Result<()> {
     let (lab, _servers) = staged(&PORTS, "    fastPath: PeerRedirect\n")?;
     let node = lab.world.node(0).ns();
-    // A pod that the node has talked to is known to it; here no check does.
+    // The agent reads from the neighbor table where a pod is. Without checks, the node must talk to each pod first.
     for backup in [lab.backup.pod.address.to_string(), lab.backup.pod.address6.to_string()] {
         node.output("curl", &["-sS", "--max-time", "5", &format!("http://{}/", in_url(&backup))])?;
     }
     let services = || lab.agent.status().map(|status| status.services);
-    wait_for("the backups to be known as pods of this node", LONG, || {
+    wait_for("the agent to find the backups on this node", LONG, || {
         services().is_ok_and(|all| all.iter().flat_map(|s| &s.tiers[1].backends).all(|backend| backend.near))
     })?;
     let pairs = [
@@ -259,7 +261,7 @@ fn real_clients_past_the_stack_and_no_bad_checksum() -> Result<()> {
         ("fd31::1".to_owned(), lab.backup.pod.address6.to_string()),
     ];
     for (one, other) in pairs.iter().flat_map(|(client, backup)| [(client, backup), (backup, client)]) {
-        // (Pods find each other's MAC addresses by ICMPv6.)
+        // Not ICMPv6: pods resolve each other's MAC addresses by it.
         for protocol in ["tcp", "udp"] {
             count(node, &["-p", protocol, "-s", one, "-d", other])?;
         }
@@ -269,8 +271,8 @@ fn real_clients_past_the_stack_and_no_bad_checksum() -> Result<()> {
     Ok(())
 }
 
-/// A link with a smaller MTU on the way to a backup outside: the router's word reaches the client, about the packet that the
-/// client knows, and the transfer goes on in smaller packets.
+/// A link with a smaller MTU on the path to an external backup: the router's ICMP error reaches the client, quotes
+/// the packet as the client sent it, and the transfer goes on in smaller packets.
 #[test]
 fn a_smaller_mtu_on_the_way_is_found() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -292,13 +294,13 @@ fn a_smaller_mtu_on_the_way_is_found() -> Result<()> {
         ensure!(!known()?.contains("mtu 1300"), "{}", known()?);
         let port = IPERF.to_string();
         lab.client.ns.output("iperf3", &["-c", vip, "-p", &port, "-n", "4M", "--connect-timeout", "3000"])?;
-        ensure!(known()?.contains("mtu 1300"), "the client did not learn of it: {}", known()?);
+        ensure!(known()?.contains("mtu 1300"), "the client did not learn the MTU: {}", known()?);
     }
     assert!(lab.agent.service(&format!("port-{IPERF}"))?.counters.icmp_errors >= 2);
     Ok(())
 }
 
-/// Streams that go on for long, both ways: nothing that breaker does later touches them.
+/// Long streams in both directions survive state changes of the breaker and the agent's death.
 #[test]
 fn long_streams_go_on_over_flips_and_the_agents_death() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -318,7 +320,7 @@ fn long_streams_go_on_over_flips_and_the_agents_death() -> Result<()> {
     let go_on = |when: &str| -> Result<()> {
         for stream in &streams {
             let before = stream.lines.load(Ordering::SeqCst);
-            wait_for(&format!("a stream to go on: {when}"), LONG, || {
+            wait_for(&format!("a stream to continue: {when}"), LONG, || {
                 stream.lines.load(Ordering::SeqCst) > before + 20
             })?;
         }
@@ -352,7 +354,7 @@ fn echo(stream: &TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A client that says a line every few milliseconds and wants it back.
+/// A client that sends a line every few milliseconds and expects it back.
 struct Stream {
     lines: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
@@ -373,7 +375,7 @@ impl Stream {
                 line.clear();
                 reader.read_line(&mut line)?;
                 if line != said {
-                    return Err(std::io::Error::other(format!("{line:?} for {said:?}")));
+                    return Err(std::io::Error::other(format!("received {line:?} for {said:?}")));
                 }
                 counted.fetch_add(1, Ordering::SeqCst);
                 std::thread::sleep(Duration::from_millis(2));

@@ -1,4 +1,4 @@
-//! Failing over and coming back, under load.
+//! Failover to the backup and return to the primary, under load.
 
 use anyhow::Result;
 use breaker_tests::lab::{
@@ -10,7 +10,7 @@ use breaker_tests::lab::{
 
 use crate::{LONG, started, wait_well};
 
-/// `reasons`: why the breaker may have opened.
+/// Plays one fault under load. `reasons`: the trip reasons that are allowed.
 fn plays(fault: Fault, reasons: &[&str]) -> Result<()> {
     let mut lab = started("")?;
     let play = lab.play(fault, Checks::Fast, Plan::usual(lab.vip), |_| ())?;
@@ -19,7 +19,7 @@ fn plays(fault: Fault, reasons: &[&str]) -> Result<()> {
     assert_eq!(steps, [("Closed", "Open"), ("Open", "Closed")]);
     let [why, recovered] = [0, 1].map(|step| play.transitions[step].reason.as_str());
     assert!(reasons.contains(&why) && recovered == "Recovered", "{why}, {recovered}");
-    // Everything that failed is explained by the outage before the breaker opened; the way back costs nothing.
+    // The outage explains every failed request; the return to the primary fails none.
     let service = lab.agent.service(SERVICE)?;
     assert!(service.counters.moved > 0);
     assert_eq!(service.counters.failed_open, 0);
@@ -38,11 +38,11 @@ fn a_process_that_is_killed() -> Result<()> {
 
 #[test]
 fn a_black_hole() -> Result<()> {
-    // A check that is connected when it falls dark waits for its answer.
+    // A probe that has connected before the fault times out while it waits for the response.
     plays(Fault::BlackHole, &["ConnectTimeout", "ResponseTimeout"])
 }
 
-/// The lab's own configuration, as NGINX Plus has it: every 3 s, one failure, one pass.
+/// The lab's default checks, as in NGINX Plus: every 3 s; one failure is Down, one success is Up.
 #[test]
 fn the_labs_defaults() -> Result<()> {
     let mut lab = Lab::new(Checks::Default)?;
@@ -53,7 +53,7 @@ fn the_labs_defaults() -> Result<()> {
     Ok(())
 }
 
-/// The replies of the dummy service, to the byte.
+/// The responses of the dummy service, byte for byte.
 #[test]
 fn the_dummy_service_is_the_labs() -> Result<()> {
     let mut lab = Lab::new(Checks::Default)?;
@@ -63,7 +63,7 @@ fn the_dummy_service_is_the_labs() -> Result<()> {
     lab.primary.inject(Fault::FakeError)?;
     assert_eq!(lab.primary.ask("GET", "/alive")?, (200, "OK".into()));
     assert_eq!(lab.primary.ask("GET", "/ready")?, (503, "BUSY FROM 127.0.0.1:80".into()));
-    // It hangs, and holds up nobody else.
+    // A request for `/` hangs, and blocks no other request.
     assert!(lab.primary.ask("GET", "/").is_err());
     lab.primary.heal(Fault::FakeError)?;
     assert_eq!(at(&lab.primary)?.0, 200);
@@ -99,11 +99,11 @@ fn two_services_share_a_backup() -> Result<()> {
             records.len() > 100 && records.iter().rev().take(50).all(|r| r.outcome.pod() == Some(&backup))
         })?;
     }
-    // One comes back, the other stays.
+    // The second service returns to its primary; the first one stays on the backup.
     second.heal(Fault::FakeError)?;
     lab.agent.wait_state("second", "Closed", LONG)?;
     let primary = second.address().to_string();
-    loads[1].wait("the second to be back", LONG, |records| {
+    loads[1].wait("the second service's primary to answer", LONG, |records| {
         let new = records.iter().rev().filter(|r| !r.keep_alive).take(40);
         new.clone().count() == 40 && new.clone().all(|r| r.outcome.pod() == Some(&primary))
     })?;
@@ -113,7 +113,7 @@ fn two_services_share_a_backup() -> Result<()> {
     Ok(())
 }
 
-/// The backup's own pod asks the Service: the packet must come back to where it came from.
+/// The backup's own pod is the client: the packet must return to the pod that sent it.
 #[test]
 fn hairpin() -> Result<()> {
     let mut lab = started("")?;

@@ -1,4 +1,5 @@
-//! Programs of others on the same hooks: they go on running, before ours and behind, and are there when ours are gone.
+//! Third-party programs on the same hooks: they keep running, before breaker's and behind them, and stay when
+//! breaker's go.
 
 use std::fs::File;
 
@@ -22,7 +23,7 @@ use crate::{LONG, started, wait_well};
 
 static FOREIGN: &[u8] = aya::include_bytes_aligned!(env!("FOREIGN_OBJECT"));
 
-/// Where a foreign program stands.
+/// Options that attach a third-party program at a position in the chain.
 type Place = fn() -> TcAttachOptions;
 
 fn before() -> TcAttachOptions {
@@ -33,12 +34,12 @@ fn behind() -> TcAttachOptions {
     if has_tcx() { TcAttachOptions::TcxOrder(LinkOrder::last()) } else { filter(0xff00) }
 }
 
-/// A filter on the clsact qdisc that is there; ours have a priority between 1 and 0xff00.
+/// A filter on the existing clsact qdisc. breaker's filters have a priority between 1 and 0xff00.
 fn filter(priority: u16) -> TcAttachOptions {
     TcAttachOptions::Netlink(NlOptions { priority, ..NlOptions::default() })
 }
 
-/// Puts foreign programs on the client's veth; they stay as long as what is returned.
+/// Attaches third-party programs to the client's veth, until the returned value is dropped.
 fn attach(lab: &Lab, programs: &'static [(&'static str, TcAttachType)], place: Place) -> Result<Ebpf> {
     let veth = lab.client.veth.clone();
     load(lab.world.node(0).ns(), move |foreign| {
@@ -51,7 +52,7 @@ fn attach(lab: &Lab, programs: &'static [(&'static str, TcAttachType)], place: P
     })
 }
 
-/// Loads the foreign programs in a network namespace, and lets some of them be attached.
+/// Loads the third-party programs in a network namespace; `attach` attaches some of them.
 fn load(ns: &NetNs, attach: impl FnOnce(&mut Ebpf) -> Result<()> + Send + 'static) -> Result<Ebpf> {
     ns.enter(move || -> Result<Ebpf> {
         let mut foreign = Ebpf::load(FOREIGN)?;
@@ -67,12 +68,12 @@ fn attach_xdp(foreign: &mut Ebpf, interface: &str, mode: XdpMode) -> Result<()> 
     Ok(())
 }
 
-/// A foreign XDP program on an interface, in native mode; gone with what is returned.
+/// Attaches a third-party XDP program to an interface in native mode, until the returned value is dropped.
 pub fn native_xdp(ns: &NetNs, interface: &'static str) -> Result<Ebpf> {
     load(ns, move |foreign| attach_xdp(foreign, interface, XdpMode::Driver))
 }
 
-/// How often a foreign program counted.
+/// A counter of the third-party programs.
 fn seen(foreign: &mut Ebpf, index: u32) -> Result<u64> {
     let seen: Array<_, u64> = Array::try_from(foreign.map_mut("SEEN").context("SEEN")?)?;
     Ok(seen.get(&index, 0)?)
@@ -88,7 +89,8 @@ fn answers(lab: &Lab, pod: &breaker_tests::lab::service::ServicePod) -> Result<(
     Ok(())
 }
 
-/// Whoever passes packets on, marks them or drops some of others: before ours and behind, both do their work.
+/// Third-party programs that pass packets on, mark them or drop some of them, before breaker's and behind them: all
+/// of them work.
 #[test]
 fn before_and_behind_ours_both_do_their_work() -> Result<()> {
     use TcAttachType::{Egress, Ingress};
@@ -102,7 +104,7 @@ fn before_and_behind_ours_both_do_their_work() -> Result<()> {
         answers(&lab, &lab.backup)?;
         assert!(seen(&mut foreign, 0)? > 3 && seen(&mut foreign, 1)? > 3, "{place}: both directions of a connection");
         assert!(seen(&mut foreign, 3)? > 3, "{place}: marked");
-        // What it drops is dropped: no answer, not even a refusal.
+        // A SYN that it drops gets no answer, not even a reset.
         let target = std::net::SocketAddr::from((*lab.backup.address().ip(), 9999));
         let refused = lab.client.ns.enter(move || {
             std::net::TcpStream::connect_timeout(&target, std::time::Duration::from_millis(500)).map(drop)
@@ -113,7 +115,8 @@ fn before_and_behind_ours_both_do_their_work() -> Result<()> {
     Ok(())
 }
 
-/// One that ends the chain: behind ours it gets all packets, before ours it hides them, and the primary has them (fail open).
+/// A third-party program that ends the chain: behind breaker's it gets all packets. Before breaker's it hides them,
+/// and the primary gets them (fail open).
 #[test]
 fn one_that_ends_the_chain() -> Result<()> {
     let lab = started("    override: ForceOpen\n")?;
@@ -126,7 +129,7 @@ fn one_that_ends_the_chain() -> Result<()> {
     answers(&lab, &lab.primary)
 }
 
-/// `agent.attachOrder: Last` stands behind what is there.
+/// `agent.attachOrder: Last` attaches breaker's programs behind those that are already there.
 #[test]
 fn the_order_can_be_chosen() -> Result<()> {
     for (order, reached) in [("First", true), ("Last", false)] {
@@ -136,7 +139,7 @@ fn the_order_can_be_chosen() -> Result<()> {
                 &format!("  attach: {attach_mode}\n  attachOrder: {order}\n"),
                 &lab.services(Checks::Fast, "    override: ForceOpen\n"),
             )?;
-            // It ends the chain, so that ours behind it sees nothing.
+            // This program ends the chain: breaker's programs behind it see no packets.
             let place: Place = if attach_mode == "Tcx" {
                 before
             } else {
@@ -154,7 +157,7 @@ fn the_order_can_be_chosen() -> Result<()> {
     Ok(())
 }
 
-/// An XDP program on the uplink and one on connect(2): they see what they saw, and stay when ours go.
+/// A third-party XDP program on the uplink and one on connect(2) keep running, and stay when breaker's programs go.
 #[test]
 fn xdp_and_cgroup_programs_stay_as_they_were() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -172,7 +175,7 @@ fn xdp_and_cgroup_programs_stay_as_they_were() -> Result<()> {
     lab.agent.start()?;
     wait_well(&lab)?;
     open(&lab)?;
-    // From outside by a route to the Service's address, and from the node itself.
+    // A client outside, by a route to the Service's address, and a process of the node.
     let lan = lab.world.lan().clone();
     let via = lab.world.node(0).address().to_string();
     lan.ip(&["route", "add", &format!("{}/32", lab.vip.ip()), "via", &via])?;

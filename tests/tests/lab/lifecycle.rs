@@ -1,4 +1,4 @@
-//! The agent's death and return, reload, and what the command line says meanwhile.
+//! Death and restart of the agent, reload of its configuration, and the command line meanwhile.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use rustix::process::Signal;
 
 use crate::{LONG, started, text, wait_well};
 
-/// Everybody was answered, and by whom they should.
+/// Ends the load, and asserts that `pod` answered every request.
 #[track_caller]
 fn none_failed(load: Load, pod: &str) {
     let records = load.stop().unwrap();
@@ -41,7 +41,7 @@ fn killed_under_load_while_open_and_adopted() -> Result<()> {
 
     let output = lab.agent.cli(&["status"])?;
     let shown = text(&output.stdout);
-    assert!(output.status.success() && shown.contains("the agent is gone since"), "{shown}");
+    assert!(output.status.success() && shown.contains("the agent has been gone for"), "{shown}");
     assert!(shown.contains(SERVICE) && shown.contains("Open") && shown.contains("ConnectFailed"), "{shown}");
 
     lab.agent.start()?;
@@ -49,7 +49,7 @@ fn killed_under_load_while_open_and_adopted() -> Result<()> {
     let after = lab.agent.service(SERVICE)?;
     assert_eq!((after.state.as_str(), after.epoch, after.since), ("Open", before.epoch, before.since));
     assert_eq!(after.reason, before.reason);
-    assert!(after.counters.moved > before.counters.moved, "counters go on");
+    assert!(after.counters.moved > before.counters.moved, "counters continue");
     none_failed(load, &lab.backup.address().to_string());
 
     lab.primary.heal(Fault::Kill)?;
@@ -78,11 +78,11 @@ fn a_graceful_end_leaves_the_datapath_and_detach_takes_it_away() -> Result<()> {
     lab.agent.wait_state(SERVICE, "Open", LONG)?;
     lab.agent.stop()?;
     let backup = lab.backup.address().to_string();
-    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()), "SIGTERM leaves it in place");
+    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()), "SIGTERM leaves the datapath in place");
     lab.agent.start_with(&["--detach"])?;
     lab.agent.stop()?;
-    assert!(!lab.agent.pin_path().exists(), "everything is gone");
-    assert!(!lab.ask()?.is_success(), "and the primary, which is dead, has its packets back");
+    assert!(!lab.agent.pin_path().exists(), "the pins are removed");
+    assert!(!lab.ask()?.is_success(), "packets go to the dead primary again");
     Ok(())
 }
 
@@ -95,7 +95,7 @@ fn a_reload_under_load() -> Result<()> {
     let load = lab.load(Plan::usual(lab.vip))?;
     some_more(&load)?;
 
-    // A bad file changes nothing and says so.
+    // An invalid file changes nothing and is reported.
     lab.agent.write_config("", "services: [{name: dummy}]\n")?;
     wait_for("the bad file to be refused", LONG, || {
         lab.agent
@@ -103,7 +103,7 @@ fn a_reload_under_load() -> Result<()> {
             .is_ok_and(|events| events.iter().any(|e| e.kind == "ConfigRefused" && e.message.contains("lab.yaml:")))
     })?;
     some_more(&load)?;
-    // A good one with another policy is applied; by signal this time.
+    // A valid file with another policy is applied, this time by a signal.
     lab.configure(Checks::Fast, "    onClose: Reset\n")?;
     lab.agent.signal(Signal::HUP)?;
     wait_for("the good file to be read", LONG, || {
@@ -128,7 +128,7 @@ fn a_second_agent_names_the_first() -> Result<()> {
     Ok(())
 }
 
-/// Maps stay as large as they were made, whatever is asked for later; everything else goes on.
+/// Maps keep the size that they were created with, whatever a later configuration says; everything else works.
 #[test]
 fn other_sizes_wait_for_a_cleanup() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -201,7 +201,7 @@ fn the_command_line() -> Result<()> {
     Ok(())
 }
 
-/// An operator's word outlives the agent.
+/// An override outlives the agent.
 #[test]
 fn an_override_is_adopted() -> Result<()> {
     let mut lab = started("")?;
@@ -229,7 +229,7 @@ fn the_lease_runs_out() -> Result<()> {
     lab.agent.kill()?;
     lab.primary.heal(Fault::FakeError)?;
     let primary = lab.primary.address().to_string();
-    wait_for("the primary to have its packets back", Duration::from_secs(10), || {
+    wait_for("the primary to answer again", Duration::from_secs(10), || {
         lab.ask().is_ok_and(|o| o.pod() == Some(&primary))
     })?;
     let shown = text(&lab.agent.cli(&["status"])?.stdout);
@@ -237,7 +237,7 @@ fn the_lease_runs_out() -> Result<()> {
     Ok(())
 }
 
-/// A service is renamed while connections are on its backup: they go on, and the new one looks for them.
+/// A service is renamed while connections are on its backup: they continue, and the renamed service tracks them.
 #[test]
 fn a_rename_cuts_nobody() -> Result<()> {
     let mut lab = started("")?;
@@ -250,7 +250,7 @@ fn a_rename_cuts_nobody() -> Result<()> {
     let renamed = lab.services(Checks::Fast, "").replace("name: dummy\n", "name: renamed\n");
     lab.agent.write_config("", &renamed)?;
     wait_for("the new name", LONG, || lab.agent.service("renamed").is_ok_and(|s| s.applied.is_some()))?;
-    // Longer than it takes to go through the flow tables twice.
+    // Longer than two sweeps of the flow tables take.
     for _ in 0..6 {
         some_more(&load)?;
     }

@@ -1,5 +1,5 @@
-//! Limits, as clients feel them: real connections, beside nftables and HAProxy, over the agent's death, and after clients that
-//! vanish.
+//! Limits on real connections: compared with nftables and HAProxy, across the agent's death, and after clients
+//! vanished.
 
 use std::{
     io::{Read as _, Write as _},
@@ -20,7 +20,7 @@ use breaker_tests::lab::{
 
 use crate::{LONG, started, wait_well};
 
-/// Connects from a network namespace, one after the other; those that were not refused are kept.
+/// Connects from a network namespace, `times` times in sequence. Returns the connections that were not refused.
 fn connect(from: &NetNs, target: SocketAddrV4, times: usize) -> Result<Vec<TcpStream>> {
     from.enter(move || {
         let connect = |_| TcpStream::connect_timeout(&SocketAddr::V4(target), Duration::from_secs(5)).ok();
@@ -32,13 +32,13 @@ fn limits(lab: &Lab) -> Result<LimitsStatus> {
     lab.agent.service(SERVICE)?.limits.context("the service has no limits")
 }
 
-/// Counted connections to the primary.
+/// Counted connections to the primary; `u32::MAX` if the agent does not tell.
 fn counted(lab: &Lab) -> u32 {
     limits(lab).map_or(u32::MAX, |limits| limits.primary.concurrent)
 }
 
-/// A peer with a limit of its own: how many of a hundred connections at once it takes, how many of the hundred that come 0.35 s
-/// later, and how many of those that come all the time for three seconds, from a full bucket.
+/// How many connections a limiter admits, from a full bucket: of a hundred in a row, of the hundred that follow 0.35
+/// s later, and of a steady stream for three seconds.
 #[derive(Clone, Copy, Debug)]
 struct Admitted {
     at_once: usize,
@@ -47,7 +47,7 @@ struct Admitted {
 }
 
 fn hundred_clients(from: &NetNs, target: SocketAddrV4) -> Result<Admitted> {
-    // A proxy accepts before it refuses: only an answer tells.
+    // A proxy accepts a connection before it refuses it: only a response shows that the connection was admitted.
     let answered = move |_: &usize| -> bool {
         let ask = || -> std::io::Result<usize> {
             let mut stream = TcpStream::connect_timeout(&SocketAddr::V4(target), Duration::from_secs(5))?;
@@ -80,7 +80,7 @@ impl Drop for HaProxy {
     }
 }
 
-/// HAProxy in the backup's pod, with the recipe that its users copy.
+/// HAProxy in the backup's pod, with the common recipe for a rate limit.
 fn haproxy(lab: &Lab) -> Result<(HaProxy, SocketAddrV4)> {
     let address = SocketAddrV4::new(lab.backup.pod.address, 8081);
     let config = lab.world.dir().join("limits.cfg");
@@ -100,7 +100,7 @@ fn haproxy(lab: &Lab) -> Result<(HaProxy, SocketAddrV4)> {
     Ok((child, address))
 }
 
-/// A rule of nftables in the backup's pod, for a port of its own.
+/// Adds an nftables rule to the backup's pod, which limits new connections to port 80.
 fn nftables(lab: &Lab) -> Result<()> {
     let rules = "table inet limited {\n  chain input {\n    type filter hook input priority 0;\n    \
                  tcp dport 80 ct state new limit rate over 10/second burst 5 packets reject with tcp reset\n  }\n}\n";
@@ -109,10 +109,11 @@ fn nftables(lab: &Lab) -> Result<()> {
     netns::run(lab.backup.pod.ns.command("nft").arg("-f").arg(&file))
 }
 
-/// The table of docs/LIMITS.md, in one run: breaker means by rate and burst what nftables means, and HAProxy's recipe locks out.
+/// Checks the table of other limiters in docs/LIMITS.md: rate and burst mean the same to breaker as to nftables, and
+/// HAProxy's recipe locks out a client that keeps trying.
 #[test]
 fn a_hundred_clients_at_once_beside_nftables_and_haproxy() -> Result<()> {
-    // Without checks: nftables would count them.
+    // The agent is stopped before nftables is measured: the rule would count probes too.
     let mut lab = Lab::with(Checks::Default, "    limits: {newConnectionsPerSecond: 10, burst: 5}\n")?;
     lab.agent.start()?;
     wait_well(&lab)?;
@@ -128,12 +129,12 @@ fn a_hundred_clients_at_once_beside_nftables_and_haproxy() -> Result<()> {
     let nftables = hundred_clients(&lab.client.ns, lab.backup.address())?;
     let all = format!("breaker {ours:?}, nftables {nftables:?}, HAProxy {haproxy:?}");
     eprintln!("{all}");
-    // A hundred refusals take some milliseconds, on a slow machine tens of them: a token may come back meanwhile.
+    // A hundred refusals take milliseconds, on a slow machine tens of them; a token may come back meanwhile.
     let near = |ours: usize, theirs: usize, by: usize| ours.abs_diff(theirs) <= by;
     ensure!((5..=7).contains(&ours.at_once) && near(ours.at_once, nftables.at_once, 2), "{all}");
     ensure!((3..=5).contains(&ours.later) && near(ours.later, nftables.later, 2), "{all}");
     ensure!((33..=36).contains(&ours.steadily) && near(ours.steadily, nftables.steadily, 2), "{all}");
-    ensure!(haproxy.steadily < ours.steadily / 2, "who goes on trying is locked out: {all}");
+    ensure!(haproxy.steadily < ours.steadily / 2, "HAProxy locks out a client that keeps trying: {all}");
     let refused = shown.primary.limited.get("newConnectionsPerSecond").copied().unwrap_or_default();
     ensure!(refused > 180, "{shown:?}");
     let client = &shown.limited_clients[0];
@@ -142,7 +143,7 @@ fn a_hundred_clients_at_once_beside_nftables_and_haproxy() -> Result<()> {
     Ok(())
 }
 
-/// A backup that would topple at 500 connections a second gets no more, of two thousand a second that a failover sends it.
+/// A backup that fails above 500 connections per second gets no more than that, of 2,000 per second in a failover.
 #[test]
 fn a_failover_does_not_topple_the_backup() -> Result<()> {
     const RATE: u32 = 500;
@@ -158,7 +159,7 @@ fn a_failover_does_not_topple_the_backup() -> Result<()> {
     let backup = lab.backup.address().to_string();
     let admitted: Vec<Instant> =
         records.iter().filter(|record| record.outcome.pod() == Some(&backup)).map(|record| record.at).collect();
-    let (first, last) = (admitted[0], *admitted.last().context("the backup had none")?);
+    let (first, last) = (admitted[0], *admitted.last().context("the backup got no connection")?);
     let took = last.duration_since(first).as_secs_f64();
     let allowed = f64::from(RATE) * took + f64::from(BURST);
     let asked = records.iter().filter(|record| record.at >= first && record.at <= last).count();
@@ -167,16 +168,16 @@ fn a_failover_does_not_topple_the_backup() -> Result<()> {
     eprintln!("{all}");
     #[expect(clippy::cast_precision_loss, reason = "thousands")]
     let (admitted_count, asked) = (admitted.len() as f64, asked as f64);
-    // A connection is admitted some time after its client began.
+    // 2 % tolerance: a connection is admitted some time after its client started.
     ensure!(admitted_count <= allowed * 1.02, "{all}");
-    // A machine that is too slow to ask for that much says nothing of the lower bound.
+    // The lower bound holds only if the machine was fast enough to send more connections than the limit admits.
     ensure!(asked < 1.5 * allowed || admitted_count >= allowed * 0.95, "{all}");
     ensure!(limited.backup.limited.contains_key("newConnectionsPerSecond"), "{all}");
     ensure!(limited.primary.limited.is_empty(), "{all}");
     Ok(())
 }
 
-/// Programs count on while no agent is there, and the next one finds what is.
+/// The programs keep counting while no agent runs, and the next agent adopts the counts.
 #[test]
 fn the_count_is_right_after_kill_9() -> Result<()> {
     let mut lab = started("    limits: {concurrentConnections: 5}\n")?;
@@ -184,14 +185,14 @@ fn the_count_is_right_after_kill_9() -> Result<()> {
     assert_eq!((held.len(), counted(&lab)), (5, 5));
     lab.agent.kill()?;
     held.truncate(2);
-    // The server closes as well, once it has read the end.
+    // The server closes its end once it has read the client's FIN.
     let freed =
         || connect(&lab.client.ns, lab.vip, 1).is_ok_and(|mut more| more.pop().map(|one| held.push(one)).is_some());
     let mut freed = freed;
     for _ in 0..3 {
-        wait_for("a place to come free without an agent", LONG, &mut freed)?;
+        wait_for("a connection to be counted down without an agent", LONG, &mut freed)?;
     }
-    assert!(connect(&lab.client.ns, lab.vip, 2)?.is_empty(), "five are five");
+    assert!(connect(&lab.client.ns, lab.vip, 2)?.is_empty(), "the limit is five");
     lab.agent.start()?;
     wait_well(&lab)?;
     assert_eq!(counted(&lab), 5);
@@ -200,31 +201,32 @@ fn the_count_is_right_after_kill_9() -> Result<()> {
     Ok(())
 }
 
-/// Clients that vanish without a word count until `idleSeconds` have passed; one that is in use counts on.
+/// Connections of clients that vanish without FIN or RST count until `idleSeconds` have passed; one in use keeps
+/// counting.
 #[test]
 fn clients_that_vanish_are_taken_out_and_others_stay() -> Result<()> {
     let mut lab = started("    limits: {concurrentConnections: 5, idleSeconds: 5}\n")?;
     let other = lab.world.node_mut(0).add_pod("other")?;
     let lost = connect(&lab.client.ns, lab.vip, 4)?;
-    let mut used = connect(&other.ns, lab.vip, 1)?.pop().context("the fifth")?;
+    let mut used = connect(&other.ns, lab.vip, 1)?.pop().context("the fifth connection")?;
     assert_eq!((lost.len(), counted(&lab)), (4, 5));
-    // Nothing comes out of that pod any more, not even the FINs of its sockets.
+    // No packet leaves that pod any more, not even the FINs of its sockets.
     lab.client.ns.ip(&["link", "set", "eth0", "down"])?;
     drop(lost);
-    assert!(connect(&other.ns, lab.vip, 1)?.is_empty(), "they count still");
+    assert!(connect(&other.ns, lab.vip, 1)?.is_empty(), "vanished clients still count");
     let mut ask = || -> Result<()> {
         write!(used, "GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
         let mut answer = [0; 512];
         ensure!(used.read(&mut answer)? > 0, "the connection that is in use has ended");
         Ok(())
     };
-    wait_for("those that vanished to be taken out", LONG + LONG, || ask().is_ok() && counted(&lab) == 1)?;
+    wait_for("the vanished ones to be counted down", LONG + LONG, || ask().is_ok() && counted(&lab) == 1)?;
     ask()?;
-    assert_eq!(connect(&other.ns, lab.vip, 6)?.len(), 4, "four places, beside the one in use");
+    assert_eq!(connect(&other.ns, lab.vip, 6)?.len(), 4, "four more, beside the one in use");
     Ok(())
 }
 
-/// The node's own processes and clients outside are limited as pods are.
+/// Processes of the node and external clients are limited as pods are.
 #[test]
 fn all_kinds_of_clients_are_limited() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -238,17 +240,17 @@ fn all_kinds_of_clients_are_limited() -> Result<()> {
     let (lan, node) = (lab.world.lan().clone(), lab.world.node(0).ns().clone());
     for (who, from) in [("outside", &lan), ("node", &node), ("pod", &lab.client.ns)] {
         let held = connect(from, lab.vip, 4)?;
-        assert_eq!((held.len(), counted(&lab)), (2, 2), "{who}: its share");
+        assert_eq!((held.len(), counted(&lab)), (2, 2), "{who}: the client's own limit");
         drop(held);
         wait_for(&format!("{who}: its connections to be closed"), LONG, || counted(&lab) == 0)?;
     }
-    // The service's own limit, whoever comes.
+    // The service's limit, for all clients together.
     let held = (connect(&lan, lab.vip, 2)?, connect(&node, lab.vip, 2)?, connect(&lab.client.ns, lab.vip, 2)?);
     assert_eq!((held.0.len(), held.1.len(), held.2.len()), (2, 1, 0));
     let shown = limits(&lab)?;
     assert!(shown.primary.limited.contains_key("concurrentConnections"), "{shown:?}");
     assert!(shown.limited_clients.iter().any(|client| client.client.is_none()), "the node itself: {shown:?}");
-    // A process that is killed closes its sockets as well.
+    // The kernel closes the sockets of a killed process.
     drop(held);
     let vip = lab.vip.to_string();
     let (host, port) = vip.split_once(':').context("a port")?;
@@ -257,10 +259,11 @@ fn all_kinds_of_clients_are_limited() -> Result<()> {
     wait_for("the process to be connected", LONG, || counted(&lab) == 1)?;
     child.kill()?;
     child.wait()?;
-    wait_for("its connection to be taken out", LONG, || counted(&lab) == 0)
+    wait_for("its connection to be counted down", LONG, || counted(&lab) == 0)
 }
 
-/// A primary at its limit overflows to the backup while the breaker is closed; when that is over, nothing is left of it.
+/// While the breaker is closed, connections over the primary's limit go to the backup. When they have ended, no flow
+/// is left.
 #[test]
 fn a_primary_at_its_limit_overflows_to_the_backup() -> Result<()> {
     let lab = started("    limits: {concurrentConnections: 2, onLimit: Failover}\n")?;
@@ -280,7 +283,8 @@ fn a_primary_at_its_limit_overflows_to_the_backup() -> Result<()> {
             assert!(answered(stream)?.contains(&primary));
         }
         assert!(answered(&overflowed[0])?.contains(&backup));
-        // Long enough for the agent to look: the connection must not notice when it takes over.
+        // All rounds together take longer than two sweeps: the connection must not notice that the agent starts to
+        // track it.
         sleep(Duration::from_millis(1500));
     }
     let service = lab.agent.service(SERVICE)?;

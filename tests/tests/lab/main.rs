@@ -1,4 +1,5 @@
-//! Real sockets, veths, bridge and netfilter, the real agent: one lab a test, gone when it ends.
+//! Lab tier: real sockets, veths, bridge and netfilter, and the real agent. Each test sets up a lab of its own and
+//! removes it.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod attach;
@@ -20,10 +21,11 @@ use std::time::Duration;
 use anyhow::Result;
 use breaker_tests::lab::stage::{Checks, Lab};
 
-/// Longer than anything takes on a busy machine.
+/// Time limit for a condition: longer than it takes on a busy machine.
 const LONG: Duration = Duration::from_secs(20);
 
-/// A lab with fast checks and a running agent that has seen both sides well.
+/// A lab with fast checks and a running agent that has found primary and backup Up. `service` is YAML for the
+/// service's entry, indented by four spaces.
 fn started(service: &str) -> Result<Lab> {
     let mut lab = Lab::with(Checks::Fast, service)?;
     lab.agent.start()?;

@@ -1,4 +1,4 @@
-//! Nodes without kube-proxy: what needs the masquerade mark has breaker's own rule for it.
+//! Nodes without kube-proxy: breaker's own nftables rule masquerades packets that carry the masquerade mark.
 
 use std::net::SocketAddrV4;
 
@@ -16,23 +16,23 @@ use crate::{
     text, wait_well,
 };
 
-/// Takes everything of kube-proxy's and flannel's away.
+/// Removes the iptables rules of kube-proxy and flannel.
 fn no_kube_proxy(node: &NetNs) -> Result<()> {
     for table in ["nat", "filter"] {
         for what in ["-F", "-X"] {
             node.output("iptables", &["-w", "-t", table, what])?;
         }
     }
-    ensure!(!node.output("iptables-save", &[])?.contains("KUBE"), "rules are left");
+    ensure!(!node.output("iptables-save", &[])?.contains("KUBE"), "kube-proxy's rules are still there");
     Ok(())
 }
 
-/// The lab's service, by an address of the node's, too.
+/// The lab's service with two frontends: the VIP, and `outside`, an address of the node.
 fn services(lab: &Lab, outside: SocketAddrV4) -> String {
     lab.services_by(Checks::Fast, "    override: ForceOpen\n", &[lab.vip, outside].map(frontend))
 }
 
-/// The lab without kube-proxy, its backup in force; and where clients outside come in.
+/// A lab without kube-proxy, with the breaker forced open; and the frontend for external clients.
 fn staged() -> Result<(Lab, SocketAddrV4)> {
     let mut lab = Lab::new(Checks::Fast)?;
     let node = lab.world.node(0);
@@ -44,27 +44,28 @@ fn staged() -> Result<(Lab, SocketAddrV4)> {
     Ok((lab, outside))
 }
 
-/// Clients outside, a pod, and a pod that is its own backup; and what is left when breaker has gone.
+/// The backup answers external clients, a pod, and the backup's own pod. The rule outlives the agent; `cleanup`
+/// removes it.
 #[test]
 fn without_kube_proxy_the_backup_answers_everybody() -> Result<()> {
     let (mut lab, outside) = staged()?;
     let backup = lab.backup.address().to_string();
     assert_eq!(lab.agent.status()?.datapath.masquerade_rule, None);
-    // The backup sees the node's own address on its bridge.
+    // The backup sees masqueraded packets come from the node's address on the bridge.
     let masqueraded = ["-s", "10.42.1.1", "-d", &lab.backup.address().ip().to_string(), "-p", "tcp", "--syn"];
     count(&lab.backup.pod.ns, &masqueraded)?;
     let before = counted(&lab.backup.pod.ns)?;
     for _ in 0..5 {
         assert_eq!(ask_once(lab.world.lan(), outside)?.pod(), Some(backup.as_str()));
     }
-    // (Its probes come from there as well.)
+    // Probes come from that address too, so there may be more.
     wait_for("masqueraded requests", LONG, || counted(&lab.backup.pod.ns).is_ok_and(|now| now >= before + 5))?;
     assert_eq!(lab.ask()?.pod(), Some(backup.as_str()));
     lab.client = lab.backup.pod.clone();
-    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()), "its own backup");
+    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()), "the backup's own pod");
     assert!(lab.agent.service("dummy")?.counters.hairpin > 0);
     lab.agent.stop()?;
-    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()), "the rule stays with the last decision");
+    assert_eq!(lab.ask()?.pod(), Some(backup.as_str()), "the rule outlives the agent");
     let cleaned = text(&lab.agent.cli(&["cleanup"])?.stdout);
     assert!(cleaned.contains("32 maps") && cleaned.contains("and the rule for the masquerade mark"), "{cleaned}");
     let again = text(&lab.agent.cli(&["cleanup"])?.stdout);
@@ -72,7 +73,7 @@ fn without_kube_proxy_the_backup_answers_everybody() -> Result<()> {
     Ok(())
 }
 
-/// Switched off, there is none, also where there was one.
+/// With `masqueradeRule: false` there is no rule, even if an earlier agent had made one.
 #[test]
 fn the_rule_is_there_only_if_it_is_wanted() -> Result<()> {
     let (mut lab, outside) = staged()?;
@@ -85,6 +86,6 @@ fn the_rule_is_there_only_if_it_is_wanted() -> Result<()> {
     wait_well(&lab)?;
     assert_eq!(lab.agent.status()?.datapath.masquerade_rule.as_deref(), Some("switched off"));
     let asked = lab.client.ns.output("curl", &["-sS", "--max-time", "2", &format!("http://{}/", lab.vip)]);
-    assert!(asked.is_err(), "a pod does not take packets from itself");
+    assert!(asked.is_err(), "without the rule, the pod drops packets from itself");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Backends on the client's own node: past the stack, and clients outside that keep their address.
+//! Backends on the client's own node: the fast path, and external clients that keep their address.
 
 use std::net::SocketAddrV4;
 
@@ -19,11 +19,11 @@ fn is_near(lab: &Lab) -> bool {
     lab.agent.service(SERVICE).is_ok_and(|service| service.tiers[1].backends[0].near)
 }
 
-/// Requests with bodies, new connections and kept ones, and netfilter does not see one packet of them.
+/// netfilter sees no packet of requests on the fast path.
 #[test]
 fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
     let lab = started("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
-    wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
+    wait_for("the agent to find the backup on this node", LONG, || is_near(&lab))?;
     let (client, backup) = (lab.client.address.to_string(), lab.backup.address());
     let node = lab.world.node(0).ns();
     count(node, &["-s", &client, "-d", &backup.ip().to_string()])?;
@@ -36,7 +36,7 @@ fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
     assert!(flows.contains(" veth "), "{flows}");
     let shown = text(&lab.agent.cli(&["status"])?.stdout);
     assert!(shown.contains("this node") && shown.contains("NetworkPolicy"), "{shown}");
-    // The same without: there the bridge's netfilter has them.
+    // Without the fast path, the bridge's netfilter sees the packets.
     lab.configure(Checks::Fast, "    override: ForceOpen\n")?;
     wait_for("netfilter to see the packets", LONG, || {
         lab.ask().is_ok_and(|answer| answer.pod() == Some(backup.to_string().as_str()))
@@ -44,12 +44,12 @@ fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
     })
 }
 
-/// Failover and failback with the fast path: nobody is left behind when the pod goes.
+/// When a backup on the fast path dies, clients get the primary; when it recovers, they get the backup again.
 #[test]
 fn a_fast_backup_that_dies_is_left() -> Result<()> {
     use breaker_tests::lab::service::Fault;
     let mut lab = started("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
-    wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
+    wait_for("the agent to find the backup on this node", LONG, || is_near(&lab))?;
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     assert_eq!(lab.ask()?.pod(), Some(backup.as_str()));
     lab.backup.inject(Fault::Kill)?;
@@ -58,7 +58,8 @@ fn a_fast_backup_that_dies_is_left() -> Result<()> {
     wait_for("the backup to answer again", LONG, || lab.ask().is_ok_and(|answer| answer.pod() == Some(&backup)))
 }
 
-/// A client outside, by a NodePort-like address of the node: the backup sees the client itself, and its answers find back.
+/// An external client connects to an address of the node. With `Local` the backup sees the client's own address, and
+/// its answers reach the client.
 #[test]
 fn external_traffic_policy_local_keeps_the_clients_address() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -71,13 +72,13 @@ fn external_traffic_policy_local_keeps_the_clients_address() -> Result<()> {
         lab.agent.start()?;
         wait_well(&lab)?;
         if policy == "Local" {
-            wait_for("the backup to be known as a pod of this node", LONG, || is_near(&lab))?;
+            wait_for("the agent to find the backup on this node", LONG, || is_near(&lab))?;
         }
         count(&lab.backup.pod.ns, &["-s", seen, "-d", &backup.ip().to_string()])?;
         let before = counted(&lab.backup.pod.ns)?;
         let answer = ask_once(lab.world.lan(), outside)?;
         assert_eq!(answer.pod(), Some(backup.to_string().as_str()));
-        assert!(counted(&lab.backup.pod.ns)? > before, "{policy}: the backup saw {seen}");
+        assert!(counted(&lab.backup.pod.ns)? > before, "{policy}: the backup must see {seen}");
         lab.agent.stop()?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Policies, as clients feel them.
+//! Policies, as clients experience them.
 
 use std::{
     net::TcpStream,
@@ -15,7 +15,7 @@ use breaker_tests::lab::{
 
 use crate::{LONG, started};
 
-/// Keeps one connection, asks on it when told to.
+/// Sends two requests on one connection, with `between` in between.
 fn conversation(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static) -> Result<[Outcome; 2]> {
     let target = lab.vip;
     lab.client.ns.enter(move || {
@@ -30,7 +30,7 @@ fn conversation(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static
     })?
 }
 
-/// Trips by the operator's word, so that the primary stays able to answer.
+/// Opens the breaker by an operator's override, so that the primary is still able to answer.
 fn trip(lab: &Lab) -> impl FnOnce() -> Result<()> + Send + 'static + use<> {
     operator(lab, "trip")
 }
@@ -54,11 +54,11 @@ fn on_open_reset_is_believed_by_the_clients_stack_and_by_the_peers() -> Result<(
     let [first, second] = conversation(&lab, trip(&lab))?;
     assert!(first.is_success());
     assert_eq!(second, Outcome::Reset);
-    assert!(started.elapsed() < Duration::from_secs(5), "a reset, not a time limit");
-    // The primary's side is gone as well: nothing of the connection is left there.
+    assert!(started.elapsed() < Duration::from_secs(5), "a reset, not a timeout");
+    // The primary's end of the connection is reset too.
     let sockets = || lab.primary.pod.ns.output("ss", &["-Htn", "state", "established"]).unwrap_or_default();
     let client = lab.client.address.to_string();
-    wait_for("the primary to have forgotten the client", LONG, || !sockets().contains(&client))
+    wait_for("the primary's end of the connection to close", LONG, || !sockets().contains(&client))
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn on_open_keep_leaves_established_connections_alone() -> Result<()> {
     let [first, second] = conversation(&lab, trip(&lab))?;
     assert!(first.is_success());
     assert_eq!(first, second);
-    assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()), "new ones move");
+    assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()), "new connections move");
     Ok(())
 }
 
@@ -102,7 +102,7 @@ fn reject_is_felt_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Without a usable backup the primary has its packets, and nobody is reset.
+/// Without a usable backup, all connections go to the primary, and none is reset.
 #[test]
 fn no_usable_backup() -> Result<()> {
     let mut lab = started("")?;
@@ -114,7 +114,7 @@ fn no_usable_backup() -> Result<()> {
     assert!(first.is_success());
     assert_eq!(first, second);
     assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
-    // The backup comes back: now there is somewhere to go.
+    // The backup recovers: new connections go there.
     lab.backup.heal(Fault::Kill)?;
     let backup = lab.backup.address().to_string();
     wait_for("the backup to answer", LONG, || lab.ask().is_ok_and(|o| o.pod() == Some(&backup)))
@@ -132,7 +132,7 @@ fn half_open_tries_exactly_its_number_and_ends() -> Result<()> {
     lab.agent.wait_state(SERVICE, "HalfOpen", LONG)?;
     lab.agent.wait_state(SERVICE, "Closed", LONG)?;
     drop(load);
-    // A slow check may have opened it once more.
+    // A slow probe may have opened the breaker once more.
     let rounds = lab.agent.events()?.iter().filter(|event| event.to.as_deref() == Some("HalfOpen")).count() as u64;
     let tried = lab.agent.service(SERVICE)?.counters.half_open;
     assert!((5..=5 * rounds).contains(&tried), "{tried} in {rounds} rounds");
@@ -150,7 +150,7 @@ fn a_dry_run_moves_nobody() -> Result<()> {
     Ok(())
 }
 
-/// A client stuck in connect() to a black hole is rescued at its SYN's retransmission.
+/// A client stuck in connect() to a black hole reaches the backup when it retransmits its SYN.
 #[test]
 fn a_client_stuck_in_connect_is_rescued() -> Result<()> {
     let mut lab = started("")?;

@@ -1,4 +1,4 @@
-//! More than the tables hold.
+//! More flows than the tables hold.
 
 use std::{
     io::{Read as _, Write as _},
@@ -26,14 +26,15 @@ use rustix::{
 
 use crate::{LONG, wait_well};
 
-/// Connections that go on.
+/// Established connections.
 const KEPT: usize = 1000;
-/// How many flows there is room for in the tables of this lab.
+/// `maxFlows`: flows that the tables of this lab hold.
 const FLOWS: usize = 4096;
-/// Flows that no backend has answered yet have a table of their own; it has at least so many entries.
+/// Pending flows, those that no backend has answered, have a table of their own; it has at least this many entries.
 const PENDING: usize = 8192;
 
-/// Sends connection requests from everywhere (198.18.0.0/15, RFC 2544) as fast as it can.
+/// Sends connection requests from random addresses (198.18.0.0/15, RFC 2544) as fast as possible, until `over` is
+/// set.
 fn flood(target: SocketAddrV4, over: &AtomicBool, sent: &AtomicUsize) -> Result<()> {
     let socket = socket(AddressFamily::INET, SocketType::RAW, Some(RAW)).context("a raw socket")?;
     let to = SocketAddr::V4(SocketAddrV4::new(*target.ip(), 0));
@@ -50,7 +51,7 @@ fn flood(target: SocketAddrV4, over: &AtomicBool, sent: &AtomicUsize) -> Result<
     Ok(())
 }
 
-/// One request on a connection that is kept; the pod that answered.
+/// Sends one request on an established connection; returns the pod that answered.
 fn ask(stream: &mut TcpStream) -> Result<String> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n").context("ask")?;
     let mut answer = Vec::new();
@@ -68,7 +69,7 @@ fn ask(stream: &mut TcpStream) -> Result<String> {
     }
 }
 
-/// A flood of connection requests pushes out other requests; who is connected notices nothing.
+/// A flood of connection requests evicts other requests only; established connections are not affected.
 #[test]
 fn a_flood_of_connection_requests_leaves_established_flows_alone() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
@@ -103,7 +104,8 @@ fn a_flood_of_connection_requests_leaves_established_flows_alone() -> Result<()>
     Ok(())
 }
 
-/// Asks on all connections again and again until the flood was four times what the table takes.
+/// Sends requests on all connections again and again, until the flood has sent four times as many SYNs as the table
+/// holds.
 fn ask_all(streams: &mut [TcpStream], backup: &str, sent: &AtomicUsize) -> Result<()> {
     let start = Instant::now();
     let mut rounds = 0;
@@ -113,7 +115,7 @@ fn ask_all(streams: &mut [TcpStream], backup: &str, sent: &AtomicUsize) -> Resul
             ensure!(pod.starts_with(backup), "client {i} in round {rounds} was answered by {pod}");
         }
         rounds += 1;
-        ensure!(start.elapsed() < 6 * LONG, "only {} requests were sent", sent.load(Ordering::Relaxed));
+        ensure!(start.elapsed() < 6 * LONG, "the flood has sent only {} SYNs", sent.load(Ordering::Relaxed));
     }
     Ok(())
 }

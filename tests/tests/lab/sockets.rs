@@ -1,4 +1,5 @@
-//! The node's own processes: no packet of theirs passes a veth on its way out.
+//! Processes of the node itself: their packets leave without passing a veth, so the cgroup hooks handle their
+//! sockets.
 
 use std::{
     io::{Read as _, Write as _},
@@ -15,7 +16,8 @@ use breaker_tests::lab::{
 
 use super::{LONG, started};
 
-/// Asks as a process of the node does: who answered, and whom the socket believes to talk to.
+/// Sends a request as a process of the node. Returns the pod that answered, and the peer's address as the socket
+/// shows it.
 fn ask(lab: &Lab, target: SocketAddr) -> Result<(String, SocketAddr)> {
     let asked = lab.world.node(0).ns().enter(move || {
         let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(5))?;
@@ -38,7 +40,7 @@ fn a_process_of_the_node_gets_the_backup_and_sees_the_vip() -> Result<()> {
     let mut lab = started("")?;
     let status = lab.agent.status()?;
     assert_eq!(status.datapath.node_sockets, None);
-    // As Go and curl do it, and as Java does.
+    // As Go and curl connect, and as Java does (an IPv6 socket and an IPv4-mapped address).
     let targets = [SocketAddr::V4(lab.vip), mapped(lab.vip)];
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     for target in targets {
@@ -49,7 +51,8 @@ fn a_process_of_the_node_gets_the_backup_and_sees_the_vip() -> Result<()> {
     for target in targets {
         assert_eq!(ask(&lab, target)?, (backup.clone(), target));
     }
-    // A pod's socket is its veth's business: its flow is in the tables.
+    // The socket hooks leave a pod's sockets alone; the program on its veth redirects the flow, which is counted
+    // once.
     assert_eq!(lab.ask()?.pod(), Some(backup.as_str()));
     assert_eq!(lab.agent.service(SERVICE)?.counters.moved, 3);
     lab.primary.heal(Fault::FakeError)?;
@@ -65,7 +68,7 @@ fn with_nowhere_to_go_a_process_is_refused_at_once() -> Result<()> {
     lab.primary.inject(Fault::FakeError)?;
     lab.backup.inject(Fault::FakeError)?;
     lab.agent.wait_state(SERVICE, "Open", LONG)?;
-    wait_for("the backup to be down, too", LONG, || {
+    wait_for("the connection to be refused", LONG, || {
         let error = ask(&lab, SocketAddr::V4(lab.vip)).err();
         error.is_some_and(|e| e.to_string().contains("refused"))
     })

@@ -1,4 +1,4 @@
-//! XDP on an uplink, in a driver's native mode (a veth has one).
+//! XDP on an uplink, in the driver's native mode (veths have one).
 
 use anyhow::Result;
 use breaker_tests::lab::{
@@ -10,7 +10,7 @@ use breaker_tests::lab::{
 
 use crate::{LONG, foreign::native_xdp, netfilter, wait_well};
 
-/// A lab where neither side is well, so that connections are refused, and a client outside.
+/// A lab whose primary and backup are down, so that connections are refused; external clients have a route to it.
 fn refusing(xdp: &str) -> Result<Lab> {
     let mut lab = Lab::new(Checks::Fast)?;
     let lan = lab.world.lan();
@@ -41,13 +41,13 @@ fn is_refused(lab: &Lab) -> Result<()> {
 #[test]
 fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
     let mut lab = refusing("Native")?;
-    // What one end of a veth sends back by XDP, the other takes only if it has a program, too (drivers/net/veth.c,
-    // `veth_xdp_flush`); a real wire does not ask.
+    // A veth accepts what its peer sends back by XDP only if it has an XDP program too (drivers/net/veth.c,
+    // `veth_xdp_flush`). A physical link has no such condition.
     let _peer = native_xdp(lab.world.lan(), "node1")?;
     assert_eq!(said(&lab)?, "native");
     assert!(link(&lab)?.contains("xdp") && !link(&lab)?.contains("xdpgeneric"), "{}", link(&lab)?);
     is_refused(&lab)?;
-    // The stack saw nothing of it: counted in the node's first hook of netfilter.
+    // The host network stack sees none of these packets: netfilter's first hook counts none.
     let node = lab.world.node(0).ns().clone();
     netfilter::count(&node, &["-d", &lab.vip.ip().to_string()])?;
     let before = lab.agent.service(SERVICE)?.counters.rejected;
@@ -55,8 +55,8 @@ fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
         assert_eq!(ask_once(lab.world.lan(), lab.vip)?, Outcome::Refused);
     }
     assert!(lab.agent.service(SERVICE)?.counters.rejected >= before + 5);
-    assert_eq!(netfilter::counted(&node)?, 0, "packets in the stack");
-    // Another agent takes over, and the primary is back: what XDP has nothing to say of goes its way.
+    assert_eq!(netfilter::counted(&node)?, 0, "packets in the host stack");
+    // A new agent takes over, and the primary recovers: XDP passes the packets that are not refused.
     lab.agent.kill()?;
     lab.agent.start()?;
     assert_eq!(said(&lab)?, "native");
@@ -67,10 +67,10 @@ fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
     })?;
     lab.agent.stop()?;
     assert!(lab.agent.cli(&["cleanup"])?.status.success());
-    wait_for("the kernel to have let go", LONG, || link(&lab).is_ok_and(|link| !link.contains("xdp")))
+    wait_for("the kernel to detach the program", LONG, || link(&lab).is_ok_and(|link| !link.contains("xdp")))
 }
 
-/// Where it cannot be, tc does the work, and the status says why.
+/// Where XDP cannot be attached, the tc program refuses the packets, and the status says why.
 #[test]
 fn where_it_cannot_be_tc_refuses() -> Result<()> {
     let lab = refusing("Auto")?;

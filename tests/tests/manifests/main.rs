@@ -1,7 +1,8 @@
-//! The manifests: what Helm makes of the chart is what kustomize makes of base, but for labels. No root, no cluster.
+//! Manifest tests: the Helm chart and `k8s/base` must render to the same objects, except for labels. No root, no
+//! cluster.
 //!
-//! With a `helm` on the PATH that renders; without, the templates are rendered here by gtmpl (Go's templates in Rust) with
-//! the two functions of Helm's that they use. Which of them it was is printed.
+//! If `helm` is on the PATH, it renders the chart. Otherwise gtmpl (Go templates in Rust) renders it, with the two of
+//! Helm's functions that the templates use.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
@@ -18,7 +19,7 @@ fn k8s() -> PathBuf {
     ebpf_builder::workspace().join("k8s")
 }
 
-/// Documents of YAML, by kind and name, without their labels.
+/// Parses YAML documents into objects by kind and name, without their labels.
 fn objects(text: &str) -> BTreeMap<(String, String), Value> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
     documents
@@ -26,7 +27,7 @@ fn objects(text: &str) -> BTreeMap<(String, String), Value> {
         .filter(|document| !document.is_null())
         .map(|mut object| {
             object["metadata"].as_object_mut().unwrap().remove("labels");
-            // The settings are YAML within YAML: what they mean counts, not how they are written.
+            // The agent's configuration is YAML in a string: compare its content, not its formatting.
             if let Some(agent) = object["data"]["agent.yaml"].as_str() {
                 let agent: Value = serde_saphyr::from_str(agent).unwrap();
                 object["data"]["agent.yaml"] = agent;
@@ -37,7 +38,8 @@ fn objects(text: &str) -> BTreeMap<(String, String), Value> {
         .collect()
 }
 
-/// What kustomize makes of base (it lists files, and changes nothing), without the CRDs, which a chart keeps apart.
+/// The objects of `k8s/base` as kustomize renders them (the kustomization only lists files), without the CRDs, which
+/// the chart has in a directory of their own.
 fn base() -> BTreeMap<(String, String), Value> {
     let kustomization: Value =
         serde_saphyr::from_str(&fs::read_to_string(k8s().join("base/kustomization.yaml")).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! UDP: flows with the service's epoch, decided anew when it changes.
+//! UDP: a flow's decision is valid for the epoch of its service; the first datagram of a new epoch is decided anew.
 
 use std::net::SocketAddr;
 
@@ -39,7 +39,7 @@ fn open_translates_there_and_back_with_checksums_and_without() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
         let mut rig = rig(&dns(vip, &[backup], "")?, Open)?;
         for payload in [&b""[..], b"odd", b"even", &[0xff; 999]] {
-            // IPv6 knows no datagram without a checksum; such a one goes on without as well.
+            // RFC 8200 forbids a zero UDP checksum over IPv6; such a datagram must leave with a zero checksum too.
             for unchecked in [false, true] {
                 let question = Datagram { unchecked, ..Datagram::new(client, vip, payload) };
                 went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
@@ -52,13 +52,14 @@ fn open_translates_there_and_back_with_checksums_and_without() -> Result<()> {
     Ok(())
 }
 
-/// Of all payloads of two bytes some sum up to zero, which is written as its other representation.
+/// For one of the two-byte payloads the checksum computes to zero. UDP must send it as 0xffff (RFC 768).
 #[test]
 fn a_checksum_never_becomes_zero() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
         let mut rig = rig(&dns(vip, &[backup], "")?, Open)?;
         for word in 0..=u16::MAX {
-            // Those around the one payload whose sum is zero are enough; which it is follows from any other's checksum.
+            // Skip payloads whose translated datagram has a checksum more than 2 away from zero: they cannot hit the
+            // case.
             let question = Datagram::new(client, backup, &word.to_be_bytes());
             let bytes = question.bytes();
             let at = bytes.len() - 4;
@@ -85,7 +86,7 @@ fn the_next_datagram_moves_when_the_epoch_changes() -> Result<()> {
         let answer = Datagram::new(backup, client, b"!");
         went(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
         went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
-        // Closed again, with flows left to look for: the next one is left to kube-proxy, and the flow is forgotten.
+        // Closed, with flows to drain: the next datagram is left to kube-proxy, and the flow is removed.
         rig.apply(&plan(&service, Closed, 6))?;
         untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "closed");
         assert_eq!(flow_count(&mut rig), 0);
@@ -96,7 +97,8 @@ fn the_next_datagram_moves_when_the_epoch_changes() -> Result<()> {
     Ok(())
 }
 
-/// For want of a backup the primary has it; with the first datagram after there is one, that has it.
+/// While no backup is usable the primary gets the datagrams; the first datagram after a backup becomes usable goes
+/// there.
 #[test]
 fn a_client_moves_as_soon_as_there_is_a_backup() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
@@ -105,7 +107,7 @@ fn a_client_moves_as_soon_as_there_is_a_backup() -> Result<()> {
         let question = Datagram::new(client, vip, b"?");
         rig.apply(&plan_with(&service, Open, 5, 0, false, &[]))?;
         for _ in 0..3 {
-            untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "nowhere to go");
+            untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "no usable backup");
         }
         assert_eq!(flow_count(&mut rig), 0);
         rig.apply(&plan_with(&service, Open, 5, 0, false, &service.backups[0].backends))?;
@@ -144,12 +146,12 @@ fn two_vips_with_one_backend_never_share_a_reverse_key() -> Result<()> {
         let (one, two) = (Datagram::new(client, first, b"1"), Datagram::new(client, second, b"2"));
         went(&rig.raw_from_pod(&one.bytes())?, &one, client, backup);
         let source = Datagram::read(&rig.raw_from_pod(&two.bytes())?.bytes)?.source;
-        assert_ne!(source, client, "another source port");
+        assert_ne!(source, client, "the second flow needs another source port");
         for (to, vip) in [(client, first), (source, second)] {
             let answer = Datagram::new(backup, to, b"!");
             went(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
         }
-        // Straight to the backend, from the port that is taken.
+        // A datagram to the backend's own address, from the source port that a flow already uses.
         let straight = Datagram::new(client, backup, b"3");
         let source = Datagram::read(&rig.raw_from_pod(&straight.bytes())?.bytes)?.source;
         assert_ne!(source, client);

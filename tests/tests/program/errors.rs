@@ -1,4 +1,4 @@
-//! ICMP errors about translated packets, and later fragments of them.
+//! ICMP errors about translated packets, and later fragments of translated packets.
 
 use std::net::SocketAddr;
 
@@ -17,6 +17,7 @@ use etherparse::IpNumber;
 
 use super::{moved, reason, untouched};
 
+/// Client, VIP, backup and router, for each IP family.
 const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr, SocketAddr); 2] =
     [(pod(4, 5000), vip(10), pod(3, 80), pod(200, 0)), (pod6(4, 5000), vip6(10), pod6(3, 80), pod6(200, 0))];
 
@@ -26,7 +27,8 @@ fn rig(vip: SocketAddr, backup: SocketAddr) -> Result<Rig> {
     Ok(rig)
 }
 
-/// "Too big" from one host to another, about a packet (a frame, of which the network part is quoted).
+/// An ICMP "fragmentation needed" (IPv4) or "packet too big" (IPv6) error as a frame. It quotes the first `quoted`
+/// bytes of the IP packet in the frame `about`.
 fn too_big(from: SocketAddr, to: SocketAddr, about: &[u8], quoted: usize) -> Vec<u8> {
     let quote = &about[14..(14 + quoted).min(about.len())];
     let v4 = from.is_ipv4();
@@ -54,10 +56,10 @@ fn too_big(from: SocketAddr, to: SocketAddr, about: &[u8], quoted: usize) -> Vec
     ip.frame(MACS, &icmp)
 }
 
-/// The error in a frame: its ends, and what it quotes; its checksums are right.
+/// Source and destination of the ICMP error in `frame`, and the bytes that it quotes. Fails if a checksum is wrong.
 fn read(frame: &[u8]) -> Result<((std::net::IpAddr, std::net::IpAddr), Vec<u8>)> {
     let (_, ip, rest) = Ip::read(frame)?;
-    anyhow::ensure!(icmp_is_valid(&ip, rest), "the ICMP checksum is wrong");
+    anyhow::ensure!(icmp_is_valid(&ip, rest), "wrong ICMP checksum");
     Ok((ip.ends(), rest[8..].to_vec()))
 }
 
@@ -77,7 +79,8 @@ fn the_client_knows_its_packet_in_an_error_about_it() -> Result<()> {
                 let ((source, destination), quote) = read(&ran.bytes)?;
                 let expected = &sent[14..(14 + quoted).min(sent.len())];
                 assert_eq!(quote, expected, "{from} {quoted}");
-                // Its own address it gets to see for the backup's, and any other as it is.
+                // An error from the backup comes from the VIP in the client's view; a router's address stays as it
+                // is.
                 assert_eq!(source, if from == backup { vip.ip() } else { router.ip() });
                 assert_eq!(destination, client.ip());
             }
@@ -88,7 +91,8 @@ fn the_client_knows_its_packet_in_an_error_about_it() -> Result<()> {
     Ok(())
 }
 
-/// A frame may be longer than its packet: what is behind an error's end is not under its checksum, and no quote.
+/// A frame may be longer than its IP packet. Padding behind an ICMP error is neither in its checksum nor part of the
+/// quote.
 #[test]
 fn padding_behind_an_error_is_no_quote() -> Result<()> {
     for (client, vip, backup, router) in FAMILIES {
@@ -96,17 +100,17 @@ fn padding_behind_an_error_is_no_quote() -> Result<()> {
         let sent = Segment::new(client, vip, SYN).bytes();
         let translated = rig.raw_from_pod(&sent)?.bytes;
         let header = if vip.is_ipv4() { 20 } else { 40 };
-        // It ends behind eight bytes of TCP; where the checksum would be, there is something else.
+        // The quote ends after eight bytes of TCP; padding lies where the quoted TCP checksum would be.
         let error = too_big(router, client, &translated, header + 8);
         let mut padded = error.clone();
         padded.extend([0xaa; 40]);
         let out = rig.raw_to_pod(&padded)?.bytes;
         assert_eq!(out[error.len()..], [0xaa; 40]);
         assert_eq!(read(&out[..error.len()])?.1, &sent[14..14 + header + 8]);
-        // It ends before the ports.
+        // The quote ends before the ports.
         let mut padded = too_big(router, client, &translated, header);
         padded.extend(&translated[14 + header..]);
-        untouched(&rig.raw_to_pod(&padded)?, &padded, "the ports are padding");
+        untouched(&rig.raw_to_pod(&padded)?, &padded, "the bytes in place of the ports are padding");
     }
     Ok(())
 }
@@ -139,7 +143,7 @@ fn errors_about_others_are_untouched() -> Result<()> {
             // A quote that ends before the ports.
             too_big(router, client, &about(client, backup), if vip.is_ipv4() { 22 } else { 42 }),
         ] {
-            untouched(&rig.raw_to_pod(&packet)?, &packet, "not ours");
+            untouched(&rig.raw_to_pod(&packet)?, &packet, "the error is about no flow of ours");
         }
         let echo = {
             let mut packet = too_big(client, vip, &about(client, vip), 40);
@@ -151,7 +155,7 @@ fn errors_about_others_are_untouched() -> Result<()> {
     Ok(())
 }
 
-/// A datagram in two fragments, as frames.
+/// The two fragments of a datagram, as frames; the first carries `first` bytes of the IP payload.
 fn fragments(datagram: &Datagram, first: usize) -> [Vec<u8>; 2] {
     let whole = datagram.bytes();
     let piece = |range: std::ops::Range<usize>, offset: usize, more: bool| {
@@ -187,12 +191,12 @@ fn later_fragments_follow_their_first() -> Result<()> {
         let mut rig = rig(vip, backup)?;
         let question = Datagram::new(client, vip, &[5; 200]);
         let [first, second] = fragments(&question, 64);
-        untouched(&rig.raw_from_pod(&second)?, &second, "before its first");
+        untouched(&rig.raw_from_pod(&second)?, &second, "a later fragment before its first");
         assert_eq!(reason(&rig, PassReason::Fragment), 1);
         let [expected_first, expected_second] = fragments(&Datagram { destination: backup, ..question.clone() }, 64);
         assert_eq!(rig.raw_from_pod(&first)?.bytes, expected_first);
         assert_eq!(rig.raw_from_pod(&second)?.bytes, expected_second);
-        // And back.
+        // The answer's fragments.
         let answer = Datagram::new(backup, client, &[6; 200]);
         let [first, second] = fragments(&answer, 128);
         let [expected_first, expected_second] = fragments(&Datagram { source: vip, ..answer }, 128);
@@ -202,8 +206,9 @@ fn later_fragments_follow_their_first() -> Result<()> {
     Ok(())
 }
 
-/// A backend's later fragment passes its own interface first: it is translated where its first one is, and not before, or
-/// netfilter in between would see two packets.
+/// A later fragment from a backend first passes the backend's own interface. It is translated on the hook that
+/// translated its first fragment and not before; otherwise netfilter in between would see fragments of two different
+/// packets.
 #[test]
 fn a_fragment_follows_its_first_on_the_same_way_only() -> Result<()> {
     for (client, vip, backup, _) in FAMILIES {
@@ -212,14 +217,15 @@ fn a_fragment_follows_its_first_on_the_same_way_only() -> Result<()> {
         let answer = Datagram::new(backup, client, &[6; 200]);
         let [first, second] = fragments(&answer, 128);
         rig.raw_to_pod(&first)?;
-        untouched(&rig.raw_from_pod(&second)?, &second, "at the backend");
+        untouched(&rig.raw_from_pod(&second)?, &second, "on the backend's own veth");
         let [_, expected] = fragments(&Datagram { source: vip, ..answer }, 128);
         assert_eq!(rig.raw_to_pod(&second)?.bytes, expected);
     }
     Ok(())
 }
 
-/// Identifications get used again, after 65,536 datagrams at the latest: what was done to an earlier one is over.
+/// IP identifications repeat, after 65,536 datagrams at the latest. The note about an earlier first fragment must not
+/// apply.
 #[test]
 fn an_identification_that_is_used_again_is_another_packet() -> Result<()> {
     for (client, vip, backup, _) in FAMILIES {
@@ -229,23 +235,24 @@ fn an_identification_that_is_used_again_is_another_packet() -> Result<()> {
         assert_ne!(rig.raw_from_pod(&second)?.bytes, second);
         rig.apply(&plan(&service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "")?, Closed, 6))?;
         untouched(&rig.raw_from_pod(&first)?, &first, "closed");
-        untouched(&rig.raw_from_pod(&second)?, &second, "as its first");
+        untouched(&rig.raw_from_pod(&second)?, &second, "untouched like its first fragment");
     }
     Ok(())
 }
 
-/// What is made of a first fragment is a packet of its own: its receiver does not wait for more of it.
+/// A reset made from a first fragment is a complete packet: the fragment bits are cleared, so the receiver waits for
+/// no rest.
 #[test]
 fn a_reset_made_of_a_fragment_is_whole() -> Result<()> {
     for (client, vip, backup, _) in FAMILIES {
         let mut rig = rig(vip, backup)?;
-        // Never seen from its SYN: reset.
+        // A segment of a flow not seen from its SYN: the program resets the connection.
         let segment = Segment::new(client, vip, ACK).data(7, 8, b"a large segment");
         let whole = segment.bytes();
         let mut first = whole.clone();
         if vip.is_ipv4() {
             first[20..22].copy_from_slice(&[0x20, 0]);
-            // "More fragments" for "don't fragment": what left the sum, and what came into it.
+            // MF (0x2000) replaces DF (0x4000): the header's sum falls by 0x2000, so its complement rises by as much.
             let check = u16::from_be_bytes([whole[24], whole[25]]) + 0x2000;
             first[24..26].copy_from_slice(&check.to_be_bytes());
         } else {
@@ -264,8 +271,9 @@ fn a_reset_made_of_a_fragment_is_whole() -> Result<()> {
     Ok(())
 }
 
-/// A direct connection that had to move aside would go on under a port that is another connection's if its entry were
-/// pushed out: answered, it is kept. One that did not has nothing to lose.
+/// A direct connection that got another source port is promoted to the flow tables once it is answered: if its entry
+/// were evicted, the connection would go on under its original port, which belongs to another flow. A direct
+/// connection that kept its port stays pending, because it loses nothing by an eviction.
 #[test]
 fn a_direct_connection_that_moved_aside_is_kept() -> Result<()> {
     for (client, vip, backup, _) in FAMILIES {
@@ -284,7 +292,7 @@ fn a_direct_connection_that_moved_aside_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// A flood of connection requests pushes out nobody who is established.
+/// A flood of connection requests evicts pending flows only, never established ones.
 #[test]
 fn a_flood_of_requests_pushes_out_requests_only() -> Result<()> {
     use breaker_agent::datapath::kernel::Sizes;
@@ -307,7 +315,7 @@ fn a_flood_of_requests_pushes_out_requests_only() -> Result<()> {
         let reply = Segment::new(backup, port(n), ACK).data(6, 5, b"y");
         super::is(&rig.to_pod(&reply)?, &moved(&reply, vip, port(n)));
     }
-    // Full: what comes now waits among the requests, and works all the same.
+    // The flow tables are full now: further flows stay in the pending tables, and are translated all the same.
     for n in 300..1300 {
         rig.from_pod(&Segment::new(port(n), vip, SYN))?;
         rig.to_pod(&Segment::new(backup, port(n), SYN | ACK))?;

@@ -1,4 +1,4 @@
-//! IPv6 as IPv4: the same packets through the same rules, and what only IPv6 has.
+//! IPv6: the rules of IPv4 on IPv6 packets, and what only IPv6 has (extension headers).
 
 use std::net::SocketAddr;
 
@@ -54,7 +54,7 @@ fn refused_and_reset_as_ipv4() -> Result<()> {
     assert_eq!((reset.source, reset.destination, reset.flags), (vip6(10), pod6(4, 1), RST | ACK));
     assert_eq!((reset.sequence, reset.acknowledgment), (0, 1_000_001));
     assert_eq!(reset.macs, (MACS.1, MACS.0));
-    // What is established on the primary is reset once there is a backup.
+    // As soon as a backup is usable, connections established to the primary are reset.
     rig.apply(&plan(&service, Open, 6))?;
     let data = Segment::new(pod6(4, 2), vip6(10), ACK | PSH).data(1000, 77, b"hello");
     let onward = Segment::read(&rig.from_pod(&data)?.bytes)?;
@@ -93,7 +93,8 @@ fn config_frontend(address: SocketAddr) -> breaker_agent::model::Frontend {
     breaker_agent::model::Frontend { address, protocol: breaker_agent::model::Protocol::Tcp }
 }
 
-/// Extension headers before a segment: each (kind, bytes), the next header's number filled in.
+/// The frame of an IPv6 segment with extension headers. Each header is (protocol number, bytes); the function fills
+/// in its "next header" byte.
 fn extended(segment: &Segment, headers: &[(u8, Vec<u8>)]) -> Vec<u8> {
     let plain = segment.bytes();
     let mut packet = plain[..54].to_vec();
@@ -111,11 +112,11 @@ fn extended(segment: &Segment, headers: &[(u8, Vec<u8>)]) -> Vec<u8> {
     packet
 }
 
-/// An extension header of `units` times eight bytes, with padding in it.
+/// An options extension header of `units` × 8 bytes, filled with padding.
 fn padding(units: usize) -> Vec<u8> {
     let mut bytes = vec![0; units * 8];
     bytes[1] = u8::try_from(units - 1).unwrap();
-    // PadN over the rest (RFC 8200, section 4.2).
+    // A PadN option fills the rest (RFC 8200, section 4.2).
     bytes[2] = 1;
     bytes[3] = u8::try_from(units * 8 - 4).unwrap_or(0);
     bytes
@@ -131,15 +132,15 @@ fn extension_headers_are_walked_within_a_bound() -> Result<()> {
         ("none", vec![], true),
         ("hop by hop", vec![(0, padding(1))], true),
         ("destination options", vec![(60, padding(4))], true),
-        ("a fragment header of an only fragment", vec![(44, atomic_fragment)], true),
-        ("a route that is at its end", vec![(43, routed(0))], true),
+        ("a fragment header of an atomic fragment (RFC 6946)", vec![(44, atomic_fragment)], true),
+        ("a routing header with no segments left", vec![(43, routed(0))], true),
         (
             "an authentication header",
             vec![(51, vec![0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9])],
             true,
         ),
         (
-            "six",
+            "six headers",
             vec![
                 (0, padding(1)),
                 (60, padding(1)),
@@ -150,16 +151,17 @@ fn extension_headers_are_walked_within_a_bound() -> Result<()> {
             ],
             true,
         ),
-        ("seven", vec![(60, padding(1)); 7], false),
-        ("too long", vec![(60, padding(33))], false),
-        ("a route that goes on", vec![(43, routed(1))], false),
+        ("seven headers", vec![(60, padding(1)); 7], false),
+        ("headers of more than 256 bytes", vec![(60, padding(33))], false),
+        ("a routing header with a segment left", vec![(43, routed(1))], false),
     ];
     for (what, headers, walked) in rows {
         let mut rig = rig6("")?;
         let packet = extended(&syn6(5000), &headers);
         let ran = rig.raw_from_pod(&packet)?;
         if walked {
-            // The same packet to another destination, with its checksum: nothing else may differ.
+            // The translated packet must be the same packet built for the backup: only address, port and checksum
+            // differ.
             let expected = extended(&moved(&syn6(5000), pod6(4, 5000), pod6(3, 80)), &headers);
             assert_eq!(ran.bytes, expected, "{what}");
         } else {

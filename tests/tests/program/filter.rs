@@ -1,4 +1,4 @@
-//! Which packets are looked at closer: the filter, and the program behind the tail call.
+//! The filter and the prefilter: which packets take the full path behind the tail call.
 
 use std::net::SocketAddr;
 
@@ -10,14 +10,16 @@ use breaker_common::{FilterWords, PROTO_TCP, Place, V4, filter_bit};
 use super::*;
 use breaker_tests::packets::service_with;
 
-/// No role at all; only first packets count; every packet does, and those of flows are looked for in the flow tables first.
+/// Filter bits (frontend, all packets) of an endpoint without a role: every packet passes the prefilter.
 const NOTHING: (bool, bool) = (false, false);
+/// Only packets that may start a flow take the full path.
 const FIRST: (bool, bool) = (true, false);
+/// All packets take the full path, which looks for their flow before it looks up the endpoint.
 const EVERY: (bool, bool) = (true, true);
-/// Every packet counts, and no flow is looked for before it is known that there may be one.
+/// A backend: all packets take the full path, which looks up the endpoint before it looks for a flow.
 const BACKEND: (bool, bool) = (false, true);
 
-/// What the map says of an IPv4 address: frontend, every.
+/// The filter's two bits for an IPv4 address and port under TCP: (frontend, all packets).
 fn said(rig: &Rig, of: SocketAddr) -> Result<(bool, bool)> {
     let SocketAddr::V4(v4) = of else { anyhow::bail!("{of} is not IPv4") };
     let filter: Array<_, FilterWords> = Map::Array(MapData::from_pin(rig.map("FILTER"))?).try_into()?;
@@ -38,7 +40,7 @@ fn of_a_settled_service_only_first_packets_count() -> Result<()> {
         (settled(1), FIRST, "new"),
         (plan(&service, Open, 2), EVERY, "open"),
         (plan(&service, Closed, 3), EVERY, "closed, with flows on the backup"),
-        (settled(3), FIRST, "settled"),
+        (settled(3), FIRST, "closed, no flows left"),
         (plan(&service, HalfOpen, 4), EVERY, "half-open"),
     ];
     for (plan, expected, when) in steps {
@@ -54,7 +56,8 @@ fn of_a_settled_service_only_first_packets_count() -> Result<()> {
     Ok(())
 }
 
-/// Two frontends of one service come and go by themselves; a frontend that is a backend, too, is both.
+/// Adding or removing one frontend of a service does not touch the bits of the others. An address that is a frontend
+/// and a backend has both bits.
 #[test]
 fn frontends_come_and_go() -> Result<()> {
     let mut rig = Rig::new()?;
@@ -66,7 +69,8 @@ fn frontends_come_and_go() -> Result<()> {
     rig.apply(&plan(&with(&[vip(10), vip(11)])?, Open, 1))?;
     rig.apply(&plan(&with(&[vip(11), vip(12)])?, Open, 1))?;
     let all = [vip(10), vip(11), vip(12)].map(|frontend| said(&rig, frontend));
-    // What left is looked at for flows as long as the service is; another may have it by now.
+    // A removed frontend keeps its all-packets bit while the service exists, because its flows may live on. Its
+    // frontend bit is cleared: another service may own the address by now.
     ensure!(all.into_iter().collect::<Result<Vec<_>>>()? == [BACKEND, EVERY, EVERY]);
     let chained = service("chained", backup, &[pod(5, 80)], "")?;
     rig.apply(&plan_with(&chained, Closed, 1, 1000, false, &chained.backups[0].backends))?;
@@ -76,21 +80,22 @@ fn frontends_come_and_go() -> Result<()> {
     Ok(())
 }
 
-/// What cannot be looked at closer goes on as it came, and is counted.
+/// If the full-path program is missing, the prefilter passes the packet untouched and counts the reason.
 #[test]
 fn without_the_second_program_packets_go_on() -> Result<()> {
     let mut rig = rig(Open, "")?;
     let mut programs: ProgramArray<_> = Map::ProgramArray(MapData::from_pin(rig.map("PROGRAMS"))?).try_into()?;
     programs.clear_index(&(Place::PodIn as u32))?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no program");
+    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no program to tail-call");
     assert_eq!(reason(&rig, PassReason::ProgramMissing), 1);
-    // An agent that comes puts it there.
+    // A new agent puts the program back.
     rig.restart()?;
     is(&rig.from_pod(&syn(2))?, &moved(&syn(2), pod(CLIENT, 2), pod(BACKUP, 80)));
     Ok(())
 }
 
-/// A service was renamed while no agent looked: what is left of it, without routes of its own, does not take its frontends back.
+/// A service was renamed while no agent ran. The leftover service has the old frontends but no routes of its own;
+/// applying and removing it must not take the frontends from the renamed service.
 #[test]
 fn what_is_left_of_a_service_takes_no_frontend_back() -> Result<()> {
     let mut rig = Rig::new()?;

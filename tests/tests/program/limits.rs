@@ -1,4 +1,4 @@
-//! Limits: which first packets are admitted, what the others get, and when a connection ceases to count.
+//! Limits: which first packets are admitted, what happens to the others, and when a connection ceases to count.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -22,14 +22,16 @@ use super::{BACKUP, CLIENT, untouched};
 
 /// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
 const DROP: u32 = 2;
-/// A limit of one a second is shared by so many nodes: no test is so slow that a token comes back.
+/// How many nodes share a limit of 1 per second: on this node a token comes back after an hour, longer than any test
+/// runs.
 const NODES: u32 = 3600;
 
-/// A service whose limits a test cannot outlive. In `limits`, `@N` is N for this node.
+/// A service whose tokens do not come back while a test runs. In `limits`, `@N` stands for N on this node.
 fn limited(limits: &str) -> Result<Service> {
     settled(service("dummy", vip(10), &[pod(BACKUP, 80)], &extra(limits))?)
 }
 
+/// Replaces each `@N` by N × [`NODES`].
 fn extra(limits: &str) -> String {
     let mut text = String::new();
     let mut parts = limits.split('@');
@@ -42,6 +44,7 @@ fn extra(limits: &str) -> String {
     text
 }
 
+/// Divides the service's limits by [`NODES`], as `scope: Cluster` does.
 fn settled(mut service: Service) -> Result<Service> {
     let limits = service.limits.as_mut().unwrap();
     (limits.scope, limits.nodes) = (Scope::Cluster, NODES);
@@ -54,7 +57,7 @@ fn rig(service: &Service, state: BreakerState) -> Result<Rig> {
     Ok(rig)
 }
 
-/// A plan; closed, it is settled.
+/// A plan for a service in a state. The plan for a closed breaker has no flows to drain.
 fn on(service: &Service, state: BreakerState, epoch: u32) -> breaker_agent::datapath::plan::ServicePlan {
     match state {
         Closed => plan_with(service, Closed, epoch, 1000, false, &service.backups[0].backends),
@@ -75,12 +78,12 @@ fn syn(client: SocketAddr, vip: SocketAddr) -> Segment {
     Segment { sequence: 7 * u32::from(client.port()), ..Segment::new(client, vip, SYN) }
 }
 
-/// What a client sends later.
+/// A later segment of a connection, from either end: ACK and `flags`.
 fn later(client: SocketAddr, vip: SocketAddr, flags: u8) -> Segment {
     Segment::new(client, vip, flags | ACK).data(2_000_001, 77, b"")
 }
 
-/// What becomes of a connection request.
+/// What the program did with a connection request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Became {
     Passed,
@@ -105,7 +108,7 @@ fn became(ran: &Ran, sent: &Segment) -> Became {
     }
 }
 
-/// Requests from ports 1, 2, 3 and so on of a client.
+/// Sends a connection request from each of a client's `ports` through a program.
 fn requests(rig: &mut Rig, program: &str, client: IpAddr, vip: SocketAddr, ports: std::ops::Range<u16>) -> Vec<Became> {
     ports
         .map(|port| {
@@ -117,7 +120,8 @@ fn requests(rig: &mut Rig, program: &str, client: IpAddr, vip: SocketAddr, ports
 
 use Became::{Dropped, Moved, Passed, Refused};
 
-/// Both families, from pods and from outside, closed and open: a burst passes, and the rest gets what `onLimit` says.
+/// IPv4 and IPv6, from pods and from outside, closed and open: the burst is admitted, the rest gets what `onLimit`
+/// says.
 #[test]
 fn a_burst_passes_and_what_is_over_it_is_refused() -> Result<()> {
     type Vip = fn(u8) -> SocketAddr;
@@ -171,16 +175,16 @@ fn a_request_that_is_sent_again_takes_no_second_token() -> Result<()> {
         untouched(&rig.from_pod(&segment)?, &segment.bytes(), "the same SYN");
     }
     assert_eq!((report(&rig).counters.repeated, report(&rig).concurrent), (4, [1, 0]));
-    // The port is used again: another sequence number, another connection, and the first one is over.
+    // The client uses its port again: another sequence number is another connection, and the first one has ended.
     let again = Segment { sequence: 99, ..segment };
     untouched(&rig.from_pod(&again)?, &again.bytes(), "another connection");
     assert_eq!(report(&rig).concurrent, [1, 0]);
     let third = syn(pod(CLIENT, 2), vip(10));
-    assert_eq!(became(&rig.from_pod(&third)?, &third), Refused, "both tokens are gone");
+    assert_eq!(became(&rig.from_pod(&third)?, &third), Refused, "both tokens are used");
     Ok(())
 }
 
-/// Who is refused by one limit has taken nothing from the others.
+/// A connection that one limit refuses takes nothing from the other limits.
 #[test]
 fn a_refused_connection_costs_nothing() -> Result<()> {
     let limits = "limits: {newConnectionsPerSecond: 1, burst: @5, concurrentConnections: @5, \
@@ -189,11 +193,11 @@ fn a_refused_connection_costs_nothing() -> Result<()> {
     let first = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..100);
     assert_eq!(first.iter().filter(|became| **became == Passed).count(), 2);
     let second = requests(&mut rig, "breaker_in", pod(5, 0).ip(), vip(10), 1..100);
-    assert_eq!(second.iter().filter(|became| **became == Passed).count(), 2, "its own share is untouched");
+    assert_eq!(second.iter().filter(|became| **became == Passed).count(), 2, "the second client's own limit");
     let third = requests(&mut rig, "breaker_in", pod(6, 0).ip(), vip(10), 1..100);
-    assert_eq!(third.iter().filter(|became| **became == Passed).count(), 1, "what the service has left");
+    assert_eq!(third.iter().filter(|became| **became == Passed).count(), 1, "the service's last token");
     assert_eq!(report(&rig).concurrent, [5, 0]);
-    // Of a client that has one token left and a service that has none: the service refuses.
+    // The third client still has a token, but the service has none: its 98 refusals count for the service's limit.
     assert_eq!(report(&rig).counters.limited[0], [98, 97 + 97, 0, 0]);
     Ok(())
 }
@@ -231,7 +235,8 @@ fn a_connection_counts_until_both_have_closed_it_or_one_has_reset_it() -> Result
         ("a reset, twice", &[client(RST), client(RST), server(RST)], 0),
     ];
     for (program_in, program_out) in [("breaker_in", "breaker_out"), ("breaker_up", "breaker_up_out")] {
-        // Left to the primary while it is closed, and sent to the backup while it is open.
+        // A closed breaker leaves the connection to the primary (tier 0), an open one sends it to the backup (tier
+        // 1).
         for (state, tier) in [(Closed, 0), (Open, 1)] {
             let mut rig =
                 rig(&limited("limits: {concurrentConnections: @9, backup: {concurrentConnections: @9}},")?, state)?;
@@ -256,7 +261,7 @@ fn a_connection_counts_until_both_have_closed_it_or_one_has_reset_it() -> Result
     Ok(())
 }
 
-/// Nine places are taken, nine come free, nine are taken: nothing leaks.
+/// Nine connections are counted and end again, in each of 50 rounds: no count leaks.
 #[test]
 fn places_come_free() -> Result<()> {
     let mut rig =
@@ -272,7 +277,7 @@ fn places_come_free() -> Result<()> {
     Ok(())
 }
 
-/// What limits do not concern costs one look-up more than nothing: it is not even seen.
+/// Data packets of a closed service with limits do not take the full path: only SYN, FIN and RST do.
 #[test]
 fn data_of_a_closed_service_is_not_seen() -> Result<()> {
     let limits = "limits: {newConnectionsPerSecond: 1, burst: @1, concurrentConnections: @1},";
@@ -282,10 +287,10 @@ fn data_of_a_closed_service_is_not_seen() -> Result<()> {
     for port in [1, 2] {
         for flags in [0, PSH] {
             let data = later(pod(CLIENT, port), vip(10), flags);
-            untouched(&rig.from_pod(&data)?, &data.bytes(), "data, also of a connection from before");
+            untouched(&rig.from_pod(&data)?, &data.bytes(), "data of a known or an unknown connection");
         }
     }
-    // Without the program behind the prefilter, what needs it would be counted.
+    // No packet was passed for a counted reason.
     let counted = rig.datapath.reasons()?;
     assert!(counted.is_empty(), "{counted:?}");
     Ok(())
@@ -297,7 +302,7 @@ fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
         limited("limits: {concurrentConnections: @1, onLimit: Failover, backup: {concurrentConnections: @2}},")?;
     let mut rig = rig(&service, Closed)?;
     let became = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..5);
-    assert_eq!(became, [Passed, Moved, Moved, Refused], "the backup has limits of its own");
+    assert_eq!(became, [Passed, Moved, Moved, Refused], "the backup has its own limits");
     assert_eq!((report(&rig).concurrent, report(&rig).counters.failed_over), ([1, 2], 3));
     let moved = |rig: &mut Rig| {
         let data = later(pod(CLIENT, 2), vip(10), PSH);
@@ -307,17 +312,18 @@ fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
         let ran = rig.to_pod(&answer).unwrap();
         assert_eq!(Segment::read(&ran.bytes).unwrap(), Segment { source: vip(10), ..answer });
     };
-    // At once, before the agent knows; then with the switch that tracks; and after the mark is taken away.
+    // The flow works at once, before the agent knows of it; then with the switch that tracks flows, as the agent
+    // writes it; and after the agent has cleared the overflow mark.
     moved(&mut rig);
     assert!(rig.datapath.sweep(None)?.overflowed.contains(&service.name));
     rig.apply(&plan_with(&service, Closed, 5, 1000, true, &service.backups[0].backends))?;
     assert!(rig.datapath.sweep(None)?.overflowed.contains(&service.name));
-    assert!(rig.datapath.sweep(None)?.overflowed.is_empty(), "nothing was sent there since");
+    assert!(rig.datapath.sweep(None)?.overflowed.is_empty(), "no connection overflowed since the last sweep");
     moved(&mut rig);
     // Connections to the primary are left alone.
     let data = later(pod(CLIENT, 1), vip(10), PSH);
     untouched(&rig.from_pod(&data)?, &data.bytes(), "on the primary");
-    // When the last one has ended, data packets are not seen any more.
+    // After the last overflowed connection has ended, data packets do not take the full path any more.
     for port in [2, 3] {
         rig.from_pod(&later(pod(CLIENT, port), vip(10), FIN))?;
         rig.to_pod(&later(pod(BACKUP, 80), pod(CLIENT, port), FIN))?;
@@ -325,8 +331,8 @@ fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
     assert_eq!(report(&rig).concurrent, [1, 0]);
     rig.apply(&on(&service, Closed, 5))?;
     let late = later(pod(CLIENT, 2), vip(10), PSH);
-    untouched(&rig.from_pod(&late)?, &late.bytes(), "settled");
-    // And one more, right after: the programs say so themselves again.
+    untouched(&rig.from_pod(&late)?, &late.bytes(), "closed, no flows left");
+    // Another overflow right after: the program sets the mark and the filter's bit again.
     let fourth = syn(pod(CLIENT, 4), vip(10));
     assert_eq!(self::became(&rig.from_pod(&fourth)?, &fourth), Moved);
     assert!(rig.datapath.sweep(None)?.overflowed.contains(&service.name));
@@ -343,7 +349,7 @@ fn failover_with_no_usable_backup_refuses() -> Result<()> {
     Ok(())
 }
 
-/// A trial that the primary's limit refuses is none: the next connection may try.
+/// A half-open permit is given back if the primary's limit refuses its connection: the next connection can take it.
 #[test]
 fn a_trial_that_is_refused_is_given_back() -> Result<()> {
     let text = extra("breaker: {halfOpenConnections: 2}, limits: {concurrentConnections: @1},");
@@ -355,9 +361,9 @@ fn a_trial_that_is_refused_is_given_back() -> Result<()> {
     assert_eq!(became(&rig.from_pod(&second)?, &second), Refused);
     rig.from_pod(&later(pod(CLIENT, 1), vip(10), RST))?;
     let third = syn(pod(CLIENT, 3), vip(10));
-    assert_eq!(became(&rig.from_pod(&third)?, &third), Passed, "the second of two trials");
+    assert_eq!(became(&rig.from_pod(&third)?, &third), Passed, "the second of two permits");
     let fourth = syn(pod(CLIENT, 4), vip(10));
-    assert_eq!(became(&rig.from_pod(&fourth)?, &fourth), Moved, "no trial is left");
+    assert_eq!(became(&rig.from_pod(&fourth)?, &fourth), Moved, "no permit is left");
     assert_eq!(rig.datapath.counters(&service.name)?.half_open, 2);
     Ok(())
 }
@@ -377,7 +383,7 @@ fn a_dry_run_counts_and_refuses_nobody() -> Result<()> {
     Ok(())
 }
 
-/// Datagrams: a flow is charged once, and one over a limit is answered by an ICMP error.
+/// A flow of datagrams takes one token. A datagram over the limit is answered with an ICMP error, or dropped.
 #[test]
 fn flows_of_datagrams_are_limited() -> Result<()> {
     for (limits, over) in [("", REDIRECT), ("onLimit: Drop,", DROP)] {
@@ -403,7 +409,8 @@ fn flows_of_datagrams_are_limited() -> Result<()> {
     Ok(())
 }
 
-/// With the agent gone for longer than its lease, rates hold on, and nobody is refused for a count that nobody mends.
+/// After the agent's lease has expired, rate limits still refuse, but counts do not (unless `onAgentLoss` is `Hold`):
+/// no agent corrects them.
 #[test]
 fn without_an_agent_counts_refuse_nobody() -> Result<()> {
     let rows = [("", Passed), ("onAgentLoss: Hold,", Refused)];
@@ -413,7 +420,7 @@ fn without_an_agent_counts_refuse_nobody() -> Result<()> {
         std::thread::sleep(std::time::Duration::from_millis(20));
         let became = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..4);
         assert_eq!(became, [Passed, over, over], "{extra}");
-        assert_eq!(report(&rig).concurrent, [if over == Passed { 3 } else { 1 }, 0], "counted all the same");
+        assert_eq!(report(&rig).concurrent, [if over == Passed { 3 } else { 1 }, 0], "connections still count");
     }
     let mut rig = rig(&limited("limits: {newConnectionsPerSecond: 1, burst: @1},")?, Closed)?;
     rig.datapath.beat(std::time::Duration::from_nanos(1), 0);
@@ -422,7 +429,8 @@ fn without_an_agent_counts_refuse_nobody() -> Result<()> {
     Ok(())
 }
 
-/// Far more connections than there are places: all are admitted, those that were remembered count, and each ends once.
+/// Far more connections than the table has room for: all are admitted, only those in the table count, and each of
+/// those is counted down once.
 #[test]
 fn a_full_table_admits_and_does_not_count() -> Result<()> {
     use breaker_agent::datapath::kernel::Sizes;
@@ -438,7 +446,7 @@ fn a_full_table_admits_and_does_not_count() -> Result<()> {
     assert!(became.iter().all(|became| *became == Passed));
     let (counted, untracked) = (report(&rig).concurrent[0], report(&rig).counters.untracked);
     assert_eq!(u64::from(counted) + untracked, 1000);
-    assert!((100..=128).contains(&counted), "of 128 places {counted} are taken");
+    assert!((100..=128).contains(&counted), "{counted} of 128 entries are taken");
     for port in 1..1001 {
         rig.from_pod(&later(pod(CLIENT, port), vip(10), RST))?;
     }
@@ -446,7 +454,8 @@ fn a_full_table_admits_and_does_not_count() -> Result<()> {
     Ok(())
 }
 
-/// Another agent finds counts and tokens as they are; new limits hold at once; without limits nothing is left.
+/// A new agent finds counts and tokens as they were. Changed limits apply at once. Removed limits leave no state
+/// behind.
 #[test]
 fn limits_outlive_the_agent_and_change_at_once() -> Result<()> {
     let service = limited("limits: {newConnectionsPerSecond: 1, burst: @2, concurrentConnections: @2},")?;
@@ -457,16 +466,16 @@ fn limits_outlive_the_agent_and_change_at_once() -> Result<()> {
     assert_eq!(report(&rig).concurrent, [2, 0]);
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 4..5), [Refused]);
     rig.from_pod(&later(pod(CLIENT, 1), vip(10), RST))?;
-    assert_eq!(report(&rig).concurrent, [1, 0], "ends are seen under the new agent, too");
+    assert_eq!(report(&rig).concurrent, [1, 0], "ends count under the new agent too");
     let mut limits = service.limits.unwrap();
     (limits.scope, limits.primary.concurrent) = (Scope::Node, None);
     limits.primary.rate = Some(breaker_agent::limits::Rate { per_second: 1_000_000, burst: 4 });
     let raised = Service { limits: Some(limits), ..service.clone() };
     rig.apply(&on(&raised, Closed, 5))?;
-    assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 5..6), [Passed], "no hour of waiting");
+    assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 5..6), [Passed], "the new rate applies");
     let free = Service { limits: None, ..service };
     rig.apply(&on(&free, Closed, 5))?;
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 6..60), [Passed; 54]);
-    assert_eq!(report(&rig), LimitReport::default(), "nothing is left");
+    assert_eq!(report(&rig), LimitReport::default(), "no state is left");
     Ok(())
 }

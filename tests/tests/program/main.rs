@@ -1,4 +1,5 @@
-//! The programs in the kernel, packet by packet: packet in, verdict, packet out, map effect.
+//! Program tier: runs each eBPF program in the kernel (BPF_PROG_TEST_RUN) on one packet at a time, and checks the
+//! verdict, the resulting packet and the effect on the maps.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod datagrams;
@@ -34,7 +35,8 @@ fn data(port: u16) -> Segment {
     Segment::new(pod(CLIENT, port), vip(10), ACK | PSH).data(1_000_001, 77, b"GET / HTTP/1.1\r\n\r\n")
 }
 
-/// A rig with one service at 10.43.0.10:8080, its backup at 10.42.0.3:80.
+/// A rig with one service in `state`: VIP 10.43.0.10:8080, backup 10.42.0.3:80. `extra` is YAML for the service's
+/// entry.
 fn rig(state: breaker_common::BreakerState, extra: &str) -> Result<Rig> {
     let mut rig = Rig::new()?;
     rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], extra)?, state, 5))?;
@@ -48,7 +50,7 @@ fn untouched(ran: &Ran, packet: &[u8], why: &str) {
     assert_eq!(ran.mark, 0, "{why}");
 }
 
-/// The same segment, with other ends.
+/// The same segment with another source and destination.
 fn moved(segment: &Segment, source: std::net::SocketAddr, destination: std::net::SocketAddr) -> Segment {
     Segment { source, destination, ..segment.clone() }
 }
@@ -188,7 +190,7 @@ fn a_syn_is_decided_anew_at_its_retransmission() -> Result<()> {
     is(&rig.from_pod(&syn(1))?, &moved(&syn(1), pod(CLIENT, 1), pod(BACKUP, 80)));
     rig.apply(&plan(&service, Closed, 7))?;
     untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "closed again");
-    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "its flow goes where its SYN went");
+    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "the flow follows its SYN");
     assert_eq!(flow_count(&mut rig), 0);
     Ok(())
 }
@@ -203,7 +205,7 @@ fn a_port_that_is_used_again_gets_a_new_decision() -> Result<()> {
     is(&rig.from_pod(&syn(1))?, &moved(&syn(1), pod(CLIENT, 1), pod(9, 81)));
     is(&rig.from_pod(&data(1))?, &moved(&data(1), pod(CLIENT, 1), pod(9, 81)));
     let late = Segment::new(pod(BACKUP, 80), pod(CLIENT, 1), ACK);
-    untouched(&rig.to_pod(&late)?, &late.bytes(), "the old backend's late packet is nobody's reply");
+    untouched(&rig.to_pod(&late)?, &late.bytes(), "a late packet of the old backend belongs to no flow");
     let reply = Segment::new(pod(9, 81), pod(CLIENT, 1), SYN | ACK);
     is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), pod(CLIENT, 1)));
     assert_eq!(flow_count(&mut rig), 1);
@@ -220,7 +222,7 @@ fn two_vips_with_one_backend_never_share_a_reverse_key() -> Result<()> {
     let out = Segment::read(&rig.from_pod(&second)?.bytes)?;
     assert_eq!((out.destination, out.source.ip()), (pod(BACKUP, 80), client.ip()));
     assert_ne!(out.source.port(), 5000);
-    // Each gets its own replies.
+    // Replies to each flow are translated to its own VIP.
     let first = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
     is(&rig.to_pod(&first)?, &moved(&first, vip(10), client));
     let reply = Segment::new(pod(BACKUP, 80), out.source, SYN | ACK).data(1, 2, b"x");
@@ -235,7 +237,7 @@ fn two_vips_with_one_backend_never_share_a_reverse_key() -> Result<()> {
 fn a_vip_and_the_pod_itself_never_share_a_reverse_key() -> Result<()> {
     let mut rig = rig(Open, "")?;
     let (client, backup) = (pod(CLIENT, 5000), pod(BACKUP, 80));
-    // The direct connection first: it stays untouched, and the VIP's gets another port.
+    // The direct connection is first: it stays untouched, and the flow through the VIP gets another source port.
     let direct = Segment::new(client, backup, SYN);
     untouched(&rig.from_pod(&direct)?, &direct.bytes(), "direct");
     let out = Segment::read(&rig.from_pod(&syn(5000))?.bytes)?;
@@ -244,7 +246,7 @@ fn a_vip_and_the_pod_itself_never_share_a_reverse_key() -> Result<()> {
     untouched(&rig.to_pod(&reply)?, &reply.bytes(), "the direct connection's reply");
     let reply = Segment::new(backup, out.source, SYN | ACK);
     is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
-    // The other way round: the direct connection is the one that moves aside.
+    // The flow through the VIP is first: the direct connection gets another source port.
     let (client, direct) = (pod(CLIENT, 6000), Segment::new(pod(CLIENT, 6000), backup, SYN));
     is(&rig.from_pod(&syn(6000))?, &moved(&syn(6000), client, backup));
     let aside = Segment::read(&rig.from_pod(&direct)?.bytes)?;
@@ -284,7 +286,8 @@ fn hairpin_a_client_that_is_the_chosen_backup_is_masqueraded() -> Result<()> {
     Ok(())
 }
 
-/// Whichever node the backup is on, its replies must come back to the node and the interface that the client came in by.
+/// The backup's replies must return to the node and the interface that the client came in by, whichever node the
+/// backup is on.
 #[test]
 fn a_client_outside_is_masqueraded_on_its_way_to_the_backup() -> Result<()> {
     let mut rig = rig(Open, "")?;
@@ -296,7 +299,7 @@ fn a_client_outside_is_masqueraded_on_its_way_to_the_backup() -> Result<()> {
     }
     let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
     is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
-    // What goes to a pod itself is nobody's flow here: other nodes' probes would fill the tables.
+    // On an uplink, connections to a pod's own address are not recorded: other nodes' probes would fill the tables.
     let before = flow_count(&mut rig);
     let direct = Segment::new(client, pod(BACKUP, 80), SYN).bytes();
     untouched(&rig.run("breaker_up", &direct)?, &direct, "direct");
@@ -318,11 +321,12 @@ fn flows_to_a_backend_that_is_gone_are_cut_and_its_packets_are_nobodys() -> Resu
     let packet = data(7100).bytes();
     untouched(&rig.run("breaker_in", &packet)?, &packet, "the flow is gone");
     let reply = Segment::new(pod(BACKUP, 80), pod(CLIENT, 7100), ACK).bytes();
-    untouched(&rig.run("breaker_out", &reply)?, &reply, "its way back, too");
+    untouched(&rig.run("breaker_out", &reply)?, &reply, "its reverse entry is gone too");
     Ok(())
 }
 
-/// With Cilium's kube-proxy replacement packets never carry a Service's address: that must be found, and said.
+/// With Cilium's kube-proxy replacement, packets never carry the address of a Service. The agent must detect and
+/// report it.
 #[test]
 fn a_socket_load_balancer_is_found() -> Result<()> {
     use breaker_agent::preflight::socket_load_balancer;
@@ -331,7 +335,7 @@ fn a_socket_load_balancer_is_found() -> Result<()> {
     let program: &mut aya::programs::CgroupSockAddr =
         foreign.program_mut("cil_sock4_connect").context("cil_sock4_connect")?.try_into()?;
     program.load()?;
-    let found = socket_load_balancer().context("it was not found")?;
+    let found = socket_load_balancer().context("the socket load balancer was not detected")?;
     assert!(found.contains("cil_sock4_conn") && found.contains("connect(2)"), "{found}");
     drop(foreign);
     assert_eq!(socket_load_balancer(), None);
@@ -351,11 +355,7 @@ fn reject_answers_a_syn_with_the_reset_that_connect_believes() -> Result<()> {
         assert_eq!((reset.source, reset.destination), (vip(10), pod(CLIENT, 1)));
         assert_eq!(reset.flags, RST | ACK);
         let length = u32::try_from(payload.len())?;
-        assert_eq!(
-            (reset.sequence, reset.acknowledgment),
-            (0, length),
-            "SYN and payload, around the end of the numbers"
-        );
+        assert_eq!((reset.sequence, reset.acknowledgment), (0, length), "SYN and payload; the sequence number wraps");
         assert_eq!(reset.macs, (segment.macs.1, segment.macs.0));
         assert!(reset.payload.is_empty() && reset.tcp_options.is_empty());
     }
@@ -369,16 +369,17 @@ fn no_usable_backup_is_never_redirected_into() -> Result<()> {
     let mut rig = Rig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "")?;
     rig.apply(&plan_with(&service, Open, 2, 0, false, &[]))?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "the primary may have it");
-    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "and keeps it");
-    untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "nothing is reset when there is nowhere to go");
+    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no usable backup: passed to the primary");
+    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "the flow stays on the primary");
+    untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "no flow is reset while no backup is usable");
     Ok(())
 }
 
 #[test]
 fn opening_resets_what_is_on_the_primary_and_nothing_else() -> Result<()> {
     let mut rig = rig(Open, "")?;
-    // Never seen: from before. The peer's reset is what goes on; the client's went out as a copy.
+    // A flow not seen from its SYN is older than the agent. The packet becomes the reset to the peer; the reset to
+    // the client left as a clone.
     let segment = data(1);
     let ran = rig.from_pod(&segment)?;
     assert_eq!(ran.action, NEXT);
@@ -390,7 +391,7 @@ fn opening_resets_what_is_on_the_primary_and_nothing_else() -> Result<()> {
     // A reset is never answered with a reset.
     let rst = Segment::new(pod(CLIENT, 2), vip(10), RST | ACK);
     untouched(&rig.from_pod(&rst)?, &rst.bytes(), "RST");
-    // Decided in this epoch: stays.
+    // A flow decided in the current epoch is not reset.
     rig.from_pod(&syn(3))?;
     is(&rig.from_pod(&data(3))?, &moved(&data(3), pod(CLIENT, 3), pod(BACKUP, 80)));
     let counters = rig.datapath.counters(&breaker_agent::model::ServiceName::new("dummy"))?;
@@ -427,10 +428,10 @@ fn half_open_lets_exactly_its_number_through() -> Result<()> {
         }
         assert_eq!(passed, 7, "epoch {epoch}");
     }
-    // The trial's connections are decided flows: they stay, and an opening resets them.
+    // Connections with a half-open permit have a pinned decision: they stay, and a later opening resets them.
     rig.apply(&plan(&service, HalfOpen, 5))?;
     rig.from_pod(&syn(1))?;
-    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "a trial connection");
+    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "a connection with a permit");
     rig.apply(&plan(&service, Open, 6))?;
     assert_eq!(Segment::read(&rig.from_pod(&data(1))?.bytes)?.flags, RST | ACK);
     Ok(())
@@ -449,7 +450,10 @@ fn a_share_moves_its_part_and_each_hash_at_most_once() -> Result<()> {
         let count = on_primary.iter().filter(|p| **p).count();
         assert!(count.abs_diff(usize::from(share)) < 60, "{count} of 1000 at {share}");
         if let Some(before) = before {
-            assert!(before.iter().zip(&on_primary).all(|(b, now)| !b || *now), "nobody goes back to the backup");
+            assert!(
+                before.iter().zip(&on_primary).all(|(b, now)| !b || *now),
+                "a client that had moved to the primary went back to the backup"
+            );
         }
         before = Some(on_primary);
     }
@@ -467,9 +471,9 @@ fn without_a_sign_of_life_new_connections_go_to_the_primary_and_flows_stay() -> 
         assert_eq!(ran.bytes == syn(2).bytes(), passes, "{policy}");
         is(&rig.from_pod(&data(1))?, &moved(&data(1), pod(CLIENT, 1), pod(BACKUP, 80)));
         if passes {
-            untouched(&rig.from_pod(&data(3))?, &data(3).bytes(), "nothing is reset on an old word");
+            untouched(&rig.from_pod(&data(3))?, &data(3).bytes(), "no reset once the lease has expired");
             rig.datapath.beat(std::time::Duration::ZERO, 0);
-            untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "what was passed meanwhile was decided, too");
+            untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "a flow passed without an agent has a decision too");
         }
     }
     Ok(())
@@ -508,11 +512,12 @@ fn a_service_that_is_removed_and_its_backends_leave_no_entry() -> Result<()> {
     rig.datapath.sweep(None)?;
     let direct = Segment::new(pod(CLIENT, 1), pod(BACKUP, 80), SYN);
     rig.from_pod(&direct)?;
-    assert_eq!(flow_count(&mut rig), 0, "its backend is nobody any more");
+    assert_eq!(flow_count(&mut rig), 0, "the removed service's backend has no role");
     Ok(())
 }
 
-/// A finished flow whose reverse key was given to another must not take the other's entry along when it is swept.
+/// When the sweep removes a finished flow whose reverse key now belongs to another flow, the other flow's reverse
+/// entry stays.
 #[test]
 fn the_sweep_takes_nobody_elses_reverse_entry() -> Result<()> {
     let mut rig = rig(Open, "")?;
@@ -521,13 +526,14 @@ fn the_sweep_takes_nobody_elses_reverse_entry() -> Result<()> {
     rig.from_pod(&syn(5000))?;
     rig.from_pod(&Segment::new(client, vip(10), RST))?;
     rig.from_pod(&Segment { destination: vip(11), ..syn(5000) })?;
-    assert_eq!(flow_count(&mut rig), 1, "the first has ended, the second lives");
+    assert_eq!(flow_count(&mut rig), 1, "the first flow has ended, the second is alive");
     let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
     is(&rig.to_pod(&reply)?, &moved(&reply, vip(11), client));
     Ok(())
 }
 
-/// Nor may a late packet of it take the other's entries along when the other is answered.
+/// A late packet of a finished flow must not promote that flow when another flow, which took over its reverse key, is
+/// answered.
 #[test]
 fn a_finished_flow_is_not_kept_by_anothers_answer() -> Result<()> {
     let mut rig = rig(Open, "")?;
@@ -541,16 +547,17 @@ fn a_finished_flow_is_not_kept_by_anothers_answer() -> Result<()> {
     rig.from_pod(&late)?;
     rig.from_pod(&Segment::new(client, vip(11), ACK))?;
     let sweep = rig.datapath.sweep(None)?;
-    assert_eq!((sweep.entries, sweep.established), (1, 1), "the second one is established");
+    assert_eq!((sweep.entries, sweep.established), (1, 1), "only the second flow is established");
     Ok(())
 }
 
-/// What failed open was decided, too: its next segment is not taken for one of a connection from before.
+/// A connection that failed open has a decision: its next segment is not treated as one of a connection older than
+/// the agent.
 #[test]
 fn a_connection_that_failed_open_is_not_reset() -> Result<()> {
     let mut rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(1024))?;
     rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], "")?, Open, 5))?;
-    // Every port that is tried is taken by flows of other VIPs.
+    // Flows of other VIPs occupy every source port that the program tries.
     for n in 0..40u8 {
         let name = format!("s{n}");
         rig.apply(&plan(&service(&name, vip(100 + n), &[pod(BACKUP, 80)], "")?, Open, 1))?;
@@ -559,6 +566,6 @@ fn a_connection_that_failed_open_is_not_reset() -> Result<()> {
     let ran = rig.from_pod(&syn(7))?;
     untouched(&ran, &syn(7).bytes(), "no source port is left");
     assert!(reason(&rig, PassReason::NoSourcePort) > 0);
-    untouched(&rig.from_pod(&data(7))?, &data(7).bytes(), "it stays where it went");
+    untouched(&rig.from_pod(&data(7))?, &data(7).bytes(), "the flow stays where its SYN went");
     Ok(())
 }

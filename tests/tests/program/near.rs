@@ -1,5 +1,5 @@
-//! Backends that are pods of this node: past the stack (`fastPath: PeerRedirect`), and clients outside that keep their
-//! address (`externalTrafficPolicy: Local`).
+//! Backends on this node: the fast path, which bypasses the host network stack (`fastPath: PeerRedirect`), and
+//! external clients that keep their address (`externalTrafficPolicy: Local`).
 
 use std::{collections::HashMap, net::SocketAddr};
 
@@ -20,10 +20,11 @@ use super::{flow_count, moved};
 const FAST: &str = "fastPath: PeerRedirect,";
 /// kube-proxy's masquerade mark.
 const MARK: u32 = 0x4000;
-/// Client, VIP, backup.
+/// Client, VIP and backup of each IP family.
 const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr); 2] =
     [(pod(4, 40_000), vip(10), pod(3, 80)), (pod6(4, 40_000), vip6(10), pod6(3, 80))];
 
+/// Tells the datapath that these pods are on this node.
 fn near(rig: &mut Rig, pods: &[SocketAddr]) {
     rig.datapath.locate(pods.iter().map(|pod| (pod.ip(), 1)).collect::<Located>());
 }
@@ -35,7 +36,8 @@ fn rig(service: &Service, pods: &[SocketAddr]) -> Result<Rig> {
     Ok(rig)
 }
 
-/// The client as the backend of a fast flow sees it, from its SYN on: with a port that its kernel would not choose by itself.
+/// Opens a fast-path flow with a SYN, and returns the client's address and port as the backend sees them. The port is
+/// one from 1024 to 32767, which a client's kernel does not choose by default.
 fn opened(rig: &mut Rig, client: SocketAddr, vip: SocketAddr) -> Result<SocketAddr> {
     let ran = rig.from_pod(&Segment::new(client, vip, SYN))?;
     assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
@@ -44,7 +46,8 @@ fn opened(rig: &mut Rig, client: SocketAddr, vip: SocketAddr) -> Result<SocketAd
     Ok(seen)
 }
 
-/// Both ways where each comes from, never by the client's egress.
+/// Each direction is translated on the sender's veth and redirected; no packet passes the egress of the client's
+/// veth.
 #[test]
 fn a_fast_flow_goes_from_veth_to_veth_both_ways() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
@@ -70,21 +73,21 @@ fn a_fast_flow_goes_from_veth_to_veth_both_ways() -> Result<()> {
     Ok(())
 }
 
-/// conntrack does not see to it that a fast flow's port is its own: the client may use the same port toward the same pod, by
-/// the pod's own address or by a Service that is not protected.
+/// The program gives each fast-path flow a source port of its own, because conntrack does not see these flows. The
+/// client may use the same port toward the same pod, by the pod's own address or by a Service that is not protected.
 #[test]
 fn a_fast_flow_has_a_port_of_its_own() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
     let seen = opened(&mut rig, client, vip)?;
-    // To the pod itself, from the same port: by the stack, and its answers are its own.
+    // A connection from the same port to the pod itself goes through the host stack, and its answers stay untouched.
     let direct = Segment::new(client, backup, SYN);
     assert_eq!(rig.from_pod(&direct)?.bytes, direct.bytes());
     let answer = Segment::new(backup, client, SYN | ACK);
     let ran = rig.from_pod(&answer)?;
     assert_eq!((ran.action, ran.bytes), (NEXT, answer.bytes()));
     assert_eq!(rig.from_pod(&Segment::new(backup, seen, SYN | ACK))?.action, REDIRECT);
-    // Every port of a client gets another one.
+    // Every source port of a client is mapped to a different one.
     let mut ports: Vec<u16> = Vec::new();
     for port in 32768..33768 {
         ports.push(opened(&mut rig, pod(5, port), vip)?.port());
@@ -95,7 +98,8 @@ fn a_fast_flow_has_a_port_of_its_own() -> Result<()> {
     Ok(())
 }
 
-/// Without the policy, or with the backup elsewhere, all is as ever: the reply is translated at the client's veth.
+/// Without the policy, or with the backup on another node, packets go through the host stack, and the reply is
+/// translated on the client's veth.
 #[test]
 fn others_go_by_the_stack() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
@@ -115,7 +119,7 @@ fn others_go_by_the_stack() -> Result<()> {
     Ok(())
 }
 
-/// netfilter does not take up a connection in the middle: the way is decided with the first packet.
+/// A flow's path is fixed by its first packet, because conntrack does not pick up a connection in the middle.
 #[test]
 fn a_flow_keeps_its_way() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
@@ -124,19 +128,20 @@ fn a_flow_keeps_its_way() -> Result<()> {
     let mut rig = rig(&fast, &[backup])?;
     let seen = opened(&mut rig, client, vip)?;
     rig.apply(&plan(&slow, Open, 6))?;
-    assert_eq!(rig.from_pod(&data)?.action, REDIRECT, "began fast");
+    assert_eq!(rig.from_pod(&data)?.action, REDIRECT, "began on the fast path");
     assert_eq!(rig.datapath.sweep(None)?.entries, 1);
     assert_eq!(rig.datapath.sweep(None)?.entries, 1);
-    assert_eq!(rig.from_pod(&Segment::new(backup, seen, ACK))?.action, REDIRECT, "also the answers, after sweeps");
+    assert_eq!(rig.from_pod(&Segment::new(backup, seen, ACK))?.action, REDIRECT, "answers too, after sweeps");
     let other = pod(4, 40_001);
     rig.from_pod(&Segment::new(other, vip, SYN))?;
     rig.apply(&plan(&fast, Open, 7))?;
-    assert_eq!(rig.from_pod(&moved(&data, other, vip))?.action, NEXT, "began slow");
+    assert_eq!(rig.from_pod(&moved(&data, other, vip))?.action, NEXT, "began in the host stack");
     assert_eq!(rig.from_pod(&Segment::new(backup, other, ACK))?.action, NEXT);
     Ok(())
 }
 
-/// A pod would not take a packet from itself, so that one is masqueraded, which netfilter does.
+/// A pod drops packets that have its own address as source. Hairpin flows therefore need netfilter's masquerading,
+/// which is in the host stack.
 #[test]
 fn hairpin_is_never_fast() -> Result<()> {
     let (_, vip, backup) = FAMILIES[0];
@@ -146,20 +151,20 @@ fn hairpin_is_never_fast() -> Result<()> {
     Ok(())
 }
 
-/// What a pod that is a backup sends on its own behalf is nobody's answer.
+/// A packet that a backup pod sends as a client is not taken for an answer.
 #[test]
 fn a_backup_is_a_client_as_well() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
     rig.from_pod(&Segment::new(client, vip, SYN))?;
-    // From its service's port, to somebody who never asked.
+    // From the port of the backup's service, to a pod that has no flow to the backup.
     let stray = Segment::new(backup, pod(5, 40_000), SYN | ACK);
     let ran = rig.from_pod(&stray)?;
     assert_eq!((ran.action, ran.bytes), (NEXT, stray.bytes()));
     Ok(())
 }
 
-/// The policy for established flows reaches both ends, the backup's from veth to veth.
+/// `onClose: Reset` resets both ends of a fast-path flow; the reset to the backup takes the fast path.
 #[test]
 fn resets_reach_a_fast_peer() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
@@ -174,7 +179,7 @@ fn resets_reach_a_fast_peer() -> Result<()> {
     Ok(())
 }
 
-/// Errors and fragments go the way of the flow that they belong to.
+/// ICMP errors and fragments take the path of the flow that they belong to.
 #[test]
 fn errors_and_fragments_of_fast_datagrams() -> Result<()> {
     let (client, vip, backup) = (pod(4, 5000), vip(10), pod(3, 53));
@@ -184,18 +189,18 @@ fn errors_and_fragments_of_fast_datagrams() -> Result<()> {
     let sent = rig.raw_from_pod(&question)?;
     assert_eq!(sent.action, REDIRECT);
     let seen = Datagram::read(&sent.bytes)?.source;
-    // The backup's "port unreachable" quotes what it got.
+    // The backup's "port unreachable" quotes the packet that the backup received.
     let error = unreachable(backup, seen, &sent.bytes[14..]);
     let ran = rig.raw_from_pod(&error)?;
     assert_eq!(ran.action, REDIRECT);
-    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the client knows its own packet");
-    // The client's about an answer.
+    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the quote is the client's own packet");
+    // The client's "port unreachable" about an answer.
     let answer = Datagram::new(backup, seen, b"answer").bytes();
     let got = rig.raw_from_pod(&answer)?;
     let ran = rig.raw_from_pod(&unreachable(client, vip, &got.bytes[14..]))?;
     assert_eq!(ran.action, REDIRECT);
     assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], answer[14..][..20 + 8]);
-    // Fragments, both ways.
+    // Fragments in both directions.
     for (packet, from, to) in [(&question, client, backup), (&answer, vip, client)] {
         let [first, second] = fragments(packet);
         assert_eq!(rig.raw_from_pod(&first)?.action, REDIRECT);
@@ -207,8 +212,9 @@ fn errors_and_fragments_of_fast_datagrams() -> Result<()> {
     Ok(())
 }
 
-/// A client outside, by an uplink: into the backup's veth, and its answers out of the uplink from there; never by the stack, and so
-/// under the client's own address, whatever `externalTrafficPolicy` says.
+/// An external client on the fast path: its packets go from the uplink into the backup's veth, and the answers from
+/// there out of the uplink. They bypass the host network stack, so the client keeps its address whatever
+/// `externalTrafficPolicy` says.
 #[test]
 fn clients_outside_go_past_the_stack() -> Result<()> {
     let outside = |v6| if v6 { pod6(200, 40_000) } else { SocketAddr::from(([172, 31, 0, 1], 40_000)) };
@@ -238,7 +244,7 @@ fn clients_outside_go_past_the_stack() -> Result<()> {
                 );
             }
             assert_eq!((flow_count(&mut rig), rig.datapath.flows(&service.name, 9)?[0].way), (1, "veth"));
-            // The policy for established flows reaches both ends.
+            // `onClose: Reset` resets both ends.
             rig.apply(&breaker_tests::packets::plan_with(
                 &service,
                 Closed,
@@ -256,7 +262,8 @@ fn clients_outside_go_past_the_stack() -> Result<()> {
     Ok(())
 }
 
-/// What answers a client outside must leave by the interface that it came in by: elsewhere only the stack knows the way.
+/// The fast path requires that answers to an external client leave by the interface that its packets come in by.
+/// Where the node's routes say otherwise, the flow goes through the host stack, which knows the path.
 #[test]
 fn a_client_outside_whose_way_back_is_another_goes_by_the_stack() -> Result<()> {
     let (client, vip, backup) = (SocketAddr::from(([198, 51, 100, 1], 40_000)), vip(10), pod(3, 80));
@@ -264,8 +271,8 @@ fn a_client_outside_whose_way_back_is_another_goes_by_the_stack() -> Result<()> 
     service.keep_client.frontends = service.frontends.iter().copied().collect();
     let syn = Segment::new(client, vip, SYN);
     for (why, route) in [
-        ("by another interface", &["add", "198.51.100.0/24", "dev", "aside"][..]),
-        ("nowhere", &["add", "unreachable", "198.51.100.0/24"]),
+        ("a route by another interface", &["add", "198.51.100.0/24", "dev", "aside"][..]),
+        ("an unreachable route", &["add", "unreachable", "198.51.100.0/24"]),
     ] {
         let mut rig = rig(&service, &[backup])?;
         let ns = rig.node();
@@ -283,7 +290,7 @@ fn a_client_outside_whose_way_back_is_another_goes_by_the_stack() -> Result<()> 
     Ok(())
 }
 
-/// Errors and fragments of clients outside go the way of their flow.
+/// ICMP errors and fragments of external clients take the path of their flow.
 #[test]
 fn errors_and_fragments_of_clients_outside() -> Result<()> {
     let (client, vip, backup) = (SocketAddr::from(([172, 31, 0, 1], 5000)), vip(10), pod(3, 53));
@@ -294,7 +301,7 @@ fn errors_and_fragments_of_clients_outside() -> Result<()> {
     let seen = Datagram::read(&sent.bytes)?.source;
     let ran = rig.raw_from_pod(&unreachable(backup, seen, &sent.bytes[14..]))?;
     assert_eq!(ran.action, REDIRECT);
-    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the client knows its own packet");
+    assert_eq!(ran.bytes[14 + 20 + 8..][..20 + 8], question[14..][..20 + 8], "the quote is the client's own packet");
     let answer = Datagram::new(backup, seen, b"an answer").bytes();
     let got = rig.raw_from_pod(&answer)?;
     let ran = rig.run("breaker_up", &unreachable(client, vip, &got.bytes[14..]))?;
@@ -318,7 +325,7 @@ fn octets(address: SocketAddr) -> Vec<u8> {
     }
 }
 
-/// An ICMP "port unreachable" about a packet.
+/// The frame of an ICMP "port unreachable" from `from` to `to`, which quotes the IP packet `about`.
 fn unreachable(from: SocketAddr, to: SocketAddr, about: &[u8]) -> Vec<u8> {
     use etherparse::{Icmpv4Type, icmpv4::DestUnreachableHeader};
     let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else { panic!("IPv4") };
@@ -330,7 +337,7 @@ fn unreachable(from: SocketAddr, to: SocketAddr, about: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A datagram of IPv4 in two fragments, the second without ports.
+/// An IPv4 datagram in two fragments. The first one has the UDP header only; the second one has no ports.
 fn fragments(packet: &[u8]) -> [Vec<u8>; 2] {
     let cut = |more: bool, offset: u16, payload: &[u8]| {
         let mut header = etherparse::Ipv4Header::from_slice(&packet[14..]).unwrap().0;
@@ -349,7 +356,7 @@ fn fragments(packet: &[u8]) -> [Vec<u8>; 2] {
     [cut(true, 0, &payload[..8]), cut(false, 1, &payload[8..])]
 }
 
-/// `externalTrafficPolicy: Local`: toward a backend of this node a client outside keeps its address.
+/// With `externalTrafficPolicy: Local`, an external client keeps its address toward a backend on this node.
 #[test]
 fn clients_outside_keep_their_address_toward_this_node() -> Result<()> {
     let (client, vip) = (SocketAddr::from(([172, 31, 0, 1], 40_000)), vip(10));

@@ -1,4 +1,5 @@
-//! XDP on an uplink: what is refused there is refused as tc would, to the byte; all else goes on untouched.
+//! XDP on an uplink: the program answers packets that must be refused with the same bytes as the tc program, and
+//! passes all others untouched.
 
 use std::net::SocketAddr;
 
@@ -11,7 +12,7 @@ use breaker_tests::packets::{
     plan, plan_with, pod, pod6, service_with, vip, vip6,
 };
 
-/// Client, VIP, backup.
+/// Client, VIP and backup of each IP family.
 const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr); 2] =
     [(pod(4, 40_000), vip(10), pod(3, 80)), (pod6(4, 40_000), vip6(10), pod6(3, 80))];
 
@@ -49,8 +50,8 @@ fn all_else_goes_on_untouched() -> Result<()> {
         let rows = vec![
             ("closed", plan(&reject, Closed, 2), syn.clone()),
             ("half-open", plan_with(&reject, HalfOpen, 2, 0, true, &[]), syn.clone()),
-            ("a backup is there", plan(&reject, Open, 2), syn.clone()),
-            ("a datagram, a backup is there", plan(&reject, Open, 2), datagram),
+            ("a backup is usable", plan(&reject, Open, 2), syn.clone()),
+            ("a datagram, a backup is usable", plan(&reject, Open, 2), datagram),
             ("passed by policy", plan_with(&service("")?, Open, 2, 0, false, &[]), syn.clone()),
             ("a dry run", plan_with(&dry, Open, 2, 0, false, &[]), syn.clone()),
             ("another port", refusing.clone(), other),
@@ -62,7 +63,7 @@ fn all_else_goes_on_untouched() -> Result<()> {
             rig.apply(&plan)?;
             assert_eq!(rig.run_xdp(&packet)?, (XDP_PASS, packet), "{why}");
         }
-        // Cut short, at every length that the kernel runs a program on.
+        // Truncated frames, of every length that the kernel runs a program on.
         let mut rig = Rig::new()?;
         rig.apply(&refusing)?;
         for length in 14..syn.len() {
@@ -72,7 +73,7 @@ fn all_else_goes_on_untouched() -> Result<()> {
     Ok(())
 }
 
-/// A datagram of a flow that is known is nobody new.
+/// A datagram of a known flow is left to tc.
 #[test]
 fn a_flow_that_is_known_is_tcs() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];

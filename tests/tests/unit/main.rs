@@ -1,4 +1,4 @@
-//! Pure parts of the programs, compiled for this machine.
+//! Unit tests of the programs' pure modules, compiled for the host.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 #[allow(dead_code, missing_docs, reason = "the programs use the rest")]
@@ -11,7 +11,7 @@ mod hash;
 use breaker_common::SLOTS;
 use proptest::prelude::*;
 
-/// RFC 1071 from scratch, over bytes.
+/// The Internet checksum of RFC 1071, written independently of the programs.
 fn checksum(bytes: &[u8]) -> u16 {
     let mut sum: u32 = bytes.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)]))).sum();
     while sum > 0xffff {
@@ -21,7 +21,7 @@ fn checksum(bytes: &[u8]) -> u16 {
 }
 
 proptest! {
-    /// Changing four bytes and the checksum by them gives what computing it anew gives (RFC 1624).
+    /// Updating the checksum for four changed bytes gives the same as computing it anew (RFC 1624).
     #[test]
     fn incremental_checksums_are_the_whole_ones(mut header in any::<[u8; 20]>(), new in any::<[u8; 4]>()) {
         prop_assume!(header.iter().any(|b| *b != 0));
@@ -41,7 +41,8 @@ proptest! {
     }
 }
 
-/// One client's ports spread evenly over slots and shares, and two services do not move the same ones.
+/// One client's ports spread evenly over slots and shares, and services with different seeds move different
+/// connections.
 #[test]
 fn one_clients_connections_spread() {
     let hash = |port: u16, seed| hash::flow(0x0a2a_0004, 0x0a2b_000a, port.to_be_bytes(), [0x1f, 0x90], 6, seed);

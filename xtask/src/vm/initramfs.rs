@@ -1,4 +1,4 @@
-//! An initramfs, as a cpio archive (Documentation/driver-api/early-userspace/buffer-format.rst).
+//! Builds an initramfs as a cpio archive (Documentation/driver-api/early-userspace/buffer-format.rst).
 
 use std::{
     collections::BTreeSet,
@@ -16,21 +16,21 @@ const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 
-/// Directories of the old layout, which are links into `usr` here as on Debian; one place for all programs.
+/// Top-level directories that are symbolic links into `usr`, as on Debian. All programs are in `usr/bin`.
 const LINKS: [(&str, &str); 4] = [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")];
 
-/// Mount points, beside the directories that files make.
+/// Mount points. Other directories are created as files need them.
 const DIRECTORIES: [&str; 5] = ["proc", "sys", "dev", "run", "tmp"];
 
-/// The files of a guest. Their owner is root, and they have no time.
+/// The files of a guest. They are owned by root, and their modification time is 0.
 pub struct Initramfs {
     archive: Vec<u8>,
-    /// What is in it.
+    /// Paths that the archive contains already.
     paths: BTreeSet<PathBuf>,
 }
 
 impl Initramfs {
-    /// An empty one, but for mount points and Debian's links into `usr`.
+    /// Makes an initramfs that contains only the mount points and Debian's links into `usr`.
     pub fn new() -> Self {
         let mut new = Self { archive: Vec::new(), paths: BTreeSet::new() };
         for dir in DIRECTORIES {
@@ -43,18 +43,18 @@ impl Initramfs {
         new
     }
 
-    /// A program of this machine's, found as a shell would, and the libraries that it is linked with.
+    /// Adds a program of this machine, found as a shell finds it, and the libraries that it is linked with.
     ///
     /// # Errors
-    /// It is not there.
+    /// The program is not installed, or a file cannot be read.
     pub fn add_program(&mut self, name: &str) -> Result<()> {
         let path = env::var_os("PATH").unwrap_or_default();
         let dirs = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
         let found = dirs.map(|dir| dir.join(name)).find(|path| path.is_file());
         let found =
-            found.with_context(|| format!("the guest needs the program {name}, which is not on this machine"))?;
+            found.with_context(|| format!("the guest needs the program {name}, which this machine does not have"))?;
         self.add_file(&format!("usr/bin/{name}"), &found)?;
-        // A static program makes it fail.
+        // ldd fails for a static program. Its output is then empty, so no libraries are added.
         let ldd = Command::new("ldd").arg(&found).stderr(Stdio::null()).output().context("start ldd")?;
         for word in String::from_utf8_lossy(&ldd.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
             self.add_file(word, Path::new(word))?;
@@ -62,21 +62,21 @@ impl Initramfs {
         Ok(())
     }
 
-    /// A file of this machine's, links followed.
+    /// Adds a file of this machine. Symbolic links are followed.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The file cannot be read.
     pub fn add_file(&mut self, path: &str, from: &Path) -> Result<()> {
         let bytes = fs::read(from).with_context(|| format!("read {}", from.display()))?;
-        let mode = fs::metadata(from).with_context(|| format!("look at {}", from.display()))?.permissions().mode();
+        let mode = fs::metadata(from).with_context(|| format!("get mode of {}", from.display()))?.permissions().mode();
         self.add_bytes(path, &bytes, mode & 0o777);
         Ok(())
     }
 
-    /// A folder of this machine's, with the files in it, links followed.
+    /// Adds the files in a directory of this machine, without its subdirectories. Symbolic links are followed.
     ///
     /// # Errors
-    /// One cannot be read.
+    /// The directory or a file cannot be read.
     pub fn add_folder(&mut self, folder: &Path) -> Result<()> {
         for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
             let path = entry?.path();
@@ -87,7 +87,7 @@ impl Initramfs {
         Ok(())
     }
 
-    /// A file with these contents.
+    /// Adds a file with the given contents. If the path exists already, nothing changes.
     pub fn add_bytes(&mut self, path: &str, bytes: &[u8], mode: u32) {
         let path = merged(Path::new(path));
         if !self.paths.contains(&path) {
@@ -98,15 +98,15 @@ impl Initramfs {
         }
     }
 
-    /// A file or directory of a kernel's modules, with all that is in it.
+    /// Adds a module, or a directory of modules with all its contents. `path` is relative to `modules`.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// A file or directory cannot be read.
     pub fn add_tree(&mut self, modules: &Path, path: &str) -> Result<()> {
         let Some(version) = modules.file_name() else { bail!("{} has no name", modules.display()) };
         let to = Path::new("usr/lib/modules").join(version);
         let from = modules.join(path);
-        // Modules may be compressed: then there is more to their names.
+        // Modules may be compressed; their names then end in `.xz`.
         let packed = PathBuf::from(format!("{}.xz", from.display()));
         self.add_all(if from.exists() { &from } else { &packed }, modules, &to)
     }
@@ -122,10 +122,11 @@ impl Initramfs {
         Ok(())
     }
 
-    /// What modprobe finds modules by. Debian makes it when a kernel is installed.
+    /// Adds the index by which modprobe finds modules. Debian generates it when a kernel is installed, so depmod
+    /// must generate it here.
     ///
     /// # Errors
-    /// What depmod said.
+    /// depmod failed, or a file cannot be read.
     pub fn add_modules_index(&mut self, modules: &Path, base: &Path) -> Result<()> {
         let Some(version) = modules.file_name() else { bail!("{} has no name", modules.display()) };
         run(Command::new("depmod").arg("-b").arg(base.join("root")).arg(version))?;
@@ -138,13 +139,13 @@ impl Initramfs {
         Ok(())
     }
 
-    /// The archive.
+    /// Completes and returns the archive.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry(Path::new("TRAILER!!!"), 0, b"");
         self.archive
     }
 
-    /// A directory, those above it first.
+    /// Adds a directory and, before it, its missing parents.
     fn add_dir(&mut self, path: &Path) {
         let dirs: Vec<&Path> = path.ancestors().filter(|dir| !dir.as_os_str().is_empty()).collect();
         for dir in dirs.into_iter().rev() {
@@ -160,7 +161,8 @@ impl Initramfs {
         let links = 1;
         let (size, name_size) = (bytes.len(), name.len() + 1);
         self.archive.extend_from_slice(b"070701");
-        // inode, mode, uid, gid, links, mtime, size, device (2), special device (2), length of the name, checksum
+        // inode, mode, uid, gid, links, mtime, size, device (major, minor), special device (major, minor), length of
+        // the name, checksum
         for number in [inode, mode as usize, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0] {
             self.archive.extend_from_slice(format!("{number:08x}").as_bytes());
         }
@@ -172,13 +174,13 @@ impl Initramfs {
         self.paths.insert(path.to_owned());
     }
 
-    /// Names and contents end at a multiple of four bytes.
+    /// Pads to a multiple of four bytes, as the format requires after names and contents.
     fn pad(&mut self) {
         self.archive.resize(self.archive.len().next_multiple_of(4), 0);
     }
 }
 
-/// A path as it is in the archive: from its root, and in `usr` where Debian has links into it.
+/// Path in the archive: relative to its root, and with Debian's links into `usr` resolved.
 fn merged(path: &Path) -> PathBuf {
     let path: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
     let link = LINKS.iter().find_map(|(name, to)| Some(Path::new(to).join(path.strip_prefix(name).ok()?)));
@@ -189,7 +191,7 @@ fn merged(path: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    /// Name, mode and contents of every entry.
+    /// Parses an archive into the name, mode and contents of every entry.
     fn entries(mut archive: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
         let mut entries: Vec<(String, u32, Vec<u8>)> = Vec::new();
         let mut take = |length: usize| {
@@ -201,7 +203,7 @@ mod tests {
             let header = String::from_utf8(take(110)).unwrap();
             assert!(header.starts_with("070701"));
             let field = |n: usize| usize::from_str_radix(&header[6 + n * 8..14 + n * 8], 16).unwrap();
-            // The header's length is no multiple of four.
+            // The header (110 bytes) and the name together are padded to a multiple of four.
             let name = take((field(11) + 110).next_multiple_of(4) - 110);
             let contents = take(field(6).next_multiple_of(4));
             let name = String::from_utf8(name[..field(11) - 1].to_vec()).unwrap();

@@ -1,4 +1,5 @@
-//! Debian's kernels, from the archive that this machine's apt is set up with. They are unpacked, not installed.
+//! Downloads Debian's kernels from the archive that this machine's apt is configured for. They are unpacked, not
+//! installed.
 
 use std::{
     fmt, fs,
@@ -11,28 +12,29 @@ use clap::ValueEnum;
 
 use crate::run::{output, run};
 
-/// The package that depends on the newest kernel of its suite, in the flavour with drivers for virtual machines only.
+/// Metapackage that depends on the newest kernel of its suite. The cloud flavour has drivers for virtual machines
+/// only.
 const PACKAGE: &str = "linux-image-cloud-amd64";
-/// The release whose kernels we know by their numbers.
+/// Debian release whose kernel versions [`Kernel`] lists.
 const RELEASE: &str = "bookworm";
-/// Debian's keys, where Debian puts them.
+/// Path of Debian's archive keys.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// A kernel of the matrix.
+/// A kernel that the tests run on.
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub enum Kernel {
-    /// Debian 12's: no tcx.
+    /// The kernel of Debian 12. It has no tcx.
     #[value(name = "6.1")]
     V6_1,
-    /// The one of Debian 12's backports, and Debian 13's.
+    /// The kernel of Debian 12's backports and of Debian 13.
     #[value(name = "6.12")]
     V6_12,
 }
 
-/// A kernel on disk.
+/// An unpacked kernel.
 pub struct Image {
     pub vmlinuz: PathBuf,
-    /// `lib/modules/<version>`.
+    /// Path of `lib/modules/<version>`.
     pub modules: PathBuf,
 }
 
@@ -46,7 +48,7 @@ impl fmt::Display for Kernel {
 }
 
 impl Kernel {
-    /// Where it is in the archive.
+    /// Suite of the Debian archive that has this kernel.
     fn suite(self) -> String {
         match self {
             Self::V6_1 => RELEASE.to_owned(),
@@ -54,10 +56,11 @@ impl Kernel {
         }
     }
 
-    /// The kernel in `dir`; fetched and unpacked, where it is not there yet. (To have a newer one, remove `dir`.)
+    /// Returns the kernel in `dir`, and downloads and unpacks it first if necessary. (To update to a newer one,
+    /// remove `dir`.)
     ///
     /// # Errors
-    /// No such archive, or what apt said.
+    /// apt has no such suite, or an apt command failed.
     pub fn fetch(self, dir: &Path) -> Result<Image> {
         let root = dir.join("root");
         if let Ok(image) = image(&root) {
@@ -70,10 +73,11 @@ impl Kernel {
         let package = depends
             .lines()
             .find_map(|line| line.trim().strip_prefix("Depends: linux-image-"))
-            .with_context(|| format!("{PACKAGE} depends on no kernel: {depends:?}"))?;
+            .with_context(|| format!("{PACKAGE} does not depend on a kernel package: {depends:?}"))?;
         let package = format!("linux-image-{package}");
         println!("  apt-get download {package}");
-        // Whole, or not there at all; what an earlier try left behind is in nobody's way.
+        // Unpack into a temporary directory and rename it, so that `root` is complete if it exists. Remove the
+        // remains of an interrupted attempt first.
         let fresh = dir.join("fresh");
         for old in [&fresh, &root] {
             if old.exists() {
@@ -98,16 +102,16 @@ fn image(root: &Path) -> Result<Image> {
     })
 }
 
-/// The only entry of a directory with such a name.
+/// Path of the only entry of a directory whose name satisfies `is_it`.
 fn only(dir: &Path, is_it: impl Fn(&str) -> bool) -> Result<PathBuf> {
     let entries = fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let found: Vec<String> = names.filter(|name| is_it(name)).collect();
-    ensure!(found.len() == 1, "{} has not one such entry but {found:?}", dir.display());
+    ensure!(found.len() == 1, "{} should contain exactly one matching entry; found: {found:?}", dir.display());
     Ok(dir.join(&found[0]))
 }
 
-/// An apt with lists and sources of its own: this machine's stay as they are.
+/// An apt with its own sources, package lists and cache; those of this machine are not changed.
 struct Apt {
     options: Vec<String>,
 }
@@ -129,7 +133,7 @@ impl Apt {
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             own("Dir::State::Lists", &state.join("lists")),
             own("Dir::Cache", &state.join("cache")),
-            // Its own user for downloads may not write here.
+            // apt's unprivileged download user may not write into this directory.
             "APT::Sandbox::User=root".to_owned(),
         ];
         Ok(Self { options: options.into_iter().flat_map(|option| ["-o".to_owned(), option]).collect() })
@@ -146,7 +150,7 @@ impl Apt {
     }
 }
 
-/// Where this machine's apt has the release from.
+/// URL of the archive from which this machine's apt gets the release.
 fn mirror() -> Result<String> {
     let mut command = Command::new("apt-get");
     command.args(["indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages"]);
@@ -154,6 +158,6 @@ fn mirror() -> Result<String> {
     let targets = String::from_utf8_lossy(&targets).into_owned();
     let mirror = targets.lines().find_map(|line| line.strip_prefix(RELEASE)?.strip_prefix(' '));
     mirror.map(ToOwned::to_owned).with_context(|| {
-        format!("apt is not set up with Debian's {RELEASE}, whose kernels these are: run this on Debian 12")
+        format!("apt is not configured for Debian {RELEASE}, whose kernels these tests use: run them on Debian 12")
     })
 }

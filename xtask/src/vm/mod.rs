@@ -1,8 +1,9 @@
-//! `cargo xtask test vm`: the tiers program and lab on other kernels than this machine's.
+//! `cargo xtask test vm`: runs the tiers program and lab on other kernels than this machine's.
 //!
-//! Debian's kernels are unpacked (not installed) into `target/vm`, booted by qemu under software emulation, and find as
-//! their whole world an initramfs with the test binaries in it. What the guest says on its serial console is shown; its last
-//! line says how the tests ended. Nothing of the host is mounted, no network leads out of the guest.
+//! Debian's kernels are unpacked (not installed) into `target/vm` and booted by qemu in software emulation. The
+//! guest's only file system is an initramfs that contains the test binaries and what they need. Its serial console
+//! is shown, and the last line on it has the exit status of the tests. The guest mounts nothing of the host and has
+//! no network.
 
 mod initramfs;
 mod kernel;
@@ -24,27 +25,28 @@ use crate::run::{cargo, output};
 use initramfs::Initramfs;
 pub use kernel::Kernel;
 
-/// What the guest runs first.
+/// The guest's first process.
 const INIT: &str = include_str!("init.sh");
-/// What its last line begins with, before the tests' exit status. `init.sh` writes it.
+/// Start of the guest's last line; the exit status of the tests follows it. `init.sh` writes it.
 const MARKER: &str = "breaker-vm: exit ";
-/// How long a kernel may take for everything: minutes are usual, and many more where others are at work on the machine.
+/// Maximum run time of one kernel. Minutes are usual, but a busy machine takes much longer.
 const DEADLINE: Duration = Duration::from_secs(5400);
-/// All that qemu can, but for cmpxchg16b: kernel 6.12's allocator uses it, and finds its lists broken within seconds under
-/// the emulation of qemu 7.2, Debian 12's. Without it, it takes a lock.
+/// All CPU features that qemu emulates, except cmpxchg16b. The memory allocator of kernel 6.12 uses that instruction
+/// and reports corrupt lists within seconds under qemu 7.2 (Debian 12). Without the instruction it uses a lock.
 const CPU: &str = "max,cx16=off";
-/// Two processors that take turns on one thread of the host. On two threads an instruction that the kernel replaces while it
-/// runs (a jump label: the hook that tcx switches on) is now and then seen half replaced, as `Oops: int3`, which ends the guest.
+/// Emulates both CPUs on one host thread. With two threads, the guest sometimes executes an instruction that its
+/// kernel has only half replaced (a jump label, such as the hook that tcx enables), and dies with `Oops: int3`.
 const ACCELERATOR: &str = "tcg,thread=single";
 const PROCESSORS: &str = "2";
-/// Guest's memory: the tests make maps as for a node with 1 GiB, two at a time; and there is no other place for files.
+/// Memory of the guest. The tests create maps sized for a node with 1 GiB, two sets at a time, and all files are in
+/// memory too.
 const MEMORY: &str = "3G";
 
-/// What the rigs of the tests call on the way (`tests/src/lab`), and `init.sh`.
+/// Programs that the test code (`tests/src/lab`) and `init.sh` call.
 const PROGRAMS: &[&str] =
     &["sh", "awk", "cat", "ip", "modprobe", "mount", "nsenter", "rm", "setsid", "sleep", "umount", "xargs"];
 
-/// What the lab calls beside that.
+/// Programs that the lab tests call in addition.
 const LAB_PROGRAMS: &[&str] = &[
     "bash",
     "bpftool",
@@ -68,19 +70,20 @@ const LAB_PROGRAMS: &[&str] = &[
     "tshark",
 ];
 
-/// Users that these programs want to be, or to know.
+/// Contents of /etc/passwd and /etc/group: users and groups that the lab's programs switch to or look up.
 const USERS: &str = "root:x:0:0::/:/bin/sh\ntcpdump:x:100:100::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
 const GROUPS: &str = "root:x:0:\ntcpdump:x:100:\nnogroup:x:65534:\n";
 
-/// Modules that the rigs need: a bridge that netfilter sees, and pods' interfaces; flannel's tunnel.
+/// Kernel modules that the tests need: bridge and netfilter, veth for pods' interfaces, and vxlan for flannel's
+/// tunnel.
 const MODULES: &[&str] = &["kernel/net", "kernel/lib", "kernel/drivers/net/veth.ko", "kernel/drivers/net/vxlan"];
 
 /// A tier that runs in the guest.
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub enum Guest {
-    /// The programs, packet by packet.
+    /// The BPF programs, packet by packet.
     Program,
-    /// Real sockets, and the real agent.
+    /// The whole agent with real sockets.
     Lab,
 }
 
@@ -93,12 +96,13 @@ impl Guest {
     }
 }
 
-/// Runs tiers on these kernels, one after the other.
+/// Runs the tiers on each of the kernels, one after the other.
 ///
 /// # Errors
-/// The kernels that failed, after all had their turn; or what could not be built, had or started.
+/// Tests failed (the message names the kernels; the remaining kernels run first), or something could not be built,
+/// downloaded or started.
 pub fn test(kernels: &[Kernel], tiers: &[Guest], filter: Option<&str>) -> Result<()> {
-    ensure!(cfg!(target_arch = "x86_64"), "the kernel matrix is for x86-64: qemu's machine and Debian's kernels are");
+    ensure!(cfg!(target_arch = "x86_64"), "the tests on other kernels run on x86-64 machines only");
     let tests: Vec<Tests> = tiers.iter().map(|tier| Tests::build(*tier)).collect::<Result<_>>()?;
     let mut failed = Vec::new();
     for kernel in kernels {
@@ -116,11 +120,11 @@ pub fn test(kernels: &[Kernel], tiers: &[Guest], filter: Option<&str>) -> Result
     Ok(())
 }
 
-/// A tier's binaries.
+/// The binaries of a tier.
 struct Tests {
     tier: Guest,
     binary: PathBuf,
-    /// What it starts itself, as they are named.
+    /// Binaries that the tests start, by name.
     starts: Vec<(&'static str, PathBuf)>,
 }
 
@@ -136,7 +140,7 @@ impl Tests {
         Ok(Self { tier, binary, starts })
     }
 
-    /// Puts them where the tests look for them: below one directory, with a folder for their profile.
+    /// Adds the binaries where the tests expect them: in one directory, with a subdirectory per cargo profile.
     fn add_to(&self, files: &mut Initramfs) -> Result<()> {
         files.add_file(&format!("breaker/tests/{}", self.tier.name()), &self.binary)?;
         for (name, path) in &self.starts {
@@ -154,11 +158,11 @@ impl Tests {
     }
 }
 
-/// Where iptables has its matches and targets.
+/// Directory with the extensions of iptables (matches and targets).
 fn iptables_extensions() -> Result<PathBuf> {
     let mut places =
         ["/usr/lib/x86_64-linux-gnu/xtables", "/usr/lib64/xtables", "/usr/lib/xtables"].iter().map(PathBuf::from);
-    places.find(|path| path.is_dir()).context("iptables' matches and targets (xtables) are nowhere")
+    places.find(|path| path.is_dir()).context("the directory of iptables' extensions (xtables) was not found")
 }
 
 fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
@@ -184,7 +188,7 @@ fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
     boot(&image.vmlinuz, &initramfs)
 }
 
-/// Builds a binary, of a test or not, and says where it is.
+/// Builds a binary and returns its path. `test` says whether it is a test binary.
 fn built(args: &[&str], name: &str, test: bool) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(args).args(["--quiet", "--message-format", "json-render-diagnostics"]);
@@ -197,26 +201,28 @@ fn built(args: &[&str], name: &str, test: bool) -> Result<PathBuf> {
     executables.next().with_context(|| format!("cargo built no binary {name}"))
 }
 
-/// Boots a kernel, shows what it says, and waits for its end.
+/// Boots a kernel, shows its console, and waits for its end.
 ///
 /// # Errors
-/// Tests that failed, a guest that ended without a word about them (a panic, say), or that did not end in time.
+/// The tests failed, or the guest ended without reporting their status (because of a panic, for example) or did not
+/// end in time.
 fn boot(vmlinuz: &Path, initramfs: &Path) -> Result<()> {
     let mut qemu = Command::new("qemu-system-x86_64")
-        // Without KVM, also where there is one: the same everywhere. A machine without disk, network and screen.
+        // Without KVM, even where it is available, so that runs are the same everywhere. No disk, no network, no
+        // screen.
         .args(["-accel", ACCELERATOR, "-cpu", CPU, "-smp", PROCESSORS, "-m", MEMORY])
         .args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .arg("-kernel")
         .arg(vmlinuz)
         .arg("-initrd")
         .arg(initramfs)
-        // An oops is a failure, too: it reboots at once, which ends qemu.
+        // An oops counts as a failure too: it panics, which reboots at once, and with -no-reboot qemu then ends.
         .args(["-append", "console=ttyS0 quiet oops=panic panic=-1"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .context("start qemu-system-x86_64")?;
-    let console = BufReader::new(qemu.stdout.take().context("qemu has no console")?);
+    let console = BufReader::new(qemu.stdout.take().context("qemu's standard output is not available")?);
     let (sender, lines) = channel();
     thread::spawn(move || {
         for line in console.split(b'\n').map_while(Result::ok) {
@@ -244,7 +250,7 @@ fn boot(vmlinuz: &Path, initramfs: &Path) -> Result<()> {
     match outcome.as_deref() {
         Some("0") => Ok(()),
         Some(status) => bail!("tests failed (exit status {status})"),
-        None if ended => bail!("the guest ended without a word about the tests"),
+        None if ended => bail!("the guest ended without reporting the status of the tests"),
         None => bail!("the guest did not end within {} s", DEADLINE.as_secs()),
     }
 }

@@ -1,19 +1,15 @@
 use std::sync::Arc;
 
-use super::{
-    super::{
-        api::{NodeReport, NodeReportSpec, ReportedTier},
-        wish::{Key, OwnerKind},
-    },
-    *,
-};
+use super::{super::intent::Key, *};
+use ReportedState::{Closed, Open};
+use breaker_api::crd::{NodeReport, NodeReportSpec, ReportedTier};
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + second).unwrap()
 }
 
-fn subject() -> Subject {
-    Subject {
+fn result() -> ResolvedBreaker {
+    ResolvedBreaker {
         owner: Owner { kind: OwnerKind::CircuitBreaker, key: Key::new("lab", "cb") },
         uid: "u".into(),
         generation: 2,
@@ -28,26 +24,26 @@ fn subject() -> Subject {
     }
 }
 
-fn port(state: &str, since: i64) -> ReportedService {
+fn port(state: ReportedState, since: i64) -> ReportedService {
     ReportedService {
-        kind: "CircuitBreaker".into(),
+        kind: Some(OwnerKind::CircuitBreaker),
         namespace: "lab".into(),
         name: "cb".into(),
         uid: "u".into(),
         port: 8080,
         desired_generation: 2,
         applied_generation: 2,
-        state: state.into(),
+        state,
         since: Some(at(since)),
-        reason: if state == "Open" { "HttpStatus".into() } else { "Initial".into() },
-        share: if state == "Open" { 0 } else { 1000 },
+        reason: Some(if state == Open { StateReason::HttpStatus } else { StateReason::Initial }),
+        share: if state == Open { 0 } else { 1000 },
         backups: vec![ReportedTier { name: "backup".into(), up: 2, total: 2, active: true, checking: 0 }],
         ..ReportedService::default()
     }
 }
 
-fn node(name: &str, ready: bool, services: Vec<ReportedService>) -> NodeNews {
-    NodeNews {
+fn node(name: &str, ready: bool, services: Vec<ReportedService>) -> NodeReportView {
+    NodeReportView {
         node: name.into(),
         ready,
         report: Arc::new(NodeReport::new(name, NodeReportSpec { services, ..NodeReportSpec::default() })),
@@ -65,9 +61,9 @@ fn pair(status: &str, reason: &str) -> (String, String) {
 
 #[test]
 fn the_most_open_node_is_the_state_and_the_share_is_of_all() {
-    let news = [node("a", true, vec![port("Closed", 0)]), node("b", true, vec![port("Open", 5)])];
-    let status = status(&subject(), &News::new(&news), None, at(9));
-    assert_eq!(status.state.as_deref(), Some("Open"));
+    let news = [node("a", true, vec![port(Closed, 0)]), node("b", true, vec![port(Open, 5)])];
+    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    assert_eq!(status.state, Some(Open));
     assert_eq!((status.share.as_deref(), status.open.as_deref()), (Some("50%"), Some("1/2")));
     assert_eq!((status.since, status.backup.as_deref()), (Some(at(5)), Some("backup 2/2")));
     assert_eq!(condition_of(&status, "Programmed"), pair("True", "Programmed"));
@@ -76,69 +72,69 @@ fn the_most_open_node_is_the_state_and_the_share_is_of_all() {
 
 #[test]
 fn a_node_that_is_silent_counts_as_that_and_nothing_else() {
-    let news = [node("a", true, vec![port("Closed", 0)]), node("b", false, vec![port("Open", 5)])];
-    let status = status(&subject(), &News::new(&news), None, at(9));
-    assert_eq!((status.state.as_deref(), status.counts.nodes, status.counts.silent), (Some("Closed"), 1, 1));
-    assert_eq!(status.nodes[1].state, "Unknown");
+    let news = [node("a", true, vec![port(Closed, 0)]), node("b", false, vec![port(Open, 5)])];
+    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    assert_eq!((status.state, status.counts.nodes, status.counts.silent), (Some(Closed), 1, 1));
+    assert_eq!(status.nodes[1].state, ReportedState::Unknown);
     assert_eq!(condition_of(&status, "Programmed"), pair("True", "Programmed"));
 }
 
 #[test]
 fn programmed_means_this_generation_on_every_node() {
-    let old = ReportedService { applied_generation: 1, ..port("Closed", 0) };
-    let news = [node("a", true, vec![port("Closed", 0)]), node("b", true, vec![old]), node("c", true, vec![])];
-    let status = status(&subject(), &News::new(&news), None, at(9));
+    let old = ReportedService { applied_generation: 1, ..port(Closed, 0) };
+    let news = [node("a", true, vec![port(Closed, 0)]), node("b", true, vec![old]), node("c", true, vec![])];
+    let status = status(&result(), &NodeReports::new(&news), None, at(9));
     assert_eq!(condition_of(&status, "Programmed"), pair("False", "Pending"));
     let message = &status.conditions.iter().find(|c| c.type_ == "Programmed").unwrap().message;
     assert_eq!(message, "on 1 of 3 nodes");
 }
 
-/// What nodes say of an object that had this name before is not about this one.
+/// A report about an earlier object with the same name is not counted for the new object.
 #[test]
 fn an_object_that_is_made_again_is_another() {
-    let before = ReportedService { uid: "its predecessor".into(), ..port("Open", 0) };
+    let before = ReportedService { uid: "its predecessor".into(), ..port(Open, 0) };
     let news = [node("a", true, vec![before])];
-    let status = status(&subject(), &News::new(&news), None, at(9));
-    assert_eq!((status.state.as_deref(), status.counts.programmed), (None, 0));
+    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    assert_eq!((status.state, status.counts.programmed), (None, 0));
 }
 
 #[test]
 fn ports_of_a_node_are_shown_as_one() {
-    let second = ReportedService { port: 8443, ..port("Open", 7) };
-    let news = [node("a", true, vec![port("Closed", 0), second])];
-    let status = status(&subject(), &News::new(&news), None, at(9));
-    assert_eq!(status.state.as_deref(), Some("Open"));
+    let second = ReportedService { port: 8443, ..port(Open, 7) };
+    let news = [node("a", true, vec![port(Closed, 0), second])];
+    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    assert_eq!(status.state, Some(Open));
     assert_eq!(status.nodes[0].ports.len(), 2);
 }
 
 #[test]
 fn the_object_stays_small_however_many_nodes_there_are() {
-    let mut news: Vec<NodeNews> =
-        (0..2000).map(|i| node(&format!("node{i:04}"), true, vec![port("Closed", 0)])).collect();
-    news[1234] = node("node1234", true, vec![ReportedService { message: "x".repeat(5000), ..port("Open", 5) }]);
-    let status = status(&subject(), &News::new(&news), None, at(9));
+    let mut news: Vec<NodeReportView> =
+        (0..2000).map(|i| node(&format!("node{i:04}"), true, vec![port(Closed, 0)])).collect();
+    news[1234] = node("node1234", true, vec![ReportedService { message: "x".repeat(5000), ..port(Open, 5) }]);
+    let status = status(&result(), &NodeReports::new(&news), None, at(9));
     assert_eq!((status.counts.nodes, status.counts.open, status.nodes.len()), (2000, 1, MOST_NODES));
-    assert!(status.nodes.iter().any(|n| n.node == "node1234"), "the one that differs is shown");
+    assert!(status.nodes.iter().any(|n| n.node == "node1234"), "the node that differs must be listed");
     let size = serde_json::to_string(&status).unwrap().len();
     assert!(size < 20 * 1024, "{size}");
 }
 
 #[test]
 fn what_did_not_change_keeps_its_time_and_is_no_event() {
-    let closed = [node("a", true, vec![port("Closed", 0)])];
-    let open = [node("a", true, vec![port("Open", 5)])];
-    let first = status(&subject(), &News::new(&closed), None, at(1));
-    let again = status(&subject(), &News::new(&closed), Some(&first), at(50));
-    assert_eq!(first, again, "a status that says the same is the same: it is not written again");
-    assert!(happenings(Some(&first), &again).is_empty());
-    let opened = status(&subject(), &News::new(&open), Some(&again), at(60));
-    let reasons: Vec<String> = happenings(Some(&again), &opened).into_iter().map(|h| h.reason).collect();
+    let closed = [node("a", true, vec![port(Closed, 0)])];
+    let open = [node("a", true, vec![port(Open, 5)])];
+    let first = status(&result(), &NodeReports::new(&closed), None, at(1));
+    let again = status(&result(), &NodeReports::new(&closed), Some(&first), at(50));
+    assert_eq!(first, again, "without a change the status must be equal, so that it is not written again");
+    assert!(event_records(Some(&first), &again).is_empty());
+    let opened = status(&result(), &NodeReports::new(&open), Some(&again), at(60));
+    let reasons: Vec<String> = event_records(Some(&again), &opened).into_iter().map(|h| h.reason).collect();
     assert_eq!(reasons, ["Opened"]);
     let time =
         |s: &CircuitBreakerStatus, t: &str| s.conditions.iter().find(|c| c.type_ == t).unwrap().last_transition_time.0;
     assert_eq!((time(&opened, "Accepted"), time(&opened, "Degraded")), (at(1), at(60)));
-    let closed_again = status(&subject(), &News::new(&closed), Some(&opened), at(70));
-    let told = happenings(Some(&opened), &closed_again);
+    let closed_again = status(&result(), &NodeReports::new(&closed), Some(&opened), at(70));
+    let told = event_records(Some(&opened), &closed_again);
     assert_eq!(told.iter().map(|h| (h.reason.as_str(), h.warning)).collect::<Vec<_>>(), [("Closed", false)]);
 }
 
@@ -146,14 +142,14 @@ fn what_did_not_change_keeps_its_time_and_is_no_event() {
 fn a_backup_that_is_lost_and_found_is_told() {
     let lost = ReportedService {
         backups: vec![ReportedTier { name: "backup".into(), up: 0, total: 2, active: false, checking: 0 }],
-        ..port("Closed", 0)
+        ..port(Closed, 0)
     };
-    let good = status(&subject(), &News::new(&[node("a", true, vec![port("Closed", 0)])]), None, at(1));
-    let bad = status(&subject(), &News::new(&[node("a", true, vec![lost])]), Some(&good), at(2));
+    let good = status(&result(), &NodeReports::new(&[node("a", true, vec![port(Closed, 0)])]), None, at(1));
+    let bad = status(&result(), &NodeReports::new(&[node("a", true, vec![lost])]), Some(&good), at(2));
     assert_eq!(condition_of(&bad, "Degraded"), pair("True", "BackupUnavailable"));
     assert_eq!(bad.backup.as_deref(), Some("backup 0/2"));
     let reasons = |a: &CircuitBreakerStatus, b: &CircuitBreakerStatus| -> Vec<String> {
-        happenings(Some(a), b).into_iter().map(|h| h.reason).collect()
+        event_records(Some(a), b).into_iter().map(|h| h.reason).collect()
     };
     assert_eq!(reasons(&good, &bad), ["BackupUnavailable"]);
     assert_eq!(reasons(&bad, &good), ["BackupAvailable"]);
@@ -161,10 +157,10 @@ fn a_backup_that_is_lost_and_found_is_told() {
 
 #[test]
 fn a_refusal_is_a_condition_and_an_event_also_for_a_new_object() {
-    let mut refused = subject();
+    let mut refused = result();
     refused.resolved = Err(Refusal { reason: "RefNotPermitted", message: "no grant".into() });
-    let status = status(&refused, &News::new(&[node("a", true, vec![])]), None, at(1));
+    let status = status(&refused, &NodeReports::new(&[node("a", true, vec![])]), None, at(1));
     assert_eq!(condition_of(&status, "ResolvedRefs"), pair("False", "RefNotPermitted"));
     assert_eq!(condition_of(&status, "Programmed"), pair("False", "NotResolved"));
-    assert_eq!(happenings(None, &status).into_iter().map(|h| h.reason).collect::<Vec<_>>(), ["RefNotPermitted"]);
+    assert_eq!(event_records(None, &status).into_iter().map(|h| h.reason).collect::<Vec<_>>(), ["RefNotPermitted"]);
 }

@@ -1,24 +1,25 @@
-//! The short way: annotations on the protected Service, `breaker.dev/…`, that say what a CircuitBreaker's spec would.
+//! Annotations `breaker.dev/…` on the protected Service: a short form of a CircuitBreaker's spec.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::api::CircuitBreakerSpec;
+use breaker_api::crd::CircuitBreakerSpec;
 
-/// What all of them start with.
+/// The common prefix of all annotations of breaker.
 pub const PREFIX: &str = "breaker.dev/";
 
-/// How an annotation's text becomes a field.
+/// How the text of an annotation is converted to the value of a field.
 #[derive(Clone, Copy)]
 enum Form {
     Text,
     Number,
-    /// `100/s`.
+    /// New connections per second, like `100/s`.
     Rate,
 }
 
-/// Annotation, the field it stands for (dots lead inside), and its form. docs/KUBERNETES.md has the same table.
+/// Annotation (without prefix), the field of the spec that it sets (dots separate the levels), and the form of its
+/// text. docs/KUBERNETES.md has the same table.
 const FIELDS: &[(&str, &str, Form)] = &[
     ("period-seconds", "check.periodSeconds", Form::Number),
     ("period-millis", "check.periodMillis", Form::Number),
@@ -52,21 +53,21 @@ const FIELDS: &[(&str, &str, Form)] = &[
     ("mode", "mode", Form::Text),
 ];
 
-/// Annotations with a form of their own.
+/// Annotations with a syntax of their own.
 const OWN: &[&str] = &["backup", "check", "ports"];
 
-/// What a Service's annotations ask for; `None` without any of ours.
+/// The spec that a Service's annotations describe; `None` if the Service has no annotation of breaker.
 ///
 /// # Errors
-/// The annotation that is wrong, its value, and what is allowed. Numbers out of range are found later, by the same
-/// validation as a file's.
+/// The annotation that is wrong, its value, and what is allowed. Numbers out of range are found later, by the
+/// validation that configuration files go through, too.
 pub fn spec(service: &str, annotations: &BTreeMap<String, String>) -> Option<Result<CircuitBreakerSpec, String>> {
     let ours: BTreeMap<&str, &str> =
         annotations.iter().filter_map(|(name, value)| Some((name.strip_prefix(PREFIX)?, value.trim()))).collect();
     (!ours.is_empty()).then(|| parse(service, &ours))
 }
 
-/// The names of all of them, without the prefix.
+/// The names of all annotations, without the prefix.
 pub fn names() -> impl Iterator<Item = &'static str> {
     OWN.iter().copied().chain(FIELDS.iter().map(|(name, ..)| *name))
 }
@@ -78,7 +79,7 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
     }
     let backup = ours
         .get("backup")
-        .ok_or_else(|| format!("annotation {PREFIX}backup is missing: the Service that takes over"))?;
+        .ok_or_else(|| format!("annotation {PREFIX}backup is missing: it names the Service that takes over"))?;
     let backups = backup.split(',').map(|entry| backup_of(entry.trim(), service)).collect::<Result<Vec<_>, _>>()?;
     let mut spec = json!({ "service": { "name": service }, "backups": backups });
     if let Some(check) = ours.get("check") {
@@ -108,13 +109,14 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
             }
         };
         if field.starts_with("check.") && !ours.contains_key("check") {
-            return Err(format!("annotation {PREFIX}{name} needs {PREFIX}check: what is checked"));
+            return Err(format!("annotation {PREFIX}{name} needs {PREFIX}check, which says how pods are checked"));
         }
         put(&mut spec, field, value);
     }
     serde_json::from_value(spec).map_err(|error| format!("annotations {PREFIX}*: {error}"))
 }
 
+/// Sets a field of the spec, and makes the objects on the path to it.
 fn put(spec: &mut Value, field: &str, value: Value) {
     let mut place = spec;
     for part in field.split('.') {
@@ -126,10 +128,10 @@ fn put(spec: &mut Value, field: &str, value: Value) {
     *place = value;
 }
 
-/// `name`, `name:port`, `namespace/name`, `namespace/name:port`.
+/// Parses one backup: `name`, `name:port`, `namespace/name` or `namespace/name:port`.
 fn backup_of(text: &str, service: &str) -> Result<Value, String> {
     let refuse = |why: &str| {
-        Err(format!("annotation {PREFIX}backup: {text:?} {why}; allowed: [NAMESPACE/]NAME[:PORT], several with commas"))
+        Err(format!("annotation {PREFIX}backup: {text:?} {why}; allowed: [NAMESPACE/]NAME[:PORT], separated by commas"))
     };
     let (rest, port) = text.split_once(':').map_or((text, None), |(rest, port)| (rest, Some(port)));
     let (namespace, name) = rest.split_once('/').map_or((None, rest), |(namespace, name)| (Some(namespace), name));
@@ -154,11 +156,12 @@ fn backup_of(text: &str, service: &str) -> Result<Value, String> {
     Ok(backup)
 }
 
+/// A port: a number, or else a name.
 fn port_of(text: &str) -> Value {
     text.parse::<i32>().map_or_else(|_| json!(text), |number| json!(number))
 }
 
-/// `/path`, `:port/path`, `https://:port/path`, `tcp`, `tcp:port`, `grpc`, `grpc:port`.
+/// Parses a check: `/path`, `:port/path`, `https://:port/path`, `tcp`, `tcp:port`, `grpc` or `grpc:port`.
 fn check_of(text: &str) -> Result<Value, String> {
     let refuse = || {
         format!(
@@ -274,6 +277,15 @@ mod tests {
         for (pairs, expected) in rows {
             let error = parse(pairs).unwrap().unwrap_err();
             assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_documents_name_every_annotation() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/KUBERNETES.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        for name in names() {
+            assert!(text.contains(&format!("`breaker.dev/{name}`")), "annotation {name} is not in docs/KUBERNETES.md");
         }
     }
 }

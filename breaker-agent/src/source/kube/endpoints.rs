@@ -8,33 +8,33 @@ use std::{
 
 use super::objects::{EndpointSlice, SlicePort};
 
-/// One endpoint.
+/// An endpoint of a Service for one port and one IP family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Address and port.
     pub address: SocketAddr,
-    /// Its node.
+    /// Name of its Node.
     pub node: Option<String>,
-    /// Its zone.
+    /// Zone of its Node.
     pub zone: Option<String>,
-    /// What is the same for all addresses and ports of a pod: its uid or, where a slice does not say, the address.
+    /// Identity of the pod over all its addresses and ports: its uid or, if the slice has none, its IP address.
     pub pod: String,
     ready: bool,
     serving: bool,
     terminating: bool,
 }
 
-/// An IP family, as an EndpointSlice has one.
+/// An IP family. An EndpointSlice holds addresses of one family only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
-    /// RFC 791.
+    /// IPv4 (RFC 791).
     V4,
-    /// RFC 8200.
+    /// IPv6 (RFC 8200).
     V6,
 }
 
 impl Family {
-    /// An address's.
+    /// The family of an address.
     #[must_use]
     pub const fn of(address: SocketAddr) -> Self {
         if address.is_ipv4() { Self::V4 } else { Self::V6 }
@@ -48,20 +48,21 @@ impl Family {
     }
 }
 
-/// A Service's endpoints for one port, of one family.
+/// A Service's endpoints for one port and one IP family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Endpoints {
-    /// The pods' port, if a slice has it.
+    /// Port number at the pods; `None` if no slice has the port.
     pub port: Option<u16>,
     endpoints: Vec<Endpoint>,
 }
 
 impl Endpoints {
-    /// Of the port with this name and protocol (`None` and the empty name are the same: a Service's only port needs none).
+    /// The endpoints for the port with this name and protocol. `None` and the empty name mean the same: a Service's
+    /// only port needs no name.
     #[must_use]
     pub fn of(slices: &[Arc<EndpointSlice>], port_name: Option<&str>, protocol: &str, family: Family) -> Self {
         let mut found = Self::default();
-        // An endpoint may be in two slices for a moment, while it is moved.
+        // An endpoint may be in two slices for a moment, while the controller moves it. A ready entry wins.
         let mut by_address: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
         for slice in slices.iter().filter(|slice| slice.address_type == family.address_type()) {
             let name = |p: &&SlicePort| {
@@ -98,25 +99,25 @@ impl Endpoints {
         found
     }
 
-    /// All of them.
+    /// All endpoints.
     pub fn all(&self) -> impl Iterator<Item = &Endpoint> {
         self.endpoints.iter()
     }
 
-    /// Those that new connections may go to: the ready ones or, where there is none, those that serve while they
-    /// terminate (the rule of kube-proxy, KEP-1669).
+    /// Endpoints that may get new connections: the ready ones or, if none is ready, those that are terminating but
+    /// still serving (kube-proxy's rule, KEP-1669).
     pub fn usable(&self) -> impl Iterator<Item = &Endpoint> {
         let any_ready = self.endpoints.iter().any(|e| e.ready);
         self.endpoints.iter().filter(move |e| if any_ready { e.ready } else { e.serving && e.terminating })
     }
 
-    /// Those that get no new connections, and whose connections go on.
+    /// Endpoints that get no new connections, but keep their established ones.
     pub fn draining(&self) -> impl Iterator<Item = &Endpoint> {
         let usable: BTreeSet<SocketAddr> = self.usable().map(|e| e.address).collect();
         self.endpoints.iter().filter(move |e| !usable.contains(&e.address))
     }
 
-    /// Without some.
+    /// The same endpoints without those that have one of these addresses.
     #[must_use]
     pub fn without(mut self, addresses: &BTreeSet<SocketAddr>) -> Self {
         self.endpoints.retain(|e| !addresses.contains(&e.address));

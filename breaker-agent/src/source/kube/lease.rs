@@ -1,13 +1,14 @@
-//! One agent of all writes the statuses: who that is, is kept in a Lease, as for any of Kubernetes' controllers.
+//! Election of the one agent that writes the statuses. The elected agent holds a Lease, as Kubernetes' controllers
+//! do.
 //!
-//! Two that believe to be it for a moment (a clock that jumps, a lost answer) do no harm: both write the same.
+//! Two agents may believe for a moment that they hold the Lease (after a clock jump or a lost answer). That does no
+//! harm, because both write the same statuses.
 
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
     apimachinery::pkg::apis::meta::v1::MicroTime,
@@ -17,31 +18,33 @@ use kube::{
     api::{ObjectMeta, PostParams},
 };
 
-/// The Lease's name, in the agents' own namespace.
+use crate::clock;
+
+/// Name of the Lease, in the agents' own namespace.
 pub const NAME: &str = "breaker-status";
-/// How long a holder that does not renew it is waited for.
+/// How long the Lease must stay unrenewed before another agent takes it.
 const DURATION: Duration = Duration::from_secs(10);
-/// How often the holder renews it, and how often others look.
+/// How often the holder renews the Lease, and how often the other agents read it.
 const RENEW: Duration = Duration::from_secs(3);
-/// Looks a second that all agents together take: with many nodes, each looks less often.
+/// Limit on reads per second by all agents together: with many nodes, each agent reads less often.
 const LOOKS_PER_SECOND: f64 = 10.0;
-/// The Lease's annotation that tells how many agents there are: whoever holds it counts them, nobody else does.
+/// Annotation of the Lease with the number of agents. Only the holder counts them; the others read the number here.
 const AGENTS: &str = "breaker.dev/agents";
 
 /// One agent's side of the election.
 pub struct Election {
     api: Api<Lease>,
     me: String,
-    /// What was seen last (holder and time of renewal), and since when it is unchanged by our own clock.
+    /// Holder and renewal time that were read last, and when they were first seen, by this agent's own clock.
     seen: Option<(String, Instant)>,
-    /// When we renewed it last.
+    /// When this agent last renewed the Lease.
     renewed: Option<Instant>,
-    /// How many agents there are, by the Lease.
+    /// Number of agents, as the Lease says.
     agents: usize,
 }
 
 impl Election {
-    /// For a node's agent.
+    /// Makes the election for the agent of a node. The Lease is in `namespace`.
     #[must_use]
     pub fn new(client: &Client, namespace: &str, node: &str) -> Self {
         Self {
@@ -53,13 +56,13 @@ impl Election {
         }
     }
 
-    /// Whether this agent is the one.
+    /// Whether this agent holds the Lease.
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.renewed.is_some_and(|at| at.elapsed() < DURATION)
     }
 
-    /// How many agents there are, as the Lease had it at the last look.
+    /// Number of agents, as the Lease said at the last [`Election::look`]; 0 if unknown.
     #[must_use]
     pub const fn agents(&self) -> usize {
         self.agents
@@ -76,10 +79,11 @@ impl Election {
         RENEW.max(spread).mul_f64(0.75 + 0.5 * fastrand::f64())
     }
 
-    /// Looks at the Lease: renews it if it is ours (and tells by it of how many agents it knows), takes it if nobody has it.
+    /// Reads the Lease. Renews it if this agent holds it, and takes it if nobody holds it or its holder stopped
+    /// renewing. A holder also writes `agents`, the number of agents that it counted, to the Lease; 0 is not written.
     ///
     /// # Errors
-    /// The API server's; whoever holds the Lease goes on holding it until it runs out.
+    /// The API server's error. A holder stays the holder until the Lease expires.
     pub async fn look(&mut self, agents: usize) -> Result<(), kube::Error> {
         let found = self.api.get_opt(NAME).await?;
         let Some(mut lease) = found else {
@@ -97,7 +101,7 @@ impl Election {
         let unchanged = match &self.seen {
             Some((seen, since)) if *seen == mark => since.elapsed(),
             _ => {
-                self.seen = Some((mark, Instant::now()));
+                self.seen = Some((mark, clock::stopwatch()));
                 Duration::ZERO
             }
         };
@@ -105,18 +109,19 @@ impl Election {
             self.renewed = None;
             return Ok(());
         }
-        // Who has only just taken it has counted nobody yet.
+        // An agent that has just taken the Lease has not counted the agents yet.
         if self.is_held() && agents > 0 {
             lease.metadata.annotations.get_or_insert_default().insert(AGENTS.into(), agents.to_string());
             self.agents = agents;
         }
-        // With the version that we saw: whoever was quicker wins.
+        // The metadata has the resourceVersion that was read: if another agent was faster, the server answers 409
+        // Conflict.
         let new = Lease { metadata: lease.metadata, spec: Some(self.spec(&spec)) };
         let outcome = self.api.replace(NAME, &PostParams::default(), &new).await;
         self.take(outcome)
     }
 
-    /// Lets go of it, so that the next one need not wait.
+    /// Releases the Lease, so that the next agent need not wait until it expires.
     pub async fn release(&mut self) {
         if !self.is_held() {
             return;
@@ -127,7 +132,7 @@ impl Election {
         {
             let free = LeaseSpec { holder_identity: Some(String::new()), ..spec };
             let lease = Lease { spec: Some(free), ..lease };
-            // If it fails, it runs out.
+            // If this fails, the Lease expires.
             let _ = self.api.replace(NAME, &PostParams::default(), &lease).await;
         }
     }
@@ -135,10 +140,10 @@ impl Election {
     fn take(&mut self, outcome: Result<Lease, kube::Error>) -> Result<(), kube::Error> {
         match outcome {
             Ok(_) => {
-                self.renewed = Some(Instant::now());
+                self.renewed = Some(clock::stopwatch());
                 Ok(())
             }
-            // Somebody else was quicker.
+            // Another agent was faster.
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 self.renewed = None;
                 Ok(())
@@ -147,9 +152,9 @@ impl Election {
         }
     }
 
-    /// The Lease as we hold it, from how it was.
+    /// The spec of the Lease with this agent as its holder. `old` is the spec before.
     fn spec(&self, old: &LeaseSpec) -> LeaseSpec {
-        let now = MicroTime(Timestamp::now());
+        let now = MicroTime(clock::wall());
         let goes_on = old.holder_identity.as_ref() == Some(&self.me);
         LeaseSpec {
             holder_identity: Some(self.me.clone()),

@@ -1,34 +1,32 @@
-//! Kubernetes as the source: CircuitBreakers and annotated Services in, [`crate::model`] out; NodeReports, statuses and
-//! Events back.
+//! Kubernetes as a source of services. CircuitBreakers and annotated Services become [`breaker_core::model`] services;
+//! NodeReports, statuses and Events are written back to the API.
 //!
 //! ```text
-//! watch (reflectors) ──▶ resolve (pure) ──▶ model::Service ──▶ the agent's loop
-//!                          │                                        │ Facts: what is in the kernel
-//!                          ▼                                        ▼
-//!                       Subject ──▶ publish (one elected agent) ◀── report (NodeReport, every agent)
-//!                                      └──▶ aggregate (pure) ──▶ status, Events
+//! watch, watches ──▶ resolve (pure) ──▶ model::Service ──▶ the agent's loop
+//!                       │                                      │ NodeState
+//!                       ▼                                      ▼
+//!                 ResolvedBreaker ─▶ status_writer        node_report (every agent writes its NodeReport)
+//!                                    (one elected agent)       │
+//!                                    └─▶ aggregate (pure) ◀────┘ ──▶ statuses, Events
 //! ```
 //!
-//! Whatever the API server does, the last state goes on: what the agent has, it keeps until it is told of something else,
-//! and what it has to tell waits until it can. Only this module uses kube.
+//! The agent keeps its last state whatever the API server does: without an update, the datapath and the checks
+//! continue unchanged, and reports and statuses are written once the server answers again. Only this module uses the
+//! kube crate.
 
 pub mod aggregate;
 pub mod annotations;
-pub mod api;
 pub mod endpoints;
+pub mod intent;
 pub mod lease;
 pub mod network_policy;
+pub mod node_report;
 pub mod objects;
-pub mod overview;
 pub mod policy;
-mod publish;
-pub mod report;
 pub mod resolve;
+mod status_writer;
 mod watch;
-pub mod wish;
-
-#[cfg(test)]
-mod resolve_tests;
+mod watches;
 
 use std::{
     collections::BTreeMap,
@@ -37,6 +35,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use breaker_api::status::AttachMode;
+use breaker_core::{engine::snapshot::Summary, limits::Scope, model};
 use jiff::Timestamp;
 use kube::{Client, Config};
 use tokio::{
@@ -46,110 +46,104 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{agent::status::Summary, limits::Scope, model};
-use policy::Policies;
-use publish::Published;
-use resolve::{Good, NodeView, Subject, resolve};
-use watch::Watches;
-use wish::Owner;
+use self::{
+    intent::Owner,
+    policy::Policies,
+    resolve::{LastValidSpecs, NodeView, ResolvedBreaker, resolve},
+    status_writer::Published,
+    watches::Watches,
+};
+use crate::clock;
 
-/// Changes come in bursts (a rolling update, a list): one resolution for all of a moment's.
-const GATHER: Duration = Duration::from_millis(50);
-/// How often the number of nodes is looked at, where limits are divided by it.
+/// Delay between a change and the resolution. Changes come in bursts (a rolling update, the first list); one
+/// resolution covers the whole burst.
+const BATCH_DELAY: Duration = Duration::from_millis(50);
+/// How often the number of nodes is compared with the number in use, while any limit is divided by it (`scope:
+/// Cluster`).
 const NODES: Duration = Duration::from_secs(1);
-/// How long a last word may take when the agent ends.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the agent waits for the release of the Lease when it ends.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What came of the API's objects: what the engine is to do, and for whom.
+/// Result of one resolution: the services for the engine, and the objects that they come from.
 #[derive(Debug, Default)]
 pub struct Update {
-    /// Whether everything was listed at least once.
+    /// False in the initial value only. The first real update follows when all watched objects were listed once.
     pub synced: bool,
-    /// Counts the updates.
+    /// Number of the update, counted from 1.
     pub serial: u64,
     /// This node.
     pub node: NodeView,
-    /// What came of every wish, oldest first.
-    pub subjects: Vec<Subject>,
+    /// One result for each CircuitBreaker and annotated Service: CircuitBreakers first, each group oldest first.
+    pub results: Vec<ResolvedBreaker>,
 }
 
 impl Update {
-    /// What the engine is to do.
+    /// The services that the engine is to run.
     #[must_use]
     pub fn services(&self) -> Vec<model::Service> {
-        self.subjects.iter().flat_map(|subject| subject.ports.values()).cloned().collect()
+        self.results.iter().flat_map(|result| result.ports.values()).cloned().collect()
     }
 }
 
-/// What the agent's loop tells of itself.
+/// What the agent's loop reports about this node. The NodeReport is made from it.
 #[derive(Clone, Debug)]
-pub struct Facts {
+pub struct NodeState {
     /// The update that the engine works with.
     pub update: Arc<Update>,
-    /// Its services.
+    /// The current state of the services of that update.
     pub summaries: Vec<Summary>,
     /// How programs are attached.
-    pub attach: String,
-    /// Interfaces with programs.
+    pub attach: AttachMode,
+    /// Number of interfaces that have programs.
     pub interfaces: usize,
-    /// Interfaces without, that should have them.
+    /// Interfaces that should have programs but have none, as `name: error`.
     pub failed_interfaces: Vec<String>,
-    /// Why the node's own sockets are not seen, if they are not.
+    /// Why connections of the node's own processes are not redirected; `None` if they are.
     pub sockets: Option<String>,
-    /// What hides VIPs from the programs.
+    /// The socket load balancer that hides Services' addresses from the programs; `None` if there is none.
     pub incompatible: Option<String>,
 }
 
-/// Where an agent is in the cluster.
+/// Identity of an agent in the cluster, and its access to the API server.
 #[derive(Clone, Debug)]
-pub struct Place {
-    /// Its Node.
+pub struct NodeIdentity {
+    /// Name of the Node that the agent runs on.
     pub node: String,
-    /// Its own namespace, where the Lease is.
+    /// Namespace of the agent, which holds the Lease.
     pub namespace: String,
-    /// A kubeconfig; the pod's service account without one.
+    /// Path of a kubeconfig file. `None`: the default kubeconfig or the pod's service account ([`Config::infer`]).
     pub kubeconfig: Option<std::path::PathBuf>,
-    /// How many Services the node has room for.
+    /// Maximum number of Services that the node can protect.
     pub room: usize,
 }
 
-/// A client for where we are.
+/// Makes a client for the API server, from a kubeconfig file or from the environment.
 ///
 /// # Errors
-/// No kubeconfig, no service account, or one that makes no sense.
+/// There is neither a kubeconfig nor a service account, or it is invalid.
 pub async fn client(kubeconfig: Option<&std::path::Path>) -> Result<Client> {
-    crate::install_crypto();
-    let config = match kubeconfig {
-        Some(path) => {
-            let file = kube::config::Kubeconfig::read_from(path).with_context(|| format!("read {}", path.display()))?;
-            Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
-        }
-        None => {
-            Config::infer().await.context("find the API server: neither a kubeconfig nor a pod's service account")?
-        }
-    };
-    client_of(config)
+    client_of(breaker_cli::kubernetes::config(kubeconfig).await?)
 }
 
-/// A client with timeouts that suit an agent.
+/// Makes a client with the agent's timeouts and without automatic retries.
 ///
 /// # Errors
-/// A configuration that makes no sense.
+/// The configuration is invalid.
 pub fn client_of(mut config: Config) -> Result<Client> {
     config.connect_timeout = Some(Duration::from_secs(5));
-    // Longer than a watch lasts, which is silent for as long as nothing happens.
+    // Longer than a watch lasts (120 s, `WATCH_SECONDS`), because a watch sends nothing while nothing changes.
     config.read_timeout = Some(Duration::from_secs(150));
     config.write_timeout = Some(Duration::from_secs(20));
-    // Whoever asks knows what to do about an answer that is none, and when.
+    // Each caller decides by itself whether and when to retry.
     config.default_retry = false;
     Client::try_from(config).context("make a client for the API server")
 }
 
-/// The source. Its tasks end when it is dropped.
+/// The Kubernetes source. Its tasks end when it is dropped.
 #[derive(Debug)]
 pub struct KubeSource {
     updates: channel::Receiver<Arc<Update>>,
-    facts: channel::Sender<Option<Arc<Facts>>>,
+    state: channel::Sender<Option<Arc<NodeState>>>,
     ending: CancellationToken,
     publisher: Mutex<Option<JoinHandle<()>>>,
     tasks: Vec<JoinHandle<()>>,
@@ -165,23 +159,28 @@ impl Drop for KubeSource {
 }
 
 impl KubeSource {
-    /// Starts to follow the API. Returns at once, whether the API server answers or not.
+    /// Starts to watch the API. Returns at once, whether the API server answers or not.
     #[must_use]
-    pub fn start(client: &Client, place: &Place) -> Self {
+    pub fn start(client: &Client, identity: &NodeIdentity) -> Self {
         let (updates_in, updates) = channel::channel(Arc::new(Update::default()));
-        let (facts, facts_out) = channel::channel(None);
+        let (state, facts_out) = channel::channel(None);
         let changed = Arc::new(Notify::new());
-        let watches = Watches::start(client, &place.node, &changed);
+        let watches = Watches::start(client, &identity.node, &changed);
         let published = Published::new(watches.breakers());
         let ending = CancellationToken::new();
         let tasks = vec![
-            tokio::spawn(follow(watches, changed, updates_in, place.room, published.clone())),
-            tokio::spawn(report::publish(client.clone(), facts_out, published.clone())),
+            tokio::spawn(follow(watches, changed, updates_in, identity.room, published.clone())),
+            tokio::spawn(node_report::run(client.clone(), facts_out, published.clone())),
         ];
-        let (namespace, node) = (place.namespace.clone(), place.node.clone());
-        let publisher =
-            tokio::spawn(publish::run(client.clone(), namespace, node, (updates.clone(), published), ending.clone()));
-        Self { updates, facts, ending, publisher: Mutex::new(Some(publisher)), tasks }
+        let (namespace, node) = (identity.namespace.clone(), identity.node.clone());
+        let publisher = tokio::spawn(status_writer::run(
+            client.clone(),
+            namespace,
+            node,
+            (updates.clone(), published),
+            ending.clone(),
+        ));
+        Self { updates, state, ending, publisher: Mutex::new(Some(publisher)), tasks }
     }
 
     /// Waits for the next update. Safe to cancel.
@@ -197,22 +196,22 @@ impl KubeSource {
         }
     }
 
-    /// Tells the others what this node does; they hear of it when it changed.
-    pub fn report(&self, facts: Facts) {
-        self.facts.send_replace(Some(Arc::new(facts)));
+    /// Hands over the current state for this node's NodeReport. The report is written only if it changed.
+    pub fn publish_node_state(&self, state: NodeState) {
+        self.state.send_replace(Some(Arc::new(state)));
     }
 
-    /// Lets go of what others could do instead.
-    pub async fn farewell(&self) {
+    /// Stops publishing and releases the Lease, so that another agent takes over at once. Takes at most `SHUTDOWN_TIMEOUT`.
+    pub async fn shutdown(&self) {
         self.ending.cancel();
         let publisher = self.publisher.lock().ok().and_then(|mut publisher| publisher.take());
         if let Some(publisher) = publisher {
-            let _ = tokio::time::timeout(FAREWELL, publisher).await;
+            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, publisher).await;
         }
     }
 }
 
-/// From the API to updates, for ever.
+/// Resolves the watched objects after each change and sends the result as an update. Never returns.
 async fn follow(
     mut watches: Watches,
     changed: Arc<Notify>,
@@ -221,50 +220,51 @@ async fn follow(
     published: Published,
 ) {
     let mut policies = Policies::default();
-    let mut good = Good::new();
+    let mut last_valid = LastValidSpecs::new();
     let mut next: Option<Timestamp> = None;
     let mut held: BTreeMap<Owner, BTreeMap<i32, model::Service>> = BTreeMap::new();
     let mut serial = 0;
-    // Limits that all nodes share, and how many nodes that was.
+    // Whether any service has a limit that is divided between nodes, and the number of nodes that was used.
     let (mut shares, mut nodes) = (false, 0);
     loop {
         let due =
-            next.map(|at| Instant::now() + Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default());
+            next.map(|at| clock::instant() + Duration::try_from(at.duration_since(clock::wall())).unwrap_or_default());
         tokio::select! {
             () = changed.notified() => {}
             () = wait_until(due) => {}
             () = sleep(NODES), if shares && published.agents() == nodes => continue,
             () = std::future::ready(()), if shares && published.agents() != nodes => {}
         }
-        sleep(GATHER).await;
+        sleep(BATCH_DELAY).await;
         let Some(world) = watches.world() else { continue };
-        let mut resolution = resolve(&world, &mut policies, &mut good, Timestamp::now(), room);
-        policies.turn();
+        let mut resolution = resolve(&world, &mut policies, &mut last_valid, clock::wall(), room);
+        policies.evict_unused();
         next = resolution.next;
-        watches.want(&resolution.wanted);
-        // The first word must be whole: what an earlier agent left and nobody asks for any more is taken away.
-        if serial == 0 && resolution.subjects.iter().any(|subject| subject.pending) {
+        watches.set_wanted(&resolution.wanted);
+        // The first update must be complete, because the engine removes every service of an earlier agent that is not
+        // in it.
+        if serial == 0 && resolution.results.iter().any(|result| result.pending) {
             continue;
         }
-        // What is not known yet changes nothing.
-        for subject in &mut resolution.subjects {
-            if subject.pending
-                && let Some(before) = held.get(&subject.owner)
+        // A result whose endpoints are not known yet keeps its services of the last update.
+        for result in &mut resolution.results {
+            if result.pending
+                && let Some(before) = held.get(&result.owner)
             {
-                subject.ports.clone_from(before);
+                result.ports.clone_from(before);
             }
         }
         nodes = published.agents();
-        let services = resolution.subjects.iter_mut().flat_map(|subject| subject.ports.values_mut());
+        let services = resolution.results.iter_mut().flat_map(|result| result.ports.values_mut());
         let shared = services.filter_map(|service| service.limits.as_mut()).filter(|l| l.scope == Scope::Cluster);
         shares = false;
         for limits in shared {
             shares = true;
             limits.nodes = u32::try_from(nodes).unwrap_or(u32::MAX).max(1);
         }
-        held = resolution.subjects.iter().map(|s| (s.owner.clone(), s.ports.clone())).collect();
+        held = resolution.results.iter().map(|s| (s.owner.clone(), s.ports.clone())).collect();
         serial += 1;
-        let update = Update { synced: true, serial, node: world.node, subjects: resolution.subjects };
+        let update = Update { synced: true, serial, node: world.node, results: resolution.results };
         updates.send_replace(Arc::new(update));
     }
 }

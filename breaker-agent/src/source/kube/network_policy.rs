@@ -1,9 +1,10 @@
-//! NetworkPolicies that would keep the primary's clients from a backup. They are evaluated on the translated address, so a
-//! connection that moves must be allowed to its new destination, whatever was allowed to the VIP's usual one.
+//! Finds NetworkPolicies that keep the primary's clients from a backup. A NetworkPolicy is applied to the translated
+//! destination. So a redirected connection must be allowed to its new destination, even if it was allowed to the
+//! primary.
 //!
-//! Pods are known here by the labels that their Service selects them by, namespaces by their names, and nobody's clients are
-//! known at all. So this compares: who is let to the primary must be let to the backup. What cannot be told from that much is
-//! taken as allowed: a warning that is wrong is worth less than none.
+//! The agent knows pods by the labels that their Service selects, and namespaces by their names. It does not know the
+//! clients. So this module compares policies: whoever may reach the primary must be able to reach the backup.
+//! Whatever cannot be decided counts as allowed, because a false warning is worse than none.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -21,7 +22,7 @@ use kube::ResourceExt as _;
 /// All policies, by namespace.
 pub type ByNamespace = HashMap<String, Vec<Arc<NetworkPolicy>>>;
 
-/// Sorts policies by namespace.
+/// Groups policies by namespace.
 #[must_use]
 pub fn by_namespace(policies: Vec<Arc<NetworkPolicy>>) -> ByNamespace {
     let mut sorted = ByNamespace::new();
@@ -31,22 +32,22 @@ pub fn by_namespace(policies: Vec<Arc<NetworkPolicy>>) -> ByNamespace {
     sorted
 }
 
-/// A Service's pods under one protocol.
+/// The pods of a Service, for one protocol.
 #[derive(Clone, Copy, Debug)]
 pub struct Pods<'a> {
-    /// The Service, for people.
+    /// Name of the Service, for messages.
     pub name: &'a str,
     /// Its namespace.
     pub namespace: &'a str,
-    /// The labels that its pods have at least.
+    /// The labels that all its pods have: the Service's selector.
     pub labels: &'a BTreeMap<String, String>,
-    /// `TCP`, `UDP`.
+    /// `TCP` or `UDP`.
     pub protocol: &'a str,
-    /// Where they are.
+    /// Addresses and ports of the pods.
     pub addresses: &'a [SocketAddr],
 }
 
-/// Whether something holds of pods of which not everything is known.
+/// Answer to a question about pods that are known only in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Known {
     No,
@@ -60,13 +61,14 @@ impl Known {
     }
 }
 
-/// The policies that keep clients of the primary from the backup, in words; `None` if there is none that is known.
+/// Names the policies that keep the primary's clients from the backup, as a message; `None` if no such policy is
+/// known.
 #[must_use]
 pub fn obstacle(policies: &ByNamespace, primary: &Pods<'_>, backup: &Pods<'_>) -> Option<String> {
     ingress(policies, primary, backup).or_else(|| egress(policies, primary, backup))
 }
 
-/// Those of the backup's side: everybody whom the primary's let in must be let in by the backup's.
+/// Checks the ingress policies of the backup's pods: they must admit everybody whom the primary's policies admit.
 fn ingress(policies: &ByNamespace, primary: &Pods<'_>, backup: &Pods<'_>) -> Option<String> {
     let guards = guards(policies, backup);
     if guards.is_empty() {
@@ -81,18 +83,18 @@ fn ingress(policies: &ByNamespace, primary: &Pods<'_>, backup: &Pods<'_>) -> Opt
     let primary_guards = self::guards(policies, primary);
     let wanted = self::admitted(&primary_guards, primary);
     if primary_guards.is_empty() || wanted.iter().any(|peer| peer.is_none_or(is_everybody)) {
-        return Some(format!("NetworkPolicy {names} lets in to {to} only some clients, the primary has all"));
+        return Some(format!("NetworkPolicy {names} admits to {to} only some clients, but the primary admits all"));
     }
-    // A peer without a namespaceSelector means pods of its policy's own namespace.
+    // A peer without a namespaceSelector selects pods of the policy's own namespace.
     let own = |peer: &NetworkPolicyPeer| peer.ip_block.is_none() && peer.namespace_selector.is_none();
     let same_namespace = primary.namespace == backup.namespace;
     let lets_in =
         |peer: &Option<&NetworkPolicyPeer>| admitted.contains(peer) && (same_namespace || !peer.is_some_and(own));
     (!wanted.iter().all(lets_in))
-        .then(|| format!("NetworkPolicy {names} does not let in to {to} every client that the primary has"))
+        .then(|| format!("NetworkPolicy {names} does not admit to {to} every client that the primary admits"))
 }
 
-/// Those of clients: whoever is let out to the primary must be let out to the backup.
+/// Checks the egress policies of clients: pods that may connect to the primary must be able to connect to the backup.
 fn egress(policies: &ByNamespace, primary: &Pods<'_>, backup: &Pods<'_>) -> Option<String> {
     for (namespace, policies) in policies {
         let ways_out: Vec<(&Arc<NetworkPolicy>, &NetworkPolicySpec)> = policies
@@ -112,11 +114,11 @@ fn egress(policies: &ByNamespace, primary: &Pods<'_>, backup: &Pods<'_>) -> Opti
             if lets_out(spec, primary) != Known::Yes {
                 continue;
             }
-            // Policies add up: another one that holds for all of these pods may let them out.
+            // Policies are additive: another policy that selects all of these pods may allow the backup.
             let others = ways_out.iter().filter(|(_, other)| is_wider(selector(other), selector(spec)));
             if others.map(|(_, other)| lets_out(other, backup)).max() == Some(Known::No) {
                 return Some(format!(
-                    "NetworkPolicy {} lets its pods out to the primary, and not to {}'s pods",
+                    "NetworkPolicy {} allows its pods to connect to the primary, but not to {}'s pods",
                     full_name(policy),
                     backup.name
                 ));
@@ -130,7 +132,7 @@ fn full_name(policy: &NetworkPolicy) -> String {
     format!("{}/{}", policy.namespace().unwrap_or_default(), policy.name_any())
 }
 
-/// Policies about who may come in to pods.
+/// The ingress policies that certainly select the pods.
 fn guards<'a>(policies: &'a ByNamespace, pods: &Pods<'_>) -> Vec<&'a Arc<NetworkPolicy>> {
     let of_namespace = policies.get(pods.namespace).into_iter().flatten();
     let holds = |policy: &&Arc<NetworkPolicy>| {
@@ -142,7 +144,7 @@ fn guards<'a>(policies: &'a ByNamespace, pods: &Pods<'_>) -> Vec<&'a Arc<Network
     of_namespace.filter(holds).collect()
 }
 
-/// Whom policies let in to a port of pods; `None` is everybody.
+/// The peers that policies admit to the pods' port; `None` stands for everybody.
 fn admitted<'a>(guards: &[&'a Arc<NetworkPolicy>], pods: &Pods<'_>) -> Vec<Option<&'a NetworkPolicyPeer>> {
     let rules = guards.iter().filter_map(|policy| policy.spec.as_ref()?.ingress.as_ref()).flatten();
     rules
@@ -154,7 +156,7 @@ fn admitted<'a>(guards: &[&'a Arc<NetworkPolicy>], pods: &Pods<'_>) -> Vec<Optio
         .collect()
 }
 
-/// The API's own rule for a policy that does not say (NetworkPolicySpec.policyTypes).
+/// Whether a policy is of a type. Without `policyTypes`, the API's default applies (NetworkPolicySpec.policyTypes).
 fn is_of_type(spec: &NetworkPolicySpec, wanted: &str) -> bool {
     match spec.policy_types.as_deref() {
         None | Some([]) => wanted == "Ingress" || spec.egress.is_some(),
@@ -162,7 +164,7 @@ fn is_of_type(spec: &NetworkPolicySpec, wanted: &str) -> bool {
     }
 }
 
-/// All pods of all namespaces, or all addresses.
+/// Whether a peer is all pods of all namespaces, or all addresses of an IP family.
 fn is_everybody(peer: &NetworkPolicyPeer) -> bool {
     match &peer.ip_block {
         Some(block) => {
@@ -184,7 +186,7 @@ fn is_empty(selector: &LabelSelector) -> bool {
         && selector.match_expressions.as_ref().is_none_or(Vec::is_empty)
 }
 
-/// Whether a selector selects everything that another one does, as far as that can be told.
+/// Whether `wide` selects everything that `narrow` selects; false if that cannot be decided.
 fn is_wider(wide: Option<&LabelSelector>, narrow: Option<&LabelSelector>) -> bool {
     let Some(wide) = wide else { return true };
     let narrow_labels = narrow.and_then(|narrow| narrow.match_labels.as_ref());
@@ -199,7 +201,7 @@ fn is_wider(wide: Option<&LabelSelector>, narrow: Option<&LabelSelector>) -> boo
             .all(|wanted| narrow_expressions.is_some_and(|expressions| expressions.contains(wanted)))
 }
 
-/// Whether a selector selects what has these labels at least.
+/// Whether a selector selects pods that have at least these labels.
 fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> Known {
     let Some(selector) = selector else { return Known::Yes };
     let by_label = selector.match_labels.iter().flatten().map(|(key, value)| match labels.get(key) {
@@ -220,7 +222,7 @@ fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) 
     by_label.chain(by_expression).min().unwrap_or(Known::Yes)
 }
 
-/// Whether pods are what a peer says, in a policy of a namespace.
+/// Whether pods match a peer of a policy in `namespace`.
 fn is_peer(peer: &NetworkPolicyPeer, namespace: &str, pods: &Pods<'_>) -> Known {
     if let Some(block) = &peer.ip_block {
         let Ok(net) = block.cidr.parse::<IpNet>() else { return Known::Maybe };
@@ -232,7 +234,7 @@ fn is_peer(peer: &NetworkPolicyPeer, namespace: &str, pods: &Pods<'_>) -> Known 
     }
     let in_namespace = match &peer.namespace_selector {
         None => Known::from(pods.namespace == namespace),
-        // Every namespace has its name as a label.
+        // The API server sets the name of each namespace as its label.
         Some(selector) => {
             let name = ("kubernetes.io/metadata.name".to_owned(), pods.namespace.to_owned());
             selects(Some(selector), &BTreeMap::from([name]))
@@ -241,7 +243,7 @@ fn is_peer(peer: &NetworkPolicyPeer, namespace: &str, pods: &Pods<'_>) -> Known 
     in_namespace.min(selects(peer.pod_selector.as_ref(), pods.labels))
 }
 
-/// Whether a rule's ports have those of pods among them.
+/// Whether the ports of a rule include the ports of the pods.
 fn is_port(ports: Option<&[NetworkPolicyPort]>, pods: &Pods<'_>) -> Known {
     let ports = match ports {
         None | Some([]) => return Known::Yes,
@@ -249,7 +251,7 @@ fn is_port(ports: Option<&[NetworkPolicyPort]>, pods: &Pods<'_>) -> Known {
     };
     let among = |port: &NetworkPolicyPort| match &port.port {
         None => Known::Yes,
-        // A name of a container's port.
+        // The name of a container port: its number is not known here.
         Some(IntOrString::String(_)) => Known::Maybe,
         Some(IntOrString::Int(first)) => {
             let range = *first..=port.end_port.unwrap_or(*first);
@@ -268,7 +270,7 @@ mod tests {
         BTreeMap::from([("app".to_owned(), app.to_owned())])
     }
 
-    /// What is said of policies between a primary and a backup in namespace `lab`.
+    /// The message about policies between a primary and a backup in namespace `lab`.
     fn said(policies: &[Value]) -> Option<String> {
         let policies = policies.iter().enumerate().map(|(index, spec)| {
             let (namespace, spec) = match spec.get("in") {
@@ -307,8 +309,8 @@ mod tests {
                 vec![json!({ "podSelector": app("backup"), "ingress": [{ "from": [{ "namespaceSelector": {} }] }] })],
                 None,
             ),
-            ("some may, all have the primary", vec![from("backup", "client")], Some("lab/p0 lets in")),
-            ("others may", vec![from("dummy", "client"), from("backup", "another")], Some("lab/p1 does not let in")),
+            ("some may, all have the primary", vec![from("backup", "client")], Some("lab/p0 admits to")),
+            ("others may", vec![from("dummy", "client"), from("backup", "another")], Some("lab/p1 does not admit to")),
             ("denied by default", vec![json!({ "podSelector": {} }), from("dummy", "client")], Some("lab/p0 does not")),
             ("denied by default, and allowed", vec![json!({ "podSelector": {} }), open("backup")], None),
             (

@@ -1,5 +1,5 @@
-//! Kubernetes' own objects, cut down to the fields that matter here: what is not read is neither kept nor compiled in.
-//! Names, defaults and meanings are those of core/v1 and discovery/v1.
+//! The Kubernetes objects that the agent reads, reduced to the fields that it uses: other fields are neither parsed
+//! nor stored. Names, defaults and meanings are those of core/v1 and discovery/v1.
 
 use std::collections::BTreeMap;
 
@@ -13,38 +13,38 @@ use serde::Deserialize;
 pub struct Service {
     /// Its metadata.
     pub metadata: ObjectMeta,
-    /// What is wanted.
+    /// Desired state.
     #[serde(default)]
     pub spec: ServiceSpec,
-    /// What is.
+    /// Observed state.
     #[serde(default)]
     pub status: ServiceStatus,
 }
 
-/// What is wanted of a Service.
+/// Desired state of a Service.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceSpec {
     /// ClusterIP, NodePort, LoadBalancer, ExternalName.
     pub r#type: String,
-    /// Its address; `None` as a word for a headless Service.
+    /// Cluster IP; the text `None` for a headless Service, empty for an ExternalName.
     #[serde(rename = "clusterIP")]
     pub cluster_ip: String,
-    /// Its addresses of both families.
+    /// Cluster IPs of both IP families.
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<String>,
-    /// More addresses.
+    /// Additional addresses at which nodes accept traffic for the Service.
     #[serde(rename = "externalIPs")]
     pub external_ips: Vec<String>,
-    /// Local: clients in the cluster are sent to pods of their own node only.
+    /// `Local`: clients in the cluster reach only pods of their own node.
     pub internal_traffic_policy: Option<String>,
-    /// Local: clients outside are sent to pods of the node that they came to only, and keep their address.
+    /// `Local`: external clients reach only pods of the node where they enter the cluster, and keep their address.
     pub external_traffic_policy: Option<String>,
-    /// Who may use its load balancer; everybody if empty.
+    /// Networks whose clients may use the load balancer; empty: all.
     pub load_balancer_source_ranges: Vec<String>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
-    /// The labels of its pods.
+    /// Labels that select its pods.
     pub selector: BTreeMap<String, String>,
 }
 
@@ -52,25 +52,25 @@ pub struct ServiceSpec {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServicePort {
-    /// Its name; the only port may have none.
+    /// Name of the port; may be absent if the Service has only one port.
     pub name: Option<String>,
-    /// TCP, UDP, SCTP.
+    /// TCP, UDP or SCTP; absent: TCP.
     pub protocol: Option<String>,
-    /// Its number.
+    /// Port number at the Service's addresses.
     pub port: i32,
-    /// Where nodes answer.
+    /// Port number at the nodes' addresses (NodePort).
     pub node_port: Option<i32>,
 }
 
 impl ServicePort {
-    /// TCP is what a port is if it does not say.
+    /// The protocol; TCP if the field is absent.
     #[must_use]
     pub fn protocol(&self) -> &str {
         self.protocol.as_deref().unwrap_or("TCP")
     }
 }
 
-/// What a Service is.
+/// Observed state of a Service.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceStatus {
@@ -78,32 +78,32 @@ pub struct ServiceStatus {
     pub load_balancer: LoadBalancer,
 }
 
-/// A load balancer's side of a Service.
+/// Observed state of a Service's load balancer.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadBalancer {
-    /// Where it answers.
+    /// Its addresses.
     pub ingress: Vec<Ingress>,
 }
 
-/// Where a load balancer answers.
+/// One address of a load balancer.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Ingress {
-    /// Its address.
+    /// The IP address; absent if the load balancer has only a host name.
     pub ip: Option<String>,
-    /// VIP: packets arrive with that destination. Proxy: with another one.
+    /// `VIP`: packets arrive with the address as destination. `Proxy`: packets arrive with another destination.
     pub ip_mode: Option<String>,
 }
 
-/// Some of a Service's endpoints.
+/// A part of a Service's endpoints.
 #[derive(Clone, Debug, Default, Deserialize, Resource)]
 #[resource(inherit = discovery::EndpointSlice)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointSlice {
     /// Its metadata.
     pub metadata: ObjectMeta,
-    /// IPv4, IPv6, FQDN.
+    /// IPv4, IPv6 or FQDN.
     #[serde(default)]
     pub address_type: String,
     /// Its endpoints.
@@ -118,35 +118,35 @@ pub struct EndpointSlice {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct SliceEndpoint {
-    /// Its addresses; the first one stands for it.
+    /// Its addresses; the first one stands for the endpoint.
     pub addresses: Vec<String>,
-    /// How it is.
+    /// Whether it is ready, serving or terminating.
     pub conditions: Conditions,
-    /// Where it is.
+    /// Name of the Node that it is on.
     pub node_name: Option<String>,
-    /// Where that is.
+    /// Zone of that Node.
     pub zone: Option<String>,
-    /// The pod that it is.
+    /// The object that it stands for, usually a pod.
     pub target_ref: Option<TargetRef>,
 }
 
-/// What an endpoint stands for.
+/// Reference to the object that an endpoint stands for.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct TargetRef {
-    /// Unique in space and time.
+    /// Uid of the object.
     pub uid: Option<String>,
 }
 
-/// How an endpoint is; absent means ready, serving as ready, not terminating.
+/// Conditions of an endpoint. Absent conditions mean: ready, serving like ready, not terminating.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Conditions {
-    /// It may get connections.
+    /// It may get new connections.
     pub ready: Option<bool>,
-    /// It could, but for its end.
+    /// It accepts connections, also while it is terminating.
     pub serving: Option<bool>,
-    /// It is about to end.
+    /// It is terminating.
     pub terminating: Option<bool>,
 }
 
@@ -154,11 +154,11 @@ pub struct Conditions {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct SlicePort {
-    /// The Service's name of it.
+    /// Name of the port in the Service.
     pub name: Option<String>,
     /// TCP, UDP, SCTP.
     pub protocol: Option<String>,
-    /// The pods' number.
+    /// Port number at the pods.
     pub port: Option<i32>,
 }
 
@@ -168,27 +168,27 @@ pub struct SlicePort {
 pub struct Node {
     /// Its metadata.
     pub metadata: ObjectMeta,
-    /// What it is.
+    /// Observed state.
     #[serde(default)]
     pub status: NodeStatus,
 }
 
 impl Node {
-    /// Whether Kubernetes hears of it.
+    /// Whether the condition Ready is True.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True")
     }
 }
 
-/// What a Node is.
+/// Observed state of a Node.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct NodeStatus {
     /// Its addresses.
     #[serde(deserialize_with = "or_default")]
     pub addresses: Vec<NodeAddress>,
-    /// How it is.
+    /// Its conditions.
     #[serde(deserialize_with = "or_default")]
     pub conditions: Vec<NodeCondition>,
 }
@@ -202,16 +202,16 @@ pub struct NodeAddress {
     pub address: String,
 }
 
-/// A Node's condition, without the heartbeat that changes all the time.
+/// A condition of a Node, without the heartbeat time, which changes all the time.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct NodeCondition {
-    /// Ready, and others.
+    /// Ready, or another condition.
     pub r#type: String,
     /// True, False, Unknown.
     pub status: String,
 }
 
-/// Go's nil slices are `null` in JSON.
+/// Deserializes `null` as the default: Go writes a nil slice as `null`.
 fn or_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }

@@ -1,30 +1,32 @@
-//! A spec's policies in the domain's terms: by way of the file's own validation, so that a field means the same, has the
-//! same default and is refused with the same words wherever it is written.
+//! Converts the policies of a spec to the domain model. It uses the validation of the configuration file, so that a
+//! field has the same meaning, default and error message in both.
 
 use std::{collections::HashMap, sync::Arc};
 
+use breaker_api::crd::{Check, CircuitBreakerSpec, Override};
+use breaker_core::model;
 use serde_json::{Value, json};
 
-use super::api::{Check, CircuitBreakerSpec, Override};
-use crate::{config, model};
+use crate::config;
 
-/// Policies that were validated before: the same text need not be read again at every change of an endpoint.
+/// Cache of validated policies, by their JSON, so that a change of an endpoint does not cause a new validation.
 #[derive(Debug, Default)]
 pub struct Policies {
-    known: HashMap<String, Arc<model::Service>>,
-    used: HashMap<String, Arc<model::Service>>,
+    known: HashMap<Value, Arc<model::Service>>,
+    used: HashMap<Value, Arc<model::Service>>,
 }
 
 impl Policies {
-    /// Forgets what was not asked for since the last call.
-    pub fn turn(&mut self) {
+    /// Removes the entries that were not used since the last call.
+    pub fn evict_unused(&mut self) {
         self.known = std::mem::take(&mut self.used);
     }
 
-    /// A service with everything but addresses and names: one tier for each of `backups`.
+    /// The spec's policies as a service without addresses and names. It has one tier for each of `backups`, with that
+    /// check; `primary` is the primary's check.
     ///
     /// # Errors
-    /// What is wrong: the field, the value and what is allowed.
+    /// What is wrong: the field, its value and what is allowed.
     pub fn get(
         &mut self,
         spec: &CircuitBreakerSpec,
@@ -56,15 +58,14 @@ impl Policies {
         if let (Some(least), Value::Object(primary)) = (spec.min_healthy, &mut service["primary"]) {
             primary.insert("minHealthy".into(), json!(least));
         }
-        let text = service.to_string();
-        if let Some(known) = self.used.get(&text) {
+        if let Some(known) = self.used.get(&service) {
             return Ok(known.clone());
         }
-        let found = match self.known.remove(&text) {
+        let found = match self.known.remove(&service) {
             Some(known) => known,
-            None => Arc::new(config::parse_policies(&text)?),
+            None => Arc::new(config::policies(&service)?),
         };
-        self.used.insert(text, found.clone());
+        self.used.insert(service, found.clone());
         Ok(found)
     }
 }

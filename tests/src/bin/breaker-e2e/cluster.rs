@@ -1,4 +1,4 @@
-//! The cluster under test: kubectl, and the commands that its owner gave.
+//! Access to the cluster under test: kubectl, and the commands given as options.
 
 use std::{
     io::Write as _,
@@ -12,12 +12,12 @@ use serde_json::Value;
 
 use crate::wait_for;
 
-/// Where the lab is.
+/// Namespace of the lab.
 pub const NAMESPACE: &str = "breaker-e2e";
-/// Where breaker is.
+/// Namespace of breaker.
 pub const SYSTEM: &str = "breaker-system";
 
-/// What only the cluster's owner can do.
+/// Commands for what kubectl cannot do.
 pub struct Hooks {
     pub load_image: String,
     pub lan: Option<String>,
@@ -41,7 +41,7 @@ impl Cluster {
             .status()
             .is_err()
         {
-            bail!("kubectl is not on the PATH; it comes with k3s, or from kubernetes.io");
+            bail!("kubectl is not on the PATH; install k3s, or kubectl from kubernetes.io");
         }
         let mut cluster = Self { kubeconfig, hooks, nodes: Vec::new() };
         let nodes = cluster.get("", "nodes", "")?;
@@ -57,7 +57,7 @@ impl Cluster {
         command
     }
 
-    /// kubectl, and what it printed.
+    /// Runs kubectl, and returns its standard output.
     pub fn kubectl(&self, args: &[&str]) -> Result<String> {
         let output = self.command(args).stdin(Stdio::null()).output().context("start kubectl")?;
         if !output.status.success() {
@@ -66,12 +66,12 @@ impl Cluster {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// kubectl in the lab's namespace.
+    /// Runs kubectl in the lab's namespace.
     pub fn lab(&self, args: &[&str]) -> Result<String> {
         self.kubectl(&[&["-n", NAMESPACE], args].concat())
     }
 
-    /// kubectl with a manifest on its standard input.
+    /// Runs kubectl with a manifest on its standard input.
     pub fn feed(&self, args: &[&str], manifest: &str) -> Result<String> {
         let mut child = self
             .command(args)
@@ -93,7 +93,7 @@ impl Cluster {
         self.feed(&["-n", NAMESPACE, "apply", "-f", "-"], manifest).map(drop)
     }
 
-    /// Objects as JSON.
+    /// Objects as JSON. An empty namespace or selector is left out.
     pub fn get(&self, namespace: &str, what: &str, selector: &str) -> Result<Value> {
         let mut args = vec!["get", what, "-o", "json"];
         if !namespace.is_empty() {
@@ -110,7 +110,7 @@ impl Cluster {
         self.get(NAMESPACE, &format!("cb/{name}"), "")
     }
 
-    /// Running pods of a Deployment that are not about to end.
+    /// Running pods of a Deployment, without those that are terminating.
     pub fn pods(&self, app: &str) -> Result<Vec<Pod>> {
         let pods = self.get(NAMESPACE, "pods", &format!("app={app}"))?;
         let found =
@@ -131,10 +131,10 @@ impl Cluster {
         let on_node = |pod: &&Value| pod["spec"]["nodeName"] == *node;
         let pod = pods["items"].as_array().into_iter().flatten().find(on_node);
         let name = pod.and_then(|pod| pod["metadata"]["name"].as_str());
-        Ok(name.with_context(|| format!("no agent on {node}"))?.to_owned())
+        Ok(name.with_context(|| format!("there is no agent on {node}"))?.to_owned())
     }
 
-    /// Every node: its name, and its addresses on the nodes' network.
+    /// The name and the internal IP addresses of every node.
     pub fn node_addresses(&self) -> Result<Vec<(String, Vec<String>)>> {
         let nodes = self.get("", "nodes", "")?;
         let addresses = |node: &Value| {
@@ -165,11 +165,11 @@ impl Cluster {
             if is == status && (reason.is_empty() || why == reason) {
                 return Ok(Some(()));
             }
-            bail!("it is {type_}={is} {why}")
+            bail!("now {type_}={is} {why}")
         })
     }
 
-    /// Waits until every node has this generation in force.
+    /// Waits until every node has programmed the object's current generation.
     pub fn wait_programmed(&self, name: &str) -> Result<()> {
         wait_for(&format!("{name} to be programmed everywhere"), Duration::from_secs(40), || {
             let breaker = self.breaker(name)?;
@@ -184,12 +184,12 @@ impl Cluster {
         })
     }
 
-    /// Waits for the aggregate state.
+    /// Waits for `status.state`, the aggregate of all nodes.
     pub fn wait_state(&self, name: &str, state: &str) -> Result<()> {
         wait_for(&format!("{name} to be {state}"), Duration::from_secs(40), || {
             let breaker = self.breaker(name)?;
             let is = breaker["status"]["state"].as_str().unwrap_or_default();
-            if is == state { Ok(Some(())) } else { bail!("it is {is:?}") }
+            if is == state { Ok(Some(())) } else { bail!("the state is {is:?}") }
         })
     }
 
@@ -201,27 +201,28 @@ impl Cluster {
         Ok(found.filter_map(|e| Some(e["reason"].as_str()?.to_owned())).collect())
     }
 
-    /// Waits for an Event.
+    /// Waits for an Event with this reason about an object.
     pub fn wait_event(&self, kind: &str, name: &str, reason: &str) -> Result<()> {
         wait_for(&format!("an Event {reason} about {kind} {name}"), Duration::from_secs(20), || {
             let found = self.events(kind, name)?;
-            if found.iter().any(|r| r == reason) { Ok(Some(())) } else { bail!("there are {found:?}") }
+            if found.iter().any(|r| r == reason) { Ok(Some(())) } else { bail!("found Events {found:?}") }
         })
     }
 
-    /// Asks from a pod on a node: `client` for one in the pod network, `host` for one in the node's.
+    /// Sends a request from a pod of the lab, and returns the answer. `client` is in the pod network, `host` in the
+    /// node's.
     pub fn ask(&self, from: &str, url: &str) -> Result<String> {
         let answer = self.lab(&["exec", from, "--", "/dummy-service", "ask", url])?;
         Ok(answer.trim().to_owned())
     }
 
-    /// Asks from outside of the cluster.
+    /// Sends a request from outside the cluster, and returns the answer.
     pub fn ask_from_lan(&self, url: &str) -> Result<String> {
         let lan = self.hooks.lan.as_deref().context("no --lan")?;
         shell(&format!("{lan} curl -s -S -m 3 {url}"))
     }
 
-    /// Puts pods of a Deployment into fake-error mode or out of it.
+    /// Switches the fake-error mode of a Deployment's pods on or off.
     pub fn fake_error(&self, app: &str, on: bool) -> Result<()> {
         let path = if on { "fakeerrormodeon" } else { "fakeerrormodeoff" };
         for pod in self.pods(app)? {
@@ -231,7 +232,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// What `kubectl breaker` prints: the binary, as a plugin.
+    /// Runs the `breaker` binary as `kubectl breaker` would, under the plugin's name, and returns its output.
     pub fn plugin(&self) -> Result<String> {
         let breaker = std::env::current_exe()?.with_file_name("breaker");
         let plugin = std::env::temp_dir().join(format!("{}-kubectl", std::process::id()));
@@ -247,13 +248,13 @@ impl Cluster {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Power off, or on.
+    /// Powers a node on or off.
     pub fn power(&self, node: &str, on: bool) -> Result<()> {
         let (stop, start) = self.hooks.node.as_ref().context("no --stop-node")?;
         shell(&(if on { start } else { stop }).replace("{}", node)).map(drop)
     }
 
-    /// The API server off, or on.
+    /// Starts or stops the API server. After a start, waits until the server is ready.
     pub fn api(&self, on: bool) -> Result<()> {
         let (stop, start) = self.hooks.api.as_ref().context("no --stop-api")?;
         shell(if on { start } else { stop })?;
@@ -265,7 +266,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Gives back whatever a scenario may have taken.
+    /// Starts what a scenario may have left stopped: the API server, and nodes.
     pub fn mend(&self) {
         if self.hooks.api.is_some() && self.kubectl(&["get", "--raw", "/readyz"]).is_err() {
             let _ = self.api(true);
@@ -282,7 +283,7 @@ impl Cluster {
         }
     }
 
-    /// What a person would look at.
+    /// Output of kubectl that helps to diagnose a failure.
     pub fn diagnosis(&self) -> String {
         let looks: &[&[&str]] = &[
             &["get", "cb", "-A", "-o", "wide"],
@@ -302,13 +303,13 @@ impl Cluster {
 pub struct Pod {
     /// Its first address.
     pub ip: String,
-    /// All of them.
+    /// All its addresses.
     pub ips: Vec<String>,
-    /// Where it runs.
+    /// Name of the node that it runs on.
     pub node: String,
 }
 
-/// A command of the cluster's owner.
+/// Runs a shell command, and returns its standard output.
 pub fn shell(command: &str) -> Result<String> {
     let output = Command::new("sh").args(["-c", command]).stdin(Stdio::null()).output().context("start sh")?;
     if !output.status.success() {

@@ -1,4 +1,4 @@
-//! Clients that keep asking, and what they were told.
+//! Client pods that send requests continuously, and their results.
 
 use std::{
     collections::BTreeSet,
@@ -17,29 +17,34 @@ pub fn now() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
 }
 
-/// A pod that keeps asking.
+/// A pod that sends requests continuously. It is deleted when this value is dropped.
 pub struct Load<'a> {
     cluster: &'a Cluster,
     name: String,
 }
 
-/// What a load was told.
+/// Results of a load.
 #[derive(Debug)]
 pub struct Told {
-    /// Start (ms since 1970), duration (ms), whether it was answered, by whom or why not.
+    /// Requests that have ended.
     pub requests: Vec<Request>,
 }
 
+/// One request.
 #[derive(Clone, Debug)]
 pub struct Request {
+    /// Start, milliseconds since 1970.
     pub at: u128,
+    /// Duration, milliseconds.
     pub took: u128,
+    /// Whether it was answered.
     pub ok: bool,
+    /// The answer, or the error.
     pub words: String,
 }
 
 impl<'a> Load<'a> {
-    /// Starts one on a node, fifty new connections a second.
+    /// Starts a load on a node, fifty new connections per second, and waits for its first answers.
     pub fn start(cluster: &'a Cluster, name: &str, node: &str, url: &str) -> Result<Self> {
         cluster.apply(&pod(name, node, &["load", "--every-millis", "20", "--timeout-millis", "2000", url], false))?;
         let load = Self { cluster, name: name.to_owned() };
@@ -49,7 +54,7 @@ impl<'a> Load<'a> {
         Ok(load)
     }
 
-    /// What it was told so far.
+    /// The results so far.
     pub fn told(&self) -> Result<Told> {
         let log = self.cluster.lab(&["logs", &self.name])?;
         let parse = |line: &str| {
@@ -67,9 +72,9 @@ impl<'a> Load<'a> {
         Ok(Told { requests: log.lines().filter_map(parse).collect() })
     }
 
-    /// Ends it; what it was told.
+    /// Waits until requests in flight have ended, and returns all results.
     pub fn end(self) -> Result<Told> {
-        // Whatever is under way gets its answer first, or none: a line is printed at a request's end.
+        // The pod logs a request when it ends, at the latest when it times out after 2 s.
         std::thread::sleep(std::time::Duration::from_millis(2300));
         self.told()
     }
@@ -82,27 +87,28 @@ impl Drop for Load<'_> {
 }
 
 impl Told {
-    /// Requests that began in a span and were not answered.
+    /// Failed requests that began in a span (milliseconds since 1970; `to` is not part of it).
     pub fn failed(&self, from: u128, to: u128) -> Vec<&Request> {
         self.requests.iter().filter(|r| !r.ok && r.at >= from && r.at < to).collect()
     }
 
-    /// From a moment to the start of the first answered request after which all were answered, up to `to`, ms.
+    /// Milliseconds from `from` to the start of the first request since which every request that began before `to`
+    /// succeeded.
     pub fn recovery(&self, from: u128, to: u128) -> Result<u128> {
         let mut span: Vec<&Request> = self.requests.iter().filter(|r| r.at >= from && r.at < to).collect();
         span.sort_by_key(|r| r.at);
         let last_bad = span.iter().rposition(|r| !r.ok);
-        let first = span.get(last_bad.map_or(0, |i| i + 1)).context("no request was answered at the end")?;
+        let first = span.get(last_bad.map_or(0, |i| i + 1)).context("no request succeeded after the last failure")?;
         Ok(first.at - from)
     }
 
-    /// Who answered in a span.
+    /// Addresses of the pods that answered the requests of a span.
     pub fn answered_by(&self, from: u128, to: u128) -> BTreeSet<String> {
         let ok = self.requests.iter().filter(|r| r.ok && r.at >= from && r.at < to);
         ok.filter_map(|r| r.words.rsplit(' ').next()?.split(':').next().map(str::to_owned)).collect()
     }
 
-    /// All were answered.
+    /// Fails if a request failed. Returns the number of requests.
     pub fn none_failed(&self) -> Result<usize> {
         let failed = self.failed(0, u128::MAX);
         let first: Vec<_> = failed.iter().take(3).collect();
@@ -111,7 +117,7 @@ impl Told {
     }
 }
 
-/// A pod with the lab's image.
+/// Manifest of a pod that runs the lab's image with these arguments.
 pub fn pod(name: &str, node: &str, args: &[&str], host_network: bool) -> String {
     serde_json::json!({
         "apiVersion": "v1", "kind": "Pod",

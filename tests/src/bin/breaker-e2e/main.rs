@@ -1,6 +1,6 @@
-//! breaker on a real cluster, by kubectl alone: installs it, plays the lab and everything that goes wrong around it, and
-//! takes it away again. Any cluster does; what only its owner can do (cut a node's power) is done by commands that they
-//! give, and left out, in so many words, without them.
+//! End-to-end tests on a real cluster, with kubectl only: installs breaker, plays the lab and the failures around it,
+//! and uninstalls breaker. Any cluster will do. What kubectl cannot do (power a node off) is done by commands given
+//! as options; without them, the scenarios that need them are skipped and reported as such.
 
 mod cluster;
 mod load;
@@ -19,40 +19,40 @@ use serde_json::json;
 
 use cluster::{Cluster, Hooks};
 
-/// breaker on a real cluster.
+/// Tests breaker on a real cluster.
 #[derive(Parser)]
 struct Cli {
-    /// How to reach the cluster.
+    /// Kubeconfig file of the cluster.
     #[arg(long, value_name = "FILE", env = "KUBECONFIG")]
     kubeconfig: PathBuf,
-    /// Brings an archive, its path put for {}, to every node.
+    /// Command that loads an image archive onto every node; {} stands for the archive's path.
     #[arg(long, value_name = "CMD", default_value = "k3s ctr images import {}")]
     load_image: String,
-    /// Runs what is appended on a machine outside of the cluster that reaches the nodes.
+    /// Command that runs its appended arguments on a machine outside the cluster that reaches the nodes.
     #[arg(long, value_name = "CMD")]
     lan: Option<String>,
-    /// Cuts the power of the node that is put for {}.
+    /// Command that powers a node off; {} stands for the node's name.
     #[arg(long, value_name = "CMD", requires = "start_node")]
     stop_node: Option<String>,
-    /// Gives it back.
+    /// Command that powers a node on again; {} stands for the node's name.
     #[arg(long, value_name = "CMD", requires = "stop_node")]
     start_node: Option<String>,
-    /// Stops the API server.
+    /// Command that stops the API server.
     #[arg(long, value_name = "CMD", requires = "start_api")]
     stop_api: Option<String>,
-    /// Starts it again.
+    /// Command that starts the API server again.
     #[arg(long, value_name = "CMD", requires = "stop_api")]
     start_api: Option<String>,
-    /// Only scenarios whose name contains one of these.
+    /// Play only scenarios whose name contains one of these texts.
     #[arg(long, value_name = "TEXT", value_delimiter = ',')]
     only: Vec<String>,
-    /// Leave breaker and the lab there.
+    /// Do not uninstall breaker and the lab.
     #[arg(long)]
     keep: bool,
     /// Measure instead of testing.
     #[arg(long)]
     bench: bool,
-    /// Where the archives of the images are.
+    /// Directory of the image archives.
     #[arg(long, value_name = "DIR", default_value = "dist")]
     dist: PathBuf,
 }
@@ -87,7 +87,7 @@ fn run(cli: Cli) -> Result<bool> {
     }
     if !cli.keep {
         scenarios::uninstall(&cluster).context("uninstall")?;
-        println!("uninstalled: every node's kernel is as before");
+        println!("uninstalled: nothing is left in any node's kernel");
     }
     outcome
 }
@@ -115,7 +115,7 @@ fn play(cluster: &Cluster, only: &[String]) -> Result<bool> {
                 println!("FAILED   {:<28} {:>5.1} s  {error:#}", scenario.name, took.as_secs_f64());
                 println!("{}", cluster.diagnosis());
                 failed += 1;
-                // Whatever it broke, the next one starts well.
+                // Restore what the scenario broke, so that the next one starts from a healthy cluster.
                 cluster.mend();
             }
         }
@@ -124,7 +124,7 @@ fn play(cluster: &Cluster, only: &[String]) -> Result<bool> {
     Ok(failed == 0)
 }
 
-/// Waits for a condition, looking every tenth of a second.
+/// Polls a condition every 100 ms. The error has the last reason why it did not hold.
 fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
@@ -135,13 +135,13 @@ fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Opt
         };
         if start.elapsed() > limit {
             let why = last.map(|error| format!(": {error:#}")).unwrap_or_default();
-            anyhow::bail!("waited {} s in vain for {what}{why}", limit.as_secs());
+            anyhow::bail!("timed out after {} s, waiting for {what}{why}", limit.as_secs());
         }
         std::thread::sleep(Duration::from_millis(100));
     }
 }
 
-/// For measurements: one JSON object a line.
+/// Prints a measurement as one line of JSON.
 fn row(name: &str, value: f64, unit: &str, note: &str) {
     println!("{}", json!({ "name": name, "value": (value * 100.0).round() / 100.0, "unit": unit, "note": note }));
 }

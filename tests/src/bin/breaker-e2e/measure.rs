@@ -1,4 +1,4 @@
-//! Rows of the benchmark that need a cluster.
+//! The benchmark's rows that need a cluster.
 
 use std::{
     process::{Command, Stdio},
@@ -26,12 +26,12 @@ pub fn all(cluster: &Cluster) -> Result<()> {
             Some(r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#),
         )?;
     }
-    // The lab's own checks again.
+    // Back to the lab's own checks.
     scenarios::fresh(cluster)?;
     idle(cluster)
 }
 
-/// From `kubectl apply` to Programmed on every node.
+/// Time from `kubectl apply` until every node has programmed the object.
 fn programmed(cluster: &Cluster, round: usize) -> Result<()> {
     cluster.lab(&["delete", "cb", "dummy"])?;
     let started = Instant::now();
@@ -46,7 +46,7 @@ fn programmed(cluster: &Cluster, round: usize) -> Result<()> {
     Ok(())
 }
 
-/// From the fake error to the first of the backup's answers after which all are answered.
+/// Time from the fake error to the first answer of the backup since which every request succeeds.
 fn failover(cluster: &Cluster, round: usize, checks: &str, patch: Option<&str>) -> Result<()> {
     if let Some(patch) = patch {
         cluster.lab(&["patch", "cb", "dummy", "--type=merge", "-p", patch])?;
@@ -67,11 +67,11 @@ fn failover(cluster: &Cluster, round: usize, checks: &str, patch: Option<&str>) 
     cluster.wait_state("dummy", "Closed")
 }
 
-/// Memory and CPU of the agents while nothing happens.
+/// Memory and CPU of idle agents, with 1, 100 and 1,000 services.
 fn idle(cluster: &Cluster) -> Result<()> {
     let mut there = 0;
     for services in [1_usize, 100, 1000] {
-        // The lab's own is one.
+        // One service is the lab's.
         let more = services - 1 - there;
         for start in (there..there + more).step_by(100) {
             let count = 100.min(there + more - start);
@@ -80,7 +80,7 @@ fn idle(cluster: &Cluster) -> Result<()> {
         there += more;
         if there > 0 {
             let started = Instant::now();
-            wait_for("all of them to be programmed", Duration::from_secs(180), || {
+            wait_for("all services to be programmed", Duration::from_secs(180), || {
                 let done = scenarios::many_programmed(cluster)?;
                 if done == there { Ok(Some(())) } else { bail!("{done} of {there}") }
             })?;
@@ -101,25 +101,26 @@ fn idle(cluster: &Cluster) -> Result<()> {
     cluster.lab(&["delete", "cb,svc", "-l", "many=yes", "--wait=false"])?;
     for services in [1, 100, 1000] {
         let Some((cpu, memory)) = ambassador(services)? else {
-            println!("no haproxy on the PATH: no row for an ambassador");
+            println!("haproxy is not on the PATH: its rows are left out");
             break;
         };
         row(
             &format!("{services} services idle, HAProxy's CPU"),
             cpu,
             "% of a core",
-            "one process, checks shared as ours are",
+            "one process, checks shared as breaker shares them",
         );
         row(&format!("{services} services idle, HAProxy's memory"), memory, "MiB", "on this machine, not in a pod");
     }
     Ok(())
 }
 
-/// CPU and memory of HAProxy as the ambassador of as many services, each with a primary and a backup, on this machine's
-/// loopback. Every service tracks the checks of the first, as many services on the same pods share ours.
+/// CPU (percent of a core) and memory (MiB) of HAProxy as an ambassador for `services` services, on the loopback
+/// interface of this machine. Each service has a primary and a backup and tracks one set of checks, as breaker shares
+/// the checks of services on the same pods. None if haproxy is not on the PATH.
 fn ambassador(services: usize) -> Result<Option<(f64, f64)>> {
     const DUMMY: &str = "127.0.0.1:18080";
-    let own = std::env::current_exe().context("find our own binary")?;
+    let own = std::env::current_exe().context("find the path of this program")?;
     let dummy = own.with_file_name("dummy-service");
     let dir = tempfile::tempdir().context("make a directory")?;
     let file = dir.path().join("haproxy.cfg");
@@ -165,7 +166,7 @@ fn ambassador(services: usize) -> Result<Option<(f64, f64)>> {
     outcome
 }
 
-/// CPU over ten seconds and resident memory, as the agent tells of itself.
+/// CPU (percent of a core, over 20 seconds) and resident memory (MiB), as the agent's status shows them.
 fn usage(cluster: &Cluster, node: &str) -> Result<(f64, f64)> {
     let name = &cluster.agent_on(node)?;
     let look = || -> Result<(f64, f64, Instant)> {

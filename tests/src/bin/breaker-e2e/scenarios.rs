@@ -1,4 +1,5 @@
-//! What is played, one function each. Every scenario starts from the lab as k8s/lab makes it, closed.
+//! The scenarios, one function each. Every scenario starts from the lab as `k8s/lab` defines it, with the breaker
+//! closed.
 
 use std::{path::Path, thread::sleep, time::Duration};
 
@@ -13,9 +14,9 @@ use crate::{
 
 pub struct Scenario {
     pub name: &'static str,
-    /// Why it cannot be played on this cluster.
+    /// The reason why this cluster cannot play it.
     pub skip: fn(&Cluster) -> Option<&'static str>,
-    /// What it shows, in words.
+    /// Plays it, and returns a summary.
     pub play: fn(&Cluster) -> Result<String>,
 }
 
@@ -30,7 +31,7 @@ fn needs_lan(cluster: &Cluster) -> Option<&'static str> {
 fn needs_power(cluster: &Cluster) -> Option<&'static str> {
     match (&cluster.hooks.node, cluster.nodes.len()) {
         (None, _) => Some("no --stop-node and --start-node"),
-        (Some(_), 0..=1) => Some("one node only"),
+        (Some(_), 0..=1) => Some("needs at least two nodes"),
         _ => None,
     }
 }
@@ -59,14 +60,14 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "node-powered-off", skip: needs_power, play: node_powered_off },
 ];
 
-/// Everything that has to be there before.
+/// Loads the images, and installs breaker and the lab.
 pub fn install(cluster: &Cluster, dist: &Path) -> Result<()> {
     for archive in ["breaker.tar", "dummyservice.tar"] {
         let path = dist.join(archive);
-        ensure!(path.is_file(), "{} is not there; cargo xtask image", path.display());
+        ensure!(path.is_file(), "{} does not exist; run: cargo xtask image", path.display());
         shell(&cluster.hooks.load_image.replace("{}", &path.display().to_string()))?;
     }
-    // Definitions first: the others' dry run needs them.
+    // CRDs first: the dry run of the other manifests needs them.
     cluster.kubectl(&["apply", "-f", "k8s/base/namespace.yaml", "-f", "k8s/base/crds.yaml"])?;
     cluster.kubectl(&["wait", "--for=condition=Established", "crd/circuitbreakers.breaker.dev", "--timeout=20s"])?;
     for dir in ["k8s/base", "k8s/lab"] {
@@ -92,7 +93,7 @@ fn lab_up(cluster: &Cluster) -> Result<()> {
     cluster.wait_programmed("dummy")
 }
 
-/// The lab as its manifests have it, closed, both Services well.
+/// Restores the lab to its manifests, with the breaker closed and both Services healthy.
 pub fn fresh(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=90s"])?;
     cluster.lab(&["delete", "pod", "saboteur", "--ignore-not-found", "--wait=false"])?;
@@ -115,7 +116,7 @@ pub fn fresh(cluster: &Cluster) -> Result<()> {
             "breaker.dev/limit-burst-",
         ])?;
     }
-    // Fields that a scenario patched would survive an apply.
+    // An apply would leave fields that a scenario patched as they are.
     cluster.lab(&["delete", "cb", "dummy", "--ignore-not-found"])?;
     lab_up(cluster)?;
     cluster.fake_error("dummy-deployment", false)?;
@@ -125,23 +126,23 @@ pub fn fresh(cluster: &Cluster) -> Result<()> {
         if state == "Closed" {
             return Ok(Some(()));
         }
-        // A pod that did not hear of it, or was told otherwise since, is told again, and that is not kept quiet.
+        // A pod may have missed the request, or was switched on again since: repeat the request, and report it.
         let mut said = Vec::new();
         for ip in ips(cluster, "dummy-deployment")? {
             if let Err(error) = cluster.ask("client", &format!("http://{ip}/ready")) {
-                eprintln!("{ip} is not well yet: {error:#}");
+                eprintln!("{ip} is not healthy yet: {error:#}");
                 said.push(ip);
             }
         }
         if !said.is_empty() {
             cluster.fake_error("dummy-deployment", false)?;
         }
-        bail!("it is {state:?}; not well: {said:?}")
+        bail!("the state is {state:?}; not healthy: {said:?}")
     })?;
     cluster.wait_condition("dummy", "Degraded", "False", "")
 }
 
-/// Checks every 100 ms, three failures are down.
+/// Patch: a probe every 100 ms; three failures are Down.
 const QUICK: &str = r#"{"spec":{"check":{"periodSeconds":null,"periodMillis":100,"failureThreshold":3}}}"#;
 
 fn patch(cluster: &Cluster, patch: &str) -> Result<()> {
@@ -159,7 +160,7 @@ fn ips(cluster: &Cluster, app: &str) -> Result<Vec<String>> {
     Ok(cluster.pods(app)?.into_iter().map(|pod| pod.ip).collect())
 }
 
-/// Asks until one of these pods answers.
+/// Repeats a request until one of these pods answers it.
 fn answered_by(what: &str, pods: &[String], ask: impl Fn() -> Result<String>) -> Result<()> {
     wait_for(what, Duration::from_secs(30), || {
         let answer = ask()?;
@@ -167,8 +168,8 @@ fn answered_by(what: &str, pods: &[String], ask: impl Fn() -> Result<String>) ->
     })
 }
 
-/// Three acts, with the NGINX Plus settings: from a pod, from the node by the port of its load balancer, and from the node by
-/// the VIP itself, which no packet on a veth shows.
+/// Failover and return with the check settings of NGINX Plus: from a pod, from the node through the load balancer's
+/// port, and from the node to the VIP itself, which passes no veth.
 fn lab(cluster: &Cluster) -> Result<String> {
     let (primary, backup) = (ips(cluster, "dummy-deployment")?, ips(cluster, "backup-deployment")?);
     let url = vip(cluster, "dummy-deployment")?;
@@ -185,8 +186,8 @@ fn lab(cluster: &Cluster) -> Result<String> {
     cluster.wait_state("dummy", "Open")?;
     cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
     cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup")?;
-    // Open is said with the first node that is, and its share is what all of them send to the primary.
-    wait_for("kubectl get cb to show it", Duration::from_secs(20), || {
+    // The state is Open as soon as one node is open. SHARE is what all nodes together send to the primary.
+    wait_for("kubectl get cb to show the open breaker", Duration::from_secs(20), || {
         let table = cluster.lab(&["get", "cb", "dummy"])?;
         let words = ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "2/2", " 0%"];
         match words.iter().find(|word| !table.contains(*word)) {
@@ -230,7 +231,7 @@ fn lab_from_lan(cluster: &Cluster) -> Result<String> {
     Ok(format!("by port 8080 and NodePort {node_port} of {} nodes: primary, backup, primary", nodes.len()))
 }
 
-/// A dual-stack Service with a port for connections and one for datagrams: all of it flips together.
+/// A dual-stack Service with a TCP and a UDP port: both IP families and both ports fail over together.
 fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
     for (name, app) in [("dual", "dummy-deployment"), ("dual-backup", "backup-deployment")] {
         let service = json!({
@@ -277,7 +278,7 @@ fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
         Ok(())
     };
     all("the primary", &primary)?;
-    // One socket, all the time: what kube-proxy alone leaves on the old pod for as long as it keeps asking.
+    // One socket sends all the time. kube-proxy alone would leave it on the old pod for as long as it sends.
     let socket = Load::start(cluster, "load", &cluster.nodes[0], &urls[1])?;
     cluster.fake_error("dummy-deployment", true)?;
     all("the backup", &backup)?;
@@ -295,11 +296,11 @@ fn families_and_datagrams(cluster: &Cluster) -> Result<String> {
     })?;
     drop(socket);
     cluster.lab(&["delete", "cb/dual", "svc/dual", "svc/dual-backup"])?;
-    Ok(format!("{}: primary, backup, primary; a socket's datagrams move, too", urls.join(", ")))
+    Ok(format!("{}: primary, backup, primary; a socket's datagrams move too", urls.join(", ")))
 }
 
-/// Backups on the node that the packets come in by: clients outside keep their address with `externalTrafficPolicy: Local`, and
-/// with `fastPath: PeerRedirect` they and pods reach them past the stack.
+/// Backups on the node where packets arrive: external clients keep their address with `externalTrafficPolicy: Local`,
+/// and with `fastPath: PeerRedirect` external clients and pods reach these backups on the fast path.
 fn near_backups(cluster: &Cluster) -> Result<String> {
     for (name, app, policy) in [("near", "dummy-deployment", Some("Local")), ("near-backup", "backup-deployment", None)]
     {
@@ -336,12 +337,12 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
     answered_by("a backup's answer to a pod", &ips(cluster, "backup-deployment")?, || cluster.ask("client", &url))?;
     let first = &cluster.nodes[0];
     let here = cluster.pods("backup-deployment")?.iter().any(|pod| pod.node == *first);
-    wait_for("a pod's flow past the stack", Duration::from_secs(20), || {
+    wait_for("a pod's flow on the fast path", Duration::from_secs(20), || {
         cluster.ask("client", &url)?;
         let shown = flows_of_near(cluster, first)?;
         if !here || shown.contains(" veth ") { Ok(Some(())) } else { bail!("{shown}") }
     })?;
-    // What netfilter would enforce, if its controller ran here, and by its words.
+    // The condition follows from the NetworkPolicy's text alone, whether or not a controller enforces it here.
     cluster.wait_condition("near", "BackupReachable", "True", "Reachable")?;
     let policy = json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": { "name": "closed" },
@@ -352,15 +353,15 @@ fn near_backups(cluster: &Cluster) -> Result<String> {
     cluster.lab(&["delete", "networkpolicy/closed"])?;
     cluster.wait_condition("near", "BackupReachable", "True", "Reachable")?;
     cluster.lab(&["delete", "cb/near", "svc/near", "svc/near-backup"])?;
-    let fast = if here { "; from a pod, too" } else { "" };
+    let fast = if here { "; from a pod too" } else { "" };
     Ok(format!(
-        "from the lan by {}: the client's address is kept where a backup is, by the stack and past it{fast}",
+        "from the lan by {}: clients keep their address to a local backup, by both paths{fast}",
         shown.join(", ")
     ))
 }
 
-/// Asks by each node's own address from outside; where the node has a backup it answers, sees the client itself, and the flow
-/// goes the `way` that `breaker flows` shows.
+/// Sends requests from outside to each node's own address. If the node has a backup, that backup must answer and see
+/// the client's address, and `breaker flows` must show `way` as the flow's path.
 fn near_backups_from_the_lan(cluster: &Cluster, way: &str) -> Result<Vec<String>> {
     let service = cluster.get(NAMESPACE, "svc/near", "")?;
     let node_port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
@@ -375,10 +376,10 @@ fn near_backups_from_the_lan(cluster: &Cluster, way: &str) -> Result<Vec<String>
         wait_for(&format!("a backup's answer by {url}, {way}"), Duration::from_secs(20), || {
             let answer = cluster.ask_from_lan(&url)?;
             let client = answer.split(' ').nth(1).unwrap_or_default();
-            // A masqueraded one has the node's own address, on its network or on that of its pods.
+            // A masqueraded client has an address of the node, on the nodes' network or on the pod network.
             let kept =
                 !nodes.iter().any(|(_, ips)| ips.iter().any(|ip| ip == client)) && !client.starts_with(&pods_net);
-            // Where the node has no backup, one of another node answers.
+            // If the node has no backup, a backup on another node answers.
             let by_a_near_one = here.iter().any(|ip| answer.contains(&format!("FROM {ip}:")));
             let flows = flows_of_near(cluster, name)?;
             let so = |line: &str| line.contains(client) && line.contains(&format!(" {way} "));
@@ -398,7 +399,7 @@ fn flows_of_near(cluster: &Cluster, node: &str) -> Result<String> {
     cluster.kubectl(&["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080")])
 }
 
-/// `kubectl apply` itself refuses nonsense and names the field.
+/// `kubectl apply` refuses invalid specs and names the field.
 fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
     let good = json!({ "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }] });
     let with = |change: &dyn Fn(&mut serde_json::Value)| {
@@ -463,7 +464,7 @@ fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
     let count = rows.len();
     for (manifest, field, words) in rows {
         match cluster.apply(&manifest) {
-            Ok(()) => bail!("{manifest} was taken"),
+            Ok(()) => bail!("{manifest} was accepted"),
             Err(error) => {
                 let text = format!("{error:#}");
                 ensure!(text.contains(field) && text.contains(words), "{field} ({words}) is not in: {text}");
@@ -473,7 +474,7 @@ fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
     let words = cluster.kubectl(&["explain", "cb.spec.check"])?;
     let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
     ensure!(words.contains("exactly one of httpGet, tcpSocket and grpc"), "kubectl explain: {words}");
-    Ok(format!("{count} kinds of nonsense, each by its field"))
+    Ok(format!("{count} invalid specs refused, each by its field"))
 }
 
 fn edit_override_delete(cluster: &Cluster) -> Result<String> {
@@ -481,12 +482,12 @@ fn edit_override_delete(cluster: &Cluster) -> Result<String> {
     let url = vip(cluster, "dummy-deployment")?;
     let ask = || cluster.ask("client", &url);
     patch(cluster, r#"{"spec":{"override":"ForceOpen"}}"#)?;
-    answered_by("the backup, forced", &backup, ask)?;
+    answered_by("the backup's answer, forced open", &backup, ask)?;
     cluster.wait_state("dummy", "Open")?;
     let until =
         wait_for("a time", Duration::from_secs(1), || Ok(Some(jiff::Timestamp::now() + Duration::from_secs(3))))?;
     patch(cluster, &json!({ "spec": { "until": until.to_string() } }).to_string())?;
-    answered_by("the primary, once the time is over", &primary, ask)?;
+    answered_by("the primary's answer after the override has expired", &primary, ask)?;
     cluster.wait_state("dummy", "Closed")?;
     patch(cluster, r#"{"spec":{"override":"Auto","until":null,"mode":"DryRun"}}"#)?;
     cluster.fake_error("dummy-deployment", true)?;
@@ -494,15 +495,15 @@ fn edit_override_delete(cluster: &Cluster) -> Result<String> {
     let dry = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
     ensure!(dry.is_err(), "a dry run moved a connection: {dry:?}");
     patch(cluster, r#"{"spec":{"mode":"Enforce"}}"#)?;
-    answered_by("the backup, enforced", &backup, ask)?;
+    answered_by("the backup's answer, enforced", &backup, ask)?;
     cluster.lab(&["delete", "cb", "dummy"])?;
-    wait_for("the failed primary, unprotected", Duration::from_secs(10), || {
+    wait_for("requests to fail without the breaker", Duration::from_secs(10), || {
         let answer = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
         Ok(answer.is_err().then_some(()))
     })?;
     cluster.lab(&["apply", "-k", "k8s/lab"])?;
-    answered_by("the backup, protected again", &backup, ask)?;
-    Ok("forced, for a time, dry run, enforced, deleted, made again".into())
+    answered_by("the backup's answer, with the breaker again", &backup, ask)?;
+    Ok("forced, expired, dry run, enforced, deleted, created again".into())
 }
 
 fn primary_pods_deleted(cluster: &Cluster) -> Result<String> {
@@ -515,7 +516,7 @@ fn primary_pods_deleted(cluster: &Cluster) -> Result<String> {
     sleep(Duration::from_secs(1));
     let told = load.end()?;
     let took = told.recovery(start, now())?;
-    ensure!(took < 10_000, "it took {took} ms");
+    ensure!(took < 10_000, "recovery took {took} ms");
     Ok(format!(
         "answered again after {took} ms, {} of {} requests failed",
         told.failed(start, u128::MAX).len(),
@@ -547,16 +548,18 @@ fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
     cluster.wait_state("dummy", "Closed")?;
     let told = load.end()?;
     Ok(format!(
-        "open for want of endpoints, closed again; {} of {} requests failed",
+        "open without endpoints, closed again; {} of {} requests failed",
         told.failed(0, u128::MAX).len(),
         told.requests.len()
     ))
 }
 
-/// With pods that end as Kubernetes recommends, a rolling update loses nothing; neither may it with breaker.
+/// With pods that terminate as Kubernetes recommends, a rolling update fails no request. That must hold with breaker
+/// too.
 fn rolling_updates(cluster: &Cluster) -> Result<String> {
     patch(cluster, QUICK)?;
-    // Forcing it open would reset a request that is under way, as onOpen: Reset says; what is looked at here is the rolling.
+    // With `onOpen: Reset`, forcing the breaker open would reset requests in flight. Only the rolling update is
+    // tested here.
     patch(cluster, r#"{"spec":{"onOpen":"Keep"}}"#)?;
     let gentle = r#"{"spec":{"template":{"spec":{"containers":[{"name":"dummyservice","lifecycle":{"preStop":{"sleep":{"seconds":3}}},"readinessProbe":{"httpGet":{"path":"/alive","port":80},"periodSeconds":1}}]}}}}"#;
     for app in ["dummy-deployment", "backup-deployment"] {
@@ -572,7 +575,7 @@ fn rolling_updates(cluster: &Cluster) -> Result<String> {
     let roll = |app: &str| -> Result<()> {
         cluster.lab(&["rollout", "restart", &format!("deployment/{app}")])?;
         cluster.lab(&["rollout", "status", &format!("deployment/{app}"), "--timeout=60s"])?;
-        // The last of the old pods ends after its sleep.
+        // The last of the old pods terminates after its preStop sleep.
         sleep(Duration::from_secs(4));
         Ok(())
     };
@@ -584,7 +587,7 @@ fn rolling_updates(cluster: &Cluster) -> Result<String> {
     for load in loads {
         asked += load.end()?.none_failed()?;
     }
-    // The lab's own manifests again, without the gentleness.
+    // Deletes the patched Deployments: the next scenario creates them anew from the lab's manifests.
     cluster.lab(&["delete", "deployment", "--all"])?;
     Ok(format!("primary closed, backup open: 0 of {asked} requests failed"))
 }
@@ -593,7 +596,7 @@ fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
     patch(cluster, QUICK)?;
     cluster.fake_error("dummy-deployment", true)?;
     cluster.wait_state("dummy", "Open")?;
-    wait_for("every node to be open", Duration::from_secs(10), || {
+    wait_for("the breaker to be open on every node", Duration::from_secs(10), || {
         let breaker = cluster.breaker("dummy")?;
         Ok((breaker["status"]["counts"]["open"].as_u64() == Some(cluster.nodes.len() as u64)).then_some(()))
     })?;
@@ -668,12 +671,12 @@ fn cross_namespace(cluster: &Cluster) -> Result<String> {
     answered_by("the spare's answer", &spare, || cluster.ask("client", &url))?;
     cluster.kubectl(&["-n", OTHER, "delete", "referencegrants.breaker.dev", "lab"])?;
     cluster.wait_condition("dummy", "ResolvedRefs", "False", "RefNotPermitted")?;
-    wait_for("nothing to be redirected again", Duration::from_secs(10), || {
+    wait_for("redirection to stop", Duration::from_secs(10), || {
         let answer = cluster.lab(&["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "500", &url]);
         Ok(answer.is_err().then_some(()))
     })?;
     cluster.kubectl(&["delete", "namespace", OTHER, "--wait=false"])?;
-    Ok("nothing without the grant, the spare with it, nothing once it was taken back".into())
+    Ok("no backup without the grant, the spare with it, none after its removal".into())
 }
 
 fn annotations(cluster: &Cluster) -> Result<String> {
@@ -687,26 +690,26 @@ fn annotations(cluster: &Cluster) -> Result<String> {
         let reports = cluster.get("", "nodereports", "")?.to_string();
         Ok((reports.matches(r#""kind":"Service""#).count() >= cluster.nodes.len()).then_some(()))
     })?;
-    answered_by("the primary", &primary, || cluster.ask("client", &url))?;
+    answered_by("the primary's answer", &primary, || cluster.ask("client", &url))?;
     cluster.fake_error("dummy-deployment", true)?;
-    answered_by("the backup", &backup, || cluster.ask("client", &url))?;
+    answered_by("the backup's answer", &backup, || cluster.ask("client", &url))?;
     cluster.wait_event("Service", "dummy-deployment", "Opened")?;
     annotate(&["breaker.dev/period-millis=soon"])?;
     cluster.wait_event("Service", "dummy-deployment", "Invalid")?;
-    answered_by("the backup, whatever the annotation says", &backup, || cluster.ask("client", &url))?;
+    answered_by("the backup's answer, in spite of an invalid annotation", &backup, || cluster.ask("client", &url))?;
     annotate(&["breaker.dev/period-millis=100"])?;
     cluster.fake_error("dummy-deployment", false)?;
-    answered_by("the primary again", &primary, || cluster.ask("client", &url))?;
-    Ok("protected by annotations; a bad one is told, and changes nothing".into())
+    answered_by("the primary's answer again", &primary, || cluster.ask("client", &url))?;
+    Ok("protected by annotations; an invalid one is reported and changes nothing".into())
 }
 
-/// Limits by a CircuitBreaker and by annotations: refused, counted, shown.
+/// Limits from a CircuitBreaker and from annotations: connections are refused, counted and shown.
 fn limits(cluster: &Cluster) -> Result<String> {
     let url = vip(cluster, "dummy-deployment")?;
-    // Fifty a second: whether most of the last three seconds' were refused.
+    // The load opens 50 connections per second. `refused`: whether more than half of those of the last 3 s failed.
     let load = Load::start(cluster, "load", &cluster.nodes[0], &url)?;
     let refused = || -> Result<bool> { Ok(load.told()?.failed(now() - 3000, now()).len() > 75) };
-    ensure!(!refused()?, "nothing is limited yet");
+    ensure!(!refused()?, "requests fail although nothing is limited yet");
     let limited = json!({
         "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "dummy" },
         "spec": {
@@ -718,7 +721,7 @@ fn limits(cluster: &Cluster) -> Result<String> {
     .to_string();
     cluster.apply(&limited)?;
     cluster.wait_programmed("dummy")?;
-    // The same again, by the client and by the server: defaults are nobody's change.
+    // Applying the same manifest again, client-side and server-side, must change nothing: defaults are no difference.
     let generation =
         || -> Result<i64> { cluster.breaker("dummy")?["metadata"]["generation"].as_i64().context("generation") };
     let before = generation()?;
@@ -726,7 +729,7 @@ fn limits(cluster: &Cluster) -> Result<String> {
     cluster.feed(&["-n", NAMESPACE, "apply", "--server-side", "--force-conflicts", "-f", "-"], &limited)?;
     cluster.feed(&["-n", NAMESPACE, "apply", "--server-side", "-f", "-"], &limited)?;
     ensure!(generation()? == before, "applying the same manifest changed the object");
-    // By so many nodes each limit is divided, once they have counted each other.
+    // Each limit is divided by the number of nodes, once the nodes know it.
     wait_for("the nodes to share the limit", Duration::from_secs(60), || {
         let nodes = i64::try_from(cluster.nodes.len())?;
         Ok((cluster.breaker("dummy")?["status"]["limitsSharedBy"].as_i64() == Some(nodes)).then_some(()))
@@ -740,7 +743,7 @@ fn limits(cluster: &Cluster) -> Result<String> {
     ensure!(table.contains("LIMITED") && table.contains("/min primary"), "{table}");
     cluster.wait_event("CircuitBreaker", "dummy", "Limited")?;
     let reports = cluster.get("", "nodereports", "")?.to_string();
-    ensure!(!reports.contains("limitedClients"), "clients' addresses stay on their node");
+    ensure!(!reports.contains("limitedClients"), "clients' addresses must stay on their node");
     cluster.lab(&["delete", "cb", "dummy"])?;
     let annotate =
         |pairs: &[&str]| cluster.lab(&[&["annotate", "--overwrite", "svc", "dummy-deployment"], pairs].concat());
@@ -750,8 +753,8 @@ fn limits(cluster: &Cluster) -> Result<String> {
     cluster.wait_event("Service", "dummy-deployment", "Limited")?;
     annotate(&["breaker.dev/limit=many"])?;
     cluster.wait_event("Service", "dummy-deployment", "Invalid")?;
-    ensure!(refused()?, "a bad annotation changes nothing");
-    Ok(format!("{shown}, shared by {} nodes; by annotations, too; a bad one changes nothing", cluster.nodes.len()))
+    ensure!(refused()?, "an invalid annotation must change nothing");
+    Ok(format!("{shown}, shared by {} nodes; annotations too; invalid ones change nothing", cluster.nodes.len()))
 }
 
 fn two_for_one_service(cluster: &Cluster) -> Result<String> {
@@ -759,22 +762,22 @@ fn two_for_one_service(cluster: &Cluster) -> Result<String> {
         "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "second" },
         "spec": { "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }], "override": "ForceOpen" },
     });
-    // Ages have whole seconds.
+    // Creation times have a resolution of one second, and the second object must be newer.
     sleep(Duration::from_millis(1100));
     cluster.apply(&second.to_string())?;
     cluster.wait_condition("second", "Accepted", "False", "Conflicted")?;
     cluster.wait_condition("dummy", "Accepted", "True", "")?;
     let primary = ips(cluster, "dummy-deployment")?;
     let url = vip(cluster, "dummy-deployment")?;
-    answered_by("the primary, as the older one says", &primary, || cluster.ask("client", &url))?;
+    answered_by("the primary's answer, as the older object says", &primary, || cluster.ask("client", &url))?;
     cluster.lab(&["delete", "cb", "dummy"])?;
     cluster.wait_programmed("second")?;
     let backup = ips(cluster, "backup-deployment")?;
-    answered_by("the backup, as the other one says", &backup, || cluster.ask("client", &url))?;
-    Ok("the older one wins, the newer one says so, and takes over when it is alone".into())
+    answered_by("the backup's answer, as the newer object says", &backup, || cluster.ask("client", &url))?;
+    Ok("the older object wins; the newer one reports the conflict, and takes over when it is alone".into())
 }
 
-/// CircuitBreakers for many Services, on the lab's own pods.
+/// Manifest of `count` Services and a CircuitBreaker for each, on the lab's pods. Their numbers start at `first`.
 pub fn many(count: usize, first: usize) -> String {
     let mut items = Vec::new();
     for i in first..first + count {
@@ -794,7 +797,7 @@ pub fn many(count: usize, first: usize) -> String {
     json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string()
 }
 
-/// How many of the many are programmed.
+/// How many CircuitBreakers made by [`many`] are programmed.
 pub fn many_programmed(cluster: &Cluster) -> Result<usize> {
     let breakers = cluster.get(NAMESPACE, "cb", "many=yes")?;
     let done = |b: &&serde_json::Value| {
@@ -807,16 +810,16 @@ pub fn many_programmed(cluster: &Cluster) -> Result<usize> {
 fn two_hundred_at_once(cluster: &Cluster) -> Result<String> {
     const COUNT: usize = 200;
     let started = std::time::Instant::now();
-    // Made at once, not one after the other.
+    // One call creates them all.
     cluster.feed(&["-n", NAMESPACE, "create", "-f", "-"], &many(COUNT, 0))?;
     let applied = started.elapsed();
-    wait_for("all of them to be programmed", Duration::from_secs(60), || {
+    wait_for("all services to be programmed", Duration::from_secs(60), || {
         let done = many_programmed(cluster)?;
         if done == COUNT { Ok(Some(())) } else { bail!("{done} of {COUNT}") }
     })?;
     let all = started.elapsed();
     cluster.lab(&["delete", "cb,svc", "-l", "many=yes", "--wait=false"])?;
-    wait_for("the nodes to forget them", Duration::from_secs(60), || {
+    wait_for("the nodes' reports without them", Duration::from_secs(60), || {
         let reports = cluster.get("", "nodereports", "")?.to_string();
         Ok((!reports.contains("many-")).then_some(()))
     })?;
@@ -832,7 +835,8 @@ fn api_server_away(cluster: &Cluster) -> Result<String> {
     patch(cluster, QUICK)?;
     let primary = cluster.pods("dummy-deployment")?;
     let url = vip(cluster, "dummy-deployment")?;
-    // kubectl cannot reach the pods without the API server: this one does it on its own, in a while.
+    // Without the API server kubectl cannot reach the pods, so this pod injects the fault by itself, 15 s after its
+    // start.
     let script: Vec<String> = primary.iter().map(|pod| format!("http://{}/fakeerrormodeon", pod.ip)).collect();
     let mut args = vec!["later", "--after-millis", "15000"];
     args.extend(script.iter().map(String::as_str));
@@ -854,14 +858,14 @@ fn api_server_away(cluster: &Cluster) -> Result<String> {
     let backup = ips(cluster, "backup-deployment")?;
     let by = told.answered_by(first + outage, u128::MAX);
     ensure!(!by.is_empty() && by.iter().all(|ip| backup.contains(ip)), "answered by {by:?}");
-    ensure!(first < back, "the fault came too late");
+    ensure!(first < back, "the fault came after the API server was back");
     Ok(format!(
         "failed over {outage} ms after the fault, with no API server; status and Event {told_after} ms after it was back"
     ))
 }
 
-/// The primary's node loses its power: one service has its backup on another node, one has it on the same and nothing left.
-/// The node boots, and serves its own clients by the backup.
+/// The primary's node loses power. One service has its backup on another node; the other has its backup on the same
+/// node, and loses both. After the node has booted, its own clients fail over to the backup again.
 fn node_powered_off(cluster: &Cluster) -> Result<String> {
     let (alive, dead) = (cluster.nodes[0].clone(), cluster.nodes[cluster.nodes.len() - 1].clone());
     let pin = |app: &str, node: &str| -> Result<()> {
@@ -899,8 +903,8 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     let off = now();
     cluster.power(&dead, false)?;
     let backup = ips(cluster, "backup-deployment")?;
-    // A request that hangs is told of at its end, two seconds later: all of the outage is told once as long has passed since
-    // the backup answered first.
+    // A request that hangs is logged when it times out, after 2 s. So 5 s after the backup's first answer the log has
+    // the whole outage.
     wait_for("the backup to answer", Duration::from_secs(30), || {
         let told = load.told()?;
         let by_backup = |r: &&crate::load::Request| r.ok && backup.iter().any(|ip| r.words.contains(&format!("{ip}:")));
@@ -908,8 +912,8 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
         Ok(first.is_some_and(|first| now() > first + 5000).then_some(()))
     })?;
     let outage = load.told()?.recovery(off, u128::MAX)?;
-    ensure!(outage < 15_000, "it took {outage} ms, Kubernetes alone takes 40 s");
-    wait_for("refusals at once", Duration::from_secs(20), || {
+    ensure!(outage < 15_000, "failover took {outage} ms; Kubernetes alone takes 40 s");
+    wait_for("immediate refusals", Duration::from_secs(20), || {
         let told = doomed.told()?;
         let last: Vec<_> = told.requests.iter().rev().take(10).collect();
         Ok(last.iter().all(|r| !r.ok && r.words.contains("refused") && r.took < 500).then_some(()))
@@ -918,8 +922,8 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     cluster.wait_event("CircuitBreaker", "doomed", "BackupUnavailable")?;
     cluster.power(&dead, true)?;
     cluster.kubectl(&["wait", "--for=condition=Ready", &format!("node/{dead}"), "--timeout=90s"])?;
-    // Kubelet takes its time to start the pods of a node that was away.
-    wait_for("the primary to be well again", Duration::from_secs(240), || {
+    // The kubelet of a rebooted node takes a while to start its pods.
+    wait_for("both breakers to close", Duration::from_secs(240), || {
         let closed = |name| Ok::<_, anyhow::Error>(cluster.breaker(name)?["status"]["state"] == "Closed");
         Ok((closed("dummy")? && closed("doomed")?).then_some(()))
     })?;
@@ -936,7 +940,7 @@ fn node_powered_off(cluster: &Cluster) -> Result<String> {
     cluster.lab(&["delete", "cb/doomed", "svc/doomed", "svc/doomed-backup"])?;
     cluster.lab(&["delete", "pod", "newcomer", "--wait=false"])?;
     Ok(format!(
-        "failed over in {outage} ms; with the backup off, too, refused at once; the rebooted node's own clients fail over again"
+        "failed over in {outage} ms; refused at once without a backup; the rebooted node's clients fail over again"
     ))
 }
 
@@ -944,7 +948,7 @@ fn cleanup_job(node: &str) -> Result<String> {
     Ok(std::fs::read_to_string("k8s/cleanup/job.yaml").context("read k8s/cleanup/job.yaml")?.replace("NODE", node))
 }
 
-/// As the documents say it is done.
+/// Uninstalls breaker as the documentation describes it.
 pub fn uninstall(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait=false"])?;
     cluster.kubectl(&["delete", "-k", "k8s/base", "--ignore-not-found", "--timeout=90s"])?;
@@ -956,7 +960,7 @@ pub fn uninstall(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["-n", SYSTEM, "wait", "--for=condition=complete", "job", "-l", label, "--timeout=60s"])?;
     for node in &cluster.nodes {
         let log = cluster.kubectl(&["-n", SYSTEM, "logs", &format!("job/breaker-cleanup-{node}")])?;
-        ensure!(log.contains("took away") && !log.contains(" 0 maps"), "{node}: {log}");
+        ensure!(log.contains("removed") && !log.contains(" 0 maps"), "{node}: {log}");
     }
     cluster.kubectl(&["delete", "namespace", SYSTEM, "--timeout=60s"])?;
     wait_for("the lab's namespace to be gone", Duration::from_secs(60), || {

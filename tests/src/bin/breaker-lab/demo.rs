@@ -1,4 +1,4 @@
-//! The story, told as it happens.
+//! The demo: injects faults and prints what happens.
 
 mod limits;
 
@@ -15,17 +15,17 @@ use breaker_tests::lab::{
 };
 use serde_json::json;
 
-/// Plays every fault, with the lab's checks and with fast ones.
+/// Injects every fault, once with the default checks and once with fast ones; then shows limits.
 pub fn demo(json: bool, keep: bool) -> Result<()> {
     let mut teller = Teller::new(!json);
-    teller.say("Setting up the lab: a node as k3s lays it out, in network namespaces of its own.");
+    teller.say("Setting up the lab: a node like one of k3s, in network namespaces of its own.");
     let mut lab = Lab::new(Checks::Default)?;
     lab.agent.start()?;
     teller.introduce(&lab);
     let mut plays = Vec::new();
     for checks in [Checks::Default, Checks::Fast] {
         if checks == Checks::Fast {
-            teller.say("\nNow with checks every 100 ms, three failures are down (the agent reads its file again):");
+            teller.say("\nNow with checks every 100 ms; three failures mean Down (the agent reloads its file):");
             lab.configure(checks, "")?;
             lab.agent.wait_reload(Duration::from_secs(10))?;
         }
@@ -47,13 +47,13 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
         let ns = lab.world.node(0).ns().name().to_owned();
         let (socket, pins) = (lab.agent.socket(), lab.agent.pinned("maps"));
         let look = format!(
-            "The lab stays up, the agent with it (as long as it lives). Look around:\n\
+            "The lab and its agent keep running. Inspect them:\n\
              \x20 {} status --socket {}\n\
              \x20 ip netns exec {} curl -s http://{}/\n\
              \x20 ip -n {ns} -d link ; nsenter --net=/run/netns/{ns} iptables-save -t nat\n\
              \x20 bpftool map dump pinned {}/SWITCHES | head\n\
              \x20 ip netns exec {} curl -s -X POST http://127.0.0.1/fakeerrormodeon\n\
-             Take it away:\n  {}",
+             Remove them:\n  {}",
             breaker_tests::lab::binary("breaker")?.display(),
             socket.display(),
             lab.client.ns.name(),
@@ -67,13 +67,13 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
         } else {
             println!("\n{look}");
         }
-        // Its processes must outlive us.
+        // The lab's processes must outlive this one.
         std::mem::forget(lab);
     }
     Ok(())
 }
 
-/// Tells a person what happens.
+/// Prints the demo's progress for people.
 struct Teller {
     talk: bool,
     colour: bool,
@@ -96,11 +96,11 @@ impl Teller {
 
     fn introduce(&self, lab: &Lab) {
         self.say(&format!(
-            "  client pod {}  asks the Service VIP {} 50 times a second on new connections, and 4 clients keep theirs\n\
-             \x20 dummy-deployment  {}   the primary      (P in the strip below)\n\
-             \x20 backup-deployment {}   the backup       (B; x = a request failed, . = still waiting)\n\
-             \x20 a strip shows what new connections were told, 100 ms a character\n\
-             \x20 breaker watches /ready and sits on the pods' veths; closed, packets pass untouched to kube-proxy's rules.",
+            "  client pod {} connects to the Service VIP {} 50 times a second; 4 more clients keep their connections\n\
+             \x20 dummy-deployment  {}   the primary      (P in the timeline below)\n\
+             \x20 backup-deployment {}   the backup       (B; x = a request failed, . = no request has ended yet)\n\
+             \x20 the timeline shows the outcomes of new connections, one character per 100 ms\n\
+             \x20 breaker checks /ready; its programs are on the pods' veths (closed: all packets pass untouched)",
             lab.client.address,
             lab.vip,
             lab.primary.address(),
@@ -110,9 +110,9 @@ impl Teller {
 
     fn begin(&mut self, fault: Fault, checks: Checks) {
         let what = match fault {
-            Fault::FakeError => "the primary says 503 to checks and hangs on requests",
+            Fault::FakeError => "the primary answers checks with 503, and requests hang",
             Fault::Kill => "the primary's process is killed",
-            Fault::BlackHole => "packets to the primary vanish",
+            Fault::BlackHole => "packets to the primary are dropped",
         };
         self.say(&format!("\n{}: {what} (checks: {})", self.bold(fault.name()), checks.name()));
         self.from = Instant::now();
@@ -129,21 +129,21 @@ impl Teller {
             Moment::Injected(load) => {
                 self.strip(load);
                 self.injected = Instant::now();
-                self.line("the fault is there");
+                self.line("the fault is injected");
             }
             Moment::Open(load) => {
                 self.strip(load);
                 self.line("Closed -> Open: new connections go to the backup");
             }
             Moment::OnBackup(load) => {
-                // A moment to look at, and for those that wait to give up.
+                // Time for people to see it, and for requests that hang to reach their time limit.
                 std::thread::sleep(Duration::from_secs(1));
                 self.strip(load);
-                self.line("everybody is on the backup; the primary is made well again");
+                self.line("the backup answers all clients; now the fault is removed");
             }
             Moment::Closed(load) => {
                 self.strip(load);
-                self.line("Open -> Closed: kube-proxy has its packets back");
+                self.line("Open -> Closed: packets pass untouched to kube-proxy again");
             }
             Moment::Back(load) => {
                 self.strip(load);
@@ -166,7 +166,7 @@ impl Teller {
         self.column = 0;
     }
 
-    /// One character for every 100 ms since the last strip: what the new connections that began then were told.
+    /// Prints one character for every 100 ms since the last call: the outcome of the new connections that began then.
     fn strip(&mut self, load: &Load) {
         const SLICE: Duration = Duration::from_millis(100);
         let mut from = std::mem::replace(&mut self.from, Instant::now());
@@ -175,7 +175,7 @@ impl Teller {
         }
         let records = load.records();
         let new: Vec<&Record> = records.iter().filter(|r| !r.keep_alive && r.at >= from).collect();
-        // A slice that has just begun has nothing to say yet.
+        // A slice that is not complete yet is not printed.
         while from + SLICE <= self.from {
             let slice: Vec<_> = new.iter().filter(|r| r.at >= from && r.at < from + SLICE).collect();
             from += SLICE;
@@ -204,7 +204,7 @@ impl Teller {
 
     fn end(&self, play: &Play) {
         self.say(&format!(
-            "  recovered after {} ms; {} of {} requests failed; back on the primary {} ms after it was well",
+            "  recovered after {} ms; {} of {} requests failed; on the primary again {} ms after the fault was removed",
             play.recovered_ms, play.failed_requests, play.requests, play.back_on_primary_ms
         ));
     }
@@ -227,6 +227,6 @@ impl Teller {
                 play.back_on_primary_ms,
             ));
         }
-        self.say("\nRequests that the dying primary had accepted already, and those before a check noticed, fail: no proxy repeats them.");
+        self.say("\nRequests sent to the primary before a check noticed the fault can fail: no proxy repeats them.");
     }
 }

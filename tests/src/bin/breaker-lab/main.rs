@@ -1,4 +1,4 @@
-//! The demo and the bench: what `cargo xtask demo` and `cargo xtask bench` run, as root.
+//! The demo and the benchmarks, which `cargo xtask demo` and `cargo xtask bench` run as root.
 
 mod bench;
 mod demo;
@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 
-/// The lab, for people.
+/// Demo and benchmarks in the lab.
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
@@ -17,18 +17,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Play the story.
+    /// Show the failover of a service, for several faults.
     Demo {
-        /// Print one JSON object instead of the story.
+        /// Print one JSON object instead of the progress.
         #[arg(long)]
         json: bool,
-        /// Leave the lab up afterwards.
+        /// Leave the lab running afterwards.
         #[arg(long)]
         keep: bool,
     },
-    /// Measure.
+    /// Run the benchmarks.
     Bench {
-        /// Only the groups whose name contains this: packets, http, failover, probes, maps.
+        /// Run only the groups whose name contains this; the groups: packets, http, ways, limits, limits-packets,
+        /// failover, probes, maps.
         name: Option<String>,
         /// Print the rows as a JSON list.
         #[arg(long)]
@@ -47,7 +48,7 @@ fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "the lab needs root: it makes network namespaces and loads programs");
+    ensure!(rustix::process::geteuid().is_root(), "run as root: the lab creates network namespaces and loads programs");
     match cli.command {
         Command::Demo { json, keep } => demo::demo(json, keep),
         Command::Bench { name, json } => bench::bench(name.as_deref(), json),

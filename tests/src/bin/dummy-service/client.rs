@@ -1,4 +1,4 @@
-//! Clients of the lab, in the same image as the service: one request, or one after the other until told to end.
+//! Clients of the lab, in the same image as the service: they send one request, or requests until they are stopped.
 
 use std::{
     io::{Read as _, Write as _},
@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// What to ask.
+/// A parsed URL.
 #[derive(Clone, Debug)]
 pub struct Target {
     address: SocketAddr,
@@ -17,11 +17,11 @@ pub struct Target {
 }
 
 impl Target {
-    /// From `http://ADDRESS:PORT/PATH` or `udp://ADDRESS:PORT`.
+    /// Parses `http://ADDRESS:PORT/PATH` or `udp://ADDRESS:PORT`. The port defaults to 80, the path to `/`.
     pub fn parse(url: &str) -> Result<Self> {
         let datagrams = url.starts_with("udp://");
         let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("udp://")).with_context(|| {
-            format!("{url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH, udp://ADDRESS:PORT")
+            format!("the URL {url:?} is not allowed; allowed: http://ADDRESS:PORT/PATH, udp://ADDRESS:PORT")
         })?;
         let slash = rest.find('/').unwrap_or(rest.len());
         let (authority, path) = rest.split_at(slash);
@@ -30,28 +30,28 @@ impl Target {
         } else {
             format!("{authority}:80")
         };
-        let address = with_port.parse().with_context(|| format!("{authority:?} is no address and port"))?;
+        let address = with_port.parse().with_context(|| format!("{authority:?} is not an IP address and port"))?;
         Ok(Self { address, datagrams, path: if path.is_empty() { "/".into() } else { path.to_owned() } })
     }
 }
 
-/// A socket for datagrams to a target.
+/// Opens a UDP socket that is connected to a target.
 fn socket_to(target: &Target) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(if target.address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).context("bind")?;
-    socket.connect(target.address).context("connect")?;
+    socket.connect(target.address).context("connect the socket")?;
     Ok(socket)
 }
 
-/// A datagram there, and the next one back.
+/// Sends one datagram and returns the content of the next one that arrives.
 fn exchange(socket: &UdpSocket, timeout: Duration) -> Result<String> {
     socket.set_read_timeout(Some(timeout))?;
-    socket.send(b"?").context("send")?;
+    socket.send(b"?").context("send a datagram")?;
     let mut buffer = [0; 1500];
-    let length = socket.recv(&mut buffer).context("receive")?;
+    let length = socket.recv(&mut buffer).context("receive the answer")?;
     Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
 }
 
-/// One request on a connection of its own; the status and the body.
+/// Sends one request on a new connection. Returns the status and the body; the status of a datagram's answer is 200.
 pub fn ask(target: &Target, method: &str, timeout: Duration) -> Result<(u16, String)> {
     if target.datagrams {
         return Ok((200, exchange(&socket_to(target)?, timeout)?));
@@ -66,12 +66,12 @@ pub fn ask(target: &Target, method: &str, timeout: Duration) -> Result<(u16, Str
         "{method} {} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
         target.path
     )
-    .context("write")?;
+    .context("send the request")?;
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
     loop {
         stream.set_read_timeout(Some(left()))?;
-        match stream.read(&mut buffer).context("read")? {
+        match stream.read(&mut buffer).context("read the answer")? {
             0 => break,
             n => answer.extend_from_slice(&buffer[..n]),
         }
@@ -80,13 +80,14 @@ pub fn ask(target: &Target, method: &str, timeout: Duration) -> Result<(u16, Str
         }
     }
     let text = String::from_utf8_lossy(&answer);
-    let (head, body) = text.split_once("\r\n\r\n").context("an answer without an end of its head")?;
-    let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).context("an answer without a status")?;
+    let (head, body) = text.split_once("\r\n\r\n").context("the answer has no end of its header")?;
+    let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).context("the answer has no status")?;
     Ok((status, body.to_owned()))
 }
 
-/// Asks again and again, each time on a new connection, and prints a line for each: when (ms since 1970), how long it took
-/// (ms), `ok` or what was wrong, and who answered.
+/// Sends a request every `every`, each on a new connection (datagrams: all on one socket), until the process is
+/// stopped. Prints a line for each: the time (ms since 1970), the duration (ms), `ok` or what failed, and the body of
+/// the answer.
 pub fn keep_asking(target: &Target, every: Duration, timeout: Duration) -> Result<()> {
     let start = Instant::now();
     let mut number = 0_u32;
@@ -108,7 +109,7 @@ pub fn keep_asking(target: &Target, every: Duration, timeout: Duration) -> Resul
         std::thread::sleep(due.saturating_sub(start.elapsed()));
         number += 1;
         let target = target.clone();
-        // A request that hangs does not hold up the next.
+        // On a thread of its own, so that a request that hangs does not delay the next one.
         std::thread::spawn(move || {
             let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
             let began = Instant::now();

@@ -1,13 +1,13 @@
-//! The lab's service: answers, or plays dead when told to.
+//! The lab's service: answers requests, or pretends to fail when told to.
 //!
-//! | request | well | fake-error mode |
+//! | request | normal mode | fake-error mode |
 //! |---|---|---|
-//! | `GET /alive` | 200 `OK` | the same |
+//! | `GET /alive` | 200 `OK` | 200 `OK` |
 //! | `GET /ready` | 200 `OK FROM <local address>` | 503 `BUSY FROM <local address>` |
 //! | `GET /` | 200 `SOMERESPONSE FROM <local address>` | after 30 s 503 `ERROR FROM <local address>` |
-//! | `GET /client` | 200 `CLIENT <its address as we see it> FROM <local address>` | the same |
+//! | `GET /client` | 200 `CLIENT <client's address as the server sees it> FROM <local address>` | the same |
 //! | `POST /fakeerrormodeon`, `POST /fakeerrormodeoff` | 200 | 200 |
-//! | any datagram on the same port | `SOMERESPONSE FROM <local address>` | silence |
+//! | any datagram on the same port | `SOMERESPONSE FROM <local address>` | no answer |
 
 mod client;
 
@@ -36,7 +36,7 @@ use client::Target;
 /// The lab's service, and clients for it.
 #[derive(Parser)]
 struct Cli {
-    /// Where to listen, for connections and datagrams; both IP families on `[::]`.
+    /// Address and port to listen on, TCP and UDP; `[::]` accepts both IP families
     #[arg(long, default_value = "[::]:80")]
     listen: SocketAddr,
     #[command(subcommand)]
@@ -45,44 +45,44 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// One request: prints the body; fails unless the status is 200.
+    /// Send one request and print the body; fail unless the status is 200
     Ask {
-        /// http://ADDRESS:PORT/PATH, or udp://ADDRESS:PORT for a datagram
+        /// http://ADDRESS:PORT/PATH, or udp://ADDRESS:PORT to send a datagram
         url: String,
-        /// GET or POST.
+        /// GET or POST
         #[arg(long, default_value = "GET")]
         method: String,
-        /// Milliseconds that it may take.
+        /// Time limit of the request, in milliseconds
         #[arg(long, default_value_t = 2000)]
         timeout_millis: u64,
     },
-    /// Requests until told to end, a line for each.
+    /// Send requests until stopped, and print a line for each
     Load {
-        /// http://ADDRESS:PORT/PATH, each on a connection of its own; udp://ADDRESS:PORT, all from one socket
+        /// http://ADDRESS:PORT/PATH, each request on a new connection; udp://ADDRESS:PORT, all from one socket
         url: String,
-        /// Milliseconds from one to the next.
+        /// Interval between requests, in milliseconds
         #[arg(long, default_value_t = 20)]
         every_millis: u64,
-        /// Milliseconds that each may take.
+        /// Time limit of a request, in milliseconds
         #[arg(long, default_value_t = 2000)]
         timeout_millis: u64,
     },
-    /// POST to each of these once a while has passed, then do nothing until told to end.
+    /// Wait, POST to each URL once, then idle until stopped
     Later {
         /// http://ADDRESS:PORT/PATH
         urls: Vec<String>,
-        /// How long to wait first.
+        /// Time to wait before the requests, in milliseconds
         #[arg(long)]
         after_millis: u64,
     },
-    /// Do nothing until told to end: a place to run the others in.
+    /// Idle until stopped: keeps a container up in which to run the other commands
     Wait,
 }
 
-/// How long a request hangs in fake-error mode; others are not held up.
+/// How long `GET /` hangs in fake-error mode. Other requests are not delayed.
 const HANG: Duration = Duration::from_secs(30);
 
-/// The address that a client reached us at, and the client's own as we see it.
+/// Both ends of a connection: the local address that the client connected to, and the client's address.
 #[derive(Clone, Copy)]
 struct Local(SocketAddr, SocketAddr);
 
@@ -93,7 +93,7 @@ impl Connected<IncomingStream<'_, TcpListener>> for Local {
     }
 }
 
-/// IPv4 as such, on a socket of both families.
+/// Converts an IPv4-mapped IPv6 address (from a socket for both families) to IPv4.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
@@ -137,7 +137,7 @@ fn rest() -> Result<()> {
     }
 }
 
-/// The first process of a container ignores signals that it does not ask for.
+/// Exits on SIGTERM. The first process of a container ignores signals for which it has no handler (pid_namespaces(7)).
 fn end_on_sigterm() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::spawn(move || {
@@ -155,7 +155,7 @@ fn end_on_sigterm() -> Result<()> {
 async fn serve(listen: SocketAddr) -> Result<()> {
     end_on_sigterm()?;
     let (listener, socket) = match bind(listen).await {
-        // A host without IPv6.
+        // The host has no IPv6.
         Err(_) if listen.ip() == std::net::Ipv6Addr::UNSPECIFIED => bind(([0, 0, 0, 0], listen.port()).into()).await,
         bound => bound,
     }
@@ -170,21 +170,21 @@ async fn serve(listen: SocketAddr) -> Result<()> {
         .route("/fakeerrormodeon", post(|State(mode): State<Mode>| async move { mode.store(true, Ordering::SeqCst) }))
         .route("/fakeerrormodeoff", post(|State(mode): State<Mode>| async move { mode.store(false, Ordering::SeqCst) }))
         .with_state(mode);
-    axum::serve(listener, app.into_make_service_with_connect_info::<Local>()).await.context("serve")
+    axum::serve(listener, app.into_make_service_with_connect_info::<Local>()).await.context("serve HTTP")
 }
 
 async fn bind(listen: SocketAddr) -> std::io::Result<(TcpListener, UdpSocket)> {
     Ok((TcpListener::bind(listen).await?, UdpSocket::bind(listen).await?))
 }
 
-/// Answers datagrams.
+/// Answers datagrams, except in fake-error mode.
 async fn datagrams(socket: UdpSocket, mode: Mode) {
     let mut buffer = [0; 1500];
     while let Ok((_, from)) = socket.recv_from(&mut buffer).await {
         if mode.load(Ordering::SeqCst) {
             continue;
         }
-        // Which of our addresses it came to, a datagram does not say; it is the one that an answer leaves from.
+        // The received datagram does not tell its destination address. Name the address that an answer leaves from.
         let port = socket.local_addr().map_or(0, |at| at.port());
         let own = std::net::UdpSocket::bind(if from.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })
             .and_then(|socket| socket.connect(from).and_then(|()| socket.local_addr()));

@@ -1,8 +1,9 @@
-//! Random sequences through the programs and through the model of the rules: they must agree on every packet's verdict,
-//! bytes and mark, on what was counted, and on every entry in the flow tables.
+//! Differential test: random sequences of packets and decisions go through the programs and through the model of
+//! their rules. Both must agree on every packet's verdict, bytes and mark, on the counters, and on every entry of the
+//! flow tables.
 //!
-//! `cargo xtask test fuzz` runs many; among the other tests a few hundred are run, always the same. A failure is shrunk to a
-//! short sequence, told step by step, with the seed that makes it again.
+//! `cargo xtask test fuzz` runs many sequences. In the program tier a fixed set of a few hundred runs. A failing
+//! sequence is shrunk and printed step by step, with the seed that reproduces it.
 
 mod packet;
 mod steps;
@@ -35,12 +36,13 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 
 use steps::{BACKUPS, Decision, SERVICES, Step, backend, frontend, sequences};
 
-/// Among the other tests.
+/// Sequences that run in the program tier.
 const CASES: u32 = 400;
+/// First seed in the program tier.
 const SEED: u64 = 1;
-/// Sequences that share a seed: what is run to make a failure again.
+/// Sequences per seed. To reproduce a failure, all sequences of its seed run again.
 const BLOCK: u32 = 1000;
-/// Steps of a sequence.
+/// A sequence has fewer steps than this.
 const STEPS: usize = 24;
 
 #[test]
@@ -69,7 +71,7 @@ fn rate(count: u64, took: Duration) -> f64 {
     count as f64 / took.as_secs_f64()
 }
 
-/// Runs a block of sequences; the first on which they do not agree is told as short as it can be.
+/// Runs `cases` sequences of one seed. The error shows the first failing sequence, shrunk.
 fn run(bench: &RefCell<Bench>, seed: u64, cases: u32) -> Result<()> {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
@@ -83,14 +85,14 @@ fn run(bench: &RefCell<Bench>, seed: u64, cases: u32) -> Result<()> {
         Err(TestError::Fail(_, steps)) => {
             let mut story = Some(String::new());
             let end = bench.borrow_mut().play(&steps, &mut story);
-            let why = end.err().map_or("it does not happen again".to_owned(), |error| format!("{error:#}"));
-            bail!("{}{why}\nagain: cargo xtask test fuzz --cases {BLOCK} --seed {seed}", story.unwrap_or_default())
+            let why = end.err().map_or("the failure did not occur again".to_owned(), |error| format!("{error:#}"));
+            bail!("{}{why}\nreproduce: cargo xtask test fuzz --cases {BLOCK} --seed {seed}", story.unwrap_or_default())
         }
         Err(TestError::Abort(reason)) => bail!("seed {seed}: {reason}"),
     }
 }
 
-/// The programs with two services that share a backup.
+/// The programs in the kernel with two services that share a backup.
 struct Bench {
     rig: Rig,
     tables: Tables,
@@ -126,7 +128,8 @@ impl Bench {
         })
     }
 
-    /// Plays a sequence; the error is where programs and model do not agree. `story`: to be told.
+    /// Plays a sequence; fails at the first difference between programs and model. The steps are written to `story`
+    /// if there is one.
     fn play(&mut self, steps: &[Step], story: &mut Option<String>) -> Result<()> {
         let mut model = self.begin()?;
         for step in steps {
@@ -149,8 +152,8 @@ impl Bench {
                 writeln!(story, "  programs {}\n  model    {}", hex(&ran.bytes), hex(&expected.frame))?;
             }
             agree(&ran, &expected)?;
-            ensure!(reason == expected.reason, "counted: {reason:?}, model: {:?}", expected.reason);
-            ensure!(limited == expected.limited, "over {limited:?}, model: {:?}", expected.limited);
+            ensure!(reason == expected.reason, "counted reason {reason:?}, model: {:?}", expected.reason);
+            ensure!(limited == expected.limited, "over limits {limited:?}, model: {:?}", expected.limited);
             for name in SERVICES {
                 let counts = self.rig.datapath.limits(&ServiceName::new(name), 0)?.concurrent;
                 let model = [0, 1].map(|tier| model.ledger.concurrent(name, tier, None));
@@ -160,7 +163,7 @@ impl Bench {
             ensure!(book.flows == model.book.flows, "flows: {:#?}\nmodel: {:#?}", book.flows, model.book.flows);
             ensure!(
                 book.ways_back == model.book.ways_back,
-                "ways back: {:#?}\nmodel: {:#?}",
+                "reverse entries: {:#?}\nmodel: {:#?}",
                 book.ways_back,
                 model.book.ways_back
             );
@@ -168,10 +171,10 @@ impl Bench {
         Ok(())
     }
 
-    /// From the same state, whatever was before: no flows, both services open.
+    /// Resets programs and model to the same state: no flows, both services open.
     fn begin(&mut self) -> Result<Model> {
         self.tables.clear()?;
-        // Only of a service that is closed and settled the agent forgets which backends had flows.
+        // The agent forgets which backends had flows only for services that are closed and have no flows left.
         self.decide_both(BreakerState::Closed)?;
         self.rig.datapath.sweep(None)?;
         while !self.rig.datapath.events().is_empty() {}
@@ -227,7 +230,7 @@ impl Bench {
         let plan = plan_with(service, decision.state, epoch, decision.share, decision.draining, &usable);
         self.rig.apply(&plan)?;
         let pods = service.backups[0].backends.iter().map(|b| b.address.ip());
-        // The services share a pod; what is known of it holds for both.
+        // The services share a backup pod, so its location holds for both.
         model.near = if decision.near { pods.collect() } else { BTreeSet::new() };
         self.rig.datapath.locate(model.near.iter().map(|ip| (*ip, 1)).collect());
         model.any_fast |= decision.fast;
@@ -269,7 +272,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Which limits the last packet was over: the primary's first.
+    /// The limits that the last packet exceeded, as (tier, kind): the primary's first.
     fn limited(&mut self) -> Result<Vec<(usize, Kind)>> {
         let mut found = Vec::new();
         for (name, before) in SERVICES.iter().zip(&mut self.limited) {
@@ -291,7 +294,7 @@ impl Bench {
         Ok(std::mem::replace(&mut self.dry_run, now) < now)
     }
 
-    /// Why the last packet was left alone, if it was counted.
+    /// The reason for which the last packet was passed, if one was counted. Fails if more than one was.
     fn counted(&mut self) -> Result<Option<PassReason>> {
         let now: BTreeMap<PassReason, u64> = self.rig.datapath.reasons()?.into_iter().collect();
         let before = std::mem::replace(&mut self.reasons, now);
@@ -302,7 +305,7 @@ impl Bench {
     }
 }
 
-/// Limits as they are configured: a token comes back after an hour.
+/// The model's limits as configuration. [`Scope::Cluster`] and 3,600 nodes make a token come back only after an hour.
 fn configured(limits: &limit::Limits) -> limits::Limits {
     const NODES: u32 = 3600;
     let many = |count: u32| count * NODES;

@@ -1,4 +1,5 @@
-//! Packets by what is odd about them, to be generated, shrunk and read by people; and as bytes.
+//! Descriptions of packets by their unusual features, made to be generated, shrunk and printed; and their encoding as
+//! bytes.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,11 +8,11 @@ use breaker_tests::model::{
     headers::{octets, proto},
 };
 
-/// A packet without its ends.
+/// A packet without addresses and ports.
 #[derive(Clone, Debug)]
 pub struct Shape {
     pub body: Body,
-    /// IPv4 options, in words.
+    /// IPv4 options, in 32-bit words.
     pub options: usize,
     /// IPv6 extension headers.
     pub extensions: Vec<Extension>,
@@ -21,7 +22,7 @@ pub struct Shape {
     pub lie: Lie,
 }
 
-/// From, to, and whether it is UDP.
+/// Source, destination, and whether the protocol is UDP (otherwise TCP).
 #[derive(Clone, Copy, Debug)]
 pub struct Ends {
     pub source: SocketAddr,
@@ -31,42 +32,42 @@ pub struct Ends {
 
 #[derive(Clone, Debug)]
 pub enum Body {
-    /// TCP or UDP, as the ends say.
+    /// TCP or UDP, as [`Ends::udp`] says.
     Transport(Transport),
-    /// A protocol number, and nothing of interest behind it.
+    /// Another protocol number, with 24 arbitrary bytes behind the IP header.
     Other(u8),
 }
 
 #[derive(Clone, Debug)]
 pub struct Transport {
-    /// TCP's.
+    /// TCP flags (byte 13 of the header).
     pub flags: u8,
-    /// TCP options, in words.
+    /// TCP options, in 32-bit words.
     pub options: usize,
     /// Bytes of payload.
     pub payload: usize,
-    /// The payload's first word.
+    /// The payload's first two bytes, in network byte order.
     pub word: u16,
     /// UDP without a checksum.
     pub unchecked: bool,
-    /// A checksum that is wrong.
+    /// A wrong checksum.
     pub wrong: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub enum Extension {
-    /// Eight bytes times so many.
+    /// Length in units of eight bytes.
     HopByHop(u8),
     Destination(u8),
-    /// So many segments left.
+    /// Segments left.
     Routing(u8),
-    /// A fragment header of an only fragment.
+    /// A fragment header on a packet that is not fragmented (an atomic fragment, RFC 6946).
     Atomic,
-    /// Words, less two.
+    /// Length in 32-bit words, minus two (RFC 4302, section 2.2).
     Authentication(u8),
 }
 
-/// Which part of a packet it is; with its identification.
+/// Which part of an IP packet the frame carries. The number is the fragment's identification.
 #[derive(Clone, Copy, Debug)]
 pub enum Piece {
     Whole,
@@ -74,20 +75,20 @@ pub enum Piece {
     Later(u8),
 }
 
-/// Where a frame is not what it says.
+/// Differences between the lengths in the headers and the frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Lie {
-    /// Added to the IP header's length.
+    /// Added to the IP header's length field.
     pub length: i16,
-    /// Cut off the frame's end.
+    /// Bytes cut off the frame's end.
     pub cut: usize,
-    /// Padding behind the packet.
+    /// Bytes of padding behind the packet.
     pub padding: usize,
 }
 
 const MACS: [u8; 12] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 4];
 
-/// A frame.
+/// Encodes a packet as an Ethernet frame.
 pub fn frame(shape: &Shape, ends: &Ends) -> Vec<u8> {
     let (next, rest) = match &shape.body {
         Body::Transport(body) => transport(body, ends),
@@ -96,7 +97,8 @@ pub fn frame(shape: &Shape, ends: &Ends) -> Vec<u8> {
     framed(shape, ends, next, rest)
 }
 
-/// An ICMP error about a packet. `quoted`: bytes of it that are quoted.
+/// Encodes an ICMP error that quotes the first `quoted` bytes of the IP packet in the frame `about`. `kind` is the
+/// ICMP type.
 pub fn error(shape: &Shape, ends: &Ends, kind: u8, about: &[u8], quoted: usize) -> Vec<u8> {
     let v4 = ends.source.is_ipv4();
     let quote = &about[14..about.len().min(14 + quoted)];
@@ -224,7 +226,7 @@ fn ipv6(shape: &Shape, ends: &Ends, next: u8, rest: &[u8]) -> Vec<u8> {
 }
 
 impl Extension {
-    /// Its number and its bytes, the next header's number left out.
+    /// The header's protocol number and its bytes. The "next header" byte is left zero.
     fn bytes(self) -> (u8, Vec<u8>) {
         let padded = |units: u8| {
             let mut bytes = vec![0; usize::from(units) * 8];

@@ -1,5 +1,5 @@
-//! Random sequences of what may happen: packets and decisions of the agent, with addresses from so small a pool that they
-//! meet.
+//! Random sequences of steps: packets, and decisions of the agent. Addresses and ports come from a small pool, so
+//! that flows often collide.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -16,10 +16,10 @@ use proptest::prelude::*;
 
 use super::packet::{self, Body, Ends, Extension, Lie, Piece, Shape, Transport};
 
-/// One thing that happens.
+/// One step of a sequence.
 #[derive(Clone, Debug)]
 pub enum Step {
-    /// The agent decides for a service.
+    /// The agent applies a decision for a service.
     Decide(Decision),
     /// A packet passes a hook.
     Packet { hook: Hook, from_to: FromTo, shape: Shape },
@@ -27,15 +27,15 @@ pub enum Step {
     Error { hook: Hook, about: About, kind: usize, quoted: usize, shape: Shape },
 }
 
-/// What the agent decides.
+/// A decision of the agent, and the configuration of the service.
 #[derive(Clone, Debug)]
 pub struct Decision {
-    /// 0 or 1.
+    /// Index of the service: 0 or 1.
     pub service: usize,
     pub state: BreakerState,
     pub share: u16,
     pub draining: bool,
-    /// How many of its backups are usable.
+    /// How many of the service's backups are usable; each counts in both IP families.
     pub usable: usize,
     pub dry_run: bool,
     pub reset_on_open: bool,
@@ -44,17 +44,17 @@ pub struct Decision {
     pub half_open_limit: u32,
     /// `fastPath: PeerRedirect`.
     pub fast: bool,
-    /// Clients outside keep their address.
+    /// External clients keep their address (`externalTrafficPolicy: Local`).
     pub keeps_client: bool,
-    /// The backends are known to be pods of this node.
+    /// The agent knows the service's backups as pods on this node.
     pub near: bool,
-    /// In the epoch that it is in, if it stays in its state: a ramp's step, another backup.
+    /// Keep the current epoch if the state stays the same, as a step of the ramp or a change of backups does.
     pub in_epoch: bool,
-    /// The primary's and the backup's.
+    /// Limits of the primary and of the backup.
     pub limits: Option<Limits>,
 }
 
-/// Between whom.
+/// Source and destination of a packet.
 #[derive(Clone, Copy, Debug)]
 pub enum FromTo {
     /// From a client to a frontend.
@@ -63,29 +63,29 @@ pub enum FromTo {
     Backend { client: usize, port: u16, backend: usize, v6: bool, udp: bool },
     /// From a backend to a client.
     Client { backend: usize, client: usize, port: u16, v6: bool, udp: bool },
-    /// Strangers.
+    /// Between addresses that have no role.
     Others { v6: bool, udp: bool },
-    /// As the n-th flow's client.
+    /// From the client to the frontend of the n-th flow in the flow table.
     Flow(usize),
-    /// As the n-th flow's backend.
+    /// From the backend to the client of the n-th reverse entry.
     Reply(usize),
 }
 
-/// What an error is about.
+/// The packet that an ICMP error quotes.
 #[derive(Clone, Copy, Debug)]
 pub enum About {
-    /// The n-th flow's packet to its backend; from the backend itself, or a router.
+    /// A packet to the backend of the n-th flow; the error comes from the backend or from a router.
     ToBackend { flow: usize, from_backend: bool },
-    /// The n-th flow's packet to its client.
+    /// A packet to the client of the n-th flow; the error comes from the client.
     ToClient { flow: usize },
-    /// A packet of nobody we know.
+    /// A packet between addresses that have no role.
     Others { v6: bool },
 }
 
 pub const SERVICES: [&str; 2] = ["one", "two"];
-/// Of each service, in both families.
+/// Last byte of the addresses of each service's backups; each backup has an IPv4 and an IPv6 address.
 pub const BACKUPS: [&[u8]; 2] = [&[3, 5], &[3]];
-/// Pods (3 is a backup, too), and one outside.
+/// Last byte of the clients' pod addresses (3 is also a backup). 0 stands for an external client.
 const CLIENTS: [u8; 4] = [4, 6, 3, 0];
 const PORTS: [u16; 3] = [5000, 5001, 80];
 
@@ -117,7 +117,7 @@ impl FromTo {
         }
     }
 
-    /// The ends, given the flows that there are.
+    /// The addresses and ports. `book` has the flows that exist.
     pub fn ends(self, book: &Book) -> Ends {
         let ends = |source, destination, udp| Ends { source, destination, udp };
         match self {
@@ -149,7 +149,7 @@ impl FromTo {
 }
 
 impl Step {
-    /// The hook that a packet passes, and its frame.
+    /// The hook that the packet passes, and its frame. None for a decision.
     pub fn frame(&self, book: &Book) -> Option<(Hook, Vec<u8>)> {
         match self {
             Self::Decide(_) => None,
@@ -169,7 +169,7 @@ impl Step {
 }
 
 impl About {
-    /// The ends of the packet that it is about, and who tells.
+    /// Source and destination of the quoted packet, and the sender of the error.
     fn ends(self, book: &Book) -> (Ends, SocketAddr) {
         match self {
             Self::ToBackend { flow, from_backend } => {
@@ -190,8 +190,8 @@ impl About {
     }
 }
 
-/// Sequences of up to `most` steps; half of them with one client and one kind of packet, so that they meet even
-/// more often.
+/// Sequences of fewer than `most` steps. Half of them have only one client, one IP family and one protocol, so that
+/// flows collide even more often.
 pub fn sequences(most: usize) -> impl Strategy<Value = Vec<Step>> {
     let focus = prop::option::of((any::<bool>(), any::<bool>()));
     (focus, prop::collection::vec(step(), 1..most)).prop_map(|(focus, mut steps)| {
@@ -228,7 +228,7 @@ fn decision() -> impl Strategy<Value = Decision> {
     (of, policy, near, limits).prop_map(|((service, state, share, draining, usable), policy, near, limits)| {
         let (fast, keeps_client, near) = near;
         let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
-        // A closed breaker gives the primary all, or ramps up to it.
+        // A closed breaker sends all connections to the primary, or ramps up to that.
         let share = if state == BreakerState::Closed && share == 0 { 1000 } else { share };
         Decision {
             service,
@@ -250,7 +250,7 @@ fn decision() -> impl Strategy<Value = Decision> {
     })
 }
 
-/// So low that they are met.
+/// Limits so low that a sequence reaches them.
 fn tier_limits() -> impl Strategy<Value = TierLimits> {
     let limit = || prop::option::weighted(0.4, 1..4_u32);
     let over = prop_oneof![Just(Over::Reset), Just(Over::Drop), Just(Over::Failover)];
@@ -280,6 +280,7 @@ fn packet() -> impl Strategy<Value = Step> {
     prop_oneof![2 => opening, 3 => going_on]
 }
 
+/// The hook where such a packet is expected.
 fn natural(from_to: &FromTo) -> Hook {
     match from_to {
         FromTo::Client { .. } | FromTo::Reply(_) => Hook::ToPod,
@@ -287,10 +288,10 @@ fn natural(from_to: &FromTo) -> Hook {
     }
 }
 
-/// Mostly the one where such a packet is to be expected.
+/// The hook of a packet; None, which is the most frequent, stands for the natural one ([`natural`]).
 fn hook() -> impl Strategy<Value = Option<Hook>> {
     let any_hook = prop::sample::select(&[Hook::FromPod, Hook::ToPod, Hook::FromOutside, Hook::ToOutside][..]);
-    // A backend's own interface is where its answers from veth to veth are translated.
+    // Answers of fast-path flows are translated at ingress on the backend's own veth.
     prop_oneof![5 => Just(None), 1 => any_hook.prop_map(Some), 1 => Just(Some(Hook::FromPod))]
 }
 
@@ -307,7 +308,7 @@ fn error() -> impl Strategy<Value = Step> {
     })
 }
 
-/// `syn`: how rarely a segment opens a connection, one of so many.
+/// The shape of a packet. Of `syn` + 1 TCP segments, one is a plain SYN.
 fn shape(syn: u32) -> impl Strategy<Value = Shape> {
     let flags = prop_oneof![
         6 => Just(0x10_u8), 3 => Just(0x12), 1 => Just(0x11), 1 => Just(0x04), 1 => Just(0x14), 1 => any::<u8>(),

@@ -1,5 +1,5 @@
-//! From the end of a fault's injection to the first success after which all succeed, beside HAProxy with the same
-//! checks.
+//! Time from the end of a fault's injection to the first success after the last failure, compared with HAProxy with the
+//! same checks.
 
 use std::time::{Duration, Instant};
 
@@ -13,11 +13,11 @@ use breaker_tests::lab::{
 
 use super::{Row, http::Ambassador, median, spread};
 
-/// Odd, so that the median is one of them.
+/// Outages per fault. Odd, so that the median is one of the measured values.
 const TIMES: usize = 9;
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    // Ours and theirs in labs of their own, in turn.
+    // breaker and HAProxy each have a lab of their own; the outages take turns.
     let mut ours = Lab::new(Checks::Fast)?;
     ours.agent.start()?;
     ours.agent.wait_well(Duration::from_secs(10))?;
@@ -54,7 +54,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Milliseconds to recovery, and failed requests.
+/// Runs one outage. Returns the milliseconds until recovery, and the number of failed requests.
 fn outage(lab: &mut Lab, target: std::net::SocketAddrV4, fault: Fault) -> Result<(f64, f64)> {
     const LONG: Duration = Duration::from_secs(20);
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
@@ -64,13 +64,13 @@ fn outage(lab: &mut Lab, target: std::net::SocketAddrV4, fault: Fault) -> Result
         new.clone().count() == 60 && new.clone().all(|r| r.outcome.pod() == Some(pod))
     };
     load.wait("the primary to answer", LONG, |records| all_from(records, &primary))?;
-    // The load began to be answered at a check, so the fault would come at one and the same place between two checks,
-    // another one for each of the two: come at any.
+    // The load is first answered right after a check. Without a random delay the fault would always come at the same
+    // offset between two checks, and this offset would differ between breaker and HAProxy.
     std::thread::sleep(Duration::from_millis(fastrand::u64(0..100)));
     lab.primary.inject(fault)?;
     let injected = Instant::now();
     load.wait("the backup to answer", LONG, |records| all_from(records, &backup))?;
-    // Requests that hang are counted when they give up.
+    // Requests that hang are recorded when they reach their time limit of 1 s.
     std::thread::sleep(Duration::from_millis(1200));
     lab.primary.heal(fault)?;
     let healed = Instant::now();

@@ -1,6 +1,7 @@
-//! HTTP through the lab: breaker closed and open, beside kube-proxy's rules alone and beside HAProxy as the ambassador.
+//! HTTP through the lab: breaker closed and open, compared with kube-proxy's rules alone and with HAProxy as the
+//! ambassador.
 //!
-//! Client, servers and proxy share one CPU, so that requests per second are the inverse of what the whole way costs.
+//! Client, servers and proxy share one CPU, so that requests per second are the inverse of the cost of the whole path.
 
 use std::{
     net::SocketAddrV4,
@@ -22,14 +23,14 @@ use super::{CPU, Row, pairs, pin_thread};
 
 const SLICE: Duration = Duration::from_millis(200);
 
-/// How clients ask.
+/// How clients use connections.
 #[derive(Clone, Copy)]
 pub(super) enum Style {
-    /// Eight clients, each on its own connection.
+    /// Eight clients, each with one connection for all its requests.
     KeepAlive,
-    /// Eight clients, a connection for each request.
+    /// Eight clients, with a new connection for each request.
     New,
-    /// One client on one connection.
+    /// One client with one connection for all its requests.
     One,
 }
 
@@ -43,10 +44,10 @@ impl Style {
     }
 }
 
-/// HAProxy as the ambassador, in a pod of its own.
+/// HAProxy as the ambassador, in a pod of its own. Dropping it kills HAProxy.
 pub(super) struct Ambassador {
     child: Child,
-    /// Its address.
+    /// Address and port of the proxy.
     pub address: SocketAddrV4,
 }
 
@@ -58,12 +59,13 @@ impl Drop for Ambassador {
 }
 
 impl Ambassador {
-    /// Starts HAProxy in TCP mode before a primary and a backup; `check` are the words of its `default-server` line.
+    /// Starts HAProxy in TCP mode in front of the lab's primary and backup. `check` is the rest of its `default-server`
+    /// line.
     pub(super) fn start(lab: &mut Lab, check: &str) -> Result<Self> {
         Self::start_with(lab, "haproxy", check, "")
     }
 
-    /// As [`Ambassador::start`], in a pod of this name, with more lines for its `listen` section.
+    /// Like [`Ambassador::start`], in a pod named `pod`, with more lines for the section `listen`.
     pub(super) fn start_with(lab: &mut Lab, pod: &str, check: &str, more: &str) -> Result<Self> {
         let config = lab.world.dir().join(format!("{pod}.cfg"));
         let pod = lab.world.node_mut(0).add_pod(pod)?;
@@ -98,7 +100,7 @@ impl Ambassador {
 }
 
 pub(super) fn rows() -> Result<Vec<Row>> {
-    // Without breaker: kube-proxy's rules alone, and an ambassador.
+    // Without breaker: a Service with kube-proxy's rules alone, and one in front of an ambassador.
     let mut plain = Lab::new(Checks::Default)?;
     let proxy = Ambassador::start(&mut plain, "inter 3s fall 1 rise 1")?;
     let proxy_vip = kubeproxy::vip(5);
@@ -110,7 +112,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     };
     kubeproxy::add_service(plain.world.node(0).ns(), &service)?;
     proxy.pin()?;
-    // With breaker: one service closed, and one whose primary has no backend, so it is open.
+    // With breaker: one closed service, and two that are open because nothing has the address of their primary.
     let mut lab = Lab::new(Checks::Default)?;
     let open_vip = kubeproxy::vip(3);
     let nobody = SocketAddrV4::new(std::net::Ipv4Addr::new(10, 42, 1, 250), 80);
@@ -121,12 +123,12 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     lab.agent.write_config("  uplinks: true\n", &format!("{}{open}{fast}", lab.services(Checks::Default, "")))?;
     lab.agent.start()?;
     lab.agent.wait_state("open", "Open", Duration::from_secs(20))?;
-    wait_for("the fast service to be open, and its backup near", Duration::from_secs(20), || {
+    wait_for("the fast service to be open, with its backup known as local", Duration::from_secs(20), || {
         lab.agent.service("fast").is_ok_and(|s| s.state == "Open" && s.tiers[1].backends[0].near)
     })?;
     for lab in [&plain, &lab] {
         settle(lab)?;
-        // A client outside comes in by the node.
+        // Route a client outside to the VIPs by the node.
         let node = lab.world.node(0).address().to_string();
         lab.world.lan().ip(&["route", "add", kubeproxy::VIPS, "via", &node])?;
     }
@@ -158,7 +160,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Has servers share one CPU, and sockets that are closed forgotten: see docs/BENCHMARKS.md.
+/// Pins the servers to the shared CPU, and turns TIME_WAIT sockets off, so that ports are free again at once: see
+/// docs/BENCHMARKS.md.
 pub(super) fn settle(lab: &Lab) -> Result<()> {
     for pod in [&lab.primary, &lab.backup] {
         pin_service(pod)?;
@@ -175,7 +178,7 @@ fn pin_process(pid: u32) -> Result<()> {
 }
 
 fn pin_service(service: &ServicePod) -> Result<()> {
-    pin_process(service.pid().context("the service is dead")?)
+    pin_process(service.pid().context("the service is not running")?)
 }
 
 fn compare(
@@ -189,11 +192,11 @@ fn compare(
     pairs(format!("http: {what}, {}", style.name()), "req/s", base, aim, ours, theirs)
 }
 
-/// Requests per second over one slice, from a client's namespace.
+/// Requests per second during one slice, from a client's namespace.
 pub(super) fn slice(client: &NetNs, target: SocketAddrV4, style: Style) -> Result<f64> {
     client.enter(move || -> Result<f64> {
         pin_thread()?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build a runtime")?;
         runtime.block_on(async move {
             let clients = if matches!(style, Style::One) { 1 } else { 8 };
             let new = matches!(style, Style::New);
@@ -201,7 +204,7 @@ pub(super) fn slice(client: &NetNs, target: SocketAddrV4, style: Style) -> Resul
             let tasks: Vec<_> = (0..clients).map(|_| tokio::spawn(ask_until(target, new, started + SLICE))).collect();
             let mut count = 0.0;
             for task in tasks {
-                count += task.await.context("a client")??;
+                count += task.await.context("wait for a client")??;
             }
             Ok(count / started.elapsed().as_secs_f64())
         })

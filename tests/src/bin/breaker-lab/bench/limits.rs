@@ -1,5 +1,5 @@
-//! What limits cost and how exact they are: nanoseconds a packet beside the same service without limits; requests per second
-//! beside HAProxy with its own; connections admitted beside what is allowed; memory.
+//! Cost and accuracy of limits: extra nanoseconds per packet, compared with the same service without limits; requests
+//! per second, compared with HAProxy and its limits; admitted connections, compared with the allowed ones; memory.
 
 use std::{
     net::SocketAddrV4,
@@ -42,22 +42,22 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Limits that admit all.
+/// No limits.
 fn all() -> TierLimits {
     TierLimits::default()
 }
 
-/// A rate that nothing here reaches.
+/// A rate that no benchmark reaches.
 const PLENTY: Rate = Rate { per_second: 1_000_000_000, burst: 1_000_000_000 };
 
 fn with(name: &str, host: u8, limits: TierLimits) -> Result<Service> {
     let mut service =
         service(name, vip(host), &[pod(3, 80)], "limits: {newConnectionsPerSecond: 1, concurrentConnections: 1},")?;
-    service.limits.as_mut().context("limits")?.primary = limits;
+    service.limits.as_mut().context("the service has no limits")?.primary = limits;
     Ok(service)
 }
 
-/// A packet of a closed service: what it costs more with a limit than without.
+/// Extra nanoseconds per packet of a closed service with a limit, compared with a service without limits.
 pub(super) fn packets() -> Result<Vec<Row>> {
     let sizes = Sizes { connection_buckets: 1 << 15, client_buckets: 1 << 15, ..Sizes::for_memory(1024) };
     let mut bench = Bench::with_sizes(&sizes)?;
@@ -94,8 +94,8 @@ pub(super) fn packets() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Nanoseconds that the first SYNs of some thousand connections take more with limits than without. Before each round the limits
-/// are made anew, so that no connection is known.
+/// Extra nanoseconds per SYN for some thousand new connections of a service with limits. Before each round the limits
+/// are removed and configured anew, so that the service knows none of the connections.
 fn fresh(
     bench: &mut Bench,
     name: String,
@@ -126,7 +126,8 @@ fn fresh(
     })
 }
 
-/// Nanoseconds that a packet to one VIP takes more than one to another.
+/// Extra nanoseconds per packet to the VIP of a service with limits, compared with one without. `vary`: see
+/// [`packets::NEW`] and [`packets::CLIENTS`].
 fn difference(
     bench: &mut Bench,
     name: String,
@@ -158,14 +159,14 @@ fn difference(
     })
 }
 
-/// What the maps of limits take where every one of 10,000 services has limits.
+/// Memory of the maps of limits, sized for 10,000 services that all have limits.
 fn memory() -> Result<Row> {
     const MAPS: &[&str] = &["LIMITS", "LIMITERS", "LIMIT_COUNTERS", "CONNECTIONS", "CLIENTS", "LIMITED"];
     let rig = Rig::with_sizes(&Sizes::for_services(10_000).with_flows(1 << 18))?;
     maps::memory_of("10,000 services with limits, 64k connections", &rig, MAPS, "")
 }
 
-/// Requests per second with a connection for each, beside HAProxy with the limit that is most like it.
+/// Requests per second with a new connection for each, compared with HAProxy's most similar limit.
 fn requests() -> Result<Vec<Row>> {
     let rows: &[(&str, &str, &str)] = &[
         (
@@ -227,12 +228,13 @@ fn requests() -> Result<Vec<Row>> {
     Ok(found)
 }
 
-/// New connections a second that the limit of [`accuracy`] allows.
+/// New connections per second that the limit of [`accuracy`] allows.
 const RATE: u32 = 200;
-/// How many of them at once.
+/// Burst of the limit of [`accuracy`].
 const BURST: u32 = 20;
 
-/// Sixteen clients at ten times the limit for ten seconds: connections admitted, beside limit × time + burst.
+/// Sixteen clients attempt ten times the limit for ten seconds. Compares the admitted connections with the allowed
+/// ones: rate × time + burst.
 fn accuracy() -> Result<Row> {
     let limits = format!("    limits: {{newConnectionsPerSecond: {RATE}, burst: {BURST}}}\n");
     let mut lab = Lab::with(Checks::Default, &limits)?;
@@ -252,7 +254,7 @@ fn accuracy() -> Result<Row> {
     })
 }
 
-/// Connects at ten times the limit, from sixteen threads; returns how many connections there were, and how long it took.
+/// Connects at ten times the limit from sixteen threads. Returns the number of admitted connections, and the duration.
 fn storm(client: &NetNs, target: SocketAddrV4) -> Result<(u64, Duration)> {
     const CLIENTS: u32 = 16;
     const LENGTH: Duration = Duration::from_secs(10);

@@ -1,5 +1,5 @@
-//! What changing the maps costs, with few services and with many: a flip, a whole new set of slots, flips of all; and what
-//! they take of memory.
+//! Cost of changes to the maps with few and with many services: a change of state, a change of state with a new
+//! selection table, and a change of state of all services. Also the memory of the maps.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -25,11 +25,11 @@ use super::{Row, median, spread};
 const TIMES: u32 = 200;
 const FEW: u32 = 10;
 const MANY: u32 = 10_000;
-/// Of each service.
+/// Backends of each service.
 const BACKENDS: u32 = 10;
 const FLOWS: u32 = 1 << 18;
 
-/// The plan of a service for a turn.
+/// Creates the plan of a service for an epoch.
 type Flip = fn(&Service, u32) -> ServicePlan;
 
 pub(super) fn rows() -> Result<Vec<Row>> {
@@ -93,7 +93,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Every service flips once.
+/// Time to change the state of every service once, in milliseconds.
 fn all_flips(rig: &mut Rig, services: &[Service]) -> Result<Row> {
     let mut values = Vec::new();
     for turn in 0..10 {
@@ -117,8 +117,8 @@ fn all_flips(rig: &mut Rig, services: &[Service]) -> Result<Row> {
 const SERVICE_MAPS: &[&str] =
     &["SWITCHES", "SERVICES", "ROUTES", "RUNTIME", "SLOTS", "COUNTERS", "ENDPOINTS4", "BACKENDS4"];
 
-/// What the kernel takes for maps (the `memlock` of /proc/PID/fdinfo; from kernel 6.4 on what is there, before that what
-/// there may be).
+/// Memory of maps by the kernel's account: `memlock` in /proc/PID/fdinfo. From kernel 6.4 on it covers the entries that
+/// exist, before that the entries that the map may hold.
 pub(super) fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str) -> Result<Row> {
     let mut bytes = 0.0;
     for name in maps {
@@ -126,7 +126,7 @@ pub(super) fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str)
         let fd = map.fd().as_fd().as_raw_fd();
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).context("read a map's fdinfo")?;
         let line = info.lines().find_map(|line| line.strip_prefix("memlock:")).context("no memlock in fdinfo")?;
-        bytes += line.trim().parse::<f64>().context("memlock")?;
+        bytes += line.trim().parse::<f64>().context("parse memlock in fdinfo")?;
     }
     Ok(Row {
         name: format!("maps: memory of {what}"),
@@ -139,7 +139,7 @@ pub(super) fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str)
     })
 }
 
-/// Opens connections that are answered.
+/// Opens `flows` connections that the backup answers, so that they are promoted to the established tables.
 fn establish(rig: &mut Rig, flows: u32) -> Result<()> {
     let (vip, backup) = (vip(10), pod(3, 80));
     rig.apply(&plan(&service("dummy", vip, &[backup], "")?, Open, 2))?;

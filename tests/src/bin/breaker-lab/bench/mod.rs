@@ -1,4 +1,5 @@
-//! Measuring: things side by side in one run, in turn, medians of pairs; ratios rather than numbers.
+//! Benchmarks. Most compare two things, measured in turn in one run. The result is the median of pairs, as a ratio
+//! where possible, because absolute numbers depend on the machine.
 
 mod failover;
 mod http;
@@ -15,19 +16,19 @@ use serde::Serialize;
 /// One line of the result.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
-    /// Group and thing.
+    /// Group, and what is measured.
     name: String,
-    /// Its number.
+    /// The measured value; the median of several.
     value: f64,
-    /// The number's unit.
+    /// Unit of the value.
     unit: &'static str,
-    /// What it was measured beside.
+    /// What the value is compared with.
     base: String,
-    /// The number's relation to the base's, in the sense that the name says.
+    /// Ratio of the value to the base's value.
     ratio: Option<f64>,
-    /// How far the pairs' ratios lie apart: half of them are within.
+    /// Half the distance between the quartiles: of the ratio, or of the value if there is no ratio.
     spread: Option<f64>,
-    /// What we aim for.
+    /// The goal for the ratio, or for the value if there is no ratio.
     aim: &'static str,
 }
 
@@ -48,11 +49,12 @@ const GROUPS: &[(&str, Group)] = &[
 pub fn bench(name: Option<&str>, json: bool) -> Result<()> {
     let wanted: Vec<_> = GROUPS.iter().filter(|(group, _)| name.is_none_or(|name| group.contains(name))).collect();
     let known: Vec<&str> = GROUPS.iter().map(|(group, _)| *group).collect();
-    ensure!(!wanted.is_empty(), "no group is called {name:?}; there are: {}", known.join(", "));
+    ensure!(!wanted.is_empty(), "no group matches {name:?}; the groups are: {}", known.join(", "));
     let mut rows = Vec::new();
     for (group, run) in wanted {
         eprintln!("measuring {group} …");
-        // A rig settles the thread that makes it in a network namespace, whose end is that of the processes in it.
+        // A rig moves its thread into a network namespace, and removing that namespace kills every process whose first
+        // thread is in it: so each group runs on a thread of its own.
         match std::thread::spawn(run).join() {
             Ok(measured) => rows.extend(measured?),
             Err(panic) => std::panic::resume_unwind(panic),
@@ -74,20 +76,20 @@ pub fn bench(name: Option<&str>, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// The one CPU that everything of a comparison shares.
+/// The CPU that all parts of a comparison share.
 const CPU: usize = 1;
 
-/// Pins this thread to it.
+/// Pins the calling thread to [`CPU`].
 fn pin_thread() -> Result<()> {
     let mut cpus = CpuSet::new();
     cpus.set(CPU);
     sched_setaffinity(None, &cpus).context("pin a thread")
 }
 
-/// Pairs of a comparison: fewer than fourteen say little (see docs/BENCHMARKS.md).
+/// Number of pairs in a comparison. Fewer than fourteen are not conclusive.
 const PAIRS: usize = 15;
 
-/// Measures two things in turn; the value is ours, the ratio ours to theirs.
+/// Measures two things in turn. The value is the median of `ours`, the ratio the median of `ours` / `theirs`.
 fn pairs(
     name: String,
     unit: &'static str,
@@ -96,7 +98,7 @@ fn pairs(
     ours: impl Fn() -> Result<f64>,
     theirs: impl Fn() -> Result<f64>,
 ) -> Result<Row> {
-    // Once each without counting, then in turn.
+    // Warm up: once each, not recorded.
     ours()?;
     theirs()?;
     let (mut values, mut ratios) = (Vec::new(), Vec::new());

@@ -1,5 +1,5 @@
-//! Nanoseconds a packet spends in the program (BPF_PROG_TEST_RUN), the cost of an empty one behind the same wrapper
-//! taken off.
+//! Nanoseconds per packet in the program (BPF_PROG_TEST_RUN). The cost of an empty program behind the same wrapper is
+//! subtracted.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -25,7 +25,7 @@ const PAIRS: usize = 21;
 pub(super) const REPEAT: u32 = 100_000;
 const MANY: u32 = 65_536;
 
-/// As the wrapper's map has it.
+/// Value of the wrapper's map `TEMPLATE`; has the layout of `Template` in breaker-ebpf/src/foreign.rs.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Template {
@@ -39,17 +39,17 @@ struct Template {
 }
 
 #[expect(unsafe_code, reason = "aya::Pod is an unsafe trait")]
-// SAFETY: integers only, no padding.
+// SAFETY: the struct has only integers and no padding, so any bytes are a value.
 unsafe impl aya::Pod for Template {}
 
-/// With another sequence number each time: a connection of its own.
+/// Bit of `vary`: every packet has another TCP sequence number, so that every SYN is a new connection.
 pub(super) const NEW: u8 = 1;
-/// Every flow has a client of its own.
+/// Bit of `vary`: every flow has another client address.
 pub(super) const CLIENTS: u8 = 2;
 
-/// The programs, and what puts packets through them.
+/// The programs, and the wrapper that sends packets through them.
 pub(super) struct Bench {
-    /// The programs.
+    /// The programs and their maps.
     pub rig: Rig,
     foreign: Ebpf,
     measured: ProgramArray<MapData>,
@@ -68,7 +68,7 @@ impl Bench {
         Self::with_sizes(&Sizes::for_memory(1024).with_flows(4 * MANY))
     }
 
-    /// On maps of these sizes.
+    /// Loads the programs, with maps of these sizes.
     pub(super) fn with_sizes(sizes: &Sizes) -> Result<Self> {
         let rig = Rig::with_sizes(sizes)?;
         let mut foreign = Ebpf::load(FOREIGN).context("load the wrapper")?;
@@ -76,12 +76,12 @@ impl Bench {
             let program: &mut SchedClassifier = foreign.program_mut(name).context(name)?.try_into()?;
             program.load()?;
         }
-        let measured = foreign.take_map("MEASURED").context("MEASURED")?.try_into()?;
-        let template = foreign.take_map("TEMPLATE").context("TEMPLATE")?.try_into()?;
+        let measured = foreign.take_map("MEASURED").context("the wrapper has no map MEASURED")?.try_into()?;
+        let template = foreign.take_map("TEMPLATE").context("the wrapper has no map TEMPLATE")?.try_into()?;
         Ok(Self { rig, foreign, measured, template })
     }
 
-    /// One family's rows.
+    /// The rows of one IP family.
     fn family(
         &mut self,
         suffix: &str,
@@ -104,7 +104,8 @@ impl Bench {
         Ok(rows)
     }
 
-    /// `vary`: see [`NEW`] and [`CLIENTS`].
+    /// Makes the wrapper rewrite each packet to the next of `flows` flows that resemble `segment`. `flows` is a power
+    /// of two, at most 2^17. `vary`: bits [`NEW`] and [`CLIENTS`].
     pub(super) fn prepare(&mut self, segment: &Segment, flows: u32, vary: u8) -> Result<()> {
         let octets = |ip: IpAddr| match ip {
             IpAddr::V4(ip) => ip.octets().to_vec(),
@@ -120,20 +121,21 @@ impl Bench {
         Ok(self.template.set(0, Template { ends, flags: segment.flags, version, vary, pad: 0, flows, next: 0 }, 0)?)
     }
 
-    /// Nanoseconds per packet through the wrapper, and ours or nothing behind it.
+    /// Nanoseconds per packet in the wrapper and the program behind it: `breaker_in` if `ours`, else the empty program.
     pub(super) fn time(&mut self, ours: bool, packet: &[u8], repeat: u32) -> Result<f64> {
         let program: &SchedClassifier = if ours {
             self.rig.program("breaker_in")?
         } else {
-            self.foreign.program("empty").context("empty")?.try_into()?
+            self.foreign.program("empty").context("no program named empty")?.try_into()?
         };
         self.measured.set(0, program.fd()?, 0)?;
-        let wrap: &SchedClassifier = self.foreign.program("wrap").context("wrap")?.try_into()?;
+        let wrap: &SchedClassifier = self.foreign.program("wrap").context("no program named wrap")?.try_into()?;
         let result = wrap.test_run(TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::new() })?;
         Ok(result.duration.as_secs_f64() * 1e9)
     }
 
-    /// Lets every flow that the wrapper takes turns with be established: what is not answered is kept apart.
+    /// Opens all flows that the wrapper cycles through and has the backup answer them, so that they are promoted to the
+    /// established tables.
     fn establish(&mut self, client: SocketAddr, vip: SocketAddr, backup: SocketAddr, flows: u32) -> Result<()> {
         self.prepare(&Segment::new(client, vip, SYN), flows, 0)?;
         self.time(true, &Segment::new(client, vip, SYN).bytes(), flows.max(2))?;

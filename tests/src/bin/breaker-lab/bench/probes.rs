@@ -1,4 +1,4 @@
-//! What a thousand checks a second cost.
+//! CPU time and memory of the agent at 1,000 checks per second.
 
 use std::{
     fmt::Write as _,
@@ -18,7 +18,7 @@ const FOR: Duration = Duration::from_secs(5);
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let mut lab = Lab::new(Checks::Fast)?;
-    // Two checks each, every 100 ms; equal ones would be made once for all.
+    // Each service has two checks, every 100 ms. The paths differ, because the agent makes equal checks only once.
     let mut services = String::from("services:\n");
     for n in 0..SERVICES {
         let name = format!("dummy-{n}");
@@ -50,12 +50,12 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("read /proc/PID/stat")?;
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
     let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-    // proc_pid_stat(5): utime and stime, in ticks of 1/100 s.
+    // proc_pid_stat(5): utime and stime are the fields 14 and 15, in ticks of 1/100 s; `fields` begins with field 3.
     Ok((ticks(11) + ticks(12)) / 100.0)
 }
 
 fn resident_mib(pid: u32) -> Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context("read /proc/PID/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS in /proc/PID/status")?;
     Ok(line.split_whitespace().next().and_then(|kib| kib.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0)
 }

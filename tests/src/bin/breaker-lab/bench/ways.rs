@@ -1,6 +1,6 @@
-//! What a packet's whole way through the lab costs, without HTTP: bulk transfers (iperf3), and small datagrams.
+//! Cost of a packet's whole path through the lab, without HTTP: bulk transfers (iperf3) and small datagrams.
 //!
-//! Sender, receiver and everything between share one CPU, so that a rate is the inverse of what the way costs.
+//! Sender, receiver and everything between them share one CPU, so that a rate is the inverse of the path's cost.
 
 use std::{
     fmt::Write as _,
@@ -21,21 +21,21 @@ use serde_json::Value;
 use super::{CPU, Row, pairs, pin_thread};
 
 const SLICE: Duration = Duration::from_millis(200);
-/// iperf3's own port, for its datagrams' twin as well.
+/// iperf3's own port. The datagrams use the same number.
 const PORT: u16 = 5201;
 
-/// How a client reaches the other pod.
+/// Path between a client and a server.
 #[derive(Clone, Copy)]
 enum Way {
-    /// kube-proxy's rules alone.
+    /// A cluster IP, with kube-proxy's rules alone.
     KubeProxy,
     /// The pod's own address, over a bridge without netfilter.
     Bridge,
     /// breaker, closed.
     Closed,
-    /// breaker, open, through the stack.
+    /// breaker, open, through the host network stack.
     Open,
-    /// breaker, open, from veth to veth.
+    /// breaker, open, on the fast path: from veth to veth.
     Fast,
 }
 
@@ -51,7 +51,7 @@ impl Way {
     }
 }
 
-/// Three labs: with breaker, without, and without anything but the bridge.
+/// Three labs: with breaker, with kube-proxy's rules alone, and with nothing but the bridge.
 struct Ways {
     ours: Lab,
     plain: Lab,
@@ -99,7 +99,7 @@ impl Ways {
         kubeproxy::add_service(plain.world.node(0).ns(), &service)?;
         ours.agent.write_config("", &services)?;
         ours.agent.start()?;
-        wait_for("the backups to be known", Duration::from_secs(20), || {
+        wait_for("the backups to be Up, and the fast one known as local", Duration::from_secs(20), || {
             let named = |way: Way| ours.agent.service(&format!("way-{}", way as u8));
             named(Way::Open).is_ok_and(|s| s.tiers[1].backends[0].health == "Up")
                 && named(Way::Fast).is_ok_and(|s| s.tiers[1].backends[0].near)
@@ -115,7 +115,7 @@ impl Ways {
         Ok(Self { ours, plain, bare, servers, _sinks: sinks })
     }
 
-    /// Where a way begins, where it leads to, and by which address.
+    /// Namespaces of the client and of the server, and the address and port that the client connects to.
     fn ends(&self, way: Way) -> (&NetNs, &NetNs, SocketAddrV4) {
         let lab = match way {
             Way::KubeProxy => &self.plain,
@@ -130,43 +130,43 @@ impl Ways {
         (&lab.client.ns, &pod.ns, target)
     }
 
-    /// Gigabits per second of one connection.
+    /// Throughput of one connection, in Gbit/s.
     fn bulk(&self, way: Way) -> Result<f64> {
         let (client, _, target) = self.ends(way);
         let ip = target.ip().to_string();
         let cpu = CPU.to_string();
         let args = ["-c", &cpu, "iperf3", "-J", "-c", &ip, "-p", "5201", "-t", "1", "-O", "0"];
         let text = client.output("taskset", &args)?;
-        let report: Value = serde_json::from_str(&text).context("read what iperf3 said")?;
+        let report: Value = serde_json::from_str(&text).context("parse the output of iperf3")?;
         let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
-        Ok(rate.with_context(|| format!("iperf3 gave no rate: {}", report["error"]))? / 1e9)
+        Ok(rate.with_context(|| format!("iperf3 reported no rate: {}", report["error"]))? / 1e9)
     }
 
-    /// Datagrams of 32 bytes per second that arrive: nobody takes them there, so that reading is no part of the cost.
+    /// Datagrams of 32 bytes that arrive per second. No process reads them, so that reading is not part of the cost.
     fn datagrams(&self, way: Way) -> Result<f64> {
         let (client, server, target) = self.ends(way);
         let before = arrived(server)?;
         let (sent, took) = client.enter(move || -> Result<(u64, Duration)> {
             pin_thread()?;
             let socket = UdpSocket::bind(("0.0.0.0", 0)).context("open a socket")?;
-            socket.connect(target).context("connect")?;
+            socket.connect(target).context("connect to the server")?;
             let started = Instant::now();
             let mut sent = 0;
             while started.elapsed() < SLICE {
                 for _ in 0..64 {
-                    socket.send(&[0; 32]).context("send")?;
+                    socket.send(&[0; 32]).context("send a datagram")?;
                     sent += 1;
                 }
             }
             Ok((sent, started.elapsed()))
         })??;
-        // The last ones may be on their way.
+        // The last datagrams may still be on their path.
         let mut came = 0;
         let _ = wait_for("the last datagrams", Duration::from_secs(1), || {
             came = arrived(server).map_or(0, |now| now - before);
             came >= sent
         });
-        ensure!(came * 100 >= sent * 99, "{}: of {sent} datagrams {came} arrived", way.name());
+        ensure!(came * 100 >= sent * 99, "{}: of {sent} datagrams only {came} arrived", way.name());
         #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
         let rate = came as f64 / took.as_secs_f64();
         Ok(rate)
@@ -176,7 +176,7 @@ impl Ways {
 const FORCED: &str = "    override: ForceOpen\n";
 const FAST: &str = "    override: ForceOpen\n    fastPath: PeerRedirect\n";
 
-/// A socket with a full buffer: what comes to it is counted, and dropped.
+/// Opens a socket and fills its receive buffer: the kernel counts datagrams that arrive later, and drops them.
 fn sink() -> std::io::Result<UdpSocket> {
     let sink = UdpSocket::bind(("0.0.0.0", PORT))?;
     let filler = UdpSocket::bind(("127.0.0.1", 0))?;
@@ -201,7 +201,7 @@ fn iperf_server(ns: &NetNs) -> Result<Child> {
     Ok(server)
 }
 
-/// Datagrams that came to sockets of a namespace and were read, or found no room (/proc/net/snmp: `InDatagrams`, `InErrors`).
+/// UDP datagrams that a namespace's sockets got (`InDatagrams`) or had no room for (`InErrors`), from /proc/net/snmp.
 fn arrived(ns: &NetNs) -> Result<u64> {
     let text = ns.output("cat", &["/proc/net/snmp"])?;
     let line =

@@ -1,4 +1,4 @@
-//! Limits, told as they bite: a rate on the primary, and a failover onto a backup that is protected by one.
+//! Shows limits: a rate limit on the primary, and a failover to a backup that has a rate limit.
 
 use std::{
     thread::sleep,
@@ -17,42 +17,42 @@ use serde::Serialize;
 
 use super::Teller;
 
-/// How long each part is watched, seconds.
+/// Duration of each part, in seconds.
 const SECONDS: u32 = 4;
-/// New connections per second that the clients ask for.
+/// New connections per second that the clients attempt.
 const ASKED: u32 = 200;
 
-/// A part of the story.
+/// Result of one part.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Part {
-    /// What is limited.
+    /// The limits in the configuration.
     limits: &'static str,
-    /// How long it was watched, milliseconds.
+    /// Duration in milliseconds.
     millis: u128,
-    /// New connections that were asked for.
+    /// New connections that the clients attempted.
     asked: usize,
-    /// Those that the limited tier answered.
+    /// Requests that the limited tier answered.
     answered: usize,
-    /// What the limit allows in that time: rate × time + burst.
+    /// Connections that the limit allows in that time: rate × time + burst.
     allowed: f64,
-    /// Those that were refused at once.
+    /// Connections that were refused.
     refused: usize,
-    /// All others.
+    /// Requests with any other outcome.
     others: usize,
 }
 
-/// Plays both parts.
+/// Runs both parts.
 pub(super) fn play(lab: &mut Lab, teller: &mut Teller) -> Result<Vec<Part>> {
     teller.say(&format!("\nNow limits, with {ASKED} new connections a second:"));
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     let limits = "limits: {newConnectionsPerSecond: 50, burst: 10}";
-    teller.say(&format!("\n{}: the primary takes 50 a second, 10 of them at once", teller.bold(limits)));
+    teller.say(&format!("\n{}: the primary admits 50 a second, with bursts of 10", teller.bold(limits)));
     configure(lab, limits, |limits| !limits.primary.limits.is_empty())?;
     let first = part(lab, teller, limits, (50.0, 10.0), &primary)?;
     let limits = "limits: {backup: {newConnectionsPerSecond: 80, burst: 10}}";
     teller.say(&format!(
-        "\n{}: the primary's process is killed, and the backup would topple under all of its traffic",
+        "\n{}: the primary's process is killed, and the backup could not take all of its traffic",
         teller.bold(limits)
     ));
     configure(lab, limits, |limits| !limits.backup.limits.is_empty())?;
@@ -64,7 +64,7 @@ pub(super) fn play(lab: &mut Lab, teller: &mut Teller) -> Result<Vec<Part>> {
     Ok(vec![first, second])
 }
 
-/// Has the agent read limits, and waits until they are in force.
+/// Configures limits, and waits until the agent has put them in force.
 fn configure(lab: &Lab, limits: &str, in_force: fn(&LimitsStatus) -> bool) -> Result<()> {
     const LONG: Duration = Duration::from_secs(10);
     lab.configure(Checks::Fast, &format!("    {limits}\n"))?;
@@ -75,7 +75,7 @@ fn configure(lab: &Lab, limits: &str, in_force: fn(&LimitsStatus) -> bool) -> Re
     })
 }
 
-/// Lets clients ask for a while, and tells second by second what they were told.
+/// Runs clients for a while, and prints the outcomes second by second.
 fn part(lab: &Lab, teller: &Teller, limits: &'static str, (rate, burst): (f64, f64), tier: &str) -> Result<Part> {
     let load = lab.load(Plan { per_second: ASKED, keep_alive: 0, ..Plan::usual(lab.vip) })?;
     let started = Instant::now();
@@ -91,7 +91,7 @@ fn part(lab: &Lab, teller: &Teller, limits: &'static str, (rate, burst): (f64, f
         teller.say(&format!("     {second:>6}   {answered:>8}   {refused:>7}"));
     }
     let records = load.stop()?;
-    let last = records.last().context("nobody asked")?;
+    let last = records.last().context("no request was recorded")?;
     let took = last.at.duration_since(records[0].at);
     let answered = records.iter().filter(|r| r.outcome.pod() == Some(tier)).count();
     let refused = records.iter().filter(|r| r.outcome == Outcome::Refused).count();
@@ -105,7 +105,7 @@ fn part(lab: &Lab, teller: &Teller, limits: &'static str, (rate, burst): (f64, f
         others: records.len() - answered - refused,
     };
     teller.say(&format!(
-        "  {} of {} answered in {:.1} s; allowed: {:.0}; the others knew at once",
+        "  {} of {} answered in {:.1} s; the limit allows {:.0}; connections over the limit are refused at once",
         part.answered,
         part.asked,
         took.as_secs_f64(),

@@ -1,0 +1,397 @@
+//! The agent's main loop: it reads the clock, owns the sockets and signals, and passes every input to the engine.
+
+use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use breaker_api::{
+    events::EventLine,
+    status::{AgentStatus, DatapathStatus, ServiceStatus},
+};
+use breaker_core::{
+    engine::{
+        CommandError, Engine,
+        journal::{EntryKind, Level, LogLine},
+        snapshot::ServiceSnapshot,
+    },
+    model::Service,
+    probe::{ProbeReport, Target},
+    time::Now,
+};
+use tokio::{
+    io::unix::AsyncFd,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+
+use crate::{
+    check::Checkers,
+    clock::{self, Clock},
+    command::Command,
+    config::{AgentConfig, ConfigError},
+    datapath::{KernelDatapath, interfaces::InterfaceChange, neighbors::LocalPods, preflight},
+    heartbeat::{self, Lease},
+    interfaces::Interfaces,
+    process,
+    source::{
+        file::FileSource,
+        kube::{KubeSource, NodeState, Update},
+    },
+    view,
+};
+
+/// Longest interval between two ticks of the engine. A tick also reads the ring buffer, so events are read at least
+/// this often even if no wake-up arrives.
+const EVENT_POLL: Duration = Duration::from_millis(500);
+/// Shortest interval between two ticks that are due because time passed.
+const MIN_TICK: Duration = Duration::from_millis(20);
+/// Shortest interval between two reports of this node's state to the Kubernetes source.
+const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The inputs of the main loop.
+pub struct Inputs {
+    /// Results of probes.
+    pub reports: mpsc::Receiver<ProbeReport>,
+    /// Requests of the control socket and of kubelet.
+    pub commands: mpsc::Receiver<Command>,
+    /// Changes of the node's interfaces.
+    pub interfaces: mpsc::Receiver<InterfaceChange>,
+    /// Pods of this node, as each search finds them.
+    pub pods: mpsc::Receiver<LocalPods>,
+    /// Becomes readable when the programs have urgent events.
+    pub events: AsyncFd<OwnedFd>,
+    /// Where the services are configured.
+    pub source: Source,
+}
+
+/// The source of the services.
+pub enum Source {
+    /// A file.
+    File(FileSource),
+    /// The Kubernetes API.
+    Kubernetes(Box<KubeSource>),
+}
+
+/// What a source reports.
+enum SourceEvent {
+    /// The file changed and must be read again.
+    FileChanged,
+    /// Kubernetes has a new configuration.
+    Update(Arc<Update>),
+}
+
+impl Source {
+    /// Waits for the next change. This method is cancel safe.
+    async fn changed(&mut self) -> SourceEvent {
+        match self {
+            Self::File(file) => {
+                file.changed().await;
+                SourceEvent::FileChanged
+            }
+            Self::Kubernetes(kube) => SourceEvent::Update(kube.changed().await),
+        }
+    }
+}
+
+/// The state of the main loop.
+pub struct Agent {
+    /// The clocks.
+    pub clock: Clock,
+    /// Makes the decisions.
+    pub engine: Engine,
+    /// The programs and maps.
+    pub datapath: KernelDatapath,
+    /// The interfaces with programs.
+    pub interfaces: Interfaces,
+    /// The running checks.
+    pub checkers: Checkers,
+    /// Id of the latest event, for readers that wait.
+    pub latest_event: watch::Sender<u64>,
+    /// The section `agent` of the configuration, as it was at the start.
+    pub config: AgentConfig,
+    /// How long the programs trust the agent.
+    pub lease: Lease,
+    /// Number of configured services; `None` until the source has delivered a configuration.
+    pub service_count: Option<usize>,
+    /// The last update from Kubernetes.
+    pub update: Arc<Update>,
+    /// Whether the node's own sockets are protected; otherwise the reason.
+    pub sockets: Result<(), String>,
+    /// Whether breaker's own rule for the masquerade mark is installed; otherwise the reason.
+    pub masquerade_rule: Result<(), String>,
+    /// A socket load balancer on this node that hides VIPs from the programs, if there is one.
+    pub incompatible: Option<String>,
+    /// Tells the task that searches for pods whether to search.
+    pub pods_wanted: watch::Sender<bool>,
+    /// Whether a service needs to know which backends are pods on this node.
+    pub needs_local_pods: bool,
+    /// Something changed that other nodes should know.
+    pub unreported: bool,
+    /// The engine's count of changes at the last report.
+    pub reported_changes: u64,
+    /// When the last report was made.
+    pub reported_at: Duration,
+}
+
+impl Agent {
+    /// Runs until SIGTERM or SIGINT.
+    ///
+    /// # Errors
+    /// The signals cannot be listened for.
+    pub async fn run(&mut self, mut inputs: Inputs) -> Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
+        let mut heartbeat = tokio::time::interval(heartbeat::INTERVAL);
+        let mut last_tick = self.clock.now().mono;
+        loop {
+            // The deadline counts from the last tick, not from now: other inputs, however many, do not postpone it.
+            let now = self.clock.now();
+            let mut due = self.engine.next_deadline(now).clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
+            if self.unreported && self.update.synced {
+                due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_tick + MIN_TICK));
+            }
+            let due = self.clock.instant_of(due);
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => if let Source::File(file) = &inputs.source {
+                    self.reload(file, "SIGHUP");
+                },
+                event = inputs.source.changed() => match (event, &inputs.source) {
+                    (SourceEvent::FileChanged, Source::File(file)) => self.reload(file, "the file changed"),
+                    (SourceEvent::Update(update), _) => self.update(update),
+                    (SourceEvent::FileChanged, Source::Kubernetes(_)) => {}
+                },
+                _ = heartbeat.tick() => self.heartbeat(),
+                Some(report) = inputs.reports.recv() => {
+                    self.engine.observe(self.clock.now(), &report, &mut self.datapath);
+                }
+                Some(command) = inputs.commands.recv() => self.answer(command),
+                Some(change) = inputs.interfaces.recv() => {
+                    self.unreported = true;
+                    self.interfaces.change(change);
+                    self.set_local_pods();
+                }
+                Some(pods) = inputs.pods.recv() => {
+                    self.interfaces.add_pods(pods);
+                    self.set_local_pods();
+                }
+                ready = inputs.events.readable() => {
+                    if let Ok(mut ready) = ready {
+                        ready.clear_ready();
+                    }
+                    self.tick();
+                }
+                () = tokio::time::sleep_until(due) => {
+                    last_tick = self.clock.now().mono;
+                    self.tick();
+                }
+            }
+            self.engine.take_log().iter().for_each(log);
+            let latest = self.engine.last_event();
+            self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);
+            if let Source::Kubernetes(kube) = &inputs.source {
+                self.publish_node_state(kube);
+            }
+        }
+        if let Source::Kubernetes(kube) = &inputs.source {
+            kube.shutdown().await;
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self) {
+        let now = self.clock.now();
+        if self.engine.tick(now, &mut self.datapath) {
+            self.engine.swept_in(self.clock.now().mono - now.mono);
+        }
+    }
+
+    /// Publishes the state of this node through the Kubernetes source, if it changed, at most once every
+    /// [`MIN_REPORT_INTERVAL`].
+    fn publish_node_state(&mut self, kube: &KubeSource) {
+        let changes = self.engine.changes();
+        self.unreported |= changes != self.reported_changes;
+        let now = self.clock.now().mono;
+        if !self.unreported || !self.update.synced || now < self.reported_at + MIN_REPORT_INTERVAL {
+            return;
+        }
+        self.unreported = false;
+        self.reported_changes = changes;
+        self.reported_at = now;
+        kube.publish_node_state(NodeState {
+            update: self.update.clone(),
+            summaries: self.engine.summaries(),
+            attach: self.interfaces.attach_mode(),
+            interfaces: self.interfaces.count(),
+            failed_interfaces: self.interfaces.failures(),
+            sockets: self.sockets.clone().err(),
+            incompatible: self.incompatible.clone(),
+        });
+    }
+
+    /// Applies a new configuration from Kubernetes.
+    fn update(&mut self, update: Arc<Update>) {
+        self.unreported = true;
+        let services = update.services();
+        if self.service_count.is_none() {
+            tracing::info!(services = services.len(), "received the first configuration from the API server");
+        }
+        self.update = update;
+        self.configure(services);
+    }
+
+    /// Sends a heartbeat to the programs.
+    pub fn heartbeat(&mut self) {
+        let now = self.clock.now();
+        let lease = self.lease.beat(now.mono);
+        self.search_for_pods();
+        if self.lease.is_scan_due() {
+            let found = preflight::socket_load_balancer();
+            self.unreported |= found != self.incompatible;
+            self.incompatible = found;
+        }
+        self.datapath.heartbeat(lease, now.unix_ns);
+    }
+
+    /// Applies a configuration.
+    pub fn configure(&mut self, services: Vec<Service>) {
+        self.service_count = Some(services.len());
+        self.needs_local_pods = services.iter().any(Service::needs_local_backends);
+        self.search_for_pods();
+        let targets = targets(&services);
+        self.engine.configure(self.clock.now(), services, &mut self.datapath);
+        let engine = &self.engine;
+        self.checkers.set_targets(targets, |target| engine.known_health(target));
+    }
+
+    /// Searches for pods as long as a service needs to know them, or a flow may still use the fast path.
+    fn search_for_pods(&self) {
+        let wanted = self.needs_local_pods || self.datapath.fast_path_in_use();
+        self.pods_wanted.send_if_modified(|before| std::mem::replace(before, wanted) != wanted);
+    }
+
+    /// Tells the datapath which backends are pods on this node.
+    fn set_local_pods(&mut self) {
+        if let Some(pods) = self.interfaces.local_pods() {
+            self.datapath.set_local_pods(pods);
+        }
+    }
+
+    fn reload(&mut self, source: &FileSource, why: &str) {
+        let now = self.clock.now();
+        match source.load() {
+            Ok(config) => {
+                if config.agent != self.config {
+                    let message = "the section `agent` changed; the change takes effect at the agent's next start";
+                    tracing::warn!("{message}");
+                    self.engine.note(now, EntryKind::Config, message.into());
+                }
+                let count = config.services.len();
+                self.configure(config.services);
+                tracing::info!(services = count, "configuration reloaded ({why})");
+                self.engine.note(now, EntryKind::Config, format!("reloaded ({why}): {count} services"));
+            }
+            Err(errors) => {
+                for error in &errors {
+                    tracing::error!("the new configuration is refused, the old one stays in force: {error}");
+                }
+                let message = errors.iter().map(ConfigError::to_string).collect::<Vec<_>>().join("; ");
+                let message = format!("old configuration stays in force ({why}): {message}");
+                self.engine.note(now, EntryKind::ConfigRefused, message);
+            }
+        }
+    }
+
+    fn answer(&mut self, command: Command) {
+        let now = self.clock.now();
+        let status = |outcome: Result<ServiceSnapshot, CommandError>| outcome.map(view::service);
+        // A failed `send` is no error: the requester may have gone away.
+        match command {
+            Command::Status(reply) => drop(reply.send(self.status(now))),
+            Command::Get(name, reply) => {
+                drop(reply.send(status(self.engine.snapshot(now, &name, &self.datapath))));
+            }
+            Command::Trip { name, duration, reason, reply } => {
+                let outcome = self.engine.force_open(now, &name, duration, reason.as_deref(), &mut self.datapath);
+                drop(reply.send(status(outcome)));
+            }
+            Command::Reset(name, reply) => {
+                drop(reply.send(status(self.engine.reset(now, &name, &mut self.datapath))));
+            }
+            Command::Flows { name, limit, reply } => {
+                let flows = self.engine.flows(&name, limit, &self.datapath);
+                drop(reply.send(flows.map(|flows| flows.iter().map(view::flow).collect())));
+            }
+            Command::Ready(reply) => {
+                let waiting = "no configuration from the API server yet; an earlier agent's decisions stay in force";
+                drop(reply.send(self.service_count.map(drop).ok_or_else(|| waiting.to_owned())));
+            }
+            Command::Handover { duration, reply } => {
+                self.lease.hand_over(now.mono, duration);
+                self.heartbeat();
+                tracing::info!(seconds = duration.as_secs(), "about to be replaced: extended the lease");
+                let _ = reply.send(());
+            }
+            Command::Events { after, reply } => {
+                let events: Vec<EventLine> = self.engine.events_after(after).into_iter().map(view::event).collect();
+                drop(reply.send(events));
+            }
+        }
+    }
+
+    fn status(&self, now: Now) -> AgentStatus {
+        let reasons = self.datapath.reasons().unwrap_or_default();
+        let services: Vec<ServiceStatus> =
+            self.engine.snapshots(now, &self.datapath).into_iter().map(view::service).collect();
+        AgentStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            running: true,
+            process: process::own(),
+            last_beat: Some(clock::timestamp(now.unix_ns)),
+            lease_seconds: self.config.lease.as_secs(),
+            datapath: DatapathStatus {
+                pin_path: self.config.pin_path.display().to_string(),
+                node_sockets: self.sockets.clone().err(),
+                masquerade_rule: self.masquerade_rule.clone().err(),
+                flow_entries: self.engine.flow_entries(),
+                flow_pressure: self.engine.flow_pressure(),
+                reasons: reasons.into_iter().map(|(reason, count)| (reason.label().to_owned(), count)).collect(),
+                ..self.interfaces.status()
+            },
+            services,
+        }
+    }
+}
+
+/// Every backend that has a check, with the check.
+fn targets(services: &[Service]) -> BTreeMap<Target, breaker_core::model::Check> {
+    let mut targets = BTreeMap::new();
+    for service in services {
+        for (number, tier) in service.tiers().enumerate() {
+            let Some(check) = &tier.check else { continue };
+            for backend in &tier.backends {
+                let target = Target { service: service.name.clone(), tier: number, backend: backend.address };
+                targets.insert(target, check.clone());
+            }
+        }
+    }
+    targets
+}
+
+/// Writes a line of the engine to the agent's log.
+fn log(line: &LogLine) {
+    let service = line.service.as_ref().map(ToString::to_string);
+    let message = &line.message;
+    if let Some((transition, epoch)) = &line.transition {
+        let (from, to, reason) = (transition.from.label(), transition.to.label(), transition.reason.label());
+        tracing::info!(service, from, to, reason, epoch, "{message}");
+        return;
+    }
+    match line.level {
+        Level::Info => tracing::info!(service, "{message}"),
+        Level::Warn => tracing::warn!(service, "{message}"),
+        Level::Error => tracing::error!(service, "{message}"),
+    }
+}

@@ -1,0 +1,66 @@
+//! The clocks. This file is the only one in the agent that reads them (clippy's `disallowed-methods`); everything else is
+//! told the time or asks here.
+#![allow(clippy::disallowed_methods, reason = "see above")]
+
+use std::time::Duration;
+
+use breaker_core::time::{Now, UnixNanos};
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+/// Both clocks of the main loop, with the start of the agent as the origin of the monotonic one.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    origin: Instant,
+}
+
+impl Clock {
+    /// A clock that starts now.
+    #[must_use]
+    pub fn start() -> Self {
+        Self { origin: instant() }
+    }
+
+    /// The time on both clocks.
+    #[must_use]
+    pub fn now(&self) -> Now {
+        Now { mono: self.origin.elapsed(), unix_ns: unix_nanos(wall()) }
+    }
+
+    /// The instant for tokio's timers at which the monotonic clock shows `mono`.
+    #[must_use]
+    pub fn instant_of(&self, mono: Duration) -> Instant {
+        self.origin + mono
+    }
+}
+
+/// The monotonic clock of tokio, which tests can pause.
+#[must_use]
+pub fn instant() -> Instant {
+    Instant::now()
+}
+
+/// The monotonic clock, to measure how long something takes.
+#[must_use]
+pub fn stopwatch() -> std::time::Instant {
+    std::time::Instant::now()
+}
+
+/// The wall clock.
+#[must_use]
+pub fn wall() -> Timestamp {
+    Timestamp::now()
+}
+
+/// A wall-clock time as the engine and the maps have it.
+#[must_use]
+pub fn unix_nanos(time: Timestamp) -> UnixNanos {
+    u64::try_from(time.as_nanosecond()).unwrap_or(0)
+}
+
+/// A wall-clock time for people.
+#[must_use]
+pub fn timestamp(unix_ns: UnixNanos) -> Timestamp {
+    // 2^64 nanoseconds end in the year 2554, a Timestamp in 9999.
+    Timestamp::from_nanosecond(i128::from(unix_ns)).unwrap_or_default()
+}

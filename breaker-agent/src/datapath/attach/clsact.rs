@@ -1,0 +1,57 @@
+//! clsact (kernels before 6.6): one filter per direction on the shared qdisc.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result};
+use aya::programs::{
+    SchedClassifier, TcAttachType,
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
+};
+
+use crate::datapath::options::AttachOrder;
+
+/// Priority of breaker's clsact filters. `First` is early, but not among the very first numbers, which others like
+/// to use. `Last` is behind the priorities that the kernel assigns by itself (from 0xc000 downward).
+const fn priority(order: AttachOrder) -> u16 {
+    match order {
+        AttachOrder::First => 0x00b4,
+        AttachOrder::Last => 0xffb4,
+    }
+}
+
+/// Handle of breaker's clsact filters, by which the agent finds them again.
+const HANDLE: TcHandle = TcHandle::new(0, 0xb4ea);
+
+pub(crate) fn attach(
+    program: &mut SchedClassifier,
+    name: &str,
+    index: u32,
+    direction: TcAttachType,
+    order: AttachOrder,
+    markers: &Path,
+) -> Result<()> {
+    // The marker says that the qdisc is ours. It is a directory, because bpffs has no regular files.
+    let marker = markers.join(index.to_string());
+    match tc::qdisc_add_clsact(name) {
+        Ok(()) => fs::create_dir_all(&marker).with_context(|| format!("create {}", marker.display()))?,
+        // The qdisc belongs to somebody else, or an earlier agent created it.
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+        Err(error) => return Err(error).context("add a clsact qdisc"),
+    }
+    // A filter of an earlier agent keeps its priority, as a tcx link keeps its position.
+    let replaced = [AttachOrder::First, AttachOrder::Last].into_iter().find_map(|order| {
+        let existing = SchedClassifierLink::attached(name, direction, priority(order), HANDLE, None).ok()?;
+        program.attach_to_link(existing).ok()
+    });
+    let id = match replaced {
+        Some(id) => id,
+        None => program.attach_with_options(
+            name,
+            direction,
+            TcAttachOptions::Netlink(NlOptions { priority: priority(order), handle: HANDLE, classid: None }),
+        )?,
+    };
+    // The filter must outlive the agent, but dropping the link would remove it.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}

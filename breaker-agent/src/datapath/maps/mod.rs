@@ -1,0 +1,292 @@
+//! Typed access to the maps. A map has the name of its static in the programs, and its pin has the same name.
+
+pub(crate) mod connections;
+mod events;
+pub(crate) mod family;
+pub(crate) mod filter;
+pub(crate) mod index_allocator;
+pub(crate) mod limits;
+mod mmap;
+
+use std::{os::fd::AsFd as _, path::Path, sync::atomic::Ordering, time::Duration};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
+use breaker_common::{
+    ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, Route, ServiceCounters, ServiceRecord, SocketKey,
+    SocketOrigin, Switch, Table, V4, V6,
+};
+use rustix::time::{ClockId, clock_gettime};
+
+use self::{
+    family::{FamilyMaps, IpFamily, V4_NAMES, V6_NAMES, of_family},
+    filter::{BitPosition, Filter, bits_for, position_of},
+    limits::LimitMaps,
+    mmap::SharedArray,
+};
+use super::sizes::Sizes;
+
+const SHARED: [(&str, usize, usize); 12] = [
+    ("FILTER", 4, size_of::<FilterWords>()),
+    ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
+    ("SWITCHES", 4, size_of::<Switch>()),
+    ("SERVICES", 4, size_of::<ServiceRecord>()),
+    ("ROUTES", 4, size_of::<Route>()),
+    ("RUNTIME", 4, 8),
+    ("SLOTS", 4, size_of::<Table>()),
+    ("PROGRAMS", 4, 4),
+    ("HEARTBEAT", 4, size_of::<Heartbeat>()),
+    ("COUNTERS", 4, size_of::<ServiceCounters>()),
+    ("REASONS", 4, 8),
+    ("EVENTS", 0, 0),
+];
+
+/// Name, key size and value size (in bytes) of every map. An agent adopts a pinned map only if its sizes are these;
+/// a key size of 0 turns the comparison off.
+pub(crate) fn pinned() -> impl Iterator<Item = (&'static str, usize, usize)> {
+    SHARED.into_iter().chain(LimitMaps::SIZES).chain(of_family::<V4>(V4_NAMES)).chain(of_family::<V6>(V6_NAMES))
+}
+
+/// The open maps of the datapath.
+pub struct Maps {
+    pub(crate) v4: FamilyMaps<V4>,
+    pub(crate) v6: FamilyMaps<V6>,
+    pub(crate) services: Array<MapData, ServiceRecord<u8>>,
+    records: SharedArray,
+    pub(crate) routes: Array<MapData, Route>,
+    pub(crate) slots: Array<MapData, Table>,
+    pub(crate) filter: Filter,
+    pub(crate) limits: LimitMaps,
+    /// The actual sizes. They may differ from the configuration, because maps of an earlier agent keep their sizes.
+    pub(crate) sizes: Sizes,
+    counters: PerCpuArray<MapData, ServiceCounters>,
+    reasons: PerCpuArray<MapData, u64>,
+    events: RingBuf<MapData>,
+    switches: SharedArray,
+    heartbeat: SharedArray,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(map: Map, name: &str) -> Result<T> {
+    T::try_from(map).with_context(|| format!("the map {name} has an unexpected type"))
+}
+
+pub(crate) fn array(map: Map, name: &str) -> Result<MapData> {
+    match map {
+        Map::Array(data) => Ok(data),
+        other => anyhow::bail!("the map {name} is not an array: {other:?}"),
+    }
+}
+
+pub(crate) fn entries(map: &MapData) -> Result<u32> {
+    Ok(map.info().context("read a map's size")?.max_entries())
+}
+
+pub(crate) fn shared(map: &MapData, value_size: usize) -> Result<SharedArray> {
+    SharedArray::new(map.fd().as_fd(), value_size, entries(map)?)
+}
+
+impl Maps {
+    /// Opens every map. `open` returns the map with a given name.
+    ///
+    /// # Errors
+    /// A map is missing, has an unexpected type, or cannot be mapped into memory.
+    pub fn open(mut open: impl FnMut(&str) -> Result<Map>) -> Result<Self> {
+        let switches = array(open("SWITCHES")?, "SWITCHES")?;
+        let heartbeat = array(open("HEARTBEAT")?, "HEARTBEAT")?;
+        let services = array(open("SERVICES")?, "SERVICES")?;
+        let routes = array(open("ROUTES")?, "ROUTES")?;
+        let slots = array(open("SLOTS")?, "SLOTS")?;
+        let v4 = FamilyMaps::<V4>::open(&mut open, V4_NAMES)?;
+        let v6 = FamilyMaps::<V6>::open(&mut open, V6_NAMES)?;
+        let limits = LimitMaps::open(&mut open)?;
+        let sizes = Sizes {
+            services: entries(&switches)?,
+            routes: entries(&routes)?,
+            tables: entries(&slots)?,
+            backends: v4.backends.len(),
+            flows: v4.room.0,
+            pending: v4.room.1,
+            connection_buckets: limits.connection_buckets,
+            client_buckets: limits.client_buckets,
+        };
+        Ok(Self {
+            v4,
+            v6,
+            records: shared(&services, size_of::<ServiceRecord<u8>>())?,
+            services: typed(Map::Array(services), "SERVICES")?,
+            routes: typed(Map::Array(routes), "ROUTES")?,
+            slots: typed(Map::Array(slots), "SLOTS")?,
+            filter: Filter::new(shared(&array(open("FILTER")?, "FILTER")?, size_of::<FilterWords>())?),
+            limits,
+            sizes,
+            counters: typed(open("COUNTERS")?, "COUNTERS")?,
+            reasons: typed(open("REASONS")?, "REASONS")?,
+            events: typed(open("EVENTS")?, "EVENTS")?,
+            switches: shared(&switches, size_of::<Switch>())?,
+            heartbeat: shared(&heartbeat, size_of::<Heartbeat>())?,
+        })
+    }
+
+    /// Sets the filter bits of all endpoints that are in the maps.
+    pub(crate) fn adopt_filter(&mut self) -> Result<()> {
+        fn roles<A: IpFamily>(maps: &Maps) -> Result<Vec<(BitPosition, EndpointRole)>> {
+            let entries = A::of(maps).endpoints.iter();
+            entries
+                .map(|entry| entry.map(|(key, role)| (position_of(&key), role)).context("read the endpoints"))
+                .collect()
+        }
+        for (position, role) in [roles::<V4>(self)?, roles::<V6>(self)?].concat() {
+            for bit in bits_for(&role) {
+                self.filter.add(bit, position);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a service's switch in one load.
+    #[must_use]
+    pub fn switch(&self, index: u32) -> Switch<u8> {
+        Switch::from_word(self.switches.word(index, 0).load(Ordering::SeqCst))
+    }
+
+    /// Writes a service's switch in one store.
+    pub fn set_switch(&self, index: u32, switch: Switch<u8>) {
+        self.switches.store(index, 0, switch.to_word());
+    }
+
+    /// Writes a service's record, word by word. This need not be atomic: each field that the programs read is one
+    /// word, and the other fields are read only by the next agent, which starts after this one has ended.
+    pub(crate) fn set_record(&self, index: u32, record: &ServiceRecord<u8>) {
+        self.records.write(index, record);
+    }
+
+    /// Writes the heartbeat, with the time of `CLOCK_MONOTONIC` last. `lease` is 0 if the last decision holds for
+    /// ever.
+    /// Writes the heartbeat, with the time of `CLOCK_MONOTONIC` last. `lease` is 0 if the last decision holds for
+    /// ever.
+    pub(crate) fn write_heartbeat(&self, lease: Duration, unix_ns: u64) {
+        let lease = u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX);
+        let abi = u64::from(ABI_VERSION) << 32 | u64::from(std::process::id());
+        #[cfg(target_endian = "big")]
+        let abi = abi.rotate_left(32);
+        self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, lease_ns), lease);
+        self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, beat_unix_ns), unix_ns);
+        self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, pid), abi);
+        self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, beat_ns), monotonic_ns());
+    }
+
+    /// Reads the last heartbeat of a pinned map, without opening the other maps.
+    ///
+    /// # Errors
+    /// The map cannot be opened or read.
+    pub(crate) fn pinned_heartbeat(pin: &Path) -> Result<Heartbeat> {
+        let map = Map::from_map_data(MapData::from_pin(pin).context("open the pinned map HEARTBEAT")?)?;
+        let heartbeats: Array<MapData, Heartbeat> = typed(map, "HEARTBEAT")?;
+        heartbeats.get(&0, 0).context("read the heartbeat")
+    }
+
+    /// Reads the last heartbeat.
+    #[must_use]
+    pub fn heartbeat(&self) -> Heartbeat {
+        let word = |offset| self.heartbeat.word(0, offset).load(Ordering::SeqCst);
+        let ids = word(std::mem::offset_of!(Heartbeat, pid)).to_ne_bytes();
+        Heartbeat {
+            beat_ns: word(std::mem::offset_of!(Heartbeat, beat_ns)),
+            lease_ns: word(std::mem::offset_of!(Heartbeat, lease_ns)),
+            beat_unix_ns: word(std::mem::offset_of!(Heartbeat, beat_unix_ns)),
+            pid: u32::from_ne_bytes([ids[0], ids[1], ids[2], ids[3]]),
+            abi_version: u32::from_ne_bytes([ids[4], ids[5], ids[6], ids[7]]),
+            fast: u32::from(self.fast_path_in_use()),
+            counts_sockets: self
+                .heartbeat
+                .word32(0, std::mem::offset_of!(Heartbeat, counts_sockets))
+                .load(Ordering::SeqCst),
+        }
+    }
+
+    /// Whether the programs look for flows on the fast path, which bypasses the host network stack.
+    pub(crate) fn fast_path_in_use(&self) -> bool {
+        self.heartbeat.word32(0, std::mem::offset_of!(Heartbeat, fast)).load(Ordering::SeqCst) != 0
+    }
+
+    /// Tells the programs whether to look for flows on the fast path.
+    pub(crate) fn set_fast_path_in_use(&self, any: bool) {
+        self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, fast), u32::from(any));
+    }
+
+    /// Tells the programs whether to process the close of the node's own sockets.
+    pub(crate) fn set_counts_sockets(&self, any: bool) {
+        self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, counts_sockets), u32::from(any));
+    }
+
+    /// Returns a service's counters, summed over all CPUs.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn counters(&self, index: u32) -> Result<ServiceCounters> {
+        let per_cpu = self.counters.get(&index, 0).context("read the counters")?;
+        Ok(per_cpu.iter().fold(ServiceCounters::default(), add))
+    }
+
+    pub(crate) fn clear_counters(&mut self, index: u32) -> Result<()> {
+        let cpus = self.counters.get(&index, 0).context("read the counters")?.len();
+        let zeros = PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]).context("clear the counters")?;
+        self.counters.set(index, zeros, 0).context("clear the counters")
+    }
+
+    /// Returns the number of packets that failed open, by reason, summed over all CPUs. Reasons with 0 packets are
+    /// left out.
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn reasons(&self) -> Result<Vec<(PassReason, u64)>> {
+        let mut reasons = Vec::new();
+        for &reason in PassReason::ALL {
+            let count: u64 =
+                self.reasons.get(&u32::from(reason as u8), 0).context("read the pass reasons")?.iter().sum();
+            if count > 0 {
+                reasons.push((reason, count));
+            }
+        }
+        Ok(reasons)
+    }
+}
+
+/// Returns the time in nanoseconds of the clock that the programs use (`bpf_ktime_get_coarse_ns`): `CLOCK_MONOTONIC`.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+fn add(a: ServiceCounters, b: &ServiceCounters) -> ServiceCounters {
+    ServiceCounters {
+        new_primary: a.new_primary + b.new_primary,
+        new_backup: a.new_backup + b.new_backup,
+        rejected: a.rejected + b.rejected,
+        half_open: a.half_open + b.half_open,
+        resets: a.resets + b.resets,
+        translated: a.translated + b.translated,
+        icmp_errors: a.icmp_errors + b.icmp_errors,
+        port_changed: a.port_changed + b.port_changed,
+        hairpin: a.hairpin + b.hairpin,
+        dry_run: a.dry_run + b.dry_run,
+        agent_lost: a.agent_lost + b.agent_lost,
+        failed_open: a.failed_open + b.failed_open,
+    }
+}
+
+/// Whether a map error says that the entry does not exist.
+pub(crate) fn is_not_there(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(error) => error.io_error.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
+}

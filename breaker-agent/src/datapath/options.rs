@@ -1,0 +1,32 @@
+//! What the configuration chooses for the datapath.
+
+/// How programs are attached to tc hooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachMode {
+    /// tcx if the kernel has it, otherwise clsact.
+    Auto,
+    /// tcx links (from kernel 6.6 on).
+    Tcx,
+    /// cls_bpf filters on a clsact qdisc.
+    Clsact,
+}
+
+/// Position of breaker's programs among those that are on a hook when breaker's are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachOrder {
+    /// breaker's programs get packets before all others.
+    First,
+    /// breaker's programs get the packets that all others let through.
+    Last,
+}
+
+/// Whether uplinks get the XDP program. The kernel's generic mode is never used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpPolicy {
+    /// No XDP.
+    Off,
+    /// XDP on interfaces whose driver has a native mode, except veths.
+    Auto,
+    /// XDP on interfaces whose driver has a native mode, including veths.
+    Native,
+}

@@ -1,0 +1,98 @@
+//! A request for protection, in either of its two forms: a CircuitBreaker, or annotations on a Service.
+
+use std::{fmt, sync::Arc};
+
+use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, OwnerKind};
+use jiff::Timestamp;
+use kube::ResourceExt as _;
+
+use super::{annotations, objects::Service};
+
+/// Namespace and name of an object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// The namespace.
+    pub namespace: String,
+    /// The name.
+    pub name: String,
+}
+
+impl Key {
+    /// Makes a key from a namespace and a name.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.to_owned(), name: name.to_owned() }
+    }
+
+    /// The key of an object.
+    pub fn of(object: &impl kube::ResourceExt) -> Self {
+        Self { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// The object that asks for protection.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Owner {
+    /// Its kind.
+    pub kind: OwnerKind,
+    /// Its namespace and name.
+    pub key: Key,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind.label(), self.key)
+    }
+}
+
+/// A request for protection.
+#[derive(Clone, Debug)]
+pub struct Intent {
+    /// The object that asks.
+    pub owner: Owner,
+    /// Its uid.
+    pub uid: String,
+    /// Generation of the spec; 0 for annotations, which have no generation.
+    pub generation: i64,
+    /// When the object was created: of two requests for one Service, the older one wins.
+    pub created: Option<Timestamp>,
+    /// The Service to protect.
+    pub service: Key,
+    /// The requested spec, or the error in the annotations.
+    pub spec: Result<Arc<CircuitBreakerSpec>, String>,
+}
+
+/// The request of a CircuitBreaker.
+#[must_use]
+pub fn of_breaker(breaker: &CircuitBreaker) -> Intent {
+    let key = Key::of(breaker);
+    Intent {
+        service: Key::new(&key.namespace, &breaker.spec.service.name),
+        owner: Owner { kind: OwnerKind::CircuitBreaker, key },
+        uid: breaker.uid().unwrap_or_default(),
+        generation: breaker.metadata.generation.unwrap_or_default(),
+        created: breaker.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        spec: Ok(Arc::new(breaker.spec.clone())),
+    }
+}
+
+/// The request of a Service's annotations; `None` if it has no annotation of breaker.
+#[must_use]
+pub fn of_service(service: &Service) -> Option<Intent> {
+    let spec = annotations::spec(&service.name_any(), service.annotations())?;
+    let key = Key::of(service);
+    Some(Intent {
+        service: key.clone(),
+        owner: Owner { kind: OwnerKind::Service, key },
+        uid: service.uid().unwrap_or_default(),
+        generation: 0,
+        created: service.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        spec: spec.map(Arc::new),
+    })
+}

@@ -1,0 +1,68 @@
+//! The addresses that clients connect to, and which of them keep the client's address.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
+
+use breaker_core::model::{Frontend, Protocol};
+
+use super::Resolver;
+use crate::source::kube::{
+    endpoints::Family,
+    objects::{Service, ServicePort},
+};
+
+impl Resolver<'_> {
+    /// The addresses that clients connect to, for one port and IP family: cluster IPs, external IPs, load balancer
+    /// addresses and the NodePort on the node's own addresses.
+    pub(super) fn frontends(
+        &mut self,
+        service: &Service,
+        port: &ServicePort,
+        protocol: Protocol,
+        family: Family,
+    ) -> Vec<Frontend> {
+        let spec = &service.spec;
+        let number = u16::try_from(port.port).unwrap_or_default();
+        let cluster = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
+        let external = spec.external_ips.iter();
+        let balancers = service.status.load_balancer.ingress.iter();
+        // netfilter drops packets from other sources before it translates them. The programs would translate before
+        // netfilter sees the packet, and so bypass that rule.
+        let limited = !spec.load_balancer_source_ranges.is_empty();
+        if limited && !service.status.load_balancer.ingress.is_empty() {
+            self.note("load balancer addresses are not protected: the Service has loadBalancerSourceRanges".into());
+        }
+        let balancers = balancers.filter(|_| !limited);
+        // With ipMode Proxy, packets arrive with a destination that the load balancer chose.
+        let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
+        let mut addresses: BTreeSet<SocketAddr> = cluster
+            .chain(external)
+            .chain(balancers)
+            .filter_map(|ip| ip.parse::<IpAddr>().ok())
+            .map(|ip| SocketAddr::new(ip, number))
+            .collect();
+        if let Some(node_port) = port.node_port.and_then(|p| u16::try_from(p).ok()).filter(|p| *p > 0) {
+            addresses.extend(self.world.node.addresses.iter().map(|ip| SocketAddr::new(*ip, node_port)));
+        }
+        let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
+        ours.map(|address| Frontend { address, protocol }).collect()
+    }
+
+    /// The frontends at which external clients keep their address. With `externalTrafficPolicy: Local` these are all
+    /// frontends except the cluster IPs; otherwise none.
+    pub(super) fn external_frontends(&self, service: &Service, frontends: &[Frontend]) -> BTreeSet<Frontend> {
+        let inside = |ip: IpAddr| {
+            let mut cluster = service.spec.cluster_ips.iter().chain([&service.spec.cluster_ip]);
+            cluster.any(|own| own.parse() == Ok(ip))
+        };
+        let outside = frontends.iter().filter(|frontend| !inside(frontend.address.ip()));
+        if is_local(service) { outside.copied().collect() } else { BTreeSet::new() }
+    }
+}
+
+/// Whether external clients keep their address.
+pub(super) fn is_local(service: &Service) -> bool {
+    service.spec.external_traffic_policy.as_deref() == Some("Local")
+}

@@ -1,0 +1,46 @@
+//! One service for the engine of all ports and IP families of a Service.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+};
+
+use breaker_core::model;
+
+use super::{Resolver, engine_name, port_plan::PortPlan};
+use crate::source::kube::intent::Key;
+
+impl Resolver<'_> {
+    /// Merges one [`PortPlan`] per port and IP family into one service; `None` if there are none. Backends are identified
+    /// by their address in the first plan whose primary has backends; the addresses in the other plans go to `routes`.
+    pub(super) fn merge(&mut self, key: &Key, mut plans: Vec<PortPlan>) -> Option<(i32, model::Service)> {
+        if plans.is_empty() {
+            self.note(format!("Service {key} has no address yet"));
+            return None;
+        }
+        let first = plans.iter().position(|plan| !plan.service.primary.backends.is_empty()).unwrap_or(0);
+        let base = plans.remove(first);
+        let mut service = base.service;
+        let identities: HashMap<&str, SocketAddr> =
+            base.pods.iter().map(|(address, pod)| (pod.as_str(), *address)).collect();
+        for plan in &plans {
+            let backends = plan
+                .pods
+                .iter()
+                .filter_map(|(address, pod)| Some((*identities.get(pod.as_str())?, *address)))
+                .collect::<BTreeMap<_, _>>();
+            let backups = service.backups.iter().flat_map(|tier| &tier.backends);
+            let named = backups.clone().filter(|b| backends.contains_key(&b.address)).count();
+            if named < backups.count() {
+                let names: Vec<String> = plan.service.frontends.iter().map(ToString::to_string).collect();
+                let note = format!("not all pods of the backups can be reached from {}", names.join(", "));
+                self.note(note);
+            }
+            service.frontends.extend(&plan.service.frontends);
+            service.keep_client.frontends.extend(&plan.service.keep_client.frontends);
+            service.routes.push(model::Route { frontends: plan.service.frontends.clone(), backends });
+        }
+        service.name = engine_name(key, base.port);
+        Some((base.port, service))
+    }
+}

@@ -1,0 +1,315 @@
+//! Resolution: from the watched Kubernetes objects to the services for the engine. It is a pure function, so that every
+//! rule about Services, EndpointSlices, ReferenceGrants and conflicts can be tested without a cluster.
+//!
+//! | module | one concern |
+//! |---|---|
+//! | this one | which object protects which Service: conflicts, order, the last valid spec |
+//! | [`references`] | the Service's ports, the backups, ReferenceGrants |
+//! | [`port_plan`] | one protected port in one IP family |
+//! | [`frontends`] | the addresses that clients connect to |
+//! | [`checks`] | port names in checks |
+//! | [`topology`] | which backup pods are preferred, and the weight of each |
+//! | [`merge`] | one service of all ports and families |
+
+mod checks;
+mod frontends;
+mod merge;
+mod port_plan;
+mod references;
+mod topology;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, Override, OwnerKind, ReferenceGrant};
+use breaker_common::NAME_LEN;
+use breaker_core::model::{self, Frontend, ServiceName};
+use jiff::Timestamp;
+
+use super::{
+    endpoints::Endpoint,
+    intent::{self, Intent, Key, Owner},
+    network_policy,
+    objects::{EndpointSlice, Service},
+    policy::Policies,
+};
+
+/// The Node that this agent runs on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// Name of the Node.
+    pub name: String,
+    /// Uid of the Node; `None` until the Node was read.
+    pub uid: Option<String>,
+    /// Internal and external addresses of the Node, on which NodePorts accept connections.
+    pub addresses: Vec<IpAddr>,
+    /// Whether the Node's condition Ready is True.
+    pub ready: bool,
+    /// Zone of the Node (label topology.kubernetes.io/zone).
+    pub zone: Option<String>,
+}
+
+impl NodeView {
+    /// Whether an endpoint is on this node.
+    fn has(&self, endpoint: &Endpoint) -> bool {
+        endpoint.node.as_deref() == Some(self.name.as_str())
+    }
+}
+
+/// Snapshot of the watched objects: the input of [`resolve`].
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    /// This node.
+    pub node: NodeView,
+    /// All CircuitBreakers.
+    pub breakers: Vec<Arc<CircuitBreaker>>,
+    /// All ReferenceGrants.
+    pub grants: Vec<Arc<ReferenceGrant>>,
+    /// All Services.
+    pub services: HashMap<Key, Arc<Service>>,
+    /// EndpointSlices by Service. The endpoints of a Service without an entry are not known yet.
+    pub endpoints: HashMap<Key, Vec<Arc<EndpointSlice>>>,
+    /// All NetworkPolicies.
+    pub policies: network_policy::ByNamespace,
+}
+
+/// Why a request, or a part of it, is refused: reason and message of a condition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The condition's reason, one word in CamelCase.
+    pub reason: &'static str,
+    /// The condition's message, for people.
+    pub message: String,
+}
+
+fn refuse<T>(reason: &'static str, message: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal { reason, message: message.into() })
+}
+
+/// Result of the resolution for one CircuitBreaker or annotated Service.
+#[derive(Clone, Debug)]
+pub struct ResolvedBreaker {
+    /// The object that asks for protection.
+    pub owner: Owner,
+    /// Uid of that object.
+    pub uid: String,
+    /// Generation of the spec that the result is about; 0 for annotations.
+    pub generation: i64,
+    /// The Service to protect.
+    pub service: Key,
+    /// Condition Accepted: `Err` if the spec is invalid or conflicts with another object.
+    pub accepted: Result<(), Refusal>,
+    /// Condition ResolvedRefs: `Err` if a Service, a port or a ReferenceGrant is missing.
+    pub resolved: Result<(), Refusal>,
+    /// Condition BackupReachable: `Err` if a NetworkPolicy keeps the primary's clients from a backup.
+    pub reachable: Result<(), Refusal>,
+    /// The service for the engine, by the Service's port. There is at most one entry: all ports of a Service form one
+    /// service, under the port that stands for all of them. Empty if nothing is protected.
+    pub ports: BTreeMap<i32, model::Service>,
+    /// What is requested but not done, and side effects of the request, in words for people.
+    pub notes: Vec<String>,
+    /// The requested spec is not in force: endpoints are not known yet, or the spec is invalid. What was in force
+    /// before stays in force.
+    pub hold: bool,
+    /// The endpoints of the Service or of a backup are not known yet.
+    pub pending: bool,
+}
+
+/// Result of the resolution for all CircuitBreakers and annotated Services.
+#[derive(Clone, Debug, Default)]
+pub struct Resolution {
+    /// CircuitBreakers first, then annotated Services; each group oldest first.
+    pub results: Vec<ResolvedBreaker>,
+    /// Services whose EndpointSlices must be watched.
+    pub wanted: BTreeSet<Key>,
+    /// When the result changes without a change of an object: the earliest end of an override.
+    pub next: Option<Timestamp>,
+}
+
+/// The engine's name for a protected port. The name depends only on the Service and the port, so that the state
+/// survives when the object that asks for protection is replaced. It has at most `NAME_LEN - 1` bytes.
+#[must_use]
+pub fn engine_name(service: &Key, port: i32) -> ServiceName {
+    let full = format!("{service}:{port}");
+    if full.len() < NAME_LEN {
+        return ServiceName::new(&full);
+    }
+    // A longer name is cut; a checksum of the whole name (FNV-1a, 32 bits) distinguishes the cut names.
+    let sum = full.bytes().fold(0x811c_9dc5_u32, |sum, byte| (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let end = format!("~{sum:08x}:{port}");
+    let cut = full.get(..NAME_LEN - 1 - end.len()).unwrap_or_default();
+    ServiceName::new(&format!("{cut}{end}"))
+}
+
+/// The last valid spec of each owner. While the current spec is invalid, the last valid one stays in force, with the
+/// current pods.
+pub type LastValidSpecs = HashMap<Owner, Arc<CircuitBreakerSpec>>;
+
+/// Resolves all CircuitBreakers and annotated Services. At most `limit` Services are protected; the others are
+/// refused with reason TooMany. `last_valid` is replaced by the specs that are now in force.
+#[must_use]
+pub fn resolve(
+    world: &World,
+    policies: &mut Policies,
+    last_valid: &mut LastValidSpecs,
+    now: Timestamp,
+    limit: usize,
+) -> Resolution {
+    let mut intents: Vec<Intent> = world
+        .breakers
+        .iter()
+        .filter(|breaker| breaker.metadata.deletion_timestamp.is_none())
+        .map(|breaker| intent::of_breaker(breaker))
+        .chain(world.services.values().filter_map(|service| intent::of_service(service)))
+        .collect();
+    intents.sort_by(|a, b| (a.owner.kind, a.created, &a.owner.key).cmp(&(b.owner.kind, b.created, &b.owner.key)));
+    let mut resolution = Resolution::default();
+    let mut taken: HashMap<Key, Owner> = HashMap::new();
+    let mut frontends: HashSet<Frontend> = HashSet::new();
+    let mut count = 0;
+    let mut next_valid = LastValidSpecs::new();
+    for intent in intents {
+        let mut result = ResolvedBreaker {
+            owner: intent.owner.clone(),
+            uid: intent.uid.clone(),
+            generation: intent.generation,
+            service: intent.service.clone(),
+            accepted: Ok(()),
+            resolved: Ok(()),
+            reachable: Ok(()),
+            ports: BTreeMap::new(),
+            notes: Vec::new(),
+            hold: false,
+            pending: false,
+        };
+        if let Some(first) = taken.get(&intent.service) {
+            let why = match (first.kind, intent.owner.kind) {
+                (OwnerKind::CircuitBreaker, OwnerKind::Service) => "which takes precedence over annotations",
+                _ => "which is older",
+            };
+            let message = format!("Service {} is already protected by {first}, {why}", intent.service);
+            result.accepted = refuse("Conflicted", message);
+            resolution.results.push(result);
+            continue;
+        }
+        taken.insert(intent.service.clone(), intent.owner.clone());
+        let wanted = match intent.spec {
+            Ok(spec) => Some(spec),
+            Err(message) => {
+                result.accepted = refuse("Invalid", message);
+                None
+            }
+        };
+        let wrong = wanted.as_ref().is_none_or(|spec| {
+            let mut resolver = Resolver { world, policies, spec, result: &mut result, wanted: &mut resolution.wanted };
+            resolver.resolve(now);
+            result.accepted.is_err()
+        });
+        let in_force = if wrong { last_valid.get(&intent.owner).cloned() } else { wanted };
+        if let (true, Some(spec)) = (wrong, &in_force) {
+            // The last valid spec stays in force; condition Accepted still reports the error of the current spec.
+            let refused = result.accepted.clone();
+            let mut resolver = Resolver { world, policies, spec, result: &mut result, wanted: &mut resolution.wanted };
+            resolver.resolve(now);
+            result.accepted = refused;
+        }
+        result.hold |= wrong;
+        if let Some(spec) = in_force {
+            if let Some(until) = spec.until.filter(|until| *until > now && spec.r#override != Override::Auto) {
+                resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
+            }
+            next_valid.insert(intent.owner.clone(), spec);
+        }
+        // A frontend belongs to one service, but Kubernetes allows two Services with the same external IP.
+        for (port, service) in &mut result.ports {
+            service.frontends.retain(|frontend| {
+                let free = frontends.insert(*frontend);
+                if !free {
+                    result.notes.push(format!("{frontend} (port {port}) belongs to another protected Service"));
+                }
+                free
+            });
+        }
+        result.ports.retain(|_, service| !service.frontends.is_empty());
+        count += result.ports.len();
+        if count > limit {
+            count -= result.ports.len();
+            result.ports.clear();
+            result.accepted =
+                refuse("TooMany", format!("the limit of {limit} protected Services is reached (agent.maxServices)"));
+        }
+        resolution.results.push(result);
+    }
+    *last_valid = next_valid;
+    resolution
+}
+
+/// The resolution of one `Intent`.
+struct Resolver<'a> {
+    world: &'a World,
+    policies: &'a mut Policies,
+    spec: &'a CircuitBreakerSpec,
+    result: &'a mut ResolvedBreaker,
+    wanted: &'a mut BTreeSet<Key>,
+}
+
+impl<'a> Resolver<'a> {
+    fn resolve(&mut self, now: Timestamp) {
+        match self.try_resolve(now) {
+            Ok(()) => {}
+            Err(refusal) => self.result.resolved = Err(refusal),
+        }
+    }
+
+    fn try_resolve(&mut self, now: Timestamp) -> Result<(), Refusal> {
+        let world = self.world;
+        let key = self.result.service.clone();
+        let Some(service) = world.services.get(&key) else {
+            return refuse("ServiceNotFound", format!("there is no Service {key}"));
+        };
+        let ports = self.ports(service)?;
+        let backups = self.backups();
+        self.wanted.insert(key.clone());
+        for backup in &backups {
+            self.wanted.insert(backup.key.clone());
+        }
+        if backups.is_empty() {
+            // `backups` has put the reason into `resolved`.
+            return Ok(());
+        }
+        let missing =
+            std::iter::once(&key).chain(backups.iter().map(|b| &b.key)).find(|k| !world.endpoints.contains_key(*k));
+        if missing.is_some() {
+            self.result.hold = true;
+            self.result.pending = true;
+            return Ok(());
+        }
+        match self.port_plans(now, &key, service, &ports, &backups) {
+            Ok(plans) => {
+                if let Some((port, service)) = self.merge(&key, plans) {
+                    self.result.ports.insert(port, service);
+                }
+            }
+            Err(message) => self.result.accepted = refuse("Invalid", message),
+        }
+        Ok(())
+    }
+
+    /// Adds a note, unless the result has it already.
+    pub(super) fn note(&mut self, note: String) {
+        if !self.result.notes.contains(&note) {
+            self.result.notes.push(note);
+        }
+    }
+
+    /// A Service's name for messages: without the namespace if it is the owner's namespace.
+    pub(super) fn short_name(&self, key: &Key) -> String {
+        if key.namespace == self.result.owner.key.namespace { key.name.clone() } else { key.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,284 @@
+//! One protected port of a Service in one IP family: its frontends, its primary, its backups by priority.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use breaker_api::crd::{Check, FastPath, Override, Port};
+use breaker_core::model::{self, Backend, Protocol, Tier};
+use jiff::Timestamp;
+
+use super::{
+    Refusal, Resolver,
+    checks::{names_a_port, numbered},
+    frontends::is_local,
+    references::{ResolvedBackup, is_named, protocol_of},
+    refuse,
+};
+use crate::source::kube::{
+    endpoints::{Endpoints, Family},
+    intent::Key,
+    network_policy,
+    objects::{Service, ServicePort},
+};
+
+/// Grace period for a new primary backend: kube-proxy may not have programmed its endpoint yet (kube-proxy's
+/// minSyncPeriod is 1 s by default, and a sync takes a moment).
+const GRACE_PERIOD: Duration = Duration::from_secs(2);
+
+/// A protected port of a Service in one IP family.
+pub(super) struct PortPlan {
+    pub(super) port: i32,
+    /// The service as if this port and family were the only ones; without a name.
+    pub(super) service: model::Service,
+    /// The pod behind each address, for all pods of the primary and the backups, terminating ones included.
+    pub(super) pods: BTreeMap<SocketAddr, String>,
+}
+
+/// Why a port cannot be protected.
+enum Problem {
+    /// A reference does not resolve. Other ports are not affected.
+    Ref(Refusal),
+    /// The spec is invalid, so no port is protected.
+    Invalid(String),
+}
+
+impl<'a> Resolver<'a> {
+    /// Makes a `PortPlan` for every port in every IP family. TCP ports come first, because a check that names no port uses
+    /// the first one.
+    pub(super) fn port_plans(
+        &mut self,
+        now: Timestamp,
+        key: &Key,
+        service: &Service,
+        ports: &[&ServicePort],
+        backups: &[ResolvedBackup<'a>],
+    ) -> Result<Vec<PortPlan>, String> {
+        let mut ports = ports.to_vec();
+        ports.sort_by_key(|port| port.protocol() != "TCP");
+        let families =
+            if service.spec.cluster_ip.contains(':') { [Family::V6, Family::V4] } else { [Family::V4, Family::V6] };
+        let checked = self.spec.check.as_ref().is_some_and(|check| !names_a_port(check));
+        if checked && ports.first().is_some_and(|port| port.protocol() != "TCP") {
+            return Err(format!(
+                "check: no TCP port of Service {key} is protected, so the check has no port to use; \
+                 allowed: a check with a port"
+            ));
+        }
+        let mut plans = Vec::new();
+        if service.spec.internal_traffic_policy.as_deref() == Some("Local") {
+            self.note(
+                "internalTrafficPolicy: Local holds for the primary only: while the breaker is open, backups on any \
+                 node take over"
+                    .into(),
+            );
+        }
+        if is_local(service) {
+            self.note(
+                "externalTrafficPolicy: Local: external clients keep their address toward backups on the node where \
+                 they enter the cluster; if that node has no backup, they are masqueraded"
+                    .into(),
+            );
+        }
+        if self.spec.fast_path == FastPath::PeerRedirect {
+            self.note(
+                "fastPath: PeerRedirect: connections to a backup on the node where they start or enter the cluster \
+                 bypass netfilter and its NetworkPolicies; external clients keep their address there"
+                    .into(),
+            );
+        }
+        for port in ports {
+            for family in families {
+                match self.port_plan(now, key, service, port, family, backups) {
+                    Ok(plan) => plans.extend(plan),
+                    // A port without a matching backup port does not affect the other ports.
+                    Err(Problem::Ref(refusal)) => self.result.resolved = Err(refusal),
+                    Err(Problem::Invalid(message)) => return Err(message),
+                }
+            }
+        }
+        Ok(plans)
+    }
+
+    /// Resolves one protected port in one IP family; `None` if the Service has no address of that family.
+    fn port_plan(
+        &mut self,
+        now: Timestamp,
+        key: &Key,
+        service: &Service,
+        port: &ServicePort,
+        family: Family,
+        backups: &[ResolvedBackup<'a>],
+    ) -> Result<Option<PortPlan>, Problem> {
+        let Some(protocol) = protocol_of(port) else { return Ok(None) };
+        let frontends = self.frontends(service, port, protocol, family);
+        if frontends.is_empty() {
+            return Ok(None);
+        }
+        let primary = Endpoints::of(&self.world.endpoints[key], port.name.as_deref(), protocol.name(), family);
+        let override_ = match self.spec.until {
+            Some(until) if until <= now => Override::Auto,
+            _ => self.spec.r#override,
+        };
+        let primary_check = self.numbered_check(self.spec.check.as_ref(), key)?;
+        let tiers = self.by_priority(backups)?;
+        let checks: Vec<Option<&Check>> = tiers.iter().map(|(_, check)| check.as_ref()).collect();
+        let template =
+            self.policies.get(self.spec, override_, primary_check.as_ref(), &checks).map_err(Problem::Invalid)?;
+        let avoid: BTreeSet<SocketAddr> =
+            primary.all().map(|e| e.address).chain(frontends.iter().map(|f| f.address)).collect();
+        let mut pods: BTreeMap<SocketAddr, String> = primary.all().map(|e| (e.address, e.pod.clone())).collect();
+        let mut backup_tiers = Vec::new();
+        let mut keep_client =
+            model::KeepClient { frontends: self.external_frontends(service, &frontends), ..Default::default() };
+        for ((members, _), model) in tiers.iter().zip(&template.backups) {
+            let mut pools = Vec::new();
+            for found in members {
+                let endpoints = self.backup_endpoints(found, port, protocol, family)?;
+                pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
+                self.check_network_policies(
+                    protocol,
+                    (key, service, &primary),
+                    (&found.key, found.service, &endpoints),
+                );
+                if !keep_client.frontends.is_empty() {
+                    keep_client.backends.extend(endpoints.all().filter(|e| self.world.node.has(e)).map(|e| e.address));
+                }
+                let shared = endpoints.all().filter(|e| avoid.contains(&e.address)).count();
+                if shared > 0 {
+                    let note = format!(
+                        "{shared} pods of {} are also pods of the primary and are not used as backup",
+                        found.key
+                    );
+                    self.note(note);
+                }
+                pools.push((found, endpoints.without(&avoid)));
+            }
+            let name = members.iter().map(|found| self.short_name(&found.key)).collect::<Vec<_>>().join("+");
+            backup_tiers.extend(self.tiers_by_distance(&name, &pools, model));
+        }
+        let service = model::Service {
+            frontends,
+            primary: Tier {
+                name: self.short_name(key),
+                backends: primary.usable().map(|e| Backend { address: e.address, weight: 1 }).collect(),
+                draining: Vec::new(),
+                ..template.primary.clone()
+            },
+            backups: backup_tiers,
+            grace_period: GRACE_PERIOD,
+            keep_client,
+            ..template.as_ref().clone()
+        };
+        Ok(Some(PortPlan { port: port.port, service, pods }))
+    }
+
+    /// A check with port numbers in place of port names, for the pods of one Service.
+    fn numbered_check(&self, check: Option<&Check>, key: &Key) -> Result<Option<Check>, Problem> {
+        let Some(check) = check else { return Ok(None) };
+        let slices = &self.world.endpoints[key];
+        // Without endpoints, the EndpointSlices have no ports. No pod is checked then, so any number will do.
+        let nobody = slices.iter().all(|slice| slice.endpoints.is_empty());
+        let of = |name: &str, family| Endpoints::of(slices, Some(name), "TCP", family).port;
+        let number = |name: &str| of(name, Family::V4).or(of(name, Family::V6)).or(nobody.then_some(1));
+        numbered(check, number).map(Some).map_err(|name| {
+            Problem::Ref(Refusal {
+                reason: "PortNotFound",
+                message: format!("the check's port {name:?} is not a port of Service {key} that has endpoints"),
+            })
+        })
+    }
+
+    /// The backups of each priority, with the check that they share.
+    fn by_priority<'b>(
+        &self,
+        backups: &'b [ResolvedBackup<'a>],
+    ) -> Result<Vec<(Vec<&'b ResolvedBackup<'a>>, Option<Check>)>, Problem> {
+        let mut tiers: Vec<(Vec<&ResolvedBackup<'a>>, Option<Check>)> = Vec::new();
+        let mut last_priority = None;
+        for found in backups {
+            let own = self.numbered_check(found.intent.check.as_ref().or(self.spec.check.as_ref()), &found.key)?;
+            match tiers.last_mut() {
+                Some((members, check)) if last_priority == Some(found.priority) => {
+                    if *check != own {
+                        return Err(Problem::Invalid(format!(
+                            "backups: {} and {} have the same priority but different checks; \
+                             allowed: one check for each priority",
+                            members[0].key, found.key
+                        )));
+                    }
+                    members.push(found);
+                }
+                _ => tiers.push((vec![found], own)),
+            }
+            last_priority = Some(found.priority);
+        }
+        Ok(tiers)
+    }
+
+    /// Sets `reachable` to an error if a NetworkPolicy keeps the primary's clients from a backup's pods. Only the
+    /// first such backup is reported.
+    fn check_network_policies(
+        &mut self,
+        protocol: Protocol,
+        primary: (&Key, &Service, &Endpoints),
+        backup: (&Key, &Service, &Endpoints),
+    ) {
+        if self.world.policies.is_empty() || self.result.reachable.is_err() {
+            return;
+        }
+        let sides = [primary, backup];
+        let addresses = sides.map(|(.., pods)| pods.usable().map(|e| e.address).collect::<Vec<_>>());
+        // Without pods there are no ports and addresses to compare.
+        if addresses.iter().any(Vec::is_empty) {
+            return;
+        }
+        let names = sides.map(|(key, ..)| self.short_name(key));
+        let pods = |side: usize| network_policy::Pods {
+            name: &names[side],
+            namespace: &sides[side].0.namespace,
+            labels: &sides[side].1.spec.selector,
+            protocol: protocol.name(),
+            addresses: &addresses[side],
+        };
+        if let Some(message) = network_policy::obstacle(&self.world.policies, &pods(0), &pods(1)) {
+            self.result.reachable = refuse("NetworkPolicy", message);
+        }
+    }
+
+    /// A backup's endpoints for a protected port. The backup's port is the one that the spec names or, if it names
+    /// none, the port with the same name, the port with the same number, or the only port of the protocol.
+    fn backup_endpoints(
+        &self,
+        found: &ResolvedBackup<'_>,
+        port: &ServicePort,
+        protocol: Protocol,
+        family: Family,
+    ) -> Result<Endpoints, Problem> {
+        let ports: Vec<&ServicePort> =
+            found.service.spec.ports.iter().filter(|port| port.protocol() == protocol.name()).collect();
+        let by = |wanted: &Port| ports.iter().find(|p| is_named(p, wanted)).copied();
+        let chosen = match &found.intent.port {
+            Some(wanted) => by(wanted),
+            None => port
+                .name
+                .as_ref()
+                .and_then(|name| by(&Port::Name(name.clone())))
+                .or_else(|| by(&Port::Number(i64::from(port.port))))
+                .or_else(|| if let [only] = ports[..] { Some(only) } else { None }),
+        };
+        let Some(chosen) = chosen else {
+            let wanted = found.intent.port.as_ref().map_or_else(
+                || format!("port {} (by name, by number, or as the only one)", port.port),
+                |wanted| format!("port {wanted}"),
+            );
+            return Err(Problem::Ref(Refusal {
+                reason: "PortNotFound",
+                message: format!("Service {} has no {} port that matches {wanted}", found.key, protocol.name()),
+            }));
+        };
+        Ok(Endpoints::of(&self.world.endpoints[&found.key], chosen.name.as_deref(), protocol.name(), family))
+    }
+}

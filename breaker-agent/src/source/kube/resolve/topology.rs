@@ -1,0 +1,78 @@
+//! Which pods of a backup are preferred, and the weight of each.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use breaker_api::crd::Topology;
+use breaker_core::model::{Backend, Tier};
+
+use super::{Resolver, references::ResolvedBackup};
+use crate::source::kube::endpoints::{Endpoint, Endpoints};
+
+impl Resolver<'_> {
+    /// The endpoints of one priority as tiers: one tier or, if `topology` prefers close pods, one tier for each
+    /// distance (same node, same zone, elsewhere).
+    pub(super) fn tiers_by_distance(
+        &self,
+        name: &str,
+        pools: &[(&&ResolvedBackup<'_>, Endpoints)],
+        model: &Tier,
+    ) -> Vec<Tier> {
+        let node = &self.world.node;
+        let same_zone = |e: &Endpoint| node.zone.is_some() && e.zone == node.zone;
+        let rank = |e: &Endpoint| match self.spec.topology {
+            Topology::Any => 0,
+            Topology::PreferSameNode => match () {
+                () if node.has(e) => 0,
+                () if same_zone(e) => 1,
+                () => 2,
+            },
+            Topology::PreferSameZone => u8::from(!same_zone(e)),
+        };
+        let label = |rank: u8| match (self.spec.topology, rank) {
+            (Topology::PreferSameNode, 0) => format!("{name} (same node)"),
+            (Topology::PreferSameNode, 1) | (Topology::PreferSameZone, 0) => format!("{name} (same zone)"),
+            _ => name.to_owned(),
+        };
+        let mut tiers: BTreeMap<u8, Tier> = BTreeMap::new();
+        let empty = |rank: u8| Tier { name: label(rank), backends: Vec::new(), draining: Vec::new(), ..model.clone() };
+        for (rank_, weights) in [0, 1, 2].map(|r| (r, weighted_backends(pools, |e| rank(e) == r))) {
+            if !weights.is_empty() {
+                tiers.entry(rank_).or_insert_with(|| empty(rank_)).backends = weights;
+            }
+        }
+        let draining: Vec<SocketAddr> = pools.iter().flat_map(|(_, e)| e.draining()).map(|e| e.address).collect();
+        // A backup without endpoints stays a tier: it is short_name, and it is used again as soon as it has endpoints.
+        let last = tiers.len().checked_sub(1);
+        let mut tiers: Vec<Tier> = tiers.into_values().collect();
+        match last.and_then(|last| tiers.get_mut(last)) {
+            Some(tier) => tier.draining = draining,
+            None => tiers.push(Tier { draining, ..empty(2) }),
+        }
+        tiers
+    }
+}
+
+/// The backends of several Services. Each Service gets connections by its weight, whatever the number of its pods.
+fn weighted_backends(pools: &[(&&ResolvedBackup<'_>, Endpoints)], wanted: impl Fn(&Endpoint) -> bool) -> Vec<Backend> {
+    let members: Vec<(u64, Vec<&Endpoint>)> = pools
+        .iter()
+        .map(|(found, endpoints)| {
+            (
+                u64::try_from(found.intent.weight).unwrap_or(1),
+                endpoints.usable().filter(|e| wanted(e)).collect::<Vec<_>>(),
+            )
+        })
+        .filter(|(_, endpoints)| !endpoints.is_empty())
+        .collect();
+    if members.len() == 1 {
+        return members[0].1.iter().map(|e| Backend { address: e.address, weight: 1 }).collect();
+    }
+    // The pod with the largest part gets weight 1000, the others in proportion, but at least 1.
+    let per_pod = |weight: u64, pods: usize| weight * 1_000_000 / pods as u64;
+    let most = members.iter().map(|(weight, pods)| per_pod(*weight, pods.len())).max().unwrap_or(1).max(1);
+    let weight = |w: u64, pods: usize| u16::try_from((per_pod(w, pods) * 1000 / most).max(1)).unwrap_or(1000);
+    members
+        .iter()
+        .flat_map(|(w, pods)| pods.iter().map(move |e| Backend { address: e.address, weight: weight(*w, pods.len()) }))
+        .collect()
+}

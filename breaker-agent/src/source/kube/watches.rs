@@ -1,0 +1,275 @@
+//! All watches of an agent.
+//!
+//! The agent watches all Services, as kube-proxy does, because no selector can match annotations. It also watches all
+//! CircuitBreakers, ReferenceGrants and NetworkPolicies. EndpointSlices are the most numerous and change most often,
+//! so it watches only those of referenced Services: one watch per namespace, by label. Of the Nodes it watches only
+//! its own. It does not watch pods, because EndpointSlices have what is needed. All objects are trimmed before they
+//! are stored.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use breaker_api::crd::{CircuitBreaker, ReferenceGrant};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::{
+    Api, Client, ResourceExt as _,
+    core::DeserializeGuard,
+    runtime::{
+        reflector::{self, ObjectRef},
+        watcher,
+    },
+};
+use tokio::sync::Notify;
+
+use super::{
+    intent::Key,
+    network_policy,
+    objects::{EndpointSlice, Node, Service},
+    resolve::{NodeView, World},
+    watch::{Watch, always},
+};
+
+/// The label with the name of an EndpointSlice's Service.
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+/// Maximum number of names in a label selector, which is a part of the URL. With more names, all EndpointSlices of
+/// the namespace are watched.
+const MOST_NAMES: usize = 64;
+
+/// A CircuitBreaker, or the error with which it could not be parsed (for example, because it is of a later version).
+/// One such object must not hide the others.
+pub(super) type Guarded = DeserializeGuard<CircuitBreaker>;
+
+/// All watches of an agent.
+pub(super) struct Watches {
+    client: Client,
+    changed: Arc<Notify>,
+    node_name: String,
+    breakers: Watch<Guarded>,
+    grants: Watch<ReferenceGrant>,
+    services: Watch<Service>,
+    nodes: Watch<Node>,
+    policies: Watch<NetworkPolicy>,
+    slices: BTreeMap<String, NamespaceSlices>,
+    /// Each CircuitBreaker in the last version that could be parsed.
+    understood: HashMap<ObjectRef<Guarded>, Arc<CircuitBreaker>>,
+}
+
+/// The watch on the EndpointSlices of one namespace.
+struct NamespaceSlices {
+    names: BTreeSet<String>,
+    watch: Watch<EndpointSlice>,
+    /// The previous watch, and the Service names that it covers. Kept until the new watch is ready.
+    before: Option<(BTreeSet<String>, Watch<EndpointSlice>)>,
+}
+
+impl Watches {
+    pub(super) fn start(client: &Client, node_name: &str, changed: &Arc<Notify>) -> Self {
+        let all = watcher::Config::default;
+        let changed = changed.clone();
+        Self {
+            breakers: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "CircuitBreakers".into(),
+                changed.clone(),
+                |breaker: &mut Guarded| {
+                    // `status.nodes` is for people, and is the largest part of the object.
+                    if let Some(status) = breaker.0.as_mut().ok().and_then(|breaker| breaker.status.as_mut()) {
+                        status.nodes.clear();
+                    }
+                    breaker.annotations_mut().clear();
+                    if let Err(error) = &breaker.0 {
+                        tracing::warn!(
+                            "CircuitBreaker {}/{} cannot be parsed (its last valid version stays in use): {error}",
+                            breaker.namespace().unwrap_or_default(),
+                            breaker.name_any()
+                        );
+                    }
+                },
+                // A status does not affect the resolution, so a change of the status alone is ignored.
+                |old, new| match (&old.0, &new.0) {
+                    (Ok(old), Ok(new)) => {
+                        let key = |b: &CircuitBreaker| (b.uid(), b.metadata.deletion_timestamp.clone());
+                        old.spec != new.spec
+                            || old.metadata.generation != new.metadata.generation
+                            || key(old) != key(new)
+                    }
+                    _ => true,
+                },
+            ),
+            grants: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "ReferenceGrants".into(),
+                changed.clone(),
+                |grant: &mut ReferenceGrant| grant.annotations_mut().clear(),
+                always,
+            ),
+            services: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "Services".into(),
+                changed.clone(),
+                trim_service,
+                always,
+            ),
+            nodes: Watch::start(
+                Api::all(client.clone()),
+                all().fields(&format!("metadata.name={node_name}")),
+                "this Node".into(),
+                changed.clone(),
+                trim_node,
+                |old, new| node_view("", Some(old)) != node_view("", Some(new)),
+            ),
+            policies: Watch::start(
+                Api::all(client.clone()),
+                all(),
+                "NetworkPolicies".into(),
+                changed.clone(),
+                |policy: &mut NetworkPolicy| {
+                    policy.annotations_mut().clear();
+                    policy.labels_mut().clear();
+                },
+                |old, new| old.spec != new.spec,
+            ),
+            slices: BTreeMap::new(),
+            understood: HashMap::new(),
+            client: client.clone(),
+            changed,
+            node_name: node_name.to_owned(),
+        }
+    }
+
+    /// Watches the EndpointSlices of these Services, and of no others.
+    pub(super) fn set_wanted(&mut self, wanted: &BTreeSet<Key>) {
+        let mut by_namespace: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for key in wanted {
+            by_namespace.entry(&key.namespace).or_default().insert(key.name.clone());
+        }
+        self.slices.retain(|namespace, _| by_namespace.contains_key(namespace.as_str()));
+        for (namespace, names) in by_namespace {
+            let old = self.slices.remove(namespace);
+            let new = match old {
+                Some(old) if old.names == names => old,
+                // A watch of the whole namespace already has every name. Slices of the new names may have arrived
+                // before they were wanted, so no further event may come for them: trigger a resolution here.
+                Some(old) if old.names.len() > MOST_NAMES && names.len() > MOST_NAMES => {
+                    self.changed.notify_one();
+                    NamespaceSlices { names, ..old }
+                }
+                old => {
+                    let labels = if names.len() > MOST_NAMES {
+                        SERVICE_LABEL.to_owned()
+                    } else {
+                        format!(
+                            "{SERVICE_LABEL} in ({})",
+                            names.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+                        )
+                    };
+                    let watch = Watch::start(
+                        Api::namespaced(self.client.clone(), namespace),
+                        watcher::Config::default().labels(&labels),
+                        format!("EndpointSlices of namespace {namespace}"),
+                        self.changed.clone(),
+                        trim_slice,
+                        always,
+                    );
+                    // The last watch with a complete list stands in until the new watch has one.
+                    let before = old.and_then(|old| match old.watch.get() {
+                        Some(_) => Some((old.names, old.watch)),
+                        None => old.before,
+                    });
+                    NamespaceSlices { names, watch, before }
+                }
+            };
+            self.slices.insert(namespace.to_owned(), new);
+        }
+    }
+
+    /// A snapshot of all watched objects; `None` until Services, this Node, CircuitBreakers and ReferenceGrants were
+    /// listed once.
+    pub(super) fn world(&mut self) -> Option<World> {
+        let services = self.services.get()?;
+        let node = self.nodes.get()?;
+        let before = std::mem::take(&mut self.understood);
+        for guarded in self.breakers.get()? {
+            let key = ObjectRef::from_obj(&*guarded);
+            let known = before.get(&key);
+            let breaker = match &guarded.0 {
+                Ok(breaker) => Some(match known {
+                    Some(known) if known.resource_version() == breaker.resource_version() => known.clone(),
+                    _ => Arc::new(breaker.clone()),
+                }),
+                Err(_) => known.cloned(),
+            };
+            self.understood.extend(breaker.map(|breaker| (key, breaker)));
+        }
+        let mut world = World {
+            node: node_view(&self.node_name, node.first().map(|node| &**node)),
+            breakers: self.understood.values().cloned().collect(),
+            grants: self.grants.get()?,
+            services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
+            endpoints: HashMap::new(),
+            // NetworkPolicies are optional: without them, only warnings are missing.
+            policies: network_policy::by_namespace(self.policies.get().unwrap_or_default()),
+        };
+        for (namespace, slices) in &mut self.slices {
+            let (names, found) = match (slices.watch.get(), &slices.before) {
+                (Some(found), _) => {
+                    slices.before = None;
+                    (&slices.names, found)
+                }
+                (None, Some((names, before))) => (names, before.get().unwrap_or_default()),
+                (None, None) => continue,
+            };
+            for name in names {
+                world.endpoints.entry(Key::new(namespace, name)).or_default();
+            }
+            for slice in found {
+                let Some(name) = slice.labels().get(SERVICE_LABEL) else { continue };
+                if let Some(list) = world.endpoints.get_mut(&Key::new(namespace, name)) {
+                    list.push(slice);
+                }
+            }
+        }
+        Some(world)
+    }
+
+    /// A handle to the CircuitBreakers with their current statuses.
+    pub(super) fn breakers(&self) -> reflector::Store<Guarded> {
+        self.breakers.store()
+    }
+}
+
+fn node_view(name: &str, node: Option<&Node>) -> NodeView {
+    let Some(node) = node else { return NodeView { name: name.to_owned(), ..NodeView::default() } };
+    let addresses = node.status.addresses.iter();
+    NodeView {
+        name: name.to_owned(),
+        uid: node.uid(),
+        ready: node.is_ready(),
+        addresses: addresses
+            .filter(|address| address.r#type == "InternalIP" || address.r#type == "ExternalIP")
+            .filter_map(|address| address.address.parse().ok())
+            .collect(),
+        zone: node.labels().get("topology.kubernetes.io/zone").cloned(),
+    }
+}
+
+fn trim_service(service: &mut Service) {
+    service.annotations_mut().retain(|name, _| name.starts_with(super::annotations::PREFIX));
+    service.labels_mut().clear();
+}
+
+fn trim_slice(slice: &mut EndpointSlice) {
+    slice.annotations_mut().clear();
+    slice.labels_mut().retain(|name, _| name == SERVICE_LABEL);
+    slice.metadata.owner_references = None;
+}
+
+fn trim_node(node: &mut Node) {
+    node.annotations_mut().clear();
+    node.labels_mut().retain(|name, _| name == "topology.kubernetes.io/zone");
+}

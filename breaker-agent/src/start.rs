@@ -1,0 +1,201 @@
+//! Starts an agent: pins, programs, maps, sources and control, then the loop.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use breaker_core::{engine::Engine, model::Service};
+use tokio::sync::{mpsc, watch};
+
+use crate::{
+    agent_loop::{Agent, Inputs, Source},
+    check::Checkers,
+    clock::Clock,
+    config::AgentConfig,
+    control,
+    datapath::{
+        KernelDatapath,
+        attach::Attacher,
+        interfaces::{self, Wanted},
+        masquerade, neighbors,
+        options::{AttachMode, XdpPolicy},
+        pins::PinDir,
+        preflight, programs,
+        sizes::Sizes,
+        sys::has_tcx,
+    },
+    heartbeat::Lease,
+    interfaces::Interfaces,
+    source::{
+        file::FileSource,
+        kube::{self, KubeSource, NodeIdentity},
+    },
+};
+
+/// Where the services are configured.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// In a file.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The content that was read at start. A different content later is a change.
+        text: String,
+        /// The services that the content describes.
+        services: Vec<Service>,
+    },
+    /// In Kubernetes.
+    Kubernetes(NodeIdentity),
+}
+
+/// Options of [`run`].
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The section `agent` of the configuration.
+    pub agent: AgentConfig,
+    /// Where the services are configured.
+    pub origin: Origin,
+    /// Remove programs and maps at the end, instead of leaving them to the next agent.
+    pub detach: bool,
+    /// Log level of the eBPF programs. With `None`, they are loaded with logging disabled.
+    pub program_log: Option<log::Level>,
+}
+
+/// Runs an agent until it gets SIGTERM or SIGINT.
+///
+/// # Errors
+/// The agent cannot start. An error before the first configuration is applied leaves the decisions and programs of
+/// an earlier agent as they are.
+pub async fn run(options: Options) -> Result<()> {
+    breaker_cli::install_crypto();
+    let config = options.agent;
+    anyhow::ensure!(
+        config.attach != AttachMode::Tcx || has_tcx(),
+        "agent.attach: Tcx needs kernel 6.6; allowed here: Auto, Clsact"
+    );
+    let pins = PinDir::open(&config.pin_path)?;
+    let adopted = pins.adopted();
+    let loaded = programs::load(
+        &pins,
+        &programs::Options {
+            sizes: sizes(&config),
+            masquerade_mark: config.masquerade_mark,
+            log_level: options.program_log,
+            sockets: config.node_sockets,
+            xdp: config.xdp != XdpPolicy::Off,
+        },
+    )?;
+    let xdp = match &loaded.xdp {
+        Ok(()) => config.xdp,
+        Err(why) => {
+            tracing::warn!("XDP is not available, the tc programs do its work: {why}");
+            XdpPolicy::Off
+        }
+    };
+    if let (true, Err(why)) = (config.node_sockets, &loaded.sockets) {
+        tracing::warn!("the node's own processes are not protected: {why}");
+    }
+    if let Some(logger) = loaded.logger {
+        forward_log(logger);
+    }
+    let events = loaded.maps.events_ready()?;
+    let attacher = Attacher::new(loaded.programs, loaded.tail_calls, &pins, config.attach, config.attach_order, xdp);
+    let clock = Clock::start();
+    let mut datapath = KernelDatapath::new(loaded.maps);
+    let engine = Engine::new(clock.now(), &mut datapath).map_err(anyhow::Error::new)?;
+    let (reports_in, reports) = mpsc::channel(4096);
+    let (commands_in, commands) = mpsc::channel(64);
+    let (latest_event, latest_event_out) = watch::channel(0);
+    let _socket = control::serve(&config.socket, commands_in.clone(), latest_event_out)?;
+    if let Some(address) = config.listen {
+        control::health::serve(address, commands_in).await?;
+    }
+    let (source, services) = match options.origin {
+        Origin::File { path, text, services } => (Source::File(FileSource::watch(&path, text)?), Some(services)),
+        Origin::Kubernetes(mut identity) => {
+            // Leave room for services that are no longer configured but still have flows.
+            identity.room = (datapath.sizes().services as usize).saturating_sub(16).max(1);
+            let client = kube::client(identity.kubeconfig.as_deref()).await?;
+            (Source::Kubernetes(Box::new(KubeSource::start(&client, &identity))), None)
+        }
+    };
+    let (pods_wanted, pods_wanted_out) = watch::channel(false);
+    let pods = neighbors::watch_pods(pods_wanted_out)?;
+    let mut agent = Agent {
+        clock,
+        engine,
+        datapath,
+        interfaces: Interfaces::new(attacher),
+        checkers: Checkers::new(reports_in),
+        latest_event,
+        lease: Lease::new(config.lease),
+        service_count: None,
+        update: Arc::default(),
+        sockets: loaded.sockets,
+        masquerade_rule: masquerade_rule(&config),
+        incompatible: preflight::socket_load_balancer(),
+        pods_wanted,
+        needs_local_pods: false,
+        unreported: true,
+        reported_changes: 0,
+        reported_at: Duration::ZERO,
+        config: config.clone(),
+    };
+    // The heartbeat comes first, then the decisions, then the programs that act on them. With Kubernetes as the
+    // source, the decisions of an earlier agent stay in force until the source has delivered the first
+    // configuration.
+    agent.heartbeat();
+    if let Some(services) = services {
+        agent.configure(services);
+    }
+    let wanted = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.set().clone() };
+    let (present, interfaces) = interfaces::watch(wanted).await.context("watch the interfaces")?;
+    agent.interfaces.activate(present)?;
+    let (pid, attach, count) = (std::process::id(), agent.interfaces.attach_mode(), agent.interfaces.count());
+    let services = agent.service_count;
+    tracing::info!(pid, adopted, attach = attach.label(), interfaces = count, services, "ready");
+    agent.run(Inputs { reports, commands, interfaces, pods, events, source }).await?;
+    if options.detach {
+        drop(agent);
+        let cleaned = pins.remove()?;
+        tracing::info!(links = cleaned.links, maps = cleaned.maps, "removed the datapath");
+    } else {
+        tracing::info!("the datapath stays in place; the next agent adopts it");
+    }
+    Ok(())
+}
+
+/// The sizes of the maps: from the configuration, otherwise from the node's memory.
+fn sizes(config: &AgentConfig) -> Sizes {
+    let by_memory = Sizes::default();
+    let sizes =
+        config.max_services.map_or(by_memory, |services| Sizes::for_services(services).with_flows(by_memory.flows));
+    config.max_flows.map_or(sizes, |flows| sizes.with_flows(flows))
+}
+
+/// Installs breaker's own netfilter rule for the masquerade mark, or removes it if the configuration says so. A
+/// node with kube-proxy does not need it. The error says why there is no rule.
+fn masquerade_rule(config: &AgentConfig) -> Result<(), String> {
+    let outcome = if config.masquerade_rule {
+        masquerade::install(config.masquerade_mark)
+    } else {
+        masquerade::remove().and_then(|_| Err(anyhow::anyhow!("switched off")))
+    };
+    outcome.map_err(|error| {
+        let why = format!("{error:#}");
+        tracing::info!("no masquerade rule of breaker's own is installed, kube-proxy's is needed: {why}");
+        why
+    })
+}
+
+/// Forwards log messages of the eBPF programs to the agent's log.
+fn forward_log(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
+    /// Polling interval. The task runs only with `--program-log`, so it costs nothing otherwise.
+    const EVERY: Duration = Duration::from_millis(100);
+    tokio::spawn(async move {
+        let mut interval = tokio::time::interval(EVERY);
+        loop {
+            interval.tick().await;
+            logger.flush();
+        }
+    });
+}

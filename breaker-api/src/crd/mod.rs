@@ -1,0 +1,102 @@
+//! The Kubernetes API of breaker: group `breaker.dev`, version `v1alpha1`. `cargo xtask crdgen` generates the CRDs in
+//! k8s/base/crds.yaml and k8s/chart/crds/crds.yaml from these types, so `kubectl explain` shows these doc comments.
+
+/// Defines an enum whose variants are the words of a field.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$attr:meta])* $word:ident),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+        #[allow(missing_docs, reason = "a documented variant is a schema of its own, which is not structural")]
+        pub enum $name { $($(#[$attr])* $word),+ }
+
+        impl $name {
+            /// As it is written.
+            #[must_use]
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$word => stringify!($word)),+ }
+            }
+        }
+    };
+}
+mod breaker;
+mod check;
+mod grant;
+mod limits;
+mod report;
+mod status;
+
+use kube::CustomResourceExt as _;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use breaker::{
+    Backup, Breaker, CircuitBreaker, CircuitBreakerSpec, EstablishedPolicy, FastPath, Mode, OnAgentLoss, Override,
+    ProbeFrom, ServiceRef, Topology, WhenAllUnhealthy, Window,
+};
+pub use check::{Check, GrpcAction, Header, HttpGetAction, Scheme, TcpSocketAction};
+pub use grant::{GrantFrom, GrantTo, ReferenceGrant, ReferenceGrantSpec};
+pub use limits::{BackupLimits, ClientLimits, LimitScope, Limits, OnLimit};
+pub use report::{NodeReport, NodeReportSpec, OwnerKind, ReportedAgent, ReportedLimit, ReportedService, ReportedTier};
+pub use status::{CircuitBreakerStatus, NodeCounts, NodeStatus, PortStatus, ReportedState};
+
+/// The API group.
+pub const GROUP: &str = "breaker.dev";
+
+/// A port of a Service, by name or by number.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Port {
+    /// Its number.
+    Number(i64),
+    /// Its name.
+    Name(String),
+}
+
+impl std::fmt::Display for Port {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Name(name) => name.fmt(f),
+        }
+    }
+}
+
+impl JsonSchema for Port {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Port".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "x-kubernetes-int-or-string": true,
+            "x-kubernetes-validations": [{
+                "rule": "type(self) == int ? self >= 1 && self <= 65535 : size(self) >= 1 && size(self) <= 63",
+                "message": "a port's number, 1 to 65535, or its name",
+            }],
+        })
+    }
+}
+
+/// The CRDs of all types, as YAML documents.
+///
+/// # Errors
+/// A definition cannot be serialized; a test serializes all of them.
+pub fn definitions() -> Result<String, serde_saphyr::ser_error::Error> {
+    let mut text = String::from("# Generated from breaker-api/src/crd by `cargo xtask crdgen`.\n");
+    for crd in [CircuitBreaker::crd(), NodeReport::crd(), ReferenceGrant::crd()] {
+        text.push_str("---\n");
+        text.push_str(&serde_saphyr::to_string(&crd)?);
+    }
+    Ok(text)
+}
+
+fn date_time(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    schemars::json_schema!({ "type": "string", "format": "date-time" })
+}
+
+#[cfg(test)]
+mod tests;

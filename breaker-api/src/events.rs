@@ -1,0 +1,84 @@
+//! `GET /v1/events`: one JSON object a line.
+
+use breaker_common::{BreakerState, StateReason};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EventType {
+    /// A breaker changed its state.
+    Transition,
+    /// A backend's health changed.
+    Health,
+    /// A limit refuses new connections.
+    Limited,
+    /// The programs met a new epoch.
+    StateAdopted,
+    /// A new connection was sent to a backup.
+    FlowMoved,
+    /// A new connection was refused.
+    Rejected,
+    /// An established connection was reset.
+    FlowReset,
+    /// A write to the maps failed.
+    WriteFailed,
+    /// A write to the maps succeeded after failed ones.
+    WriteRecovered,
+    /// The tables of established flows fill up, or have room again.
+    FlowPressure,
+    /// The configuration was read again.
+    Config,
+    /// A configuration was refused; nothing changed.
+    ConfigRefused,
+    /// An event that only another version knows.
+    #[serde(other)]
+    Unknown,
+}
+
+impl EventType {
+    /// As it is written.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Transition => "Transition",
+            Self::Health => "Health",
+            Self::Limited => "Limited",
+            Self::StateAdopted => "StateAdopted",
+            Self::FlowMoved => "FlowMoved",
+            Self::Rejected => "Rejected",
+            Self::FlowReset => "FlowReset",
+            Self::WriteFailed => "WriteFailed",
+            Self::WriteRecovered => "WriteRecovered",
+            Self::FlowPressure => "FlowPressure",
+            Self::Config => "Config",
+            Self::ConfigRefused => "ConfigRefused",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
+/// One event.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventLine {
+    /// Increases by one with every event. A gap means that a slow reader missed events.
+    pub id: u64,
+    /// When it happened.
+    pub at: Timestamp,
+    /// The service; `-` for an event that is not about one.
+    pub service: String,
+    /// What it is about.
+    pub kind: EventType,
+    /// A description for people.
+    pub message: String,
+    /// For a transition: the state before.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub from: Option<BreakerState>,
+    /// For a transition: the state after.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub to: Option<BreakerState>,
+    /// For a transition: why.
+    #[serde(skip_serializing_if = "Option::is_none", default, deserialize_with = "crate::text::lenient")]
+    pub reason: Option<StateReason>,
+}

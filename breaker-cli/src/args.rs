@@ -1,0 +1,136 @@
+//! The commands that need no kernel, and their options.
+
+use std::{path::PathBuf, time::Duration};
+
+use breaker_api::DEFAULT_SOCKET;
+use clap::{Args, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::duration;
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Control socket of the agent.
+    #[arg(long, global = true, env = "BREAKER_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
+    pub socket: PathBuf,
+}
+
+/// A command.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Show every service: its state, since when, why, and who answers. Works without an agent, too.
+    #[command(display_order = 2)]
+    Status {
+        /// The format: a table for people, or the whole as JSON or YAML.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// Show everything about one service.
+    #[command(display_order = 3)]
+    Get {
+        /// The service's name.
+        name: String,
+        /// The format.
+        #[arg(short, long, default_value = "yaml")]
+        output: Output,
+    },
+    /// Force a service open: its new connections go to the backup until `reset`.
+    #[command(display_order = 4, after_help = "Example: breaker trip dummy --for 10m --reason \"database migration\"")]
+    Trip {
+        /// The service's name.
+        name: String,
+        /// How long it is forced open (30s, 10m, 1h30m); until `reset` if not given.
+        #[arg(long = "for", value_name = "TIME", value_parser = duration::parse)]
+        duration: Option<Duration>,
+        /// Why; shown to everybody who looks.
+        #[arg(long)]
+        reason: Option<String>,
+    },
+    /// End an override: the checks decide again, without backoff, and the breaker closes unless the primary is Down.
+    #[command(display_order = 5)]
+    Reset {
+        /// The service's name.
+        name: String,
+    },
+    /// Show what happened, and with --follow what happens.
+    #[command(display_order = 6)]
+    Events {
+        /// Go on until interrupted.
+        #[arg(short, long)]
+        follow: bool,
+        /// The format: lines for people, or one JSON object a line.
+        #[arg(short, long, default_value = "text")]
+        output: EventOutput,
+    },
+    /// Show the connections of a service that breaker decided, youngest first.
+    #[command(display_order = 7)]
+    Flows {
+        /// The service's name.
+        name: String,
+        /// How many at most.
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+        /// The format: a table for people, or the whole as JSON or YAML.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// Show every CircuitBreaker on every node, over the Kubernetes API. As `kubectl breaker` where kubectl-breaker is on the
+    /// PATH.
+    #[command(display_order = 9)]
+    Cluster {
+        /// How to reach the API server; KUBECONFIG, ~/.kube/config or the pod's service account if not given.
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: Option<PathBuf>,
+        /// Show this namespace only.
+        #[arg(short, long, value_name = "NAME")]
+        namespace: Option<String>,
+        /// The format: a table for people, or the whole as JSON or YAML.
+        #[arg(short, long, default_value = "table")]
+        output: TableOutput,
+    },
+    /// Print the definitions of the Kubernetes types, for kubectl apply.
+    #[command(display_order = 10)]
+    Crds,
+    /// Tell the agent that it is about to be replaced: its last decision holds for longer than the usual lease.
+    #[command(
+        display_order = 11,
+        after_help = "Example, before an upgrade that pulls an image: breaker handover --for 10m"
+    )]
+    Handover {
+        /// How long the last decision holds (30s, 10m, 2h).
+        #[arg(long = "for", value_name = "TIME", value_parser = duration::parse, default_value = "10m")]
+        duration: Duration,
+    },
+    /// Print a shell's completions.
+    #[command(display_order = 13, after_help = "Example: breaker completions bash > /etc/bash_completion.d/breaker")]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+/// A table for people, or a format for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "a documented value is a line of its own in --help")]
+pub enum TableOutput {
+    Table,
+    Json,
+    Yaml,
+}
+
+/// A format for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "a documented value is a line of its own in --help")]
+pub enum Output {
+    Json,
+    Yaml,
+}
+
+/// The format of events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "a documented value is a line of its own in --help")]
+pub enum EventOutput {
+    Text,
+    Json,
+}

@@ -1,0 +1,105 @@
+//! The text output of `breaker cluster`, which also runs as `kubectl breaker`.
+
+use std::fmt::Write as _;
+
+use breaker_api::{
+    StateReason,
+    crd::{Override, OwnerKind, ReportedState},
+};
+
+use crate::{
+    overview::{BreakerView, Overview},
+    show::{ago, percent},
+    table::{GREEN, Paint, RED, Table, YELLOW, plain},
+};
+
+/// A table of every protected Service on every node, followed by a line for each problem.
+pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
+    let mut text = String::new();
+    if overview.nodes.is_empty() {
+        text.push_str("no node reports: is the DaemonSet breaker-agent running?\n");
+    }
+    let mut table =
+        Table::new(&["NAMESPACE", "NAME", "NODE", "PORT", "STATE", "SINCE", "REASON", "PRIMARY", "BACKUP", "SHARE"]);
+    let mut rows = Vec::new();
+    for node in &overview.nodes {
+        for service in &node.report.services {
+            let backup = service.backups.iter().find(|tier| tier.active).or_else(|| service.backups.first());
+            let applied = service.applied_generation == service.desired_generation && service.error.is_none();
+            let name = match service.kind {
+                Some(OwnerKind::Service) => format!("svc/{}", service.name),
+                Some(OwnerKind::CircuitBreaker) | None => service.name.clone(),
+            };
+            let state = service.state.label();
+            let state = if applied { state.to_owned() } else { format!("{state} (not applied)") };
+            rows.push((
+                (service.namespace.clone(), name.clone(), node.node.clone(), service.port),
+                vec![
+                    plain(&service.namespace),
+                    plain(name),
+                    plain(&node.node),
+                    plain(service.port.to_string()),
+                    (state, Some(if applied { state_colour(service.state) } else { RED })),
+                    plain(service.since.map(ago).unwrap_or_default()),
+                    plain(service.reason.map_or("", StateReason::label)),
+                    plain(format!("{}/{}", service.primary.up, service.primary.total)),
+                    plain(backup.map(|tier| format!("{} {}/{}", tier.name, tier.up, tier.total)).unwrap_or_default()),
+                    plain(percent(u16::try_from(service.share).unwrap_or_default())),
+                ],
+            ));
+        }
+    }
+    rows.sort_by(|a, b| a.0.cmp(&b.0));
+    let empty = rows.is_empty();
+    for (_, row) in rows {
+        table.row(row);
+    }
+    if empty {
+        text.push_str("no Service is protected\n");
+    } else {
+        text.push_str(&table.print(paint));
+    }
+    for breaker in &overview.circuit_breakers {
+        text.push_str(&problems(breaker, paint));
+    }
+    for node in &overview.nodes {
+        let agent = &node.report.agent;
+        for interface in &agent.failed_interfaces {
+            let _ = writeln!(text, "{}", paint.with(RED, &format!("{}: not attached to {interface}", node.node)));
+        }
+        if let Some(why) = &agent.incompatible {
+            let _ = writeln!(text, "{}", paint.with(RED, &format!("{}: {why}", node.node)));
+        }
+    }
+    text
+}
+
+/// One line for each condition that shows a problem, and one for an override.
+fn problems(breaker: &BreakerView, paint: Paint) -> String {
+    let mut text = String::new();
+    let name = format!("{}/{}", breaker.namespace, breaker.name);
+    let conditions = breaker.status.iter().flat_map(|status| &status.conditions);
+    for condition in conditions {
+        let bad = if condition.type_ == "Degraded" { "True" } else { "False" };
+        if condition.status == bad {
+            let line = format!(
+                "{name}: {}={} ({}): {}",
+                condition.type_, condition.status, condition.reason, condition.message
+            );
+            let _ = writeln!(text, "{}", paint.with(if condition.type_ == "Degraded" { YELLOW } else { RED }, &line));
+        }
+    }
+    if breaker.spec.r#override != Override::Auto {
+        let until = breaker.spec.until.map(|until| format!(" until {until:.0}")).unwrap_or_default();
+        let _ = writeln!(text, "{name}: override {}{until}", breaker.spec.r#override.label());
+    }
+    text
+}
+
+const fn state_colour(state: ReportedState) -> &'static str {
+    match state {
+        ReportedState::Closed => GREEN,
+        ReportedState::Open => RED,
+        ReportedState::HalfOpen | ReportedState::NotProgrammed | ReportedState::Unknown => YELLOW,
+    }
+}

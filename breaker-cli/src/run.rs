@@ -1,0 +1,164 @@
+//! Executes a command.
+
+use std::{
+    ffi::OsString,
+    io::{self, Write as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use breaker_api::{BreakerState, commands::TripBody, crd, events::EventLine, preflight::Finding, status::AgentStatus};
+use serde::Serialize;
+
+use crate::{
+    args::{Command, EventOutput, Output, TableOutput},
+    client::Client,
+    cluster, kubernetes, overview, show,
+    table::Paint,
+};
+
+/// What a command needs from the binary that it is part of.
+pub struct Context<'a> {
+    /// The agent's control socket.
+    pub socket: &'a Path,
+    /// The binary's whole command line, for completions.
+    pub command: &'a dyn Fn() -> clap::Command,
+    /// Reads a status from the pinned maps, where no agent runs.
+    pub offline: Option<&'a dyn Fn() -> Result<AgentStatus>>,
+}
+
+impl Context<'_> {
+    /// A client of the agent; an error that says what to do where there is none.
+    fn client(&self) -> Result<Client> {
+        let socket = self.socket.display();
+        Client::connect(self.socket)?.ok_or_else(|| {
+            anyhow!(
+                "no agent listens on {socket}; start one: breaker agent --config FILE (`breaker status` works without)"
+            )
+        })
+    }
+
+    async fn status(&self) -> Result<AgentStatus> {
+        match (Client::connect(self.socket)?, self.offline) {
+            (Some(client), _) => client.status().await,
+            (None, Some(offline)) => offline(),
+            (None, None) => self.client()?.status().await,
+        }
+    }
+}
+
+/// Executes a command, with its output on standard output.
+///
+/// # Errors
+/// What went wrong, for the person who gave the command.
+pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
+    let paint = Paint::for_stdout();
+    match command {
+        Command::Status { output } => {
+            let status = context.status().await?;
+            print_as(output, &status, || show::status(&status, paint))
+        }
+        Command::Get { name, output } => print(output, &context.client()?.get(&name).await?),
+        Command::Trip { name, duration, reason } => {
+            let body = TripBody { seconds: duration.map(|d| d.as_secs()), reason };
+            let service = context.client()?.trip(&name, &body).await?;
+            out(&show::services(std::slice::from_ref(&service), paint))
+        }
+        Command::Reset { name } => {
+            let service = context.client()?.reset(&name).await?;
+            out(&show::services(std::slice::from_ref(&service), paint))?;
+            if service.state == BreakerState::Open {
+                out("the primary is Down, so it stays open until its checks pass\n")?;
+            }
+            Ok(())
+        }
+        Command::Events { follow, output } => {
+            context.client()?.events(follow, |event| event_line(output, &event, paint)).await
+        }
+        Command::Flows { name, limit, output } => {
+            let flows = context.client()?.flows(&name, limit).await?;
+            print_as(output, &flows, || show::flows(&flows, paint))
+        }
+        Command::Cluster { kubeconfig, namespace, output } => {
+            let config = kubernetes::config(kubeconfig.as_deref()).await?;
+            let client = kube::Client::try_from(config).context("make a client for the API server")?;
+            let mut overview = overview::read(client).await?;
+            if let Some(namespace) = namespace {
+                overview.circuit_breakers.retain(|breaker| breaker.namespace == namespace);
+                for node in &mut overview.nodes {
+                    node.report.services.retain(|service| service.namespace == namespace);
+                }
+            }
+            print_as(output, &overview, || cluster::overview(&overview, paint))
+        }
+        Command::Crds => out(&crd::definitions().context("write the definitions")?),
+        Command::Handover { duration } => {
+            context.client()?.handover(duration).await?;
+            out(&format!("without an agent, the last decision stays in force for {} s\n", duration.as_secs()))
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            let mut command = (context.command)();
+            let name = command.get_name().to_owned();
+            clap_complete::generate(shell, &mut command, name, &mut script);
+            Ok(io::stdout().write_all(&script)?)
+        }
+    }
+}
+
+/// Prints what `breaker preflight` found.
+///
+/// # Errors
+/// A closed standard output.
+pub fn print_findings(output: TableOutput, findings: &[Finding]) -> Result<()> {
+    print_as(output, &findings, || show::preflight(findings, Paint::for_stdout()))
+}
+
+/// Writes to standard output. Unlike `print!`, it returns an error where the reader has gone.
+///
+/// # Errors
+/// A closed standard output.
+pub fn out(text: &str) -> Result<()> {
+    Ok(io::stdout().write_all(text.as_bytes())?)
+}
+
+/// Whether an error means only that the reader has gone, as in `breaker events | head`.
+#[must_use]
+pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// The arguments of a kubectl plugin: without a command of `own`, it shows the cluster.
+#[must_use]
+pub fn as_plugin(args: impl Iterator<Item = OsString>, own: &clap::Command) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.collect();
+    let is_own = |arg: &OsString| own.get_subcommands().any(|command| *arg == command.get_name()) || arg == "help";
+    if !args.get(1).is_some_and(is_own) {
+        args.insert(1.min(args.len()), "cluster".into());
+    }
+    args
+}
+
+fn event_line(output: EventOutput, event: &EventLine, paint: Paint) -> Result<()> {
+    let text = match output {
+        EventOutput::Json => format!("{}\n", serde_json::to_string(event)?),
+        EventOutput::Text => show::event(event, paint),
+    };
+    out(&text)?;
+    Ok(io::stdout().flush()?)
+}
+
+fn print_as(output: TableOutput, value: &impl Serialize, table: impl FnOnce() -> String) -> Result<()> {
+    match output {
+        TableOutput::Table => out(&table()),
+        TableOutput::Json => print(Output::Json, value),
+        TableOutput::Yaml => print(Output::Yaml, value),
+    }
+}
+
+fn print(output: Output, value: &impl Serialize) -> Result<()> {
+    match output {
+        Output::Json => out(&format!("{}\n", serde_json::to_string_pretty(value)?)),
+        Output::Yaml => out(&serde_saphyr::to_string(value).context("write YAML")?),
+    }
+}

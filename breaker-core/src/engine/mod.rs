@@ -1,0 +1,328 @@
+//! Joins the decisions: configuration, probe results and time in; plans out to the datapath.
+//!
+//! The engine does not wait and reads no clock. Every call is told the time and the datapath, and ends with the datapath
+//! brought to what is desired. A write that fails is shown, counted and tried again at [`Engine::next_deadline`].
+//!
+//! | module | one concern |
+//! |---|---|
+//! | [`service`] | one service as it runs: lifecycle, epoch, override, plan |
+//! | [`backends`] | what the checks said of each backend |
+//! | [`apply`] | desired and applied plan, retries |
+//! | [`tracking`] | flows that outlive the decision they were made by |
+//! | [`limit_watch`] | when limits begin and cease to refuse connections |
+//! | [`journal`] | events with ids, lines for the log |
+//! | [`snapshot`] | read-only views |
+
+mod apply;
+mod backends;
+mod commands;
+pub mod journal;
+pub mod limit_watch;
+mod service;
+pub mod snapshot;
+mod sweep;
+mod tracking;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use breaker_common::{BreakerState, EventKind, SHARE_ALL};
+
+pub use commands::CommandError;
+use journal::{Entry, EntryKind, Journal, Level, LogLine};
+use service::{Lifecycle, OverrideChange, ServiceState};
+use snapshot::{ServiceSnapshot, Summary};
+use tracking::SWEEP;
+
+use crate::{
+    breaker::{Breaker, Transition},
+    datapath::{Adopted, Datapath, DatapathError},
+    health::Health,
+    model::{Frontend, Override, Service, ServiceName},
+    pool::TierHealth,
+    probe::{ProbeReport, Target},
+    time::{Instant, Now, elapsed},
+};
+
+/// How often the share is written during a ramp.
+const RAMP_STEP: Duration = Duration::from_millis(100);
+
+/// All protected services of a node.
+#[derive(Debug)]
+pub struct Engine {
+    services: BTreeMap<ServiceName, ServiceState>,
+    /// Services that an earlier agent left in the maps and that no configuration has claimed yet.
+    adopted: BTreeMap<ServiceName, Adopted>,
+    journal: Journal,
+    next_sweep: Instant,
+    started: Instant,
+    flow_entries: usize,
+    flow_pressure: u8,
+    changes: u64,
+}
+
+impl Engine {
+    /// Reads what an earlier agent left in the datapath, and changes nothing yet.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub fn new(now: Now, datapath: &mut dyn Datapath) -> Result<Self, DatapathError> {
+        let adopted = datapath.adopt()?.into_iter().map(|adopted| (adopted.name.clone(), adopted)).collect();
+        Ok(Self {
+            services: BTreeMap::new(),
+            adopted,
+            journal: Journal::new(),
+            next_sweep: now.mono + SWEEP,
+            started: now.mono,
+            flow_entries: 0,
+            flow_pressure: 0,
+            changes: 0,
+        })
+    }
+
+    /// Entries in the flow tables at the last sweep.
+    pub const fn flow_entries(&self) -> usize {
+        self.flow_entries
+    }
+
+    /// Fill level of the fuller table of established flows (IPv4 or IPv6) at the last sweep, in percent.
+    pub const fn flow_pressure(&self) -> u8 {
+        self.flow_pressure
+    }
+
+    /// Takes in a whole configuration. A service that did not change keeps everything. A changed one keeps its state, epoch
+    /// and flows. One that is missing leaves when its flows have ended.
+    pub fn configure(&mut self, now: Now, services: Vec<Service>, datapath: &mut dyn Datapath) {
+        self.changes += 1;
+        let mut wanted: BTreeMap<ServiceName, Service> = services.into_iter().map(|s| (s.name.clone(), s)).collect();
+        for (name, state) in &mut self.services {
+            match wanted.remove(name) {
+                Some(service) => {
+                    state.stay();
+                    state.reconfigure(now, service);
+                }
+                None if state.lifecycle == Lifecycle::Leaving => {}
+                None => state.leave(now),
+            }
+        }
+        let configured = self.services.values().filter(|state| state.is_configured()).map(|state| &state.service);
+        let claimed: BTreeSet<Frontend> =
+            configured.chain(wanted.values()).flat_map(|service| &service.frontends).copied().collect();
+        for state in self.services.values_mut() {
+            let released = state.draining_frontends.release(&claimed);
+            state.sync.outdate_if(released);
+        }
+        for (name, service) in wanted {
+            let adopted = self.adopted.remove(&name);
+            let mut state = ServiceState::new(now, service, adopted.as_ref());
+            let frontends = adopted.into_iter().flat_map(|adopted| adopted.frontends);
+            state.drain_frontends(frontends.filter(|frontend| !claimed.contains(frontend)).collect());
+            self.services.insert(name, state);
+        }
+        // What an earlier agent left and no configuration asks for leaves. Only a sweep can tell whether it has flows.
+        for (name, adopted) in std::mem::take(&mut self.adopted) {
+            self.services.insert(name, ServiceState::orphan(now, &adopted));
+        }
+        let configured = self.services.iter().filter(|(_, state)| state.is_configured());
+        let names: Vec<ServiceName> = configured.map(|(name, _)| name.clone()).collect();
+        for name in names {
+            self.resolve_override(now, &name);
+            self.react(now, &name, "", |breaker, health| breaker.set_primary(now.mono, health));
+        }
+        self.apply_all(now, datapath);
+        self.remove_flows_of_removed_backends(datapath, false);
+    }
+
+    /// Takes in a probe's result. One about a backend that is not configured any more is ignored.
+    pub fn observe(&mut self, now: Now, report: &ProbeReport, datapath: &mut dyn Datapath) {
+        let Target { service: name, tier, backend: address } = &report.target;
+        let Some(state) = self.services.get_mut(name) else { return };
+        let Some(backend) = state.tiers.get_mut(*tier, *address) else { return };
+        // A check that starts again knows less than the engine.
+        let health = if report.health == Health::Unknown { backend.health } else { report.health };
+        let flipped = backend.health != health;
+        backend.health = health;
+        backend.last = Some(report.result.clone());
+        let (code, detail) = (report.result.code, &report.result.detail);
+        if flipped {
+            backend.since_unix_ns = Some(now.unix_ns);
+            self.changes += 1;
+            state.sync.outdate();
+            let tier = state.service.tiers().nth(*tier).map_or("", |tier| tier.name.as_str());
+            let message = format!("{tier} {address} is {}: {} {detail}", health.label(), code.label());
+            self.journal.record(now, Some(name), EntryKind::Health, message);
+        }
+        if *tier == 0 {
+            let message = format!("{address} {}: {detail}", code.label());
+            self.react(now, name, &message, |breaker, health| {
+                breaker.observe(now.mono, code.passes(), health, code.reason())
+            });
+        }
+        self.apply(now, name, datapath);
+    }
+
+    /// Lets time pass. Returns whether the flow tables were swept; the caller then reports how long that took
+    /// ([`Engine::swept_in`]).
+    pub fn tick(&mut self, now: Now, datapath: &mut dyn Datapath) -> bool {
+        let names: Vec<ServiceName> = self.services.keys().cloned().collect();
+        for name in &names {
+            self.resolve_override(now, name);
+            self.react(now, name, "", |breaker, _| breaker.tick(now.mono));
+            if self.services.get_mut(name).is_some_and(|state| state.tiers.grace_period_ended(now)) {
+                self.react(now, name, "", |breaker, health| breaker.set_primary(now.mono, health));
+            }
+        }
+        let sweep = now.mono >= self.next_sweep;
+        if sweep {
+            self.sweep(now, datapath);
+        }
+        self.apply_all(now, datapath);
+        self.read_events(now, datapath);
+        sweep
+    }
+
+    /// When [`Engine::tick`] must be called next. The time may be in the past.
+    pub fn next_deadline(&self, now: Now) -> Instant {
+        let mut next = self.next_sweep;
+        for state in self.services.values() {
+            let closed = state.breaker.state() == BreakerState::Closed;
+            let ramp = (closed && state.breaker.share(now.mono) < SHARE_ALL).then(|| now.mono + RAMP_STEP);
+            let override_ = state.operator.until_unix_ns.map(|until| now.mono + elapsed(now.unix_ns, until));
+            let deadlines =
+                [state.breaker.next_deadline(), state.sync.retry_at(), ramp, override_, state.tiers.grace_ends];
+            next = deadlines.into_iter().flatten().fold(next, Instant::min);
+        }
+        next
+    }
+
+    /// Every configured service, by name.
+    pub fn snapshots(&self, now: Now, datapath: &dyn Datapath) -> Vec<ServiceSnapshot> {
+        let configured = self.services.values().filter(|state| state.is_configured());
+        configured.map(|state| state.snapshot(now, datapath)).collect()
+    }
+
+    /// Every configured service in short, by name.
+    pub fn summaries(&self) -> Vec<Summary> {
+        self.services.values().filter(|state| state.is_configured()).map(ServiceState::summary).collect()
+    }
+
+    /// Counts the changes that [`Engine::summaries`] may show.
+    pub const fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// What is known of a backend's health, for a check that starts again. The primary of a breaker that an earlier agent
+    /// left open was Down and must rise.
+    pub fn known_health(&self, target: &Target) -> Health {
+        let Some(state) = self.services.get(&target.service) else { return Health::Unknown };
+        let health = state.tiers.get(target.tier, target.backend).map_or(Health::Unknown, |backend| backend.health);
+        let open = state.breaker.state() == BreakerState::Open && state.breaker.operator() == Override::Auto;
+        if health == Health::Unknown && target.tier == 0 && open { Health::Down } else { health }
+    }
+
+    /// Events with an id greater than `id`, oldest first.
+    pub fn events_after(&self, id: u64) -> Vec<&Entry> {
+        self.journal.after(id)
+    }
+
+    /// The id of the latest event; 0 if there is none.
+    pub const fn last_event(&self) -> u64 {
+        self.journal.last_id()
+    }
+
+    /// Takes the lines for the agent's log since the last call.
+    pub fn take_log(&mut self) -> Vec<LogLine> {
+        self.journal.take_log()
+    }
+
+    /// Records an event that is not about one service.
+    pub fn note(&mut self, now: Now, kind: EntryKind, message: String) {
+        self.journal.record(now, None, kind, message);
+    }
+
+    /// Applies the configuration's override, and ends an operator's override whose time limit ran out.
+    fn resolve_override(&mut self, now: Now, name: &ServiceName) {
+        let Some(state) = self.services.get_mut(name) else { return };
+        let Some(OverrideChange { wanted, expired }) = state.override_change(now) else { return };
+        let message = if expired { "the operator override expired" } else { "the configured override changed" };
+        self.react(now, name, message, |breaker, _| breaker.set_override(now.mono, wanted, expired));
+    }
+
+    /// Gives the breaker an input, and takes over the transition that follows. `message` says more about its reason.
+    fn react(
+        &mut self,
+        now: Now,
+        name: &ServiceName,
+        message: &str,
+        input: impl FnOnce(&mut Breaker, TierHealth) -> Option<Transition>,
+    ) {
+        let Some(state) = self.services.get_mut(name) else { return };
+        let health = state.primary_health(now);
+        let Some(transition) = input(&mut state.breaker, health) else { return };
+        state.enter(now, transition, message);
+        self.journal.log_transition(name, transition, state.epoch, message);
+        let (from, to, reason) = (transition.from.label(), transition.to.label(), transition.reason.label());
+        let text = match message {
+            "" => format!("{from} -> {to} ({reason})"),
+            message => format!("{from} -> {to} ({reason}): {message}"),
+        };
+        self.journal.record(now, Some(name), EntryKind::Transition(transition), text);
+    }
+
+    fn read_events(&mut self, now: Now, datapath: &mut dyn Datapath) {
+        for event in datapath.events() {
+            let to = event.backend.map_or_else(String::new, |backend| format!(" to {backend}"));
+            let message = match event.kind {
+                EventKind::StateAdopted => format!("the programs now use epoch {}", event.epoch),
+                EventKind::FlowMoved | EventKind::Rejected | EventKind::FlowReset => {
+                    format!("{} -> {}{to}", event.client, event.frontend)
+                }
+            };
+            self.journal.record(now, Some(&event.service), EntryKind::Packet(event.kind), message);
+        }
+    }
+
+    fn apply_all(&mut self, now: Now, datapath: &mut dyn Datapath) {
+        // A service that gains a frontend comes before the one that loses it: a frontend that changes hands always
+        // belongs to one of them.
+        let (gaining, others): (Vec<_>, Vec<_>) = self.services.iter().partition(|(_, state)| state.gains_frontends());
+        let names: Vec<ServiceName> = gaining.into_iter().chain(others).map(|(name, _)| name.clone()).collect();
+        for name in names {
+            self.apply(now, &name, datapath);
+        }
+    }
+
+    /// Brings the datapath to the plan of one service, if it is not there already.
+    fn apply(&mut self, now: Now, name: &ServiceName, datapath: &mut dyn Datapath) {
+        let Some(state) = self.services.get_mut(name) else { return };
+        if !state.sync.needs_plan(state.share(now)) {
+            return;
+        }
+        let mut plan = state.plan(now);
+        if state.sync.needs_new_epoch(&plan) {
+            state.new_epoch();
+            plan = state.plan(now);
+        }
+        if !state.sync.needs_write(now.mono, &plan) {
+            return;
+        }
+        self.changes += 1;
+        match datapath.apply(&plan) {
+            Ok(()) => {
+                if state.sync.succeeded(plan) {
+                    let message = "the datapath matches the plan again".into();
+                    self.journal.record(now, Some(name), EntryKind::WriteRecovered, message);
+                }
+            }
+            Err(error) => {
+                if state.sync.failed(now.mono, error.to_string()) {
+                    let line = format!("cannot write the plan to the datapath, will retry: {error}");
+                    self.journal.log(Level::Error, Some(name), line);
+                    self.journal.record(now, Some(name), EntryKind::WriteFailed, error.to_string());
+                }
+            }
+        }
+    }
+}

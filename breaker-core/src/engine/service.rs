@@ -1,0 +1,253 @@
+//! One protected service as it runs: its breaker, its backends, its epoch, and the plan that follows from them.
+
+use breaker_common::{BreakerState, SHARE_ALL};
+
+use super::{
+    apply::Sync,
+    backends::{Tiers, backup_addresses},
+    limit_watch::LimitWatch,
+    tracking::{DrainingFrontends, RemovedBackends, Tracking},
+};
+use crate::{
+    breaker::{Breaker, Restored, Transition},
+    datapath::Adopted,
+    model::{EstablishedPolicy, Frontend, Override, Protocol, Service},
+    plan::{Decision, ServicePlan},
+    pool::TierHealth,
+    time::{Now, UnixNanos, elapsed},
+};
+
+/// Whether a service is still asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lifecycle {
+    /// It is in the configuration.
+    Configured,
+    /// It left the configuration. It stays, closed, until its flows on backups have ended.
+    Leaving,
+}
+
+/// The override of the operator, besides the breaker's own knowledge of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OperatorOverride {
+    /// When it ends; `None` = never, or there is none.
+    pub until_unix_ns: Option<UnixNanos>,
+    /// The override in the configuration at the last look.
+    configured: Override,
+}
+
+/// What became of the override since the last look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OverrideChange {
+    /// The override that holds from now on.
+    pub wanted: Override,
+    /// Whether its time limit ran out.
+    pub expired: bool,
+}
+
+/// The state of one service.
+#[derive(Debug)]
+pub(super) struct ServiceState {
+    pub service: Service,
+    pub breaker: Breaker,
+    pub tiers: Tiers,
+    pub epoch: u32,
+    /// When the breaker entered its state.
+    pub since_unix_ns: UnixNanos,
+    pub message: String,
+    pub operator: OperatorOverride,
+    pub lifecycle: Lifecycle,
+    pub tracking: Tracking,
+    /// Live flows on backups at the last sweep.
+    pub flows: usize,
+    pub draining_frontends: DrainingFrontends,
+    pub removed_backends: RemovedBackends,
+    pub sync: Sync,
+    pub limit_watch: LimitWatch,
+}
+
+impl ServiceState {
+    /// A service that enters the configuration; `adopted` is what an earlier agent left of it.
+    pub fn new(now: Now, service: Service, adopted: Option<&Adopted>) -> Self {
+        // FNV-1a: a seed of its own for each service, the same after a restart.
+        let seed = service.name.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let policy = service.breaker.clone();
+        let (breaker, epoch, since_unix_ns, until_unix_ns) = match adopted {
+            None => (Breaker::new(policy, seed, now.mono), 1, now.unix_ns, None),
+            Some(was) => {
+                let age = elapsed(was.since_unix_ns, now.unix_ns);
+                let restored = Restored { state: was.state, reason: was.reason, age, trips: was.trips };
+                let mut breaker = Breaker::restore(policy, seed, now.mono, restored);
+                // The state is restored already, so the override changes nothing now.
+                let _ = breaker.set_override(now.mono, was.override_.0, false);
+                (breaker, was.epoch, was.since_unix_ns, Some(was.override_.1).filter(|until| *until > 0))
+            }
+        };
+        // Backends that an earlier agent sent connections to count as Up until a probe says otherwise: to send new
+        // connections back to a failed primary meanwhile would be worse.
+        let tiers = Tiers::new(&service, |backend| {
+            adopted.is_some_and(|a| service.addresses(backend.address).any(|b| a.backup.contains(&b)))
+        });
+        Self {
+            operator: OperatorOverride { until_unix_ns, configured: service.override_ },
+            breaker,
+            tiers,
+            epoch,
+            since_unix_ns,
+            message: if adopted.is_some() { "adopted from an earlier agent".into() } else { String::new() },
+            lifecycle: Lifecycle::Configured,
+            // Flows of an earlier agent, or of a service that had these frontends before, may be alive.
+            tracking: Tracking::Active { since: Some(now.mono) },
+            flows: 0,
+            draining_frontends: DrainingFrontends::default(),
+            removed_backends: RemovedBackends::new(adopted.is_some()),
+            sync: Sync::new(),
+            limit_watch: LimitWatch::default(),
+            service,
+        }
+    }
+
+    /// What an earlier agent left of a service that is not configured any more: it leaves at once.
+    pub fn orphan(now: Now, adopted: &Adopted) -> Self {
+        let service = Service { frontends: adopted.frontends.clone(), ..Service::empty(adopted.name.clone()) };
+        let mut state = Self {
+            lifecycle: Lifecycle::Leaving,
+            // Its backends are unknown: all its flows go on until they end.
+            removed_backends: RemovedBackends::new(false),
+            ..Self::new(now, service, Some(adopted))
+        };
+        state.new_epoch();
+        state
+    }
+
+    /// Takes over a changed configuration of the service.
+    pub fn reconfigure(&mut self, now: Now, service: Service) {
+        if self.service == service {
+            return;
+        }
+        self.sync.outdate();
+        self.breaker.set_policy(service.breaker.clone());
+        self.tiers.reconfigure(now, &service);
+        self.removed_backends.update(&backup_addresses(&self.service), &backup_addresses(&service));
+        // Flows that the new rules would not look for must still end in peace.
+        self.tracking = Tracking::Active { since: Some(now.mono) };
+        let before = std::mem::replace(&mut self.service, service).frontends;
+        self.drain_frontends(before);
+    }
+
+    /// Begins to leave: the service is not in the configuration any more.
+    pub fn leave(&mut self, now: Now) {
+        self.lifecycle = Lifecycle::Leaving;
+        self.sync.outdate();
+        self.new_epoch();
+        self.tracking = Tracking::Active { since: Some(now.mono) };
+    }
+
+    /// Is in the configuration again, before it had left.
+    pub fn stay(&mut self) {
+        self.sync.outdate_if(self.lifecycle == Lifecycle::Leaving);
+        self.lifecycle = Lifecycle::Configured;
+    }
+
+    /// Lets connections to frontends of an earlier configuration go on, except to those that are still configured. UDP has
+    /// no connections: the next datagram to a frontend that went is left to kube-proxy.
+    pub fn drain_frontends(&mut self, before: Vec<Frontend>) {
+        let configured = &self.service.frontends;
+        let removed = |frontend: &Frontend| !configured.contains(frontend);
+        let new_epoch = before.iter().any(|frontend| frontend.protocol == Protocol::Udp && removed(frontend));
+        self.draining_frontends.add(before, configured);
+        if new_epoch {
+            self.new_epoch();
+        }
+    }
+
+    /// Tells later decisions from earlier ones: UDP flows of an earlier epoch are decided again, and the policies for
+    /// established connections hold for flows of earlier epochs.
+    pub const fn new_epoch(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+    }
+
+    /// Takes over a transition of the breaker.
+    pub fn enter(&mut self, now: Now, transition: Transition, message: &str) {
+        self.sync.outdate();
+        self.new_epoch();
+        self.since_unix_ns = now.unix_ns;
+        message.clone_into(&mut self.message);
+        self.tracking = Tracking::Active { since: (transition.to == BreakerState::Closed).then_some(now.mono) };
+    }
+
+    /// The override that holds now, if it is another than the breaker's: the configuration's goes before the operator's,
+    /// and the operator's may have a time limit.
+    pub fn override_change(&mut self, now: Now) -> Option<OverrideChange> {
+        let expired = self.operator.until_unix_ns.take_if(|until| *until <= now.unix_ns).is_some();
+        self.sync.outdate_if(expired);
+        let configured = self.service.override_;
+        let current = self.breaker.operator();
+        let wanted = match configured {
+            // The configuration has no override: the operator's holds until it ends.
+            Override::Auto if expired || self.operator.configured != Override::Auto => Override::Auto,
+            Override::Auto => current,
+            forced => forced,
+        };
+        self.operator.configured = configured;
+        (wanted != current).then_some(OverrideChange { wanted, expired })
+    }
+
+    /// Whether the maps are to get frontends that they do not have.
+    pub fn gains_frontends(&self) -> bool {
+        let known = |frontend| self.sync.applied().is_some_and(|plan| plan.frontends().any(|f| f == frontend));
+        self.sync.is_outdated() && self.lifecycle == Lifecycle::Configured && !self.service.frontends.iter().all(known)
+    }
+
+    /// The primary's health as it counts for the breaker.
+    pub fn primary_health(&self, now: Now) -> TierHealth {
+        self.tiers.primary_health(now, &self.service)
+    }
+
+    /// The primary's share of new connections, permille. A service that leaves is closed.
+    pub fn share(&self, now: Now) -> u16 {
+        match self.lifecycle {
+            Lifecycle::Configured => self.breaker.share(now.mono),
+            Lifecycle::Leaving => SHARE_ALL,
+        }
+    }
+
+    /// Whether the breaker is closed and its ramp is over.
+    pub fn is_fully_closed(&self, now: Now) -> bool {
+        self.breaker.state() == BreakerState::Closed && self.breaker.share(now.mono) == SHARE_ALL
+    }
+
+    /// The content that the maps should have.
+    pub fn plan(&self, now: Now) -> ServicePlan {
+        let decision = Decision {
+            state: match self.lifecycle {
+                Lifecycle::Configured => self.breaker.state(),
+                Lifecycle::Leaving => BreakerState::Closed,
+            },
+            share: self.share(now),
+            epoch: self.epoch,
+            reason: self.breaker.reason(),
+            since_unix_ns: self.since_unix_ns,
+            trips: self.breaker.trips(),
+            // The next agent reads the configuration's override from the configuration; the operator's is in the maps only.
+            override_: match self.service.override_ {
+                Override::Auto => (self.breaker.operator(), self.operator.until_unix_ns.unwrap_or(0)),
+                Override::ForceOpen | Override::ForceClosed => (Override::Auto, 0),
+            },
+            draining: self.tracking.is_active(),
+        };
+        let mut plan = match self.lifecycle {
+            Lifecycle::Configured => {
+                let backup = self.tiers.active_backup(&self.service).map(|(_, backends)| backends);
+                ServicePlan::new(&self.service, decision, &backup.unwrap_or_default())
+            }
+            Lifecycle::Leaving => {
+                let service = Service { on_close: EstablishedPolicy::Keep, limits: None, ..self.service.clone() };
+                ServicePlan::new(&service, decision, &[])
+            }
+        };
+        plan.add_draining_frontends(self.draining_frontends.as_slice());
+        plan
+    }
+}
