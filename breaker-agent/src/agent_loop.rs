@@ -142,13 +142,13 @@ impl Agent {
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
         let mut heartbeat = tokio::time::interval(heartbeat::INTERVAL);
-        let mut last_tick = self.clock.now().mono;
+        let mut last_seen_tick = self.clock.now().mono;
         loop {
             // The deadline counts from the last tick, not from now: other inputs, however many, do not postpone it.
             let now = self.clock.now();
-            let mut due = self.engine.next_deadline(now).clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
+            let mut due = self.engine.next_deadline(now).clamp(last_seen_tick + MIN_TICK, last_seen_tick + EVENT_POLL);
             if self.unreported && self.update.synced {
-                due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_tick + MIN_TICK));
+                due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_seen_tick + MIN_TICK));
             }
             let due = self.clock.instant_of(due);
             tokio::select! {
@@ -183,7 +183,7 @@ impl Agent {
                     self.tick();
                 }
                 () = tokio::time::sleep_until(due) => {
-                    last_tick = self.clock.now().mono;
+                    last_seen_tick = self.clock.now().mono;
                     self.tick();
                 }
             }

@@ -5,7 +5,7 @@
 //! contains the two calculations that both sides must agree on: the position of an endpoint's bit in the prefilter's
 //! map ([`filter_bit`]), and the rate limit ([`gcra`]).
 //!
-//! Conventions, checked by the tests at the end of [`layout`]:
+//! Conventions, checked by the tests in `layout_tests.rs`:
 //! * Addresses and ports are byte arrays in wire order (RFC 791: most significant byte first).
 //! * Times are nanoseconds and their names end in `_ns`. They are `CLOCK_MONOTONIC` unless the name contains `unix`.
 //! * There is no implicit padding. Padding is an explicit field named `pad`, which is always zero.
@@ -17,18 +17,30 @@
 
 #![no_std]
 
+mod addr;
+pub mod csum;
 mod enums;
+mod filter;
+mod flow;
 pub mod gcra;
-mod layout;
+pub mod hash;
+#[cfg(test)]
+mod layout_tests;
 mod limits;
+mod service;
+mod telemetry;
 #[cfg(feature = "user")]
 mod user;
 
+pub use addr::*;
 pub use enums::{
     BreakerState, EventKind, FlowKind, LimitAction, LimitKind, PassReason, StateReason, TcHook, UnknownNumber,
 };
-pub use layout::*;
+pub use filter::*;
+pub use flow::*;
 pub use limits::*;
+pub use service::*;
+pub use telemetry::*;
 
 /// Version of every layout in this crate. The pin directory is named after it (`v7`), so an agent never adopts maps
 /// with a different layout.

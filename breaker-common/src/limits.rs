@@ -39,14 +39,14 @@ impl TierLimits {
     /// Returns whether concurrent connections are limited, so that connections must be counted.
     #[inline(always)]
     #[must_use]
-    pub const fn counts(&self) -> bool {
+    pub const fn counts_connections(&self) -> bool {
         self.concurrent | self.client_concurrent != 0
     }
 
     /// Returns whether there is a limit per client.
     #[inline(always)]
     #[must_use]
-    pub const fn tells_clients(&self) -> bool {
+    pub const fn has_client_limits(&self) -> bool {
         self.client_interval_ns != 0 || self.client_concurrent != 0
     }
 
@@ -54,7 +54,7 @@ impl TierLimits {
     #[inline(always)]
     #[must_use]
     pub const fn any(&self) -> bool {
-        self.interval_ns != 0 || self.counts() || self.tells_clients()
+        self.interval_ns != 0 || self.counts_connections() || self.has_client_limits()
     }
 }
 
@@ -139,9 +139,9 @@ pub struct ConnectionState {
     /// Sequence number of the SYN as it is in memory, by which a retransmitted SYN is recognized; 0 for datagrams.
     pub number: u32,
     /// When the connection was last known to be alive, in ticks (see [`crate::TICK_SHIFT`]).
-    pub last_tick: u32,
+    pub last_seen_tick: u32,
     /// Bits of [`connection_state`]. The bits above them count how often the entry was claimed; see
-    /// [`CONNECTION_TURN`].
+    /// [`ENTRY_GENERATION`].
     pub state: u32,
     /// Index of the client's entry in `CLIENTS`, counted over all buckets, plus 1; 0 = none.
     pub client: u32,
@@ -151,7 +151,7 @@ pub struct ConnectionState {
 
 /// Added to [`ConnectionState::state`] each time the entry is claimed. A compare-and-swap based on an earlier
 /// connection's state then fails, so it cannot change a later connection in the same entry.
-pub const CONNECTION_TURN: u32 = 1 << 8;
+pub const ENTRY_GENERATION: u32 = 1 << 8;
 
 /// Bits of [`ConnectionState::state`].
 pub mod connection_state {

@@ -3,11 +3,11 @@
 
 use aya::Pod;
 
-use crate::layout::{
+use crate::{
     Address, Backend, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse,
     ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch, Table,
 };
-use crate::limits::{Bucket, ClientState, ConnectionState, LimitCounters, LimitedClient, Limiter, ServiceLimits};
+use crate::{Bucket, ClientState, ConnectionState, LimitCounters, LimitedClient, Limiter, ServiceLimits};
 
 macro_rules! pod {
     ($($type:ty),+ $(,)?) => {

@@ -20,19 +20,19 @@ pub fn now_ns() -> u64 {
 /// Time of the agent's last heartbeat, ns of `CLOCK_MONOTONIC`. Serves as a clock with a resolution of one second
 /// that costs one array look-up.
 #[inline(always)]
-pub fn beat_ns() -> u64 {
+pub fn heartbeat_ns() -> u64 {
     HEARTBEAT.get(0).map_or(0, |beat| beat.beat_ns)
 }
 
 /// Time of the agent's last heartbeat in ticks (see [`TICK_SHIFT`]).
 #[inline(always)]
-pub fn beat_tick() -> u32 {
-    tick(beat_ns())
+pub fn heartbeat_tick() -> u32 {
+    tick(heartbeat_ns())
 }
 
 /// Whether any service may have flows on the fast path, which bypasses the host network stack.
 #[inline(always)]
-pub fn any_fast() -> bool {
+pub fn fast_path_in_use() -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| beat.fast != 0)
 }
 
@@ -51,13 +51,13 @@ pub fn tick(ns: u64) -> u32 {
 /// Whether the programs may act on the agent's last decision: `onAgentLoss` is `Hold`, or the agent's lease is valid.
 /// `now_ns`: see [`now_ns`].
 #[inline(always)]
-pub fn decision_holds(switch: &Switch<u8>, now_ns: u64) -> bool {
-    switch.has(switch_flags::HOLD) || is_heard(now_ns)
+pub fn may_act_on_decision(switch: &Switch<u8>, now_ns: u64) -> bool {
+    switch.has(switch_flags::HOLD) || lease_is_valid(now_ns)
 }
 
 /// Whether the agent's last heartbeat is within its lease. A lease of 0 never runs out.
 #[inline(always)]
-pub fn is_heard(now_ns: u64) -> bool {
+pub fn lease_is_valid(now_ns: u64) -> bool {
     match HEARTBEAT.get(0) {
         Some(beat) => beat.lease_ns == 0 || now_ns.saturating_sub(beat.beat_ns) <= beat.lease_ns,
         None => true,

@@ -13,48 +13,48 @@ static FILTER: Array<FilterWords, { FILTER_WORDS as usize }, { BPF_F_MMAPABLE as
 
 /// The filter's answer for an address and port. A set bit may be a false positive; a clear bit is certain.
 #[derive(Clone, Copy)]
-pub struct Guess {
+pub struct FilterMatch {
     /// Possibly a frontend: packets that may be the first of a flow take the full path.
     pub frontend: bool,
     /// All packets take the full path. Set for backends and for frontends of services with tracked flows. Clear for
     /// services that are closed and idle (no tracked flows), and, up to hash collisions, for every other address.
-    pub every: bool,
+    pub all_packets: bool,
 }
 
-impl Guess {
-    /// Whether a packet takes the full path. `may_begin`: it may be the first of its flow.
+impl FilterMatch {
+    /// Whether a packet takes the full path. `may_start_flow`: it may be the first of its flow.
     #[inline(always)]
-    pub fn counts(self, may_begin: bool) -> bool {
-        self.every || self.frontend && may_begin
+    pub fn matches(self, may_start_flow: bool) -> bool {
+        self.all_packets || self.frontend && may_start_flow
     }
 }
 
 /// Looks up an address, port (both in wire order) and protocol in the filter.
 #[inline(always)]
-pub fn guess<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Guess {
+pub fn filter_match<A: Family>(addr: A, port: [u8; 2], proto: u8) -> FilterMatch {
     let (place, bit) = filter_bit(addr, port, proto);
-    FILTER.get(place).map_or(Guess { frontend: false, every: false }, |words| Guess {
+    FILTER.get(place).map_or(FilterMatch { frontend: false, all_packets: false }, |words| FilterMatch {
         frontend: words.frontend & bit != 0,
-        every: words.every & bit != 0,
+        all_packets: words.all_packets & bit != 0,
     })
 }
 
 /// Whether an address and port (wire order) may be a TCP frontend of a service that counts connections. Its packets
 /// with SYN, FIN or RST then take the full path, in both directions.
 #[inline(always)]
-pub fn is_counted<A: Family>(addr: A, port: [u8; 2]) -> bool {
-    guess(addr, port, PROTO_TCP | COUNTED).frontend
+pub fn may_count_connections<A: Family>(addr: A, port: [u8; 2]) -> bool {
+    filter_match(addr, port, PROTO_TCP | COUNTED).frontend
 }
 
-/// Sets the filter's bit `every` for an address and port (wire order): all their packets take the full path from
+/// Sets the filter's bit `all_packets` for an address and port (wire order): all their packets take the full path from
 /// now on. The agent clears the bit when no flow needs it any more.
 #[inline(always)]
-pub fn watch<A: Family>(addr: A, port: [u8; 2], proto: u8) {
+pub fn set_all_packets_bit<A: Family>(addr: A, port: [u8; 2], proto: u8) {
     let (place, bit) = filter_bit(addr, port, proto);
     let Some(words) = FILTER.get_ptr_mut(place) else { return };
     // SAFETY: the kernel returned a pointer to a value of this map; the field has 8 bytes and is aligned.
     unsafe {
-        let at = &raw mut (*words).every;
+        let at = &raw mut (*words).all_packets;
         // Writing only on a change keeps the cache line shared between CPUs.
         if atomic::load(at) & bit == 0 {
             atomic::or64(at, bit);
@@ -65,8 +65,8 @@ pub fn watch<A: Family>(addr: A, port: [u8; 2], proto: u8) {
 /// The role of an address and port (wire order) under a protocol, if it has one. Asks the filter first.
 #[inline(always)]
 pub fn find<A: Family>(addr: A, port: [u8; 2], proto: u8) -> Option<EndpointRole> {
-    let guess = guess(addr, port, proto);
-    if guess.frontend || guess.every { look_up(addr, port, proto) } else { None }
+    let filter_match = filter_match(addr, port, proto);
+    if filter_match.frontend || filter_match.all_packets { look_up(addr, port, proto) } else { None }
 }
 
 /// As [`find`], for a caller that has already asked the filter.

@@ -14,13 +14,13 @@ use crate::{family::Family, packet::Packet};
 ///
 /// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
 #[inline(never)]
-pub fn leads_back<A: Family>(packet: &Packet<'_>, key: &FlowKey<A>) -> bool {
+pub fn reply_leaves_by_ingress_if<A: Family>(packet: &Packet<'_>, key: &FlowKey<A>) -> bool {
     let here = packet.ifindex();
     // SAFETY: the struct holds only integers, for which zero is a valid value.
     let mut lookup: Lookup = unsafe { core::mem::zeroed() };
     lookup.l4_protocol = key.proto;
     lookup.ifindex = here;
-    A::look_up(&mut lookup, key.vip, key.client);
+    A::fill_fib_lookup(&mut lookup, key.vip, key.client);
     // SAFETY: the context is valid for the run of the program; `lookup` is valid and has the length that is passed.
     let outcome =
         unsafe { bpf_fib_lookup(packet.context().skb.skb.cast(), &raw mut lookup, size_of::<Lookup>() as i32, 0) };

@@ -16,24 +16,19 @@
 //! the other one. Promotion writes the new entries before it removes the old ones, so a packet in between finds one
 //! of them.
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::BPF_ANY;
 use breaker_common::{
-    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, exit, flow_way, seen,
+    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, egress, flow_path, seen,
 };
 
 use crate::{
-    agent, count,
+    agent,
+    claim::{EPHEMERAL_FIRST, PORT_FIRST, claim, claim_other_port},
+    count,
     family::Family,
     parse::{Ports, Segment, flags},
     select,
 };
-
-/// Number of source ports to try for a flow that needs another one than the client's.
-const PORT_TRIES: u16 = 16;
-/// First source port to try: the ports below are the system ports (RFC 6335, section 6), which need privileges.
-const PORT_FIRST: u16 = 1024;
-/// First port of the range from which Linux clients choose source ports by default (net.ipv4.ip_local_port_range).
-const EPHEMERAL_FIRST: u16 = 32768;
 
 /// Destination of a client's packets, and how they get there. Addresses and ports are in wire order.
 pub struct Peer<A> {
@@ -41,19 +36,19 @@ pub struct Peer<A> {
     pub port: [u8; 2],
     /// The client's port as the peer sees it.
     pub source_port: [u8; 2],
-    /// Bits of [`flow_way`].
-    pub way: u8,
-    /// On the fast path, the interface of the peer (see [`exit`]); otherwise [`exit::STACK`].
-    pub exit: u32,
+    /// Bits of [`flow_path`].
+    pub path: u8,
+    /// On the fast path, the interface of the peer (see [`egress`]); otherwise [`egress::STACK`].
+    pub egress: u32,
 }
 
 impl<A: Family> Peer<A> {
     /// The backend of a flow.
     #[inline(always)]
     pub fn of(flow: &Flow<A>) -> Self {
-        let fast = flow.way & flow_way::FAST != 0;
-        let exit = if fast { select::interface_of(flow.backend_id, flow.backend) } else { exit::STACK };
-        Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, way: flow.way, exit }
+        let fast = flow.path & flow_path::FAST != 0;
+        let egress = if fast { select::interface_of(flow.backend_id, flow.backend) } else { egress::STACK };
+        Self { addr: flow.backend, port: flow.backend_port, source_port: flow.source_port, path: flow.path, egress }
     }
 
     /// The destination of a segment, unchanged, through the stack.
@@ -63,8 +58,8 @@ impl<A: Family> Peer<A> {
             addr: segment.destination,
             port: segment.ports.destination,
             source_port: segment.ports.source,
-            way: 0,
-            exit: exit::STACK,
+            path: 0,
+            egress: egress::STACK,
         }
     }
 }
@@ -117,9 +112,9 @@ fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> 
     }
 }
 
-/// The reverse entry of a flow. `exit`: where replies go, see [`exit`].
+/// The reverse entry of a flow. `egress`: where replies go, see [`egress`].
 #[inline(always)]
-fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, exit: u32) -> Reverse<A> {
+fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, egress: u32) -> Reverse<A> {
     Reverse {
         vip: key.vip,
         vip_port: key.vip_port,
@@ -128,18 +123,18 @@ fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, exit: u32) -> Reverse
         seen: 0,
         pad: [0; 3],
         last_seen_tick: flow.last_seen_tick,
-        exit,
+        egress,
     }
 }
 
 /// Whether a reverse entry belongs to the flow with this key.
 #[inline(always)]
-fn belongs_to<A: Family>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
+pub fn belongs_to<A: Family>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
     reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
 }
 
 #[inline(always)]
-fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
+pub fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
     flow.kind as u8 == FlowKind::Passed as u8
 }
 
@@ -157,19 +152,19 @@ pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
 /// The entry of a flow for a packet that is not its first, in place. Promotes a pending flow that a backend has
 /// answered.
 #[inline(always)]
-pub fn find_going_on<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
+pub fn find_or_promote<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     if let Some(flow) = A::flows().get_ptr_mut(key) {
         // SAFETY: as in `find`.
         return Some(unsafe { &mut *flow });
     }
-    keep(key);
+    promote(key);
     find(key)
 }
 
 /// Promotes a pending flow that a backend has answered: moves it to the tables that evict nothing. BPF subprogram
 /// (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
 #[inline(never)]
-fn keep<A: Family>(key: &FlowKey<A>) {
+fn promote<A: Family>(key: &FlowKey<A>) {
     let Some(flow) = A::pending().get_ptr(key) else { return };
     // SAFETY: as in `find`.
     let flow = unsafe { &*flow };
@@ -224,7 +219,7 @@ pub fn touch<A: Family>(flow: &mut Flow<A>, segment: &Segment<A>) {
     if flow.seen != seen {
         flow.seen = seen;
     }
-    let beat = agent::beat_tick();
+    let beat = agent::heartbeat_tick();
     if flow.last_seen_tick != beat {
         flow.last_seen_tick = beat;
     }
@@ -239,7 +234,7 @@ pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) 
     if reverse.seen != seen {
         reverse.seen = seen;
     }
-    let beat = agent::beat_tick();
+    let beat = agent::heartbeat_tick();
     if reverse.last_seen_tick != beat {
         reverse.last_seen_tick = beat;
     }
@@ -261,7 +256,7 @@ fn ended_by<A: Family>(segment: &Segment<A>) -> u8 {
 /// Removes the decision for an earlier connection with the same tuple, because a first packet is decided anew. BPF
 /// subprogram (not inlined), for a stack frame of its own.
 #[inline(never)]
-pub fn forget<A: Family>(key: &FlowKey<A>) {
+pub fn remove<A: Family>(key: &FlowKey<A>) {
     let Some(old) = find(key) else { return };
     if !is_passed(old) {
         let reverse_key = reverse_key_of(key, old);
@@ -298,10 +293,10 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
         epoch,
         kind: FlowKind::Passed,
         seen: 0,
-        way: 0,
+        path: 0,
         pad: 0,
         created_tick: agent::tick(now_ns),
-        last_seen_tick: agent::beat_tick(),
+        last_seen_tick: agent::heartbeat_tick(),
     };
     if A::pending().insert(key, flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
 }
@@ -313,14 +308,14 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
 /// and the client may use the same port toward the same backend through a Service that breaker does not protect. So
 /// a flow on the fast path always gets a port that the client's kernel would not choose.
 ///
-/// `flow`: the decision. Its `source_port` is set to the port that the flow got. `back_by`: where replies go, see
-/// [`exit`].
+/// `flow`: the decision. Its `source_port` is set to the port that the flow got. `reply_egress`: where replies go, see
+/// [`egress`].
 ///
 /// # Errors
 /// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]. Neither leaves an entry behind.
 #[inline(always)]
-pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) -> Result<(), PassReason> {
-    match pin_in_tables(key, flow, back_by) {
+pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> Result<(), PassReason> {
+    match pin_in_tables(key, flow, reply_egress) {
         PINNED => Ok(()),
         NO_SOURCE_PORT => Err(PassReason::NoSourcePort),
         _ => Err(PassReason::FlowTableFull),
@@ -333,10 +328,10 @@ const TABLE_FULL: u32 = 2;
 
 /// [`pin`] as a BPF subprogram (not inlined), which can return only a number.
 #[inline(never)]
-fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) -> u32 {
+fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> u32 {
     let mut reverse_key = reverse_key_of(key, flow);
-    let reverse = reverse_of(key, flow, back_by);
-    let fast = back_by != exit::STACK;
+    let reverse = reverse_of(key, flow, reply_egress);
+    let fast = reply_egress != egress::STACK;
     if fast || !claim(key, &reverse_key, &reverse) {
         let (first, last) = if fast { (PORT_FIRST, EPHEMERAL_FIRST - 1) } else { (PORT_FIRST, u16::MAX) };
         flow.source_port = claim_other_port(key, &mut reverse_key, &reverse, first, last);
@@ -354,7 +349,7 @@ fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, back_by: u32) 
 /// The entry of a new flow to a backend, through the stack and with the client's own port. `now_ns`: ns of
 /// `CLOCK_MONOTONIC`.
 #[inline(always)]
-pub fn to<A: Family>(
+pub fn new_flow<A: Family>(
     backend: &Backend<A>,
     key: &FlowKey<A>,
     kind: FlowKind,
@@ -372,84 +367,9 @@ pub fn to<A: Family>(
         epoch,
         kind,
         seen: 0,
-        way: 0,
+        path: 0,
         pad: 0,
         created_tick: agent::tick(now_ns),
-        last_seen_tick: agent::beat_tick(),
+        last_seen_tick: agent::heartbeat_tick(),
     }
-}
-
-/// Claims a flow's reverse key. Succeeds if the key is free, is the flow's own, or belongs to a flow that is gone
-/// or over.
-#[inline(always)]
-fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
-    let kept = A::reverse().get_ptr(reverse_key).is_some();
-    if !kept && A::pending_reverse().insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok() {
-        return true;
-    }
-    let Some(other) = find_reverse(reverse_key) else {
-        // The entry was removed between the two calls, or the table is full: a second attempt shows which.
-        return A::pending_reverse().insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok();
-    };
-    if !belongs_to(other, key) && lives(reverse_key, other) {
-        return false;
-    }
-    if kept {
-        let _ = A::reverse().remove(reverse_key);
-    }
-    A::pending_reverse().insert(reverse_key, reverse, BPF_ANY as u64).is_ok()
-}
-
-/// Whether the flow of a reverse entry still exists and is not over.
-#[inline(always)]
-fn lives<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
-    let owner = FlowKey {
-        client: reverse_key.client,
-        vip: reverse.vip,
-        client_port: reverse.client_port,
-        vip_port: reverse.vip_port,
-        proto: reverse_key.proto,
-        pad: [0; 3],
-    };
-    find(&owner).is_some_and(|flow| {
-        !is_passed(flow)
-            && flow.backend == reverse_key.backend
-            && flow.backend_port == reverse_key.backend_port
-            && flow.source_port == reverse_key.client_port
-            && !ended(flow, reverse)
-    })
-}
-
-/// Whether a connection is over: reset, or closed from both sides. Of a direct connection only the client's side is
-/// seen, so its FIN suffices.
-#[inline(always)]
-fn ended<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
-    let direct = flow.kind as u8 == FlowKind::Direct as u8;
-    (flow.seen | reverse.seen) & seen::RST != 0
-        || flow.seen & seen::FIN != 0 && (direct || reverse.seen & seen::FIN != 0)
-}
-
-/// Claims a free source port from `first` to `last` (host byte order). Tries [`PORT_TRIES`] ports, at positions in
-/// the range that depend on the client's port. Returns the port in wire order, also set in `reverse_key`; 0 = none
-/// is free.
-#[inline(always)]
-fn claim_other_port<A: Family>(
-    key: &FlowKey<A>,
-    reverse_key: &mut ReverseKey<A>,
-    reverse: &Reverse<A>,
-    first: u16,
-    last: u16,
-) -> [u8; 2] {
-    let own = u16::from_be_bytes(key.client_port);
-    for step in 1..=PORT_TRIES {
-        // 7919 is prime and does not divide the size of either range, so every step gives another port.
-        let place = (own.wrapping_sub(first) as u32 + step as u32 * 7919) % (last as u32 + 1 - first as u32);
-        reverse_key.client_port = (first + place as u16).to_be_bytes();
-        if A::reverse().get_ptr(&*reverse_key).is_none()
-            && A::pending_reverse().insert(&*reverse_key, reverse, BPF_NOEXIST as u64).is_ok()
-        {
-            return reverse_key.client_port;
-        }
-    }
-    [0; 2]
 }

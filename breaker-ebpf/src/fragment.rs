@@ -5,11 +5,11 @@
 //! the packet, and the sender has to retransmit it.
 
 use aya_ebpf::bindings::BPF_ANY;
-use breaker_common::{Fragment, FragmentKey, PassReason, exit};
+use breaker_common::{Fragment, FragmentKey, PassReason, egress};
 
 use crate::{
     family::Family,
-    nat::{self, End},
+    nat::{self, Side},
     packet::Packet,
     parse::Segment,
 };
@@ -26,11 +26,11 @@ fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
 }
 
 /// Records the translation of a packet if later fragments follow. `addr`: the new address at `end`. `mark`: bits
-/// set in the packet's mark. `exit`: where the packet went, see [`exit`].
+/// set in the packet's mark. `egress`: where the packet went, see [`egress`].
 #[inline(always)]
-pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32, exit: u32) {
-    if segment.more != 0 {
-        let value = Fragment { addr, mark, exit, end: end as u8, pad: [0; 3] };
+pub fn note<A: Family>(segment: &Segment<A>, end: Side, addr: A, mark: u32, egress: u32) {
+    if segment.more_fragments != 0 {
+        let value = Fragment { addr, mark, egress, end: end as u8, pad: [0; 3] };
         // If the entry cannot be stored, the later fragments pass unchanged.
         let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
     }
@@ -39,8 +39,8 @@ pub fn note<A: Family>(segment: &Segment<A>, end: End, addr: A, mark: u32, exit:
 /// Removes the entry for an earlier packet with the same identification that was translated at `end`.
 /// Identifications are reused, and later fragments must not be translated if their first fragment is not.
 #[inline(always)]
-pub fn forget<A: Family>(segment: &Segment<A>, end: End) {
-    if segment.more != 0 {
+pub fn remove_stale<A: Family>(segment: &Segment<A>, end: Side) {
+    if segment.more_fragments != 0 {
         forget_noted(segment, end as u8);
     }
 }
@@ -59,31 +59,31 @@ fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
 /// translates backends' packets, too, so such an entry matches either end.
 #[inline(always)]
 fn is_of<A: Family>(first: &Fragment<A>, end: u8) -> bool {
-    first.end == end || first.exit != exit::STACK
+    first.end == end || first.egress != egress::STACK
 }
 
 /// Translates a later fragment as its first fragment was translated, if that happened on the same hook. A backend's
 /// fragment also passes the hook for clients' packets, on the backend's own veth; there it must not be translated
-/// before its first fragment is. Returns where the fragment goes (see [`exit`]).
+/// before its first fragment is. Returns where the fragment goes (see [`egress`]).
 ///
 /// # Errors
 /// [`PassReason::Fragment`] if there is no entry, [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: End) -> Result<u32, PassReason> {
+pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: Side) -> Result<u32, PassReason> {
     // SAFETY: the value is copied out at once.
     let found = unsafe { A::fragments().get(key(segment)) }.copied();
     let Some(first) = found.filter(|first| is_of(first, end as u8)) else { return Err(PassReason::Fragment) };
-    let end = if first.end == End::Source as u8 { End::Source } else { End::Destination };
+    let end = if first.end == Side::Source as u8 { Side::Source } else { Side::Destination };
     let old = match end {
-        End::Source => segment.source,
-        End::Destination => segment.destination,
+        Side::Source => segment.source,
+        Side::Destination => segment.destination,
     };
     nat::replace_address(packet, segment.l3(), end, old, first.addr).ok_or(PassReason::RewriteFailed)?;
-    if A::CHECK_AT.is_none() {
-        packet.sum_changed(old.difference(first.addr));
+    if A::CHECK_OFFSET.is_none() {
+        packet.update_complete_csum(old.csum_diff(first.addr));
     }
     if first.mark != 0 {
         packet.add_mark(first.mark);
     }
-    Ok(first.exit)
+    Ok(first.egress)
 }

@@ -2,19 +2,18 @@
 //! translated back, so that the host that receives the error recognizes its own packet. This matters above all for
 //! path MTU discovery (RFC 1191, RFC 8201; RFC 5508, section 7.2).
 
-use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
+use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason, csum};
 
 use crate::{
-    csum,
     family::Family,
-    nat::{self, End},
+    nat::{self, Side},
     packet::{Frame, Packet},
     parse::Segment,
 };
 
 /// Length of an ICMP header; the quote follows it.
 const HEADER: usize = 8;
-const CHECK_AT: usize = 2;
+const CHECK_OFFSET: usize = 2;
 
 /// The tuple of the packet that an error quotes, in wire order, and the offsets of its headers.
 #[derive(Clone, Copy)]
@@ -78,8 +77,8 @@ pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Qu
     }
     let ports = packet.read::<[u8; 4]>(l4)?;
     *quote = Quote {
-        source: packet.read::<A>(l3 + A::SOURCE_AT)?,
-        destination: packet.read::<A>(l3 + A::DESTINATION_AT)?,
+        source: packet.read::<A>(l3 + A::SOURCE_OFFSET)?,
+        destination: packet.read::<A>(l3 + A::DESTINATION_OFFSET)?,
         source_port: [ports[0], ports[1]],
         destination_port: [ports[2], ports[3]],
         proto,
@@ -91,8 +90,8 @@ pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Qu
 
 /// The new address and port at one end of a quote, and the new port at the other end. Wire order.
 #[derive(Clone, Copy)]
-pub struct Change<A> {
-    pub end: End,
+pub struct QuoteRewrite<A> {
+    pub end: Side,
     pub addr: A,
     pub port: [u8; 2],
     pub other_port: [u8; 2],
@@ -107,7 +106,7 @@ pub fn translate<A: Family>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
     quote: &Quote<A>,
-    change: &Change<A>,
+    change: &QuoteRewrite<A>,
 ) -> Result<(), PassReason> {
     try_translate(packet, segment, quote, change).ok_or(PassReason::RewriteFailed)
 }
@@ -117,15 +116,15 @@ fn try_translate<A: Family>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
     quote: &Quote<A>,
-    change: &Change<A>,
+    change: &QuoteRewrite<A>,
 ) -> Option<()> {
     let (old_addr, old_port, old_other) = match change.end {
-        End::Source => (quote.source, quote.source_port, quote.destination_port),
-        End::Destination => (quote.destination, quote.destination_port, quote.source_port),
+        Side::Source => (quote.source, quote.source_port, quote.destination_port),
+        Side::Destination => (quote.destination, quote.destination_port, quote.source_port),
     };
     // The sums of all words under the error's checksum that change: before and after.
     let (mut old, mut new) = (old_addr.words(), change.addr.words());
-    if let Some(at) = A::CHECK_AT {
+    if let Some(at) = A::CHECK_OFFSET {
         let check = packet.read::<[u8; 2]>(quote.l3 + at)?;
         old += csum::word(check);
         new += csum::replaced(u16::from_be_bytes(check), old_addr.words(), change.addr.words()) as u64;
@@ -155,18 +154,18 @@ fn try_translate<A: Family>(
     // An error that the backend itself sent, or that is addressed to the VIP, has the translated address in its own
     // IP header, too.
     let (outer, outer_addr) = match change.end {
-        End::Source => (End::Destination, segment.destination),
-        End::Destination => (End::Source, segment.source),
+        Side::Source => (Side::Destination, segment.destination),
+        Side::Destination => (Side::Source, segment.source),
     };
     if outer_addr == old_addr {
         nat::replace_address(packet, segment.l3(), outer, old_addr, change.addr)?;
         // ICMPv6's checksum covers the addresses (RFC 4443, section 2.3).
-        if A::CHECK_AT.is_none() {
+        if A::CHECK_OFFSET.is_none() {
             old += old_addr.words();
             new += change.addr.words();
         }
     }
-    let at = segment.l4() + CHECK_AT;
+    let at = segment.l4() + CHECK_OFFSET;
     let check = u16::from_be_bytes(packet.read::<[u8; 2]>(at)?);
     packet.write(at, csum::replaced(check, old, new).to_be_bytes())
 }

@@ -1,19 +1,21 @@
 //! breaker's eBPF programs: the entry points, without logic.
 //!
-//! To follow a packet, read [`hook::glance`] (the prefilter), then [`hook::tc`] (the full path), each from top to
-//! bottom. [`hook::sock`] handles the sockets of the node's own processes. [`hook::xdp`] refuses new connections
+//! To follow a packet, read [`hook::prefilter`] (the prefilter), then [`hook::from_client`] and [`hook::to_client`] (the full path), each from top to
+//! bottom. [`hook::socket`] handles the sockets of the node's own processes. [`hook::xdp`] refuses new connections
 //! before they reach the network stack. Each step is a module of its own:
 //!
 //! | module | concern |
 //! |---|---|
 //! | [`packet`] | bounds-checked access to packet bytes, checksum helpers; holds the raw pointers |
 //! | [`parse`] | parses headers to a tuple |
-//! | [`family`] | everything that differs between IPv4 and IPv6: offsets, sums, maps |
+//! | [`wire`], [`tables`] | what differs between IPv4 and IPv6: offsets and sums, and the maps |
+//! | [`family`] | a family as the hooks see it: wire format, parser, maps |
 //! | [`endpoint`] | the role of an address: frontend, backend or none |
 //! | [`service`] | a service's switch and record, and its half-open permits |
 //! | [`select`] | chooses the tier and the slot for a new connection |
 //! | [`limit`] | limits on new and on concurrent connections |
 //! | [`flow`] | the pinned decisions, forward and reverse |
+//! | [`claim`] | a reverse key for each flow, and another source port if the client\'s is taken |
 //! | [`nat`], [`icmp`], [`fragment`] | translation there and back; ICMP errors about it; later fragments (no ports) |
 //! | [`reset`] | refuses new connections and datagrams, resets established connections |
 //! | [`fib`] | looks up the node's routes |
@@ -29,15 +31,16 @@
 
 mod agent;
 mod atomic;
+mod claim;
 mod count;
-mod csum;
+
 mod endpoint;
 mod event;
 mod family;
 mod fib;
 mod flow;
 mod fragment;
-mod hash;
+
 mod hook;
 mod icmp;
 mod limit;
@@ -47,7 +50,9 @@ mod parse;
 mod reset;
 mod select;
 mod service;
+mod tables;
 mod verdict;
+mod wire;
 
 use aya_ebpf::{
     macros::{cgroup_sock, cgroup_sock_addr, classifier, xdp},
@@ -58,55 +63,55 @@ use breaker_common::TcHook;
 /// Prefilter for packets from a pod: tc ingress on the host side of the pod's veth.
 #[classifier]
 pub fn breaker_in(ctx: TcContext) -> i32 {
-    hook::glance::sent::<false>(&ctx, TcHook::PodIn)
+    hook::prefilter::ingress::<false>(&ctx, TcHook::PodIn)
 }
 
 /// Full path of [`breaker_in`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
-pub fn breaker_in_look(ctx: TcContext) -> i32 {
-    hook::tc::from_pod(&ctx)
+pub fn brk_in_full(ctx: TcContext) -> i32 {
+    hook::from_client::from_pod(&ctx)
 }
 
 /// Prefilter for packets from external clients: tc ingress on an uplink of the node.
 #[classifier]
 pub fn breaker_up(ctx: TcContext) -> i32 {
-    hook::glance::sent::<true>(&ctx, TcHook::UplinkIn)
+    hook::prefilter::ingress::<true>(&ctx, TcHook::UplinkIn)
 }
 
 /// Full path of [`breaker_up`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
-pub fn breaker_up_look(ctx: TcContext) -> i32 {
-    hook::tc::from_outside(&ctx)
+pub fn brk_up_full(ctx: TcContext) -> i32 {
+    hook::from_client::from_uplink(&ctx)
 }
 
 /// Prefilter for packets to a pod: tc egress on the host side of the pod's veth.
 #[classifier]
 pub fn breaker_out(ctx: TcContext) -> i32 {
-    hook::glance::got::<false>(&ctx, TcHook::PodOut)
+    hook::prefilter::egress::<false>(&ctx, TcHook::PodOut)
 }
 
 /// Full path of [`breaker_out`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
-pub fn breaker_out_look(ctx: TcContext) -> i32 {
-    hook::tc::to_pod(&ctx)
+pub fn brk_out_full(ctx: TcContext) -> i32 {
+    hook::to_client::to_pod(&ctx)
 }
 
 /// Prefilter for packets to external clients: tc egress on an uplink of the node.
 #[classifier]
 pub fn breaker_up_out(ctx: TcContext) -> i32 {
-    hook::glance::got::<true>(&ctx, TcHook::UplinkOut)
+    hook::prefilter::egress::<true>(&ctx, TcHook::UplinkOut)
 }
 
 /// Full path of [`breaker_up_out`]. The prefilter tail-calls it for packets that it cannot pass.
 #[classifier]
-pub fn breaker_up_out_look(ctx: TcContext) -> i32 {
-    hook::tc::to_outside(&ctx)
+pub fn brk_up_out_full(ctx: TcContext) -> i32 {
+    hook::to_client::to_uplink(&ctx)
 }
 
 /// Refuses new connections from external clients before the network stack sees them: XDP on an uplink of the node.
 #[xdp]
 pub fn breaker_xdp(ctx: XdpContext) -> u32 {
-    hook::xdp::from_wire(&ctx)
+    hook::xdp::from_uplink(&ctx)
 }
 
 macro_rules! sockets {
@@ -114,34 +119,34 @@ macro_rules! sockets {
         $($(#[$doc])*
         #[cgroup_sock_addr($hook)]
         pub fn $name(ctx: SockAddrContext) -> i32 {
-            hook::sock::$function(&ctx)
+            hook::socket::$function(&ctx)
         })+
     };
 }
 
 sockets! {
     /// connect(2) of the node's own sockets, IPv4: replaces a frontend's address by that of the chosen backend.
-    breaker_conn4: connect4 => out4,
+    breaker_conn4: connect4 => redirect4,
     /// connect(2) of the node's own sockets, IPv6: replaces a frontend's address by that of the chosen backend.
-    breaker_conn6: connect6 => out6,
+    breaker_conn6: connect6 => redirect6,
     /// sendmsg(2) and sendto(2) with an IPv4 address: replaces a frontend's address by that of the chosen backend.
-    breaker_send4: sendmsg4 => out4,
+    breaker_send4: sendmsg4 => redirect4,
     /// sendmsg(2) and sendto(2) with an IPv6 address: replaces a frontend's address by that of the chosen backend.
-    breaker_send6: sendmsg6 => out6,
+    breaker_send6: sendmsg6 => redirect6,
     /// recvmsg(2) and recvfrom(2), IPv4: reports the frontend's address as the sender instead of the backend's.
-    breaker_recv4: recvmsg4 => back4,
+    breaker_recv4: recvmsg4 => restore4,
     /// recvmsg(2) and recvfrom(2), IPv6: reports the frontend's address as the sender instead of the backend's.
-    breaker_recv6: recvmsg6 => back6,
+    breaker_recv6: recvmsg6 => restore6,
     /// getpeername(2), IPv4: reports the frontend's address instead of the backend's.
-    breaker_peer4: getpeername4 => back4,
+    breaker_peer4: getpeername4 => restore4,
     /// getpeername(2), IPv6: reports the frontend's address instead of the backend's.
-    breaker_peer6: getpeername6 => back6,
+    breaker_peer6: getpeername6 => restore6,
 }
 
 /// close(2) of the node's own sockets: their connections no longer count toward the limits.
 #[cgroup_sock(sock_release)]
 pub fn breaker_release(ctx: SockContext) -> i32 {
-    hook::sock::released(&ctx)
+    hook::socket::on_release(&ctx)
 }
 
 #[cfg(not(test))]

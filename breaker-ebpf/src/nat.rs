@@ -1,10 +1,9 @@
 //! Translation to the backend (DNAT) and back (revNAT): changes addresses, ports and checksums, nothing else.
 
-use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason};
+use breaker_common::{PROTO_TCP, PROTO_UDP, PassReason, csum};
 use network_types::{tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
-    csum,
     family::Family,
     packet::{Frame, Packet},
     parse::Segment,
@@ -18,18 +17,18 @@ const UDP_CHECK: usize = core::mem::offset_of!(UdpHdr, check);
 
 /// One end of a tuple.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub enum Side {
     Source = 0,
     Destination = 1,
 }
 
-impl End {
+impl Side {
     /// Offset of this end's address in the IP header.
     #[inline(always)]
     pub fn addr_at<A: Family>(self) -> usize {
         match self {
-            Self::Source => A::SOURCE_AT,
-            Self::Destination => A::DESTINATION_AT,
+            Self::Source => A::SOURCE_OFFSET,
+            Self::Destination => A::DESTINATION_OFFSET,
         }
     }
 
@@ -70,7 +69,7 @@ pub fn to_backend<A: Family>(
     backend_port: [u8; 2],
     source_port: [u8; 2],
 ) -> Result<(), PassReason> {
-    replace(packet, segment, End::Destination, backend, backend_port, source_port).ok_or(PassReason::RewriteFailed)
+    replace(packet, segment, Side::Destination, backend, backend_port, source_port).ok_or(PassReason::RewriteFailed)
 }
 
 /// Changes the source of a backend's reply to the frontend that the client connected to, and its destination port
@@ -86,14 +85,14 @@ pub fn from_backend<A: Family>(
     vip_port: [u8; 2],
     client_port: [u8; 2],
 ) -> Result<(), PassReason> {
-    replace(packet, segment, End::Source, vip, vip_port, client_port).ok_or(PassReason::RewriteFailed)
+    replace(packet, segment, Side::Source, vip, vip_port, client_port).ok_or(PassReason::RewriteFailed)
 }
 
 /// Replaces an address in the IP header at `l3` and updates the header's checksum, by direct writes only. (For IPv4
 /// the header's total sum does not change, so a device's own sum over the packet stays correct.)
 #[inline(always)]
-pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: End, old: A, new: A) -> Option<()> {
-    if let Some(check_at) = A::CHECK_AT {
+pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: Side, old: A, new: A) -> Option<()> {
+    if let Some(check_at) = A::CHECK_OFFSET {
         let check = u16::from_be(packet.read::<u16>(l3 + check_at)?);
         packet.write(l3 + check_at, csum::replaced(check, old.words(), new.words()).to_be())?;
     }
@@ -105,14 +104,14 @@ pub fn replace_address<A: Family>(packet: &Packet<'_>, l3: usize, end: End, old:
 fn replace<A: Family>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
-    end: End,
+    end: Side,
     addr: A,
     port: [u8; 2],
     other_port: [u8; 2],
 ) -> Option<()> {
     let (old_addr, old_port, old_other) = match end {
-        End::Source => (segment.source, segment.ports.source, segment.ports.destination),
-        End::Destination => (segment.destination, segment.ports.destination, segment.ports.source),
+        Side::Source => (segment.source, segment.ports.source, segment.ports.destination),
+        Side::Destination => (segment.destination, segment.ports.destination, segment.ports.source),
     };
     // All direct writes come first: the checksum helpers invalidate pointers into the packet.
     replace_address(packet, segment.l3(), end, old_addr, addr)?;
@@ -127,10 +126,10 @@ fn replace<A: Family>(
     if before == 0 && segment.proto == PROTO_UDP {
         return Some(());
     }
-    let difference = old_addr.difference(addr);
-    packet.pseudo_changed(check_at, difference)?;
-    if A::CHECK_AT.is_none() {
-        packet.sum_changed(difference);
+    let difference = old_addr.csum_diff(addr);
+    packet.update_csum_for_addr(check_at, difference)?;
+    if A::CHECK_OFFSET.is_none() {
+        packet.update_complete_csum(difference);
     }
     if old_port != port || other_changed {
         ports_changed(packet, check_at, before, difference, [(old_port, port), (old_other, other_port)])?;
@@ -144,7 +143,7 @@ fn replace<A: Family>(
 }
 
 /// A port before and after the translation, wire order.
-type Change = ([u8; 2], [u8; 2]);
+type PortChange = ([u8; 2], [u8; 2]);
 
 /// Updates the checksum at `check_at` after ports changed. A complete checksum covers the ports, a partial one does
 /// not. A program cannot read the kind of the checksum, but the value that the helper wrote for the changed address
@@ -153,13 +152,19 @@ type Change = ([u8; 2], [u8; 2]);
 ///
 /// `before`: the checksum as it was before the address changed. `difference`: the change of the address.
 #[inline(always)]
-fn ports_changed(packet: &Packet<'_>, check_at: usize, before: u16, difference: u32, ports: [Change; 2]) -> Option<()> {
+fn ports_changed(
+    packet: &Packet<'_>,
+    check_at: usize,
+    before: u16,
+    difference: u32,
+    ports: [PortChange; 2],
+) -> Option<()> {
     let after = packet.read::<u16>(check_at)?;
     let complete = csum::complete_after(before, difference);
     let partial = csum::partial_after(before, difference);
     if complete == partial {
         for (old, new) in ports {
-            packet.payload_changed(check_at, old, new)?;
+            packet.update_csum_for_port(check_at, old, new)?;
         }
         return Some(());
     }

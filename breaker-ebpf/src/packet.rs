@@ -14,7 +14,7 @@ use aya_ebpf::{
     },
     programs::{TcContext, XdpContext},
 };
-use breaker_common::exit;
+use breaker_common::egress;
 
 /// Access to a packet's bytes, and changes of its length. All offsets and lengths are in bytes from the Ethernet
 /// header on.
@@ -41,7 +41,7 @@ pub trait Frame {
 
     /// Whether the TCP checksum at `offset` is partial (CHECKSUM_PARTIAL): it covers the pseudo header only, and
     /// the device adds the rest. May overwrite the checksum.
-    fn is_partial(&self, offset: usize) -> Option<bool>;
+    fn probe_is_partial(&self, offset: usize) -> Option<bool>;
 
     /// A pointer to a `T` at `offset` in the linear part, or `None` if the `T` would reach beyond its end.
     #[inline(always)]
@@ -125,10 +125,10 @@ impl Frame for Packet<'_> {
     /// Overwrites the checksum. A program cannot read its kind, but the helper for a changed port depends on it: it
     /// leaves a partial checksum unchanged and changes any other.
     #[inline(always)]
-    fn is_partial(&self, offset: usize) -> Option<bool> {
+    fn probe_is_partial(&self, offset: usize) -> Option<bool> {
         const PROBE: [u8; 2] = [0x12, 0x34];
         self.write(offset, PROBE)?;
-        self.payload_changed(offset, [0, 0], [0, 1])?;
+        self.update_csum_for_port(offset, [0, 0], [0, 1])?;
         Some(self.read::<[u8; 2]>(offset)? == PROBE)
     }
 }
@@ -165,7 +165,7 @@ impl<'a> Packet<'a> {
     /// (CHECKSUM_PARTIAL: it covers the pseudo header only, and the device adds the rest), and whether the device's
     /// own sum over the packet must change with it (CHECKSUM_COMPLETE).
     #[inline(always)]
-    pub fn pseudo_changed(&self, offset: usize, difference: u32) -> Option<()> {
+    pub fn update_csum_for_addr(&self, offset: usize, difference: u32) -> Option<()> {
         // SAFETY: as in `pull`.
         let ret = unsafe {
             bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, 0, difference as u64, BPF_F_PSEUDO_HDR as u64)
@@ -174,17 +174,17 @@ impl<'a> Packet<'a> {
     }
 
     /// Adds `difference` to the device's own sum over the packet (CHECKSUM_COMPLETE), if there is one. Needed for
-    /// IPv6: [`Packet::pseudo_changed`] assumes that a header checksum makes up for the changed address, and IPv6
+    /// IPv6: [`Packet::update_csum_for_addr`] assumes that a header checksum makes up for the changed address, and IPv6
     /// has none (kernel commit ead7f9b8de65 explains it).
     #[inline(always)]
-    pub fn sum_changed(&self, difference: u32) {
+    pub fn update_complete_csum(&self, difference: u32) {
         // SAFETY: as in `pull`. The helper fails if the device made no sum, and then nothing needs to be done.
         let _ = unsafe { bpf_csum_update(self.ctx.skb.skb, difference) };
     }
 
     /// Updates the TCP or UDP checksum at `offset` after two bytes of its data changed (a port, wire order).
     #[inline(always)]
-    pub fn payload_changed(&self, offset: usize, from: [u8; 2], to: [u8; 2]) -> Option<()> {
+    pub fn update_csum_for_port(&self, offset: usize, from: [u8; 2], to: [u8; 2]) -> Option<()> {
         let (from, to) = (u16::from_ne_bytes(from) as u64, u16::from_ne_bytes(to) as u64);
         // SAFETY: as in `pull`.
         let ret = unsafe { bpf_l4_csum_replace(self.ctx.skb.skb, offset as u32, from, to, 2) };
@@ -193,12 +193,12 @@ impl<'a> Packet<'a> {
 
     /// Redirects the packet out of its own interface. Returns the action for the kernel.
     #[inline(always)]
-    pub fn send_back(&self) -> i32 {
+    pub fn redirect_back(&self) -> i32 {
         // SAFETY: no pointer is passed.
         unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
     }
 
-    /// Redirects the packet past the network stack. `exit` (see [`exit`]) is an interface: with `NEIGHBOR` the
+    /// Redirects the packet past the network stack. `egress` (see [`egress`]) is an interface: with `NEIGHBOR` the
     /// packet leaves by it to the neighbor that the routes name (the kernel writes the MAC address); otherwise the
     /// packet enters the network namespace behind this veth as if it had arrived there. Returns the action for the
     /// kernel.
@@ -206,16 +206,16 @@ impl<'a> Packet<'a> {
     /// A frame that enters a namespace is still addressed to the MAC address of the node or the bridge. The pod's
     /// stack accepts it by its packet type, which kernels before 6.15 leave unchanged, so the program sets it.
     #[inline(always)]
-    pub fn send_by(&self, exit: u32) -> i32 {
+    pub fn redirect_to(&self, egress: u32) -> i32 {
         const PACKET_HOST: u32 = 0;
         // SAFETY: the context is valid; no pointer into the packet is used afterwards. Null parameters make the
         // helper look up the neighbor.
         unsafe {
-            if exit & exit::NEIGHBOR != 0 {
-                return bpf_redirect_neigh(exit & !exit::NEIGHBOR, core::ptr::null_mut(), 0, 0) as i32;
+            if egress & egress::NEIGHBOR != 0 {
+                return bpf_redirect_neigh(egress & !egress::NEIGHBOR, core::ptr::null_mut(), 0, 0) as i32;
             }
             bpf_skb_change_type(self.ctx.skb.skb, PACKET_HOST);
-            bpf_redirect_peer(exit, 0) as i32
+            bpf_redirect_peer(egress, 0) as i32
         }
     }
 
@@ -230,18 +230,18 @@ impl<'a> Packet<'a> {
 
 /// A packet in the driver, before the network stack. On a veth its checksum may be partial, and XDP has no way to
 /// tell. Checksums that breaker writes here are complete.
-pub struct WirePacket<'a> {
+pub struct XdpPacket<'a> {
     ctx: &'a XdpContext,
 }
 
-impl<'a> WirePacket<'a> {
+impl<'a> XdpPacket<'a> {
     #[inline(always)]
     pub fn new(ctx: &'a XdpContext) -> Self {
         Self { ctx }
     }
 }
 
-impl Frame for WirePacket<'_> {
+impl Frame for XdpPacket<'_> {
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: the context is valid for the run of the program.
@@ -286,7 +286,7 @@ impl Frame for WirePacket<'_> {
 
     /// Always `Some(false)`: the checksums that breaker writes here are complete.
     #[inline(always)]
-    fn is_partial(&self, _offset: usize) -> Option<bool> {
+    fn probe_is_partial(&self, _offset: usize) -> Option<bool> {
         Some(false)
     }
 }

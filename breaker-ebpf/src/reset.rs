@@ -18,16 +18,16 @@
 //! The packet is truncated behind its UDP header and quoted in an ICMP "port unreachable" from the address that it
 //! was sent to.
 
-use breaker_common::{PROTO_TCP, PassReason};
+use breaker_common::{PROTO_TCP, PassReason, csum};
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
-    csum,
     family::{Family, V4},
     flow::Peer,
-    nat::{End, TCP_CHECK},
+    nat::{Side, TCP_CHECK},
     packet::{Frame, Packet},
-    parse::{L3, Segment, flags},
+    parse::{Segment, UNTAGGED_L3_OFFSET, flags},
+    wire::Wire as _,
 };
 
 /// Fields of a segment that its answer depends on. Numbers are in host byte order.
@@ -87,7 +87,7 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
     // A veth whose queue is full drops the copy. The peer is reset nevertheless, and the client's next segment is
     // answered.
     let _ = packet.send_copy_back();
-    let onward = Reset {
+    let forward_to = Reset {
         sender: numbers.sender,
         receiver: numbers.receiver,
         source: segment.source,
@@ -97,7 +97,7 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
         sequence: numbers.sequence,
         acknowledgment: numbers.acknowledgment,
     };
-    write(packet, segment, &onward).ok_or(PassReason::RewriteFailed)
+    write(packet, segment, &forward_to).ok_or(PassReason::RewriteFailed)
 }
 
 /// The reset that goes back to the sender of a segment.
@@ -139,7 +139,7 @@ fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbe
     let syn = (segment.flags & flags::SYN != 0) as u32;
     let fin = (segment.flags & flags::FIN != 0) as u32;
     packet.cut((segment.l4() + TcpHdr::LEN) as u32)?;
-    if segment.more != 0 {
+    if segment.more_fragments != 0 {
         make_whole(packet, segment)?;
     }
     Some(Numbers {
@@ -155,10 +155,10 @@ fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbe
 /// reassemble it.
 #[inline(always)]
 fn make_whole<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()> {
-    let old = packet.read::<[u8; 2]>(segment.more_at())?;
+    let old = packet.read::<[u8; 2]>(segment.more_fragments_offset())?;
     let new = if A::VERSION == 4 { [old[0] & !0x20, old[1]] } else { [old[0], old[1] & !1] };
-    packet.write(segment.more_at(), new)?;
-    if let Some(check_at) = A::CHECK_AT {
+    packet.write(segment.more_fragments_offset(), new)?;
+    if let Some(check_at) = A::CHECK_OFFSET {
         let check = u16::from_be_bytes(packet.read::<[u8; 2]>(segment.l3() + check_at)?);
         let check = csum::replaced(check, csum::word(old), csum::word(new));
         packet.write(segment.l3() + check_at, check.to_be_bytes())?;
@@ -172,8 +172,8 @@ fn make_whole<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()
 fn write_ip<A: Family>(packet: &impl Frame, segment: &Segment<A>, total: u16, source: A, destination: A) -> Option<()> {
     let (length_at, _) = length_field(segment);
     let (source_at, destination_at) =
-        (segment.l3() + End::Source.addr_at::<A>(), segment.l3() + End::Destination.addr_at::<A>());
-    if let Some(check_at) = A::CHECK_AT {
+        (segment.l3() + Side::Source.addr_at::<A>(), segment.l3() + Side::Destination.addr_at::<A>());
+    if let Some(check_at) = A::CHECK_OFFSET {
         let check = packet.read::<[u8; 2]>(segment.l3() + check_at)?;
         let old = csum::word(packet.read::<[u8; 2]>(length_at)?)
             + packet.read::<A>(source_at)?.words()
@@ -240,7 +240,7 @@ fn try_write<A: Family>(packet: &impl Frame, segment: &Segment<A>, reset: &Reset
 #[inline(always)]
 fn write_checksum<A: Family>(packet: &impl Frame, l4: usize, reset: &Reset<A>) -> Option<()> {
     let at = l4 + TCP_CHECK;
-    let partial = packet.is_partial(at)?;
+    let partial = packet.probe_is_partial(at)?;
     let pseudo = csum::pseudo(reset.source.words(), reset.destination.words(), PROTO_TCP, TcpHdr::LEN as u16);
     let check = if partial {
         csum::fold(pseudo)
@@ -262,18 +262,18 @@ const QUOTED: usize = UdpHdr::LEN;
 /// extension headers: it passes instead.
 #[inline(always)]
 fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<()> {
-    if segment.l3() != L3 || (A::VERSION == 6 && segment.l4() != L3 + A::HEADER) {
+    if segment.l3() != UNTAGGED_L3_OFFSET || (A::VERSION == 6 && segment.l4() != UNTAGGED_L3_OFFSET + A::HEADER) {
         return None;
     }
     let (client, vip) = (segment.source, segment.destination);
     let eth = packet.read::<EthHdr>(0)?;
-    let quote = (segment.l4() - L3 + QUOTED) as u16;
+    let quote = (segment.l4() - UNTAGGED_L3_OFFSET + QUOTED) as u16;
     let udp = packet.read::<[u8; QUOTED]>(segment.l4())?;
     // The sum of the quoted IP header. An IPv4 header, with its options, sums up to zero because of its own checksum.
     let quoted_header = if A::VERSION == 4 {
         0
     } else {
-        let first = packet.read::<[u8; 8]>(L3)?;
+        let first = packet.read::<[u8; 8]>(UNTAGGED_L3_OFFSET)?;
         csum::words4([first[0], first[1], first[2], first[3]])
             + csum::words4([first[4], first[5], first[6], first[7]])
             + client.words()
@@ -290,17 +290,17 @@ fn unreachable<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<(
     let under = if A::VERSION == 4 { 0 } else { csum::pseudo(client.words(), vip.words(), A::ICMP, icmp_length) };
     let check = !csum::fold(under + csum::word([kind, code]) + quoted);
     let c = check.to_be_bytes();
-    packet.write(L3 + A::HEADER, [kind, code, c[0], c[1], 0, 0, 0, 0])?;
+    packet.write(UNTAGGED_L3_OFFSET + A::HEADER, [kind, code, c[0], c[1], 0, 0, 0, 0])?;
     if A::VERSION == 4 {
         let t = (V4::HEADER as u16 + icmp_length).to_be_bytes();
         // Precedence "internetwork control", as RFC 1812, section 4.3.2.5 asks for; "don't fragment"; TTL 64.
-        packet.write(L3, [0x45, 0xc0, t[0], t[1], 0, 0, 0x40, 0, 64, A::ICMP, 0, 0])?;
+        packet.write(UNTAGGED_L3_OFFSET, [0x45, 0xc0, t[0], t[1], 0, 0, 0x40, 0, 64, A::ICMP, 0, 0])?;
         let sum = csum::word([0x45, 0xc0]) + csum::word(t) + 0x4000 + csum::word([64, A::ICMP]);
-        packet.write(L3 + 10, (!csum::fold(sum + vip.words() + client.words())).to_be_bytes())?;
+        packet.write(UNTAGGED_L3_OFFSET + 10, (!csum::fold(sum + vip.words() + client.words())).to_be_bytes())?;
     } else {
         let l = icmp_length.to_be_bytes();
-        packet.write(L3, [0x60, 0, 0, 0, l[0], l[1], A::ICMP, 64])?;
+        packet.write(UNTAGGED_L3_OFFSET, [0x60, 0, 0, 0, l[0], l[1], A::ICMP, 64])?;
     }
-    packet.write(L3 + A::SOURCE_AT, vip)?;
-    packet.write(L3 + A::DESTINATION_AT, client)
+    packet.write(UNTAGGED_L3_OFFSET + A::SOURCE_OFFSET, vip)?;
+    packet.write(UNTAGGED_L3_OFFSET + A::DESTINATION_OFFSET, client)
 }

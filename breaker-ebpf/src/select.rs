@@ -3,11 +3,11 @@
 
 use aya_ebpf::{btf_maps::Array, macros::btf_map};
 use breaker_common::{
-    Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SLOT_PASSTHROUGH, SLOT_REJECT, Switch,
-    SINGLE_BACKEND, Table, backend_use, route_flags,
+    Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SINGLE_BACKEND, SLOT_PASSTHROUGH,
+    SLOT_REJECT, Switch, Table, backend_use, hash, route_flags,
 };
 
-use crate::{atomic, family::Family, hash, service};
+use crate::{atomic, family::Family, service};
 
 /// Selection tables. A route holds the indices of its tables.
 #[btf_map]
@@ -22,13 +22,13 @@ static ROUTES: Array<Route, { DEFAULT_ROUTES as usize }> = Array::new();
 #[derive(Clone, Copy)]
 pub struct Choice {
     pub slot: u32,
-    pub trial: bool,
+    pub permit: bool,
 }
 
 /// Chooses tier and slot for a flow. Takes a permit if the breaker is half-open and one is left.
 #[inline(always)]
 pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> Choice {
-    choose_by(service, route, switch, |seed| {
+    choose_with_hash(service, route, switch, |seed| {
         hash::flow(key.client.folded(), key.vip.folded(), key.client_port, key.vip_port, key.proto, seed)
     })
 }
@@ -36,18 +36,18 @@ pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &Fl
 /// As [`choose`], with a hash that `hash` computes from the service's seed. A service without a record, which
 /// cannot occur, is left to kube-proxy.
 #[inline(always)]
-pub fn choose_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> Choice {
-    let Some(record) = service::record(service) else { return Choice { slot: SLOT_PASSTHROUGH, trial: false } };
+pub fn choose_with_hash(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> Choice {
+    let Some(record) = service::record(service) else { return Choice { slot: SLOT_PASSTHROUGH, permit: false } };
     let hash = hash(record.seed);
-    let trial = switch.state == BreakerState::HalfOpen as u8
-        && service::take_half_open(service, switch.epoch, record.half_open_limit);
-    let primary = trial || hash::permille(hash) < switch.share;
-    Choice { slot: in_tier(route, switch, !primary, hash), trial }
+    let permit = switch.state == BreakerState::HalfOpen as u8
+        && service::take_permit(service, switch.epoch, record.half_open_limit);
+    let primary = permit || hash::permille(hash) < switch.share;
+    Choice { slot: slot_in_tier(route, switch, !primary, hash), permit }
 }
 
 /// The content of a hash's slot in the primary or the backup tier of a route.
 #[inline(always)]
-fn in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32 {
+fn slot_in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32 {
     let tables = ROUTES.get(route).map_or(Route::NOTHING.tables, |route| route.tables);
     let [first, second] = if switch.buffer() == 0 { tables[0] } else { tables[1] };
     let table = if backup { second } else { first };
@@ -65,17 +65,17 @@ fn in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32 {
 
 /// The content of a flow's slot in the backup tier, whatever the breaker's state.
 #[inline(always)]
-pub fn in_backup<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> u32 {
-    in_backup_by(service, route, switch, |seed| {
+pub fn backup_slot<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> u32 {
+    backup_slot_with_hash(service, route, switch, |seed| {
         hash::flow(key.client.folded(), key.vip.folded(), key.client_port, key.vip_port, key.proto, seed)
     })
 }
 
-/// As [`in_backup`], with a hash that `hash` computes from the service's seed.
+/// As [`backup_slot`], with a hash that `hash` computes from the service's seed.
 #[inline(always)]
-pub fn in_backup_by(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> u32 {
+pub fn backup_slot_with_hash(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> u32 {
     let Some(record) = service::record(service) else { return SLOT_PASSTHROUGH };
-    in_tier(route, switch, true, hash(record.seed))
+    slot_in_tier(route, switch, true, hash(record.seed))
 }
 
 /// Whether external clients of a route keep their address toward backends on this node.

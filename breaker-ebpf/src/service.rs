@@ -61,7 +61,7 @@ fn unpack(word: u64) -> (u32, u32) {
 
 /// Records that the programs have seen `epoch`. Returns true for the one packet that recorded it.
 #[inline(always)]
-pub fn adopt(service: u32, epoch: u32) -> bool {
+pub fn record_epoch(service: u32, epoch: u32) -> bool {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return false };
     let at = runtime.cast::<u64>();
     // SAFETY: the kernel returned a pointer to a value of this map, which has 8 bytes and is aligned; only the
@@ -76,7 +76,7 @@ pub fn adopt(service: u32, epoch: u32) -> bool {
 ///
 /// An epoch has `limit` permits: a packet that loses every race gets none, which is the safe side.
 #[inline(always)]
-pub fn take_half_open(service: u32, epoch: u32, limit: u32) -> bool {
+pub fn take_permit(service: u32, epoch: u32, limit: u32) -> bool {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return false };
     let at = runtime.cast::<u64>();
     for _ in 0..TRIES {
@@ -95,10 +95,10 @@ pub fn take_half_open(service: u32, epoch: u32, limit: u32) -> bool {
     false
 }
 
-/// Returns a permit that [`take_half_open`] took for a connection that a limit then kept from the primary. A permit
+/// Returns a permit that [`take_permit`] took for a connection that a limit then kept from the primary. A permit
 /// whose return loses every race stays taken, which is the safe side.
 #[inline(always)]
-pub fn give_back_half_open(service: u32, epoch: u32) {
+pub fn return_permit(service: u32, epoch: u32) {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return };
     let at = runtime.cast::<u64>();
     for _ in 0..TRIES {

@@ -14,16 +14,16 @@ pub enum Verdict {
     /// A redirect helper has set where the packet goes. Holds the helper's return value.
     Redirect(i32),
     /// Already decided. Holds the action, which may be the return value of another function of the hook.
-    Settled(i32),
+    Final(i32),
     /// Not decided yet: the function for this step continues.
-    Then(Step),
+    Continue(Stage),
 }
 
 /// The step that a packet needs next. A hook's functions return it in place of a tc action, so the numbers differ
 /// from all of the kernel's actions (include/uapi/linux/pkt_cls.h).
 #[derive(Clone, Copy)]
 #[repr(i32)]
-pub enum Step {
+pub enum Stage {
     /// The first packet of its flow: choose its destination.
     Decide = 0x1001,
     /// Translate the packet to the backend that was chosen.
@@ -33,30 +33,30 @@ pub enum Step {
     /// Reset the packet's connection at both ends.
     Reset = 0x1004,
     /// An ICMP error from a client: translate the packet that it quotes.
-    Error = 0x1005,
+    IcmpErrorFromClient = 0x1005,
     /// A packet to a backend's own address.
-    Direct = 0x1006,
+    DirectToBackend = 0x1006,
     /// Possibly a backend's reply on the fast path, which bypasses the host network stack.
-    Answer = 0x1007,
+    FastPathReply = 0x1007,
     /// An ICMP error that does not quote a frontend's packet. It may come from a backend and quote a packet that the
     /// backend received on the fast path.
-    AnswerError = 0x1008,
+    FastPathIcmpError = 0x1008,
     /// The first packet of a flow to a service with limits: ask whether they admit it.
     Admit = 0x1009,
     /// As `Admit`, for the backup: the primary is at a limit, and new connections over it go to the backup.
     AdmitToBackup = 0x100a,
     /// Apply the decision for the first packet of a flow.
-    CarryOut = 0x100b,
+    Apply = 0x100b,
 }
 
-/// Converts an outcome to the number that a hook's function returns: the kernel's action, or the next [`Step`].
+/// Converts an outcome to the number that a hook's function returns: the kernel's action, or the next [`Stage`].
 /// After an error the packet passes unchanged, and the reason is counted (fail open).
 #[inline(always)]
-pub fn settle(outcome: Result<Verdict, PassReason>) -> i32 {
+pub fn into_action(outcome: Result<Verdict, PassReason>) -> i32 {
     match outcome {
         Ok(Verdict::Next) => TC_ACT_UNSPEC,
-        Ok(Verdict::Redirect(action) | Verdict::Settled(action)) => action,
-        Ok(Verdict::Then(step)) => step as i32,
+        Ok(Verdict::Redirect(action) | Verdict::Final(action)) => action,
+        Ok(Verdict::Continue(step)) => step as i32,
         Err(reason) => {
             count::reason(reason);
             TC_ACT_UNSPEC

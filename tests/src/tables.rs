@@ -8,7 +8,7 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError},
 };
 use breaker_common::{
-    Address, Flow, FlowKey, FlowKind, Fragment, FragmentKey, Reverse, ReverseKey, V4, V6, flow_way, seen,
+    Address, Flow, FlowKey, FlowKind, Fragment, FragmentKey, Reverse, ReverseKey, V4, V6, flow_path, seen,
 };
 
 use crate::{
@@ -108,8 +108,8 @@ impl<A: Ip> Family<A> {
                     epoch: value.epoch,
                     established,
                     client_said: last_words(value.seen),
-                    fast: value.way & flow_way::FAST != 0,
-                    keeps_client: value.way & flow_way::KEEP_CLIENT != 0,
+                    fast: value.way & flow_path::FAST != 0,
+                    keeps_client: value.way & flow_path::KEEP_CLIENT != 0,
                 };
                 ensure!(book.flows.insert(side, flow).is_none(), "{side:?} is both pending and established");
             }

@@ -1,7 +1,7 @@
 //! The flows of one service, for people.
 
 use anyhow::Result;
-use breaker_common::{Flow, FlowKey, FlowKind, V4, V6, flow_way, seen};
+use breaker_common::{Flow, FlowKey, FlowKind, V4, V6, flow_path, seen};
 use breaker_core::datapath::{FlowPath, FlowPhase, FlowSnapshot};
 
 use super::{
@@ -37,7 +37,7 @@ fn list_family<A: IpFamily>(maps: &Maps, service: u32) -> Vec<FlowSnapshot> {
             source_port: u16::from_be_bytes(flow.source_port),
             kind: FlowKind::try_from(flow.kind).ok()?,
             epoch: flow.epoch,
-            path: if flow.way & flow_way::FAST == 0 { FlowPath::Stack } else { FlowPath::Veth },
+            path: if flow.path & flow_path::FAST == 0 { FlowPath::Stack } else { FlowPath::Veth },
             age: age(now, flow.created_tick),
             phase: if ended(flow.seen, back, flow.kind) {
                 FlowPhase::Ended

@@ -28,10 +28,10 @@ pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_up_out", "breaker_up"];
 
 /// Names of the full-path programs, by hook. The programs above call them by tail call.
 const FULL_PATH_PROGRAMS: [(TcHook, &str); 4] = [
-    (TcHook::PodIn, "breaker_in_look"),
-    (TcHook::PodOut, "breaker_out_look"),
-    (TcHook::UplinkIn, "breaker_up_look"),
-    (TcHook::UplinkOut, "breaker_up_out_look"),
+    (TcHook::PodIn, "brk_in_full"),
+    (TcHook::PodOut, "brk_out_full"),
+    (TcHook::UplinkIn, "brk_up_full"),
+    (TcHook::UplinkOut, "brk_up_out_full"),
 ];
 
 /// The programs in the kernel, and their maps.

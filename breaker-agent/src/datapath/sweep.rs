@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap as BpfMap, MapData, MapError};
-use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, flow_way, seen};
+use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, flow_path, seen};
 use breaker_core::{
     datapath::{Destination, Sweep},
     model::ServiceName,
@@ -84,7 +84,7 @@ fn sweep_family<A: IpFamily>(
             }
             found.sweep.entries += 1;
             established += usize::from(kept);
-            found.fast_path_in_use |= flow.way & flow_way::FAST != 0;
+            found.fast_path_in_use |= flow.path & flow_path::FAST != 0;
             if let (false, Some(protocol)) = (passed, protocol(key.proto)) {
                 let backend = (flow.backend.socket(flow.backend_port), protocol);
                 found.all_to.insert(backend);

@@ -1,9 +1,14 @@
 //! The hooks, one module for each. Read each module from top to bottom to follow a packet.
 
-pub mod glance;
-pub mod limited;
-pub mod sock;
-pub mod tc;
+mod admission;
+mod direct;
+pub mod from_client;
+mod icmp_error;
+mod new_flow;
+pub mod prefilter;
+mod refuse;
+pub mod socket;
+pub mod to_client;
 pub mod xdp;
 
 use aya_ebpf::programs::TcContext;
@@ -28,6 +33,6 @@ fn by_family<const TAGGED: bool>(
     match parse::network::<TAGGED>(&packet, &mut l3) {
         Some(EtherType::Ipv4) => v4(&packet, l3),
         Some(EtherType::Ipv6) => v6(&packet, l3),
-        _ => verdict::settle(Ok(Verdict::Next)),
+        _ => verdict::into_action(Ok(Verdict::Next)),
     }
 }

@@ -18,15 +18,15 @@ use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
     flow,
-    packet::WirePacket,
-    parse::{self, Glance, Hook, Kind, Segment},
+    packet::XdpPacket,
+    parse::{self, Direction, Kind, Peek, Segment},
     reset, select, service,
 };
 
 /// Handles a packet that comes in on an uplink.
 #[inline(always)]
-pub fn from_wire(ctx: &XdpContext) -> u32 {
-    let packet = WirePacket::new(ctx);
+pub fn from_uplink(ctx: &XdpContext) -> u32 {
+    let packet = XdpPacket::new(ctx);
     let mut l3 = 0;
     match parse::network::<true>(&packet, &mut l3) {
         Some(EtherType::Ipv4) => refuse::<V4>(&packet, l3),
@@ -36,11 +36,11 @@ pub fn from_wire(ctx: &XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
-    if parse::glance::<A>(packet, l3).is_some_and(|glance| !is_asked_for(&glance)) {
+fn refuse<A: Family>(packet: &XdpPacket<'_>, l3: usize) -> u32 {
+    if parse::peek::<A>(packet, l3).is_some_and(|glance| !may_be_refused(&glance)) {
         return XDP_PASS;
     }
-    let Some(segment) = Segment::<A>::place(Hook::Ingress) else { return XDP_PASS };
+    let Some(segment) = Segment::<A>::scratch(Direction::Ingress) else { return XDP_PASS };
     let mut service = 0;
     if !is_refused(packet, l3, segment, &mut service) {
         return XDP_PASS;
@@ -56,16 +56,16 @@ fn refuse<A: Family>(packet: &WirePacket<'_>, l3: usize) -> u32 {
 
 /// Whether the packet may be the first of a flow to a frontend.
 #[inline(always)]
-fn is_asked_for<A: Family>(glance: &Glance<A>) -> bool {
-    glance.may_begin && endpoint::guess(glance.destination, glance.ports.destination, glance.proto).frontend
+fn may_be_refused<A: Family>(glance: &Peek<A>) -> bool {
+    glance.may_start_flow && endpoint::filter_match(glance.destination, glance.ports.destination, glance.proto).frontend
 }
 
 /// Whether the packet is the first of a connection that is to be refused; sets `service` if so. A packet that
 /// cannot be parsed is passed to tc, which counts it.
 #[inline(never)]
-fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
-    let Ok(Kind::Transport) = parse::at(packet, l3, segment) else { return false };
-    if !segment.may_begin() {
+fn is_refused<A: Family>(packet: &XdpPacket<'_>, l3: usize, segment: &mut Segment<A>, service: &mut u32) -> bool {
+    let Ok(Kind::Transport) = parse::headers(packet, l3, segment) else { return false };
+    if !segment.may_start_flow() {
         return false;
     }
     let Some(role) = endpoint::find(segment.destination, segment.ports.destination, segment.proto) else {
@@ -74,31 +74,31 @@ fn is_refused<A: Family>(packet: &WirePacket<'_>, l3: usize, segment: &mut Segme
     let Some(index) = endpoint::index(role.service) else { return false };
     let Some(switch) = service::switch(index) else { return false };
     // While half-open, permits are counted, and only the full path does that.
-    if switch.state != BreakerState::Open as u8 || switch.has(switch_flags::DRY_RUN) || segment.more != 0 {
+    if switch.state != BreakerState::Open as u8 || switch.has(switch_flags::DRY_RUN) || segment.more_fragments != 0 {
         return false;
     }
     let key = flow::key(segment);
     if !segment.is_tcp() && flow::find(&key).is_some() {
         return false;
     }
-    if !agent::decision_holds(&switch, agent::now_ns())
+    if !agent::may_act_on_decision(&switch, agent::now_ns())
         || select::choose(index, role.route, &switch, &key).slot != SLOT_REJECT
     {
         return false;
     }
     // An earlier connection with the same ports may have left its flow.
-    flow::forget(&key);
+    flow::remove(&key);
     event::send(EventKind::Rejected, index, &switch, &key, None);
     *service = index;
     true
 }
 
 #[inline(never)]
-fn refuse_segment<A: Family>(packet: &WirePacket<'_>, segment: &Segment<A>) -> bool {
+fn refuse_segment<A: Family>(packet: &XdpPacket<'_>, segment: &Segment<A>) -> bool {
     reset::refuse_segment(packet, segment).is_ok()
 }
 
 #[inline(never)]
-fn refuse_datagram<A: Family>(packet: &WirePacket<'_>, segment: &Segment<A>) -> bool {
+fn refuse_datagram<A: Family>(packet: &XdpPacket<'_>, segment: &Segment<A>) -> bool {
     reset::refuse_datagram(packet, segment).is_ok()
 }

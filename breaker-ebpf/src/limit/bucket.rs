@@ -26,8 +26,8 @@ pub fn number(bucket: u32, way: usize) -> u32 {
 /// Bucket index and index in the bucket of the entry with a [`number`]; `None` for 0.
 #[inline(always)]
 pub fn of_number(number: u32) -> Option<(u32, usize)> {
-    let place = number.checked_sub(1)?;
-    Some((place / WAYS as u32, place as usize & (WAYS - 1)))
+    let entry = number.checked_sub(1)?;
+    Some((entry / WAYS as u32, entry as usize & (WAYS - 1)))
 }
 
 /// Finds the entry with a tag in one bucket and returns its index in the bucket.
@@ -52,16 +52,21 @@ pub fn claim<S>(bucket: *mut Bucket<S>, tag: u64) -> Option<usize> {
     None
 }
 
-/// Takes over an entry whose state `may_go` accepts, whoever owns it. The search begins at entry `from`.
+/// Takes over an entry whose state `is_replaceable` accepts, whoever owns it. The search begins at entry `from`.
 #[inline(always)]
-pub fn displace<S>(bucket: *mut Bucket<S>, tag: u64, from: usize, may_go: impl Fn(*const S) -> bool) -> Option<usize> {
+pub fn take_over<S>(
+    bucket: *mut Bucket<S>,
+    tag: u64,
+    from: usize,
+    is_replaceable: impl Fn(*const S) -> bool,
+) -> Option<usize> {
     for step in 0..WAYS {
         let way = (from + step) & (WAYS - 1);
         // SAFETY: as in `claim`.
         unsafe {
             let at = &raw mut (*bucket).tags[way];
             let before = atomic::load(at);
-            if may_go(&raw const (*bucket).states[way]) && atomic::compare_exchange(at, before, tag) {
+            if is_replaceable(&raw const (*bucket).states[way]) && atomic::compare_exchange(at, before, tag) {
                 return Some(way);
             }
         }

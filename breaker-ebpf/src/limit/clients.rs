@@ -3,11 +3,11 @@
 use aya_ebpf::{Global, bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
     Address as _, Bucket, ClientState, DEFAULT_CLIENT_BUCKETS, LIMITED_CLIENTS, LIMITED_WINDOW_SHIFT, LimitedClient,
-    WAYS,
+    WAYS, hash,
 };
 
 use super::bucket;
-use crate::{agent, atomic, family::V6, hash};
+use crate::{agent, atomic, family::V6};
 
 type Buckets = Bucket<ClientState>;
 
@@ -35,11 +35,11 @@ pub fn tag(client: V6, limiter: u32, key: u64) -> u64 {
 /// Returns the number of a client's entry, and creates the entry if there is none. Returns 0 if every entry of its
 /// two buckets belongs to a client that has connections or whose token bucket is not full.
 #[inline(always)]
-pub fn place(tag: u64, now_ns: u64) -> u32 {
+pub fn entry(tag: u64, now_ns: u64) -> u32 {
     breaker_client(tag, now_ns)
 }
 
-/// Implements [`place`]. A global function: see [`super::breaker_admit`].
+/// Implements [`entry`]. A global function: see [`super::breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_client(tag: u64, now_ns: u64) -> u32 {
@@ -63,7 +63,7 @@ pub extern "C" fn breaker_client(tag: u64, now_ns: u64) -> u32 {
 /// counted, the two clients share the entry for that connection.)
 #[inline(always)]
 fn replace(bucket: *mut Buckets, tag: u64, now_ns: u64) -> Option<usize> {
-    bucket::displace(bucket, tag, 0, |state| {
+    bucket::take_over(bucket, tag, 0, |state| {
         // SAFETY: the state is in this bucket, and its fields are aligned.
         let (arrival, concurrent) =
             unsafe { (atomic::load(&raw const (*state).arrival_ns), atomic::load32(&raw const (*state).concurrent)) };
@@ -126,10 +126,10 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
     let words = [(client_high >> 32) as u32, client_high as u32, (client_low >> 32) as u32, client_low as u32];
     let (client, limiter) = (V6::from_words(words), limiter as u32);
     let now_ns = agent::now_ns();
-    let Some(limits) = super::of(limiter / 2) else { return 0 };
-    let first = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - NEAR);
+    let Some(limits) = super::limits_of(limiter / 2) else { return 0 };
+    let first = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - LIMITED_WAYS);
     let window = (now_ns >> LIMITED_WINDOW_SHIFT) as u32;
-    for near in 0..NEAR {
+    for near in 0..LIMITED_WAYS {
         let Some(entry) = LIMITED.get_ptr_mut(first + near) else { return 0 };
         // SAFETY: the kernel returned a pointer to a value of this map, which has the size, alignment and fields of
         // `Entry`.
@@ -148,7 +148,7 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
             return 0;
         }
         // Other clients occupy all entries: decrement the last one until it can be taken over.
-        if near == NEAR - 1 {
+        if near == LIMITED_WAYS - 1 {
             entry.count -= 1;
         }
     }
@@ -156,7 +156,7 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
 }
 
 /// Number of consecutive entries of `LIMITED` that a client may be in.
-const NEAR: u32 = 4;
+const LIMITED_WAYS: u32 = 4;
 
 /// A [`LimitedClient`] whose address is stored as words.
 #[repr(C)]

@@ -8,10 +8,10 @@
 
 use aya_ebpf::{Global, bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
-    Bucket, CONNECTION_TURN, ConnectionState, DEFAULT_CONNECTION_BUCKETS, WAYS, connection_state as bits, gcra,
+    Bucket, ConnectionState, DEFAULT_CONNECTION_BUCKETS, ENTRY_GENERATION, WAYS, connection_state as bits, gcra,
 };
 
-use super::{Asked, LIMITERS, bucket, clients};
+use super::{LIMITERS, UnpackedRequest, bucket, clients};
 use crate::{agent, atomic};
 
 type Buckets = Bucket<ConnectionState>;
@@ -29,7 +29,7 @@ const DATAGRAMS_TICKS: u32 = 60;
 
 /// The entry of a connection.
 #[derive(Clone, Copy)]
-pub struct Place {
+pub struct ConnectionEntry {
     bucket: *mut Buckets,
     way: usize,
 }
@@ -37,7 +37,7 @@ pub struct Place {
 /// Finds the entry of a connection. `second` says whether to search the second bucket too, which holds counted
 /// connections only.
 #[inline(always)]
-pub fn find(tag: u64, second: bool) -> Option<Place> {
+pub fn find(tag: u64, second: bool) -> Option<ConnectionEntry> {
     at(breaker_find(tag, second as u64))
 }
 
@@ -60,26 +60,26 @@ pub extern "C" fn breaker_find(tag: u64, second: u64) -> u32 {
 
 /// Returns the entry with a number; `None` for 0.
 #[inline(always)]
-fn at(number: u32) -> Option<Place> {
+fn at(number: u32) -> Option<ConnectionEntry> {
     let (bucket, way) = bucket::of_number(number)?;
-    Some(Place { bucket: CONNECTIONS.get_ptr_mut(bucket)?, way })
+    Some(ConnectionEntry { bucket: CONNECTIONS.get_ptr_mut(bucket)?, way })
 }
 
 /// Remembers an admitted connection. Returns false if no entry could be claimed; the caller must then undo the
 /// counting, because nothing will count the connection down later.
 #[inline(always)]
 pub fn insert(tag: u64, limiter: u32, number: u32, what: u32, client: u32, tick: u32) -> bool {
-    let Some(place) = at(breaker_claim(tag, (what & bits::COUNTED != 0) as u64)) else { return false };
-    let state = place.state();
+    let Some(entry) = at(breaker_claim(tag, (what & bits::COUNTED != 0) as u64)) else { return false };
+    let state = entry.state();
     // SAFETY: this CPU owns the entry since it swapped the tag in. A CPU that finds the tag before the fields are
     // written sees the fields of an earlier connection and treats this one as not yet there.
     unsafe {
-        let turn = atomic::load32(&raw const (*state).state) & !(CONNECTION_TURN - 1);
+        let turn = atomic::load32(&raw const (*state).state) & !(ENTRY_GENERATION - 1);
         (&raw mut (*state).limiter).write_volatile(limiter);
         (&raw mut (*state).number).write_volatile(number);
-        (&raw mut (*state).last_tick).write_volatile(tick);
+        (&raw mut (*state).last_seen_tick).write_volatile(tick);
         (&raw mut (*state).client).write_volatile(client);
-        (&raw mut (*state).state).write_volatile(turn.wrapping_add(CONNECTION_TURN) | what);
+        (&raw mut (*state).state).write_volatile(turn.wrapping_add(ENTRY_GENERATION) | what);
     }
     true
 }
@@ -105,7 +105,7 @@ pub extern "C" fn breaker_claim(tag: u64, counted: u64) -> u32 {
         // SAFETY: the state is in this bucket, and its fields are aligned.
         unsafe { atomic::load32(&raw const (*state).state) & bits::COUNTED == 0 }
     };
-    match bucket::displace(first, tag, (tag >> 3) as usize & (WAYS - 1), uncounted) {
+    match bucket::take_over(first, tag, (tag >> 3) as usize & (WAYS - 1), uncounted) {
         Some(way) => bucket::number(buckets[0], way),
         None => 0,
     }
@@ -125,27 +125,27 @@ pub fn count_down(limiter: u32, client: u32) {
 /// connection at once; otherwise `bit` is [`bits::CLIENT_FIN`], [`bits::SERVER_FIN`], [`bits::ANSWERED`], a
 /// combination of these, or 0 for a mere sign that the connection is alive.
 #[inline(always)]
-pub fn note(tag: u64, bit: u32, over: bool) {
-    let _ = breaker_note(tag, bit as u64 | (over as u64) << 32);
+pub fn record(tag: u64, bit: u32, over: bool) {
+    let _ = breaker_record(tag, bit as u64 | (over as u64) << 32);
 }
 
 /// Implements [`note`]. A global function: see [`super::breaker_admit`]. Global functions must return a number, so
 /// the result is always 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
-    let Some(place) = find(tag, true) else { return 0 };
+pub extern "C" fn breaker_record(tag: u64, what: u64) -> u32 {
+    let Some(entry) = find(tag, true) else { return 0 };
     // SAFETY: the pointer is to an aligned 4-byte field of a map value.
-    if unsafe { atomic::load32(place.state_word()) } & bits::COUNTED == 0 {
+    if unsafe { atomic::load32(entry.state_word()) } & bits::COUNTED == 0 {
         return 0;
     }
-    place.touch(agent::tick(agent::now_ns()));
+    entry.touch(agent::tick(agent::now_ns()));
     if what >> 32 != 0 {
-        place.release();
+        entry.release();
         return 0;
     }
     let bit = what as u32;
-    let at = place.state_word();
+    let at = entry.state_word();
     for _ in 0..gcra::TRIES {
         // SAFETY: as for the load above.
         let before = unsafe { atomic::load32(at) };
@@ -154,7 +154,7 @@ pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
         if before == after || unsafe { atomic::compare_exchange32(at, before, after) } {
             let both = bits::CLIENT_FIN | bits::SERVER_FIN;
             if after & both == both {
-                place.release();
+                entry.release();
             }
             return 0;
         }
@@ -162,7 +162,7 @@ pub extern "C" fn breaker_note(tag: u64, what: u64) -> u32 {
     0
 }
 
-impl Place {
+impl ConnectionEntry {
     #[inline(always)]
     fn state(&self) -> *mut ConnectionState {
         // SAFETY: the bucket is a value of the map, and the index is masked to be in bounds.
@@ -178,14 +178,14 @@ impl Place {
     /// Returns whether the request belongs to the connection in this entry: a retransmitted SYN, or a datagram of a
     /// flow that has not expired.
     #[inline(always)]
-    pub fn is_again(&self, request: &Asked, limiter: u32) -> bool {
+    pub fn is_same_connection(&self, request: &UnpackedRequest, limiter: u32) -> bool {
         let state = self.state();
         // SAFETY: as in `state`; the fields are aligned.
         let (of, number, last) = unsafe {
             (
                 atomic::load32(&raw const (*state).limiter),
                 atomic::load32(&raw const (*state).number),
-                atomic::load32(&raw const (*state).last_tick),
+                atomic::load32(&raw const (*state).last_seen_tick),
             )
         };
         let fresh =
@@ -198,7 +198,7 @@ impl Place {
     /// Returns whether this limiter admitted the connection in this entry.
     #[inline(always)]
     pub fn is_of(&self, limiter: u32) -> bool {
-        // SAFETY: as in `is_again`.
+        // SAFETY: as in `is_same_connection`.
         unsafe { atomic::load32(&raw const (*self.state()).limiter) == limiter }
     }
 
@@ -206,9 +206,9 @@ impl Place {
     #[inline(always)]
     pub fn touch(&self, tick: u32) {
         let state = self.state();
-        // SAFETY: as in `is_again`. Read first: an unconditional write would dirty the cache line for every packet.
+        // SAFETY: as in `is_same_connection`. Read first: an unconditional write would dirty the cache line for every packet.
         unsafe {
-            let at = &raw mut (*state).last_tick;
+            let at = &raw mut (*state).last_seen_tick;
             if atomic::load32(at) != tick {
                 at.write_volatile(tick);
             }
@@ -220,7 +220,7 @@ impl Place {
     #[inline(always)]
     pub fn release(&self) {
         let (state, at) = (self.state(), self.state_word());
-        // SAFETY: as in `is_again`.
+        // SAFETY: as in `is_same_connection`.
         let (limiter, client, first) = unsafe {
             (
                 atomic::load32(&raw const (*state).limiter),
@@ -233,14 +233,14 @@ impl Place {
             if before & bits::COUNTED == 0 {
                 break;
             }
-            // SAFETY: as in `is_again`; the word is changed by atomics.
+            // SAFETY: as in `is_same_connection`; the word is changed by atomics.
             if unsafe { atomic::compare_exchange32(at, before, before & !bits::COUNTED) } {
                 count_down(limiter, client);
                 break;
             }
-            // SAFETY: as in `is_again`.
+            // SAFETY: as in `is_same_connection`.
             before = unsafe { atomic::load32(at) };
-            if (before ^ first) >= CONNECTION_TURN {
+            if (before ^ first) >= ENTRY_GENERATION {
                 // Another connection has claimed the entry in the meantime.
                 return;
             }

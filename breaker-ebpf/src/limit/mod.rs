@@ -61,7 +61,7 @@ const OVER: u32 = 16;
 /// Returns the number of the [`LimitKind`] that the connection is over, or `None` if `answer` means that it is
 /// admitted.
 #[inline(always)]
-pub fn kind_over(answer: u32) -> Option<u32> {
+pub fn refusing_limit(answer: u32) -> Option<u32> {
     let mut answer = answer;
     // LLVM derives the range of `answer` from the code of `breaker_admit` and drops the mask below as redundant;
     // without the mask the verifier cannot prove the index to be below 4. The empty assembly hides the value from
@@ -115,9 +115,9 @@ impl Request {
 #[inline(never)]
 pub extern "C" fn breaker_admit(tag: u64, client_high: u64, client_low: u64, what: u64, number: u64) -> u32 {
     let client = [(client_high >> 32) as u32, client_high as u32, (client_low >> 32) as u32, client_low as u32];
-    let Some(limits) = of(what as u32) else { return ADMITTED };
+    let Some(limits) = limits_of(what as u32) else { return ADMITTED };
     let now_ns = now_for(limits, (what >> 32) as u32 & 1);
-    let asked = Asked {
+    let asked = UnpackedRequest {
         tag,
         client: V6::from_words(client),
         service: what as u32,
@@ -138,19 +138,19 @@ pub extern "C" fn breaker_admit(tag: u64, client_high: u64, client_low: u64, wha
 #[inline(always)]
 fn now_for(limits: &ServiceLimits, tier: u32) -> u64 {
     const COARSE_ENOUGH: u64 = 100_000_000;
-    let limit = of_tier(limits, tier);
+    let limit = tier_limits(limits, tier);
     let fine = |interval: u64, tolerance: u64| interval != 0 && tolerance < COARSE_ENOUGH;
     if fine(limit.interval_ns, limit.tolerance_ns) || fine(limit.client_interval_ns, limit.client_tolerance_ns) {
         now_ns()
     } else if limit.interval_ns | limit.client_interval_ns != 0 {
         agent::now_ns()
     } else {
-        agent::beat_ns()
+        agent::heartbeat_ns()
     }
 }
 
 /// An unpacked [`Request`], with the current time.
-pub struct Asked {
+pub struct UnpackedRequest {
     tag: u64,
     client: V6,
     service: u32,
@@ -172,13 +172,13 @@ fn now_ns() -> u64 {
 
 /// Returns the limits of a service.
 #[inline(always)]
-pub fn of(service: u32) -> Option<&'static ServiceLimits> {
+pub fn limits_of(service: u32) -> Option<&'static ServiceLimits> {
     LIMITS.get(service)
 }
 
 /// Selects the limits of a tier: [`PRIMARY`] or [`BACKUP`].
 #[inline(always)]
-pub fn of_tier(limits: &ServiceLimits, tier: u32) -> &TierLimits {
+pub fn tier_limits(limits: &ServiceLimits, tier: u32) -> &TierLimits {
     if tier == PRIMARY { &limits.tiers[0] } else { &limits.tiers[1] }
 }
 
@@ -193,7 +193,7 @@ pub fn counters(service: u32, change: impl FnOnce(&mut LimitCounters)) {
 
 /// Selects the counter of a tier and of the limit with the number `kind` (a [`LimitKind`]).
 #[inline(always)]
-pub fn of_kind(counters: &mut [[u64; 4]; 2], tier: u32, kind: u32) -> &mut u64 {
+pub fn counter_of(counters: &mut [[u64; 4]; 2], tier: u32, kind: u32) -> &mut u64 {
     let tier = if tier == PRIMARY { &mut counters[0] } else { &mut counters[1] };
     &mut tier[kind as usize & 3]
 }
@@ -253,12 +253,12 @@ const COUNTED: u64 = 2;
 /// Owner of a token bucket and a connection count: a limiter by its index, or a client by its entry number (see
 /// [`bucket::number`]).
 #[derive(Clone, Copy)]
-enum Whose {
+enum Owner {
     Limiter(u32),
     Client(u32),
 }
 
-impl Whose {
+impl Owner {
     /// Packs the owner into 64 bits, to pass it to a global function.
     #[inline(always)]
     fn word(self) -> u64 {
@@ -269,9 +269,9 @@ impl Whose {
     }
 }
 
-/// Returns the theoretical arrival time and the connection count of the owner that [`Whose::word`] packed.
+/// Returns the theoretical arrival time and the connection count of the owner that [`Owner::word`] packed.
 #[inline(always)]
-fn words_of(whose: u64) -> Option<(Arrival, *mut u32)> {
+fn state_of(whose: u64) -> Option<(Arrival, *mut u32)> {
     if whose >> 32 != 0 {
         let client = clients::at(whose as u32)?;
         return Some((Arrival(clients::arrival(client)), clients::concurrent(client)));
@@ -285,7 +285,7 @@ fn words_of(whose: u64) -> Option<(Arrival, *mut u32)> {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> u64 {
-    let Some((arrival, _)) = words_of(whose) else { return CONTENDED };
+    let Some((arrival, _)) = state_of(whose) else { return CONTENDED };
     match gcra::take(&arrival, now_ns, interval_ns, tolerance_ns) {
         Taken::Refused => REFUSED,
         Taken::Contended => CONTENDED,
@@ -296,9 +296,9 @@ pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolera
 /// Undoes [`breaker_rate`], whose result was `after`. The bucket is then as full as before; if it had been full, it
 /// is full as of now.
 #[inline(always)]
-fn give_back(whose: Whose, after: u64, interval_ns: u64) {
+fn give_back(whose: Owner, after: u64, interval_ns: u64) {
     if after > COUNTED
-        && let Some((arrival, _)) = words_of(whose.word())
+        && let Some((arrival, _)) = state_of(whose.word())
     {
         gcra::give_back(&arrival, Taken::Admitted(after.wrapping_sub(interval_ns), after));
     }
@@ -309,13 +309,13 @@ fn give_back(whose: Whose, after: u64, interval_ns: u64) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
-    let Some((_, at)) = words_of(whose) else { return CONTENDED };
+    let Some((_, at)) = state_of(whose) else { return CONTENDED };
     if most != 0 {
         for _ in 0..gcra::TRIES {
             // SAFETY: the pointer is to an aligned 4-byte field of a map value, which is changed by atomics only.
             let now = unsafe { atomic::load32(at) };
             if now as u64 >= most {
-                if counts_hold(holds != 0) {
+                if full_count_refuses(holds != 0) {
                     return REFUSED;
                 }
                 break;
@@ -336,29 +336,31 @@ pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
 /// The agent removes connections that ended without FIN or RST from the count. After its lease has run out the count
 /// may be too high, so it refuses nobody unless the service has `onAgentLoss: Hold`.
 #[inline(always)]
-fn counts_hold(holds: bool) -> bool {
-    holds || agent::is_heard(agent::now_ns())
+fn full_count_refuses(holds: bool) -> bool {
+    holds || agent::lease_is_valid(agent::now_ns())
 }
 
 #[inline(always)]
-fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
-    let limit = of_tier(limits, asked.tier);
+fn admit(asked: &UnpackedRequest, limits: &ServiceLimits) -> u32 {
+    let limit = tier_limits(limits, asked.tier);
     let index = asked.service * 2 + asked.tier;
-    let counts = limit.counts();
-    if let Some(place) = connections::find(asked.tag, limits.tiers[0].counts() || limits.tiers[1].counts()) {
-        if place.is_again(asked, index) {
-            place.touch(agent::tick(asked.now_ns));
+    let counts = limit.counts_connections();
+    if let Some(entry) =
+        connections::find(asked.tag, limits.tiers[0].counts_connections() || limits.tiers[1].counts_connections())
+    {
+        if entry.is_same_connection(asked, index) {
+            entry.touch(agent::tick(asked.now_ns));
             counters(asked.service, |c| c.repeated += 1);
             return REPEATED;
         }
         // The client reuses its port: the earlier connection has ended, or now belongs to the other tier.
-        place.release();
+        entry.release();
     }
     if !limit.any() {
         return ADMITTED;
     }
-    let client = if limit.tells_clients() {
-        clients::place(clients::tag(asked.client, index, limits.hash_key), asked.now_ns)
+    let client = if limit.has_client_limits() {
+        clients::entry(clients::tag(asked.client, index, limits.hash_key), asked.now_ns)
     } else {
         0
     };
@@ -371,7 +373,7 @@ fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
     if !remembered && counts {
         connections::count_down(index, client);
     }
-    let untracked = !remembered || limit.tells_clients() && client == 0;
+    let untracked = !remembered || limit.has_client_limits() && client == 0;
     if untracked {
         count::reason(PassReason::LimitTableFull);
     }
@@ -388,13 +390,13 @@ fn admit(asked: &Asked, limits: &ServiceLimits) -> u32 {
 /// limit.
 #[inline(always)]
 fn take_all(
-    asked: &Asked,
+    asked: &UnpackedRequest,
     limit: &TierLimits,
     limiter_index: u32,
     client_number: u32,
     contended: &mut bool,
 ) -> Result<(), LimitKind> {
-    let Some((arrival, concurrent)) = words_of(Whose::Limiter(limiter_index).word()) else { return Ok(()) };
+    let Some((arrival, concurrent)) = state_of(Owner::Limiter(limiter_index).word()) else { return Ok(()) };
     let client = clients::at(client_number);
     let now = asked.now_ns;
 
@@ -403,7 +405,8 @@ fn take_all(
         interval != 0 && gcra::next(at.load(), now, interval, tolerance).is_none()
     };
     // SAFETY: the pointers are to aligned 4-byte fields of map values.
-    let full = |at: *mut u32, most: u32| most != 0 && unsafe { atomic::load32(at) } >= most && counts_hold(asked.holds);
+    let full =
+        |at: *mut u32, most: u32| most != 0 && unsafe { atomic::load32(at) } >= most && full_count_refuses(asked.holds);
     if let Some(client) = client {
         if over(&Arrival(clients::arrival(client)), limit.client_interval_ns, limit.client_tolerance_ns) {
             return Err(LimitKind::ClientNewConnections);
@@ -421,7 +424,7 @@ fn take_all(
 
     // Then take from each. If another CPU exhausts a later limit in between, give back what was taken from the
     // earlier ones.
-    let (of_limiter, of_client) = (Whose::Limiter(limiter_index), Whose::Client(client_number));
+    let (of_limiter, of_client) = (Owner::Limiter(limiter_index), Owner::Client(client_number));
     let mut client_after = CONTENDED;
     if client.is_some() && limit.client_interval_ns != 0 {
         let (interval, tolerance) = (limit.client_interval_ns, limit.client_tolerance_ns);
@@ -440,7 +443,7 @@ fn take_all(
         }
         *contended |= after == CONTENDED;
     }
-    if !limit.counts() {
+    if !limit.counts_connections() {
         return Ok(());
     }
     let mut refused = None;

@@ -41,7 +41,7 @@ pub const PRIMARY: usize = 0;
 pub const BACKUP: usize = 1;
 
 impl TierLimits {
-    fn tells_clients(&self) -> bool {
+    fn has_client_limits(&self) -> bool {
         self.client_burst.is_some() || self.client_concurrent.is_some()
     }
 
@@ -52,14 +52,14 @@ impl TierLimits {
     }
 
     fn any(&self) -> bool {
-        self.burst.is_some() || self.tells_clients() || self.counts()
+        self.burst.is_some() || self.has_client_limits() || self.counts()
     }
 }
 
 /// Whether a service limits concurrent connections in any tier.
 #[must_use]
 pub fn counts(limits: &Limits) -> bool {
-    limits.iter().any(TierLimits::counts)
+    limits.iter().any(TierLimits::counts_connections)
 }
 
 /// Kind of a limit, as an index into the counters: 0 new connections, 1 new connections of one client, 2 concurrent
@@ -165,7 +165,7 @@ impl Ledger {
             }
         }
         let counted = limits.counts();
-        let client = (counted && limits.tells_clients()).then_some(client);
+        let client = (counted && limits.has_client_limits()).then_some(client);
         self.connections.insert(side, Admitted { service, tier, number, counted, client, fins: [false; 2] });
         Answer::Admitted
     }

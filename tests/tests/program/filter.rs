@@ -25,7 +25,7 @@ fn said(rig: &Rig, of: SocketAddr) -> Result<(bool, bool)> {
     let filter: Array<_, FilterWords> = Map::Array(MapData::from_pin(rig.map("FILTER"))?).try_into()?;
     let (word, bit) = filter_bit(V4::new(v4.ip().octets()), v4.port().to_be_bytes(), PROTO_TCP);
     let words = filter.get(&word, 0)?;
-    Ok((words.frontend & bit != 0, words.every & bit != 0))
+    Ok((words.frontend & bit != 0, words.all_packets & bit != 0))
 }
 
 #[test]

@@ -61,7 +61,8 @@ impl KernelDatapath {
                 self.set_full_path(&service.name, service.frontends.iter().copied().collect());
             }
             if switch.has(switch_flags::LIMITED) {
-                let counts = self.maps.limits.get(index).tiers.iter().any(breaker_common::TierLimits::counts);
+                let counts =
+                    self.maps.limits.get(index).tiers.iter().any(breaker_common::TierLimits::counts_connections);
                 self.limited.insert(service.name.clone(), Limited { counts, ..Limited::default() });
                 self.maps.limits.set_census(index, false);
                 if counts {

@@ -130,7 +130,7 @@ impl LimitMaps {
             return None;
         }
         let field = |offset| self.field(entry, offset).load(Ordering::SeqCst);
-        let last = u64::from(field(offset_of!(ConnectionState, last_tick)));
+        let last = u64::from(field(offset_of!(ConnectionState, last_seen_tick)));
         let seen = Seen {
             limiter: field(offset_of!(ConnectionState, limiter)),
             state: field(offset_of!(ConnectionState, state)),

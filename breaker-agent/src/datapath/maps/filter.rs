@@ -35,7 +35,7 @@ impl FilterBit {
     const fn offset(self) -> usize {
         match self {
             Self::Frontend => offset_of!(FilterWords, frontend),
-            Self::AllPackets => offset_of!(FilterWords, every),
+            Self::AllPackets => offset_of!(FilterWords, all_packets),
         }
     }
 }

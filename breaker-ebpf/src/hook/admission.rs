@@ -8,105 +8,114 @@
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use breaker_common::{
     BreakerState, EventKind, FlowKey, LimitAction, PROTO_TCP, PassReason, Reverse, SLOT_PASSTHROUGH, SLOT_REJECT,
-    ServiceLimits, Switch, connection_state, limit_flags, switch_flags,
+    ServiceLimits, Switch, connection_state, hash, limit_flags, switch_flags,
 };
 
-use super::tc::Case;
+use super::from_client::PacketContext;
 use crate::{
     count, endpoint, event,
     family::{Family, V6},
-    flow, hash,
+    flow,
     limit::{self, BACKUP, PRIMARY, Request, connections},
     packet::Packet,
     parse::{Segment, flags},
     select, service,
-    verdict::{self, Step, Verdict},
+    verdict::{self, Stage, Verdict},
 };
 
-/// Asks whether a limit admits the first packet of a flow to the tier that was selected for it (`case.slot`). A BPF
-/// subprogram (not inlined), because of the stack limit: see [`super::tc`].
+/// Asks whether a limit admits the first packet of a flow to the tier that was selected for it (`context.slot`). A BPF
+/// subprogram (not inlined), because of the stack limit: see [`super::from_client`].
 #[inline(never)]
-pub fn admit<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, case: &mut Case<A>, to_backup: bool) -> i32 {
-    verdict::settle(try_admit(packet, segment, case, to_backup))
+pub fn admit<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    context: &mut PacketContext<A>,
+    to_backup: bool,
+) -> i32 {
+    verdict::into_action(try_admit(packet, segment, context, to_backup))
 }
 
 #[inline(always)]
 fn try_admit<A: Family>(
     packet: &Packet<'_>,
     segment: &Segment<A>,
-    case: &mut Case<A>,
+    context: &mut PacketContext<A>,
     to_backup: bool,
 ) -> Result<Verdict, PassReason> {
-    let service = case.service;
-    let switch = Switch::from_word(case.switch);
-    let limits = limit::of(service).ok_or(PassReason::UnknownService)?;
+    let service = context.service;
+    let switch = Switch::from_word(context.switch);
+    let limits = limit::limits_of(service).ok_or(PassReason::UnknownService)?;
     let key = flow::key(segment);
-    let tier = if to_backup || case.slot != SLOT_PASSTHROUGH { BACKUP } else { PRIMARY };
+    let tier = if to_backup || context.slot != SLOT_PASSTHROUGH { BACKUP } else { PRIMARY };
     let request = Request {
         tag: tag(&key, limits),
         client: client(key.client, limits),
         service,
-        switch: case.switch,
+        switch: context.switch,
         tier,
         number: if segment.is_tcp() { sequence(packet, segment) } else { 0 },
         what: if segment.is_tcp() { 0 } else { connection_state::DATAGRAMS },
     };
     let answer = request.admit();
     let dry_run = switch.has(switch_flags::DRY_RUN);
-    let Some(kind) = limit::kind_over(answer) else {
-        if is_settled(case, &switch) {
+    let Some(kind) = limit::refusing_limit(answer) else {
+        if needs_no_flow(context, &switch) {
             // A datagram of a flow that was admitted before is not a new connection.
             if segment.is_tcp() || answer != limit::REPEATED {
                 count::service(service, |c| c.new_primary += 1);
             }
             return Ok(Verdict::Next);
         }
-        return Ok(Verdict::Then(Step::CarryOut));
+        return Ok(Verdict::Continue(Stage::Apply));
     };
     if dry_run {
-        limit::counters(service, |c| *limit::of_kind(&mut c.dry_run, tier, kind) += 1);
-        return Ok(Verdict::Then(Step::CarryOut));
+        limit::counters(service, |c| *limit::counter_of(&mut c.dry_run, tier, kind) += 1);
+        return Ok(Verdict::Continue(Stage::Apply));
     }
-    let action = limit::of_tier(limits, tier).action;
-    limit::counters(service, |c| *limit::of_kind(&mut c.limited, tier, kind) += 1);
-    if case.trial != 0 {
-        service::give_back_half_open(service, switch.epoch);
-        case.trial = 0;
+    let action = limit::tier_limits(limits, tier).action;
+    limit::counters(service, |c| *limit::counter_of(&mut c.limited, tier, kind) += 1);
+    if context.permit != 0 {
+        service::return_permit(service, switch.epoch);
+        context.permit = 0;
     }
     if tier == PRIMARY && action == LimitAction::Failover as u32 {
-        let slot = select::in_backup(service, case.route, &switch, &key);
+        let slot = select::backup_slot(service, context.route, &switch, &key);
         if slot < SLOT_REJECT {
-            case.slot = slot;
+            context.slot = slot;
             limit::counters(service, |c| c.failed_over += 1);
             limit::mark_overflowed(service);
-            endpoint::watch(key.vip, key.vip_port, key.proto);
-            return Ok(Verdict::Then(Step::AdmitToBackup));
+            endpoint::set_all_packets_bit(key.vip, key.vip_port, key.proto);
+            return Ok(Verdict::Continue(Stage::AdmitToBackup));
         }
     }
     if action == LimitAction::Drop as u32 {
-        return Ok(Verdict::Settled(TC_ACT_SHOT));
+        return Ok(Verdict::Final(TC_ACT_SHOT));
     }
-    Ok(Verdict::Then(Step::Refuse))
+    Ok(Verdict::Continue(Stage::Refuse))
 }
 
 /// Handles a packet for a service that is closed and idle (no tracked flows) and has limits. A packet that cannot
 /// start a flow passes.
 #[inline(always)]
-pub fn closed<A: Family>(segment: &Segment<A>, case: &mut Case<A>, switch: &Switch<u8>) -> Verdict {
-    if !segment.may_begin() {
+pub fn admit_to_idle_service<A: Family>(
+    segment: &Segment<A>,
+    context: &mut PacketContext<A>,
+    switch: &Switch<u8>,
+) -> Verdict {
+    if !segment.may_start_flow() {
         return Verdict::Next;
     }
-    if segment.is_tcp() && service::adopt(case.service, switch.epoch) {
-        event::send(EventKind::StateAdopted, case.service, switch, &flow::key(segment), None);
+    if segment.is_tcp() && service::record_epoch(context.service, switch.epoch) {
+        event::send(EventKind::StateAdopted, context.service, switch, &flow::key(segment), None);
     }
-    case.slot = SLOT_PASSTHROUGH;
-    Verdict::Then(Step::Admit)
+    context.slot = SLOT_PASSTHROUGH;
+    Verdict::Continue(Stage::Admit)
 }
 
 /// Returns whether the connection goes to kube-proxy and needs no flow entry, because the service is closed and idle.
 #[inline(always)]
-fn is_settled<A>(case: &Case<A>, switch: &Switch<u8>) -> bool {
-    case.slot == SLOT_PASSTHROUGH
+fn needs_no_flow<A>(context: &PacketContext<A>, switch: &Switch<u8>) -> bool {
+    context.slot == SLOT_PASSTHROUGH
         && switch.state == BreakerState::Closed as u8
         && !switch.has(switch_flags::TRACK)
         && !switch.has(switch_flags::DRY_RUN)
@@ -136,21 +145,21 @@ fn sequence<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> u32 {
 /// Records a segment of a client: FIN and RST always, and during a census every segment. A BPF subprogram (not
 /// inlined).
 #[inline(never)]
-pub fn note_client<A: Family>(segment: &Segment<A>, service: u32) {
-    let Some(limits) = limit::of(service) else { return };
+pub fn record_client_segment<A: Family>(segment: &Segment<A>, service: u32) {
+    let Some(limits) = limit::limits_of(service) else { return };
     let census = limits.flags & limit_flags::CENSUS != 0;
-    if !segment.ends() && !census {
+    if !segment.is_fin_or_rst() && !census {
         return;
     }
     let tag = tag(&flow::key(segment), limits);
     let bit = if segment.flags & flags::FIN != 0 { connection_state::CLIENT_FIN } else { 0 };
-    connections::note(tag, bit, segment.is_rst());
+    connections::record(tag, bit, segment.is_rst());
 }
 
 /// Records a segment of a server whose source is the frontend's address, because kube-proxy has already translated
 /// it back. A BPF subprogram (not inlined).
 #[inline(never)]
-pub fn note_server<A: Family>(segment: &Segment<A>) {
+pub fn record_server_segment<A: Family>(segment: &Segment<A>) {
     let role = endpoint::find(segment.source, segment.ports.source, segment.proto);
     let Some(service) = role.and_then(|role| endpoint::index(role.service)) else { return };
     let key = FlowKey {
@@ -161,12 +170,12 @@ pub fn note_server<A: Family>(segment: &Segment<A>) {
         proto: PROTO_TCP,
         pad: [0; 3],
     };
-    note_server_of(segment, service, &key);
+    record_server_segment_of(segment, service, &key);
 }
 
 /// Records a segment that one of the backup's backends sent. A BPF subprogram (not inlined).
 #[inline(never)]
-pub fn note_backend<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>) {
+pub fn record_backend_segment<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>) {
     let key = FlowKey {
         client: segment.destination,
         vip: reverse.vip,
@@ -175,16 +184,16 @@ pub fn note_backend<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>) {
         proto: PROTO_TCP,
         pad: [0; 3],
     };
-    note_server_of(segment, reverse.service, &key);
+    record_server_segment_of(segment, reverse.service, &key);
 }
 
 #[inline(always)]
-fn note_server_of<A: Family>(segment: &Segment<A>, service: u32, key: &FlowKey<A>) {
+fn record_server_segment_of<A: Family>(segment: &Segment<A>, service: u32, key: &FlowKey<A>) {
     if !service::switch(service).is_some_and(|switch| switch.has(switch_flags::LIMITED)) {
         return;
     }
-    let Some(limits) = limit::of(service) else { return };
+    let Some(limits) = limit::limits_of(service) else { return };
     let fin = if segment.flags & flags::FIN != 0 { connection_state::SERVER_FIN } else { 0 };
     let bits = connection_state::ANSWERED | fin;
-    connections::note(tag(key, limits), bits, segment.is_rst());
+    connections::record(tag(key, limits), bits, segment.is_rst());
 }

@@ -20,13 +20,14 @@ use aya_ebpf::{
 };
 use breaker_common::{
     Address as _, DEFAULT_SOCKETS, EventKind, FlowKey, LimitAction, PROTO_TCP, PROTO_UDP, PassReason, SLOT_PASSTHROUGH,
-    SLOT_REJECT, SocketKey, SocketOrigin, Switch, connection_state, switch_flags,
+    SLOT_REJECT, SocketKey, SocketOrigin, Switch, connection_state, hash, switch_flags,
 };
 
+use crate::wire::Wire as _;
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
-    hash, limit, select, service,
+    limit, select, service,
 };
 
 /// Cookie of the host network namespace (`SO_NETNS_COOKIE`), the only one whose sockets are redirected. The loader
@@ -167,28 +168,28 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     }
     // The socket has no source port yet, so the hash uses the socket's cookie in place of the client's address.
     let hash = |seed| hash::flow(cookie, vip.folded(), [0; 2], port, proto, seed);
-    let mut chosen = if agent::decision_holds(&switch, agent::now_ns()) {
-        select::choose_by(index, role.route, &switch, hash)
+    let mut chosen = if agent::may_act_on_decision(&switch, agent::now_ns()) {
+        select::choose_with_hash(index, role.route, &switch, hash)
     } else {
         count::reason(PassReason::AgentLost);
         count::service(index, |c| c.agent_lost += 1);
-        select::Choice { slot: SLOT_PASSTHROUGH, trial: false }
+        select::Choice { slot: SLOT_PASSTHROUGH, permit: false }
     };
     if limited && chosen.slot != SLOT_REJECT {
-        let asked = Asked { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
+        let asked = SocketRequest { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
         // A flow of datagrams that a limit has sent to the backup before stays there.
         if chosen.slot == SLOT_PASSTHROUGH && proto == PROTO_UDP && fails_over(index) && is_at_backup(&asked) {
-            let slot = select::in_backup_by(index, role.route, &switch, hash);
+            let slot = select::backup_slot_with_hash(index, role.route, &switch, hash);
             if slot < SLOT_REJECT {
-                chosen = select::Choice { slot, trial: false };
+                chosen = select::Choice { slot, permit: false };
             }
         }
         if let Over::Refused(tier) = ask(&asked, chosen.slot != SLOT_PASSTHROUGH) {
-            if chosen.trial {
-                service::give_back_half_open(index, switch.epoch);
+            if chosen.permit {
+                service::return_permit(index, switch.epoch);
             }
             let over = if tier == limit::PRIMARY && fails_over(index) {
-                select::in_backup_by(index, role.route, &switch, hash)
+                select::backup_slot_with_hash(index, role.route, &switch, hash)
             } else {
                 SLOT_REJECT
             };
@@ -199,14 +200,14 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
             if let Over::Refused(_) = ask(&asked, true) {
                 return Choice::Refused;
             }
-            chosen = select::Choice { slot: over, trial: false };
+            chosen = select::Choice { slot: over, permit: false };
         }
     }
     if dry_run || chosen.slot == SLOT_PASSTHROUGH {
         let would_move = dry_run && chosen.slot != SLOT_PASSTHROUGH;
         count::service(index, |c| {
             c.new_primary += 1;
-            c.half_open += (chosen.trial && !dry_run) as u64;
+            c.half_open += (chosen.permit && !dry_run) as u64;
             c.dry_run += would_move as u64;
         });
         return Choice::Stays;
@@ -219,7 +220,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
 }
 
 /// A socket's connection or datagram that asks its service's limits for admission.
-struct Asked {
+struct SocketRequest {
     service: u32,
     switch: u64,
     cookie: u64,
@@ -240,7 +241,7 @@ enum Over {
 /// Asks the limits of a tier for admission, and counts the request if it is over a limit. In a dry run nothing is
 /// refused.
 #[inline(always)]
-fn ask(asked: &Asked, backup: bool) -> Over {
+fn ask(asked: &SocketRequest, backup: bool) -> Over {
     let tier = if backup { limit::BACKUP } else { limit::PRIMARY };
     let tcp = asked.proto == PROTO_TCP;
     let request = limit::Request {
@@ -255,24 +256,24 @@ fn ask(asked: &Asked, backup: bool) -> Over {
         number: 0,
         what: connection_state::SOCKET | if tcp { 0 } else { connection_state::DATAGRAMS },
     };
-    let Some(kind) = limit::kind_over(request.admit()) else { return Over::No };
+    let Some(kind) = limit::refusing_limit(request.admit()) else { return Over::No };
     let dry_run = Switch::from_word(asked.switch).has(switch_flags::DRY_RUN);
     limit::counters(asked.service, |c| {
-        *limit::of_kind(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind) += 1;
+        *limit::counter_of(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind) += 1;
     });
     if dry_run { Over::No } else { Over::Refused(tier) }
 }
 
 /// Returns whether the backup admitted this flow of datagrams.
 #[inline(always)]
-fn is_at_backup(asked: &Asked) -> bool {
+fn is_at_backup(asked: &SocketRequest) -> bool {
     let place = limit::connections::find(tag_of_flow(asked), true);
     place.is_some_and(|place| place.is_of(asked.service * 2 + limit::BACKUP))
 }
 
 /// Tag of a socket's flow of datagrams to one address and port.
 #[inline(always)]
-fn tag_of_flow(asked: &Asked) -> u64 {
+fn tag_of_flow(asked: &SocketRequest) -> u64 {
     let rest = (u16::from_ne_bytes(asked.port) as u64) << 16 | asked.proto as u64;
     hash::tag(asked.cookie, asked.vip, rest, 0)
 }
@@ -280,7 +281,7 @@ fn tag_of_flow(asked: &Asked) -> u64 {
 /// Returns whether connections over the primary's limits go to the backup (`onLimit: Failover`).
 #[inline(always)]
 fn fails_over(service: u32) -> bool {
-    limit::of(service).is_some_and(|limits| limits.tiers[0].action == LimitAction::Failover as u32)
+    limit::limits_of(service).is_some_and(|limits| limits.tiers[0].action == LimitAction::Failover as u32)
 }
 
 /// Tag of a socket's TCP connection.
@@ -292,7 +293,7 @@ fn tag_of(cookie: u64) -> u64 {
 /// Hook for the release of a socket: a TCP connection in the host network namespace is no longer counted by its
 /// limits.
 #[inline(always)]
-pub fn released(ctx: &SockContext) -> i32 {
+pub fn on_release(ctx: &SockContext) -> i32 {
     let ours = NODE_NETNS.load();
     // SAFETY: the context is valid while the program runs.
     if ours == 0 || !agent::counts_sockets() || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } != ours {
@@ -345,7 +346,7 @@ fn note<A: Family>(
 /// Decides about a destination and replaces it if needed. `set` writes an address in the form that the socket's
 /// family uses.
 #[inline(always)]
-fn out<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
+fn redirect<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
     let Some(proto) = sock.proto() else { return PROCEED };
     let (port, cookie) = (sock.port(), sock.cookie());
     let mut service = 0;
@@ -364,19 +365,19 @@ fn out<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
 
 /// Hook for connect(2) and sendmsg(2) on IPv4 sockets.
 #[inline(always)]
-pub fn out4(ctx: &SockAddrContext) -> i32 {
+pub fn redirect4(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
-    out(&sock, sock.v4(), |addr| sock.set_v4(addr))
+    redirect(&sock, sock.v4(), |addr| sock.set_v4(addr))
 }
 
 /// Hook for connect(2) and sendmsg(2) on IPv6 sockets, whose destination may be an IPv4-mapped address.
 #[inline(always)]
-pub fn out6(ctx: &SockAddrContext) -> i32 {
+pub fn redirect6(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
     let vip = sock.v6();
     match vip.as_v4() {
-        Some(vip) => out(&sock, vip, |addr| sock.set_v6(addr.mapped())),
-        None => out(&sock, vip, |addr| sock.set_v6(addr)),
+        Some(vip) => redirect(&sock, vip, |addr| sock.set_v6(addr.mapped())),
+        None => redirect(&sock, vip, |addr| sock.set_v6(addr)),
     }
 }
 
@@ -394,7 +395,7 @@ fn origin(sock: &Sock<'_>, backend: V6) -> Option<Origin> {
 
 /// Hook for recvmsg(2) and getpeername(2) on IPv4 sockets: replaces a backend's address by the original destination.
 #[inline(always)]
-pub fn back4(ctx: &SockAddrContext) -> i32 {
+pub fn restore4(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
     if let Some(origin) = origin(&sock, sock.v4().mapped())
         && let Some(vip) = origin.vip.as_v4()
@@ -407,7 +408,7 @@ pub fn back4(ctx: &SockAddrContext) -> i32 {
 
 /// Hook for recvmsg(2) and getpeername(2) on IPv6 sockets: replaces a backend's address by the original destination.
 #[inline(always)]
-pub fn back6(ctx: &SockAddrContext) -> i32 {
+pub fn restore6(ctx: &SockAddrContext) -> i32 {
     let sock = Sock { ctx };
     if let Some(origin) = origin(&sock, sock.v6()) {
         sock.set_v6(origin.vip);

@@ -1,14 +1,7 @@
-//! Unit tests of the programs' pure modules, compiled for the host.
+//! Checksums and hashes: pure functions that the programs use.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-#[allow(dead_code, missing_docs, reason = "the programs use the rest")]
-#[path = "../../../breaker-ebpf/src/csum.rs"]
-mod csum;
-#[allow(dead_code, missing_docs, reason = "the programs use the rest")]
-#[path = "../../../breaker-ebpf/src/hash.rs"]
-mod hash;
-
-use breaker_common::SLOTS;
+use breaker_common::{SLOTS, csum, hash};
 use proptest::prelude::*;
 
 /// The Internet checksum of RFC 1071, written independently of the programs.

@@ -1,10 +1,10 @@
 //! The flow hash: it places a client connection among the shares and the slots. Pure functions, which the tests also
 //! compile for the host.
 
-use breaker_common::SLOTS;
+use crate::SLOTS;
 
 /// Hashes a flow and a service's seed to 64 bits (MurmurHash3's finalizer, applied twice). `client`, `vip`:
-/// addresses folded to 64 bits ([`breaker_common::Address::folded`]). Ports are in wire order.
+/// addresses folded to 64 bits ([`crate::Address::folded`]). Ports are in wire order.
 #[inline(always)]
 pub fn flow(client: u64, vip: u64, client_port: [u8; 2], vip_port: [u8; 2], proto: u8, seed: u32) -> u64 {
     // IPv4 addresses have 32 bits each, so no bits are lost here.
@@ -14,7 +14,7 @@ pub fn flow(client: u64, vip: u64, client_port: [u8; 2], vip_port: [u8; 2], prot
 }
 
 /// Hashes up to 192 bits with a key to a tag. A tag is never 0, which marks a free slot in a
-/// [`breaker_common::Bucket`].
+/// [`crate::Bucket`].
 #[inline(always)]
 pub fn tag(a: u64, b: u64, c: u64, key: u64) -> u64 {
     // 2^64 divided by the golden ratio, odd. The multiplication keeps inputs that differ only in `b` from colliding

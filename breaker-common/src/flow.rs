@@ -1,0 +1,192 @@
+//! Flows: the pinned decisions, later fragments, sockets of the host network namespace.
+
+use crate::{FlowKind, addr::V6};
+
+/// A connection as the client sees it: key of `FLOWS*` and `PENDING*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct FlowKey<A> {
+    /// Client's address, wire order.
+    pub client: A,
+    /// Address that the client connects to, wire order.
+    pub vip: A,
+    /// Client's port, wire order.
+    pub client_port: [u8; 2],
+    /// Port that the client connects to, wire order.
+    pub vip_port: [u8; 2],
+    /// IP protocol number.
+    pub proto: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+}
+
+/// A tick is 2^30 ns (about 1.07 s) of `CLOCK_MONOTONIC`. That resolution is enough for flows, and a tick counter
+/// takes half the space of a time in nanoseconds.
+pub const TICK_SHIFT: u32 = 30;
+
+/// The pinned decision for a connection: value of `FLOWS*` and `PENDING*`. `K` is [`FlowKind`] in the programs and
+/// `u8` in userspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Flow<A, K = FlowKind> {
+    /// Destination address, wire order.
+    pub backend: A,
+    /// Destination port, wire order.
+    pub backend_port: [u8; 2],
+    /// The client's port as the backend sees it, wire order. It differs from the client's own port if that one is
+    /// taken toward this backend, and on the fast path.
+    pub source_port: [u8; 2],
+    /// Index of the service; [`NONE`] for a direct connection.
+    pub service: u32,
+    /// Backend id; [`NONE`] if the connection was left to kube-proxy.
+    pub backend_id: u32,
+    /// The service's epoch when the flow was decided.
+    pub epoch: u32,
+    /// The decision.
+    pub kind: K,
+    /// Bits of [`seen`], from packets of the client.
+    pub seen: u8,
+    /// Bits of [`flow_path`].
+    pub path: u8,
+    /// Always 0.
+    pub pad: u8,
+    /// When the first packet was seen, in ticks (see [`TICK_SHIFT`]).
+    pub created_tick: u32,
+    /// Time of the agent's latest heartbeat when the client's last packet was seen, in ticks. The heartbeat serves
+    /// as a coarse clock because reading it is cheaper than reading a kernel clock.
+    pub last_seen_tick: u32,
+}
+
+/// Bits of [`Flow::way`]: the path that a flow's packets take. The first packet determines it for the whole flow,
+/// because conntrack classifies packets of a TCP connection that it has not seen from the start as INVALID.
+pub mod flow_path {
+    /// Fast path: packets are redirected into the backend's veth and replies are redirected back from there, both
+    /// without the host network stack.
+    pub const FAST: u8 = 1;
+    /// The client is external and keeps its own address: no masquerading.
+    pub const KEEP_CLIENT: u8 = 2;
+}
+
+/// Egress of packets on the fast path: an interface index, and a flag in the top bit. Interface indexes are positive
+/// 31-bit numbers (`struct ifreq`, netdevice(7)).
+pub mod egress {
+    /// No fast path: the packet continues through the host network stack.
+    pub const STACK: u32 = 0;
+    /// Send out of the interface to the next hop that the node's routes name (`bpf_redirect_neigh`). If clear:
+    /// redirect into the network namespace at the other end of the veth (`bpf_redirect_peer`).
+    pub const NEIGHBOR: u32 = 1 << 31;
+}
+
+/// Bits of [`Flow::seen`] and [`Reverse::seen`].
+pub mod seen {
+    /// A FIN was seen.
+    pub const FIN: u8 = 1;
+    /// A RST was seen.
+    pub const RST: u8 = 2;
+    /// The backend answered: any packet except a RST. Usually a SYN-ACK or a datagram.
+    pub const ANSWERED: u8 = 4;
+}
+
+/// A connection as the backend sees it: key of `REVERSE*` and `PENDING_REVERSE*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct ReverseKey<A> {
+    /// Backend's address, wire order.
+    pub backend: A,
+    /// Client's address, wire order.
+    pub client: A,
+    /// Backend's port, wire order.
+    pub backend_port: [u8; 2],
+    /// Client's port as the backend sees it, wire order.
+    pub client_port: [u8; 2],
+    /// IP protocol number.
+    pub proto: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+}
+
+/// The translation for replies of a backend (revNAT): value of `REVERSE*` and `PENDING_REVERSE*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Reverse<A> {
+    /// Address that the client connected to, wire order.
+    pub vip: A,
+    /// Port that the client connected to, wire order.
+    pub vip_port: [u8; 2],
+    /// The client's own port, wire order.
+    pub client_port: [u8; 2],
+    /// Index of the service; [`NONE`] for a direct connection.
+    pub service: u32,
+    /// Bits of [`seen`], from packets of the backend.
+    pub seen: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+    /// Time of the agent's latest heartbeat when the backend's last packet was seen, in ticks (see [`TICK_SHIFT`]).
+    pub last_seen_tick: u32,
+    /// Egress of replies, encoded as in [`exit`]: the client's interface on the fast path ([`flow_path::FAST`]), else
+    /// [`egress::STACK`].
+    pub egress: u32,
+}
+
+/// A fragmented packet: key of `FRAGMENTS4` and `FRAGMENTS6` (RFC 791, section 3.2; RFC 8200, section 4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FragmentKey<A> {
+    /// Source address before translation, wire order.
+    pub source: A,
+    /// Destination address before translation, wire order.
+    pub destination: A,
+    /// Identification, wire order. The two bytes of IPv4's identification come last.
+    pub id: [u8; 4],
+    /// IPv4: the protocol. IPv6: the next header after the fragment header.
+    pub proto: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+}
+
+/// Translation of a packet's first fragment: value of `FRAGMENTS4` and `FRAGMENTS6`. It is applied to the later
+/// fragments too, which have no ports to look a flow up by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Fragment<A> {
+    /// The new address, wire order.
+    pub addr: A,
+    /// Bits to set in the packet's mark.
+    pub mark: u32,
+    /// Egress, encoded as in [`exit`].
+    pub egress: u32,
+    /// Which address was replaced: 0 = source, 1 = destination.
+    pub end: u8,
+    /// Always 0.
+    pub pad: [u8; 3],
+}
+
+/// A socket in the host network namespace and the backend that it was redirected to: key of `SOCKETS`. IPv4
+/// addresses are in their IPv4-mapped IPv6 form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct SocketKey<A = V6> {
+    /// The socket's cookie, unique for its lifetime (`bpf_get_socket_cookie`).
+    pub cookie: u64,
+    /// Address of the backend that the connection or datagram was sent to, wire order.
+    pub backend: A,
+    /// Port of the backend, wire order.
+    pub backend_port: [u8; 2],
+    /// Always 0.
+    pub pad: [u8; 6],
+}
+
+/// The original destination of a redirected socket in the host network namespace: value of `SOCKETS`. IPv4 addresses
+/// are in their IPv4-mapped IPv6 form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct SocketOrigin<A = V6> {
+    /// Address that the process connected or sent to, wire order.
+    pub vip: A,
+    /// Port that the process connected or sent to, wire order.
+    pub vip_port: [u8; 2],
+    /// Always 0.
+    pub pad: u16,
+    /// Index of the service.
+    pub service: u32,
+}

@@ -1,0 +1,218 @@
+//! New flows: decides the first packet, pins the decision, and translates packets to a backend.
+
+use aya_log_ebpf::debug;
+use breaker_common::{
+    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, FlowKey, FlowKind, PROTO_TCP, PassReason, SLOT_PASSTHROUGH,
+    SLOT_REJECT, Switch, backend_use, egress, flow_path, switch_flags,
+};
+
+use super::{from_client::PacketContext, to_client::forward_to};
+use crate::{
+    agent, count, event,
+    family::Family,
+    fib,
+    flow::{self, Peer},
+    fragment,
+    nat::{self, Side},
+    packet::Packet,
+    parse::{self, Segment},
+    select, service,
+    verdict::{self, Stage, Verdict},
+};
+
+/// kube-proxy's masquerade mark. The loader sets it to the mark that the node uses.
+#[unsafe(no_mangle)]
+static MASQUERADE_MARK: aya_ebpf::Global<u32> = aya_ebpf::Global::new(DEFAULT_MASQUERADE_MARK);
+
+/// Decides the first packet of a flow. Every SYN is decided anew, because clients reuse ports, and because a client
+/// without an answer must be able to move. A datagram is decided anew if its flow is unknown or was decided in
+/// another epoch.
+#[inline(never)]
+pub(super) fn decide<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>) -> i32 {
+    verdict::into_action(Ok(Verdict::Continue(choose(segment, context))))
+}
+
+/// Chooses the destination and returns the next step: to apply the decision, or, for a service with limits, to ask
+/// whether they admit the packet.
+#[inline(always)]
+fn choose<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>) -> Stage {
+    let (service, switch) = (context.service, Switch::from_word(context.switch));
+    let key = flow::key(segment);
+    let now_ns = agent::now_ns();
+    if service::record_epoch(service, switch.epoch) {
+        event::send(EventKind::StateAdopted, service, &switch, &key, None);
+    }
+    if service::tracks(service, &switch) {
+        flow::remove(&key);
+    }
+    context.now_ns = now_ns;
+    if agent::may_act_on_decision(&switch, now_ns) {
+        let choice = select::choose(service, context.route, &switch, &key);
+        (context.slot, context.permit) = (choice.slot, choice.permit as u32);
+    } else {
+        count::reason(PassReason::AgentLost);
+        count::service(service, |c| c.agent_lost += 1);
+        context.slot = SLOT_PASSTHROUGH;
+    }
+    let limited = switch.has(switch_flags::LIMITED) && context.slot != SLOT_REJECT;
+    if limited { Stage::Admit } else { Stage::Apply }
+}
+
+/// Applies the decision for the first packet of a flow.
+#[inline(never)]
+pub(super) fn apply_decision<A: Family, const UPLINK: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    context: &mut PacketContext<A>,
+) -> i32 {
+    verdict::into_action(try_apply_decision::<A, UPLINK>(packet, segment, context))
+}
+
+#[inline(always)]
+fn try_apply_decision<A: Family, const UPLINK: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    context: &mut PacketContext<A>,
+) -> Result<Verdict, PassReason> {
+    let (service, switch, now_ns) = (context.service, Switch::from_word(context.switch), context.now_ns);
+    let key = flow::key(segment);
+    if switch.has(switch_flags::DRY_RUN) {
+        let would_move = context.slot != SLOT_PASSTHROUGH;
+        count::service(service, |c| {
+            c.new_primary += 1;
+            c.dry_run += would_move as u64;
+        });
+        return Ok(Verdict::Next);
+    }
+    match context.slot {
+        SLOT_PASSTHROUGH => {
+            let permit = context.permit;
+            count::service(service, |c| {
+                c.new_primary += 1;
+                c.half_open += permit as u64;
+            });
+            pass_and_pin(service, &switch, &key, now_ns)
+        }
+        SLOT_REJECT => {
+            count::service(service, |c| c.rejected += 1);
+            event::send(EventKind::Rejected, service, &switch, &key, None);
+            Ok(Verdict::Continue(Stage::Refuse))
+        }
+        id => redirect::<A, UPLINK>(packet, segment, context, &switch, &key, id, now_ns),
+    }
+}
+
+/// Pins a new connection to backend `id`. The next step translates its first packet.
+#[inline(always)]
+fn redirect<A: Family, const UPLINK: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    context: &mut PacketContext<A>,
+    switch: &Switch<u8>,
+    key: &FlowKey<A>,
+    id: u32,
+    now_ns: u64,
+) -> Result<Verdict, PassReason> {
+    let service = context.service;
+    let Some(backend) = select::backend::<A>(id) else {
+        return fail_open(service, switch, key, now_ns, PassReason::UnknownBackend);
+    };
+    let mut flow = flow::new_flow(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
+    let hairpin = key.client == flow.backend;
+    // The path is decided once: for netfilter a connection that it has not seen from the start is INVALID.
+    let mut uses = backend_use::REDIRECTED;
+    let mut reply_egress = egress::STACK;
+    if backend.ifindex != 0 && !hairpin {
+        // (A packet with VLAN tags does not take the fast path: the pod would receive the tags, and the routes name
+        // another interface, that of the VLAN, for its client.)
+        if switch.has(switch_flags::FAST)
+            && (!UPLINK || segment.l3() == parse::UNTAGGED_L3_OFFSET && fib::reply_leaves_by_ingress_if(packet, key))
+        {
+            flow.path = flow_path::FAST;
+            uses |= backend_use::FAST;
+            reply_egress = packet.ifindex() | if UPLINK { egress::NEIGHBOR } else { 0 };
+        } else if UPLINK && select::keeps_client(context.route) {
+            flow.path = flow_path::KEEP_CLIENT;
+        }
+    }
+    if let Err(reason) = flow::pin(key, &mut flow, reply_egress) {
+        return fail_open(service, switch, key, now_ns, reason);
+    }
+    select::mark_in_use::<A>(id, uses);
+    debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
+    event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
+    let port_changed = flow.source_port != key.client_port && reply_egress == egress::STACK;
+    count::service(service, |c| {
+        c.new_backup += 1;
+        c.hairpin += hairpin as u64;
+        c.port_changed += port_changed as u64;
+    });
+    context.peer = Peer::of(&flow);
+    Ok(Verdict::Continue(Stage::Translate))
+}
+
+#[inline(never)]
+pub(super) fn translate_first<A: Family, const UPLINK: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    context: &PacketContext<A>,
+) -> i32 {
+    verdict::into_action(translate::<A, UPLINK>(packet, segment, context.service, &context.peer))
+}
+
+/// Translates a packet of a redirected flow and sends it to the backend.
+#[inline(always)]
+pub(super) fn translate<A: Family, const UPLINK: bool>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    service: u32,
+    to: &Peer<A>,
+) -> Result<Verdict, PassReason> {
+    // A pod drops a packet that comes from its own address: netfilter must masquerade it, as for kube-proxy's
+    // hairpin.
+    let masquerade = UPLINK && to.path == 0 || segment.source == to.addr;
+    let mark = if masquerade { MASQUERADE_MARK.load() } else { 0 };
+    if mark != 0 {
+        packet.add_mark(mark);
+    }
+    fragment::note(segment, Side::Destination, to.addr, mark, to.egress);
+    nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
+    count::service(service, |c| c.translated += 1);
+    Ok(forward_to(packet, to.egress))
+}
+
+/// Leaves a new connection to kube-proxy because it could not be moved to a backend. This is pinned, too, if there
+/// is room: otherwise its next segment would look like one of a connection from before the trip.
+#[inline(always)]
+fn fail_open<A: Family>(
+    service: u32,
+    switch: &Switch<u8>,
+    key: &FlowKey<A>,
+    now_ns: u64,
+    reason: PassReason,
+) -> Result<Verdict, PassReason> {
+    count::service(service, |c| c.failed_open += 1);
+    let _ = flow::pin_passed(key, service, switch.epoch, now_ns);
+    Err(reason)
+}
+
+/// Leaves a new connection to kube-proxy. While the breaker is not closed, this is pinned like any other decision:
+/// a connection on the primary without an entry is then known to be from before the trip, and the policy may reset
+/// it.
+///
+/// Datagrams cannot be reset. They are pinned only in state half-open, where they try the primary. While there is
+/// no usable backup, or the agent's lease has run out, each datagram is decided anew, so that the client moves as
+/// soon as this has changed.
+#[inline(always)]
+fn pass_and_pin<A: Family>(
+    service: u32,
+    switch: &Switch<u8>,
+    key: &FlowKey<A>,
+    now_ns: u64,
+) -> Result<Verdict, PassReason> {
+    let tries = switch.state == BreakerState::HalfOpen as u8;
+    if switch.state != BreakerState::Closed as u8 && (key.proto == PROTO_TCP || tries) {
+        flow::pin_passed(key, service, switch.epoch, now_ns)?;
+    }
+    Ok(Verdict::Next)
+}

@@ -1,0 +1,34 @@
+//! Refuses a new connection or datagram, and resets an established connection.
+
+use breaker_common::{EventKind, Switch};
+
+use super::{from_client::PacketContext, to_client::forward_to};
+use crate::{
+    count, event,
+    family::Family,
+    flow,
+    packet::Packet,
+    parse::Segment,
+    reset,
+    verdict::{self, Verdict},
+};
+
+#[inline(never)]
+pub(super) fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, context: &PacketContext<A>) -> i32 {
+    count::service(context.service, |c| c.resets += 1);
+    let switch = Switch::from_word(context.switch);
+    event::send(EventKind::FlowReset, context.service, &switch, &flow::key(segment), None);
+    verdict::into_action(
+        reset::both_ends(packet, segment, &context.peer).map(|()| forward_to(packet, context.peer.egress)),
+    )
+}
+
+#[inline(never)]
+pub(super) fn refuse_segment<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::into_action(reset::refuse_segment(packet, segment).map(|()| Verdict::Redirect(packet.redirect_back())))
+}
+
+#[inline(never)]
+pub(super) fn refuse_datagram<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> i32 {
+    verdict::into_action(reset::refuse_datagram(packet, segment).map(|()| Verdict::Redirect(packet.redirect_back())))
+}
