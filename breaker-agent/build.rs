@@ -1,7 +1,9 @@
-//! Builds the programs for the kernel, so that a plain `cargo build` embeds them.
+//! Builds the BPF programs, so that a plain `cargo build` embeds them.
+
+use ebpf_builder::Package;
 
 fn main() -> anyhow::Result<()> {
-    let objects = ebpf_builder::build_for_script()?;
-    println!("cargo::rustc-env=BREAKER_OBJECT={}", objects.breaker.display());
+    let object = ebpf_builder::build_for_script(Package::Breaker)?;
+    println!("cargo::rustc-env=BREAKER_OBJECT={}", object.display());
     Ok(())
 }

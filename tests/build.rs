@@ -1,8 +1,11 @@
-//! Builds the programs too: the tests load them, and somebody else's beside them.
+//! Builds the BPF programs that the tests load: breaker's, and stand-ins for other vendors'.
+
+use ebpf_builder::Package;
 
 fn main() -> anyhow::Result<()> {
-    let objects = ebpf_builder::build_for_script()?;
-    println!("cargo::rustc-env=BREAKER_OBJECT={}", objects.breaker.display());
-    println!("cargo::rustc-env=FOREIGN_OBJECT={}", objects.foreign.display());
+    let breaker = ebpf_builder::build_for_script(Package::Breaker)?;
+    println!("cargo::rustc-env=BREAKER_OBJECT={}", breaker.display());
+    let third_party = ebpf_builder::build_for_script(Package::ThirdParty)?;
+    println!("cargo::rustc-env=THIRD_PARTY_OBJECT={}", third_party.display());
     Ok(())
 }

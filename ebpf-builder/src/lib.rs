@@ -1,4 +1,4 @@
-//! Builds the BPF programs in `breaker-ebpf`.
+//! Builds the BPF programs in `breaker-ebpf`, and those of the tests in `tests/third-party`.
 //!
 //! Rust ships no precompiled `core` for BPF targets. The compiler must therefore come with the source of `core`, and
 //! building that needs unstable flags. Two compilers are supported: a rustup nightly with `rust-src`, and Debian's
@@ -86,42 +86,62 @@ pub fn workspace() -> PathBuf {
     here.parent().unwrap_or(here).to_owned()
 }
 
-/// The object files that a build produced.
-#[derive(Clone, Debug)]
-pub struct Objects {
+/// A package of BPF programs. Each is a cargo workspace of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Package {
     /// breaker's own programs.
-    pub breaker: PathBuf,
-    /// Stand-ins for third-party programs, for the tests.
-    pub foreign: PathBuf,
+    Breaker,
+    /// Stand-ins for other vendors' programs, for the tests.
+    ThirdParty,
 }
 
-/// Builds the programs. If nothing has changed, cargo only verifies that.
+impl Package {
+    /// All packages.
+    pub const ALL: [Self; 2] = [Self::Breaker, Self::ThirdParty];
+
+    /// The package's directory, below that of the workspace.
+    const fn dir(self) -> &'static str {
+        match self {
+            Self::Breaker => "breaker-ebpf",
+            Self::ThirdParty => "tests/third-party",
+        }
+    }
+
+    /// The name of the object file that it builds.
+    const fn object(self) -> &'static str {
+        match self {
+            Self::Breaker => "breaker",
+            Self::ThirdParty => "third-party",
+        }
+    }
+}
+
+/// Builds a package. If nothing has changed, cargo only verifies that. Returns the object file.
 ///
 /// # Errors
 /// A compiler or linker is missing (the message says how to install it), or the build command failed.
-pub fn build(release: bool) -> Result<Objects> {
-    let mut cargo = cargo("build")?;
+pub fn build(package: Package, release: bool) -> Result<PathBuf> {
+    let mut cargo = cargo(package, "build")?;
     if release {
         cargo.arg("--release");
     }
     run(&mut cargo)?;
-    let out = target_dir().join(TARGET).join(if release { "release" } else { "debug" });
-    let objects = Objects { breaker: out.join("breaker"), foreign: out.join("foreign") };
-    for object in [&objects.breaker, &objects.foreign] {
-        ensure!(object.is_file(), "the build of the programs did not produce {}", object.display());
-    }
-    Ok(objects)
+    let object = target_dir().join(TARGET).join(if release { "release" } else { "debug" }).join(package.object());
+    ensure!(object.is_file(), "the build of the programs did not produce {}", object.display());
+    Ok(object)
 }
 
-/// Builds the programs in a build script, and tells cargo to rerun the script only when one of their inputs changes.
+/// Builds a package in a build script, and tells cargo to rerun the script only when one of its inputs changes.
 ///
 /// # Errors
 /// As for [`build`].
-pub fn build_for_script() -> Result<Objects> {
-    for input in ["breaker-ebpf/src", "breaker-ebpf/Cargo.toml", "breaker-ebpf/Cargo.lock", "breaker-common/src"] {
+pub fn build_for_script(package: Package) -> Result<PathBuf> {
+    let dir = package.dir();
+    let own = ["src", "Cargo.toml", "Cargo.lock"].map(|input| format!("{dir}/{input}"));
+    for input in own.into_iter().chain(["breaker-common/src".to_owned()]) {
         println!("cargo::rerun-if-changed={}", workspace().join(input).display());
     }
-    build(true)
+    build(package, true)
 }
 
 /// Checks the programs with warnings as errors: with clippy if the compiler is a nightly that has it, else with
@@ -132,8 +152,11 @@ pub fn build_for_script() -> Result<Objects> {
 pub fn lint() -> Result<()> {
     let clippy =
         matches!(Compiler::find(), Some(Compiler::Nightly(rustc)) if rustc.with_file_name("cargo-clippy").is_file());
-    let mut cargo = if clippy { cargo("clippy")? } else { cargo("check")? };
-    run(cargo.args(["--quiet", "--release", "--features", "strict"]))
+    for package in Package::ALL {
+        let mut cargo = cargo(package, if clippy { "clippy" } else { "check" })?;
+        run(cargo.args(["--quiet", "--release", "--features", "strict"]))?;
+    }
+    Ok(())
 }
 
 fn target_dir() -> PathBuf {
@@ -141,7 +164,7 @@ fn target_dir() -> PathBuf {
 }
 
 /// A cargo command that compiles the programs, with their own target, compiler and flags instead of the agent's.
-fn cargo(subcommand: &str) -> Result<Command> {
+fn cargo(package: Package, subcommand: &str) -> Result<Command> {
     let compiler = Compiler::find().context(
         "no compiler for the BPF programs: neither a rustup nightly with rust-src nor Debian's rustc-web with \
          rust-web-src is installed; run `cargo xtask setup`",
@@ -179,7 +202,7 @@ fn cargo(subcommand: &str) -> Result<Command> {
         format!("--remap-path-prefix={}=breaker", workspace().display()),
     ];
     cargo
-        .current_dir(workspace().join("breaker-ebpf"))
+        .current_dir(workspace().join(package.dir()))
         .env("RUSTC", compiler.rustc())
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))

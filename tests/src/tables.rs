@@ -108,8 +108,8 @@ impl<A: Ip> Family<A> {
                     epoch: value.epoch,
                     established,
                     client_said: last_words(value.seen),
-                    fast: value.way & flow_path::FAST != 0,
-                    keeps_client: value.way & flow_path::KEEP_CLIENT != 0,
+                    fast: value.path & flow_path::FAST != 0,
+                    keeps_client: value.path & flow_path::KEEP_CLIENT != 0,
                 };
                 ensure!(book.flows.insert(side, flow).is_none(), "{side:?} is both pending and established");
             }
@@ -128,7 +128,7 @@ impl<A: Ip> Family<A> {
                 proto: key.proto,
             };
             let answered = value.seen & seen::ANSWERED != 0;
-            let way = WayBack { owner, answered, backend_said: last_words(value.seen), fast: value.exit != 0 };
+            let way = WayBack { owner, answered, backend_said: last_words(value.seen), fast: value.egress != 0 };
             ensure!(book.ways_back.insert(side, way).is_none(), "{side:?} is both pending and established");
         }
         Ok(())

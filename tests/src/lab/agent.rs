@@ -1,5 +1,8 @@
 //! The agent under test: the real binary in a node's network namespace.
 
+use breaker_api::events::EventType;
+use breaker_api::status::Health;
+use breaker_common::BreakerState;
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
@@ -8,10 +11,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use breaker_agent::{
-    agent::status::{AgentStatus, EventLine, ServiceStatus},
-    control::client::Client,
+use breaker_api::{
+    events::EventLine,
+    status::{AgentStatus, ServiceStatus},
 };
+use breaker_cli::client::Client;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{binary, netns::NetNs, wait_for};
@@ -209,7 +213,7 @@ impl Agent {
         wait_for("every backend to be Up", limit, || {
             self.status().is_ok_and(|status| {
                 let mut backends = status.services.iter().flat_map(|s| &s.tiers).flat_map(|t| &t.backends);
-                backends.all(|backend| backend.health == "Up")
+                backends.all(|backend| backend.health == Health::Up)
             })
         })
     }
@@ -221,7 +225,7 @@ impl Agent {
     /// Fails after `limit`.
     pub fn wait_reload(&self, limit: Duration) -> Result<()> {
         wait_for("the agent to reload its file", limit, || {
-            self.events().is_ok_and(|events| events.iter().any(|e| e.kind == "Config"))
+            self.events().is_ok_and(|events| events.iter().any(|e| e.kind == EventType::Config))
         })?;
         self.wait_well(limit)
     }
@@ -230,9 +234,9 @@ impl Agent {
     ///
     /// # Errors
     /// Fails after `limit`; the error contains the last status and the agent's log.
-    pub fn wait_state(&self, name: &str, state: &str, limit: Duration) -> Result<()> {
+    pub fn wait_state(&self, name: &str, state: BreakerState, limit: Duration) -> Result<()> {
         let mut last = None;
-        wait_for(&format!("{name} to be {state}"), limit, || {
+        wait_for(&format!("{name} to be {}", state.label()), limit, || {
             last = self.service(name).ok();
             last.as_ref().is_some_and(|s| s.state == state && s.applied.as_ref() == Some(&s.desired))
         })

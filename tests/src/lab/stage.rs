@@ -1,5 +1,8 @@
 //! The complete lab: a node, a primary and a backup behind Services, a client pod and an agent.
 
+use breaker_api::events::EventType;
+use breaker_common::BreakerState;
+use breaker_common::StateReason;
 use std::{
     fmt::Write as _,
     net::SocketAddrV4,
@@ -176,7 +179,7 @@ impl Lab {
         self.primary.inject(fault)?;
         let injected = Instant::now();
         watch(Moment::Injected(&load));
-        self.agent.wait_state(SERVICE, "Open", limit)?;
+        self.agent.wait_state(SERVICE, BreakerState::Open, limit)?;
         watch(Moment::Open(&load));
         let opened = Instant::now();
         load.wait("the backup to answer all clients", limit, |records| from(records, &backup, opened))?;
@@ -184,7 +187,7 @@ impl Lab {
         let healing = Instant::now();
         self.primary.heal(fault)?;
         let healed = Instant::now();
-        self.agent.wait_state(SERVICE, "Closed", limit)?;
+        self.agent.wait_state(SERVICE, BreakerState::Closed, limit)?;
         watch(Moment::Closed(&load));
         let closed = Instant::now();
         load.wait("the primary to answer again", limit, |records| {
@@ -193,7 +196,8 @@ impl Lab {
         })?;
         watch(Moment::Back(&load));
         let records = load.stop()?;
-        let transitions = self.agent.events()?.into_iter().filter(|e| e.id > events_before && e.kind == "Transition");
+        let transitions =
+            self.agent.events()?.into_iter().filter(|e| e.id > events_before && e.kind == EventType::Transition);
         let times = Times { injecting, injected, opened, healing, healed, closed };
         Ok(Play::judge(fault, checks, &records, &times, &primary, &backup, transitions.map(Into::into).collect()))
     }
@@ -328,10 +332,11 @@ pub struct Step {
     pub at: jiff::Timestamp,
 }
 
-impl From<breaker_agent::agent::status::EventLine> for Step {
-    fn from(event: breaker_agent::agent::status::EventLine) -> Self {
-        let or_empty = Option::unwrap_or_default;
-        Self { from: or_empty(event.from), to: or_empty(event.to), reason: or_empty(event.reason), at: event.at }
+impl From<breaker_api::events::EventLine> for Step {
+    fn from(event: breaker_api::events::EventLine) -> Self {
+        let state = |state: Option<BreakerState>| state.map_or("", BreakerState::label).to_owned();
+        let reason = event.reason.map_or("", StateReason::label).to_owned();
+        Self { from: state(event.from), to: state(event.to), reason, at: event.at }
     }
 }
 

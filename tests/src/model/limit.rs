@@ -59,7 +59,7 @@ impl TierLimits {
 /// Whether a service limits concurrent connections in any tier.
 #[must_use]
 pub fn counts(limits: &Limits) -> bool {
-    limits.iter().any(TierLimits::counts_connections)
+    limits.iter().any(TierLimits::counts)
 }
 
 /// Kind of a limit, as an index into the counters: 0 new connections, 1 new connections of one client, 2 concurrent
