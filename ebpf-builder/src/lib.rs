@@ -107,6 +107,12 @@ impl Package {
         }
     }
 
+    /// Path of the package's manifest.
+    #[must_use]
+    pub fn manifest(self) -> PathBuf {
+        workspace().join(self.dir()).join("Cargo.toml")
+    }
+
     /// The name of the object file that it builds.
     const fn object(self) -> &'static str {
         match self {
@@ -154,7 +160,7 @@ pub fn lint() -> Result<()> {
         matches!(Compiler::find(), Some(Compiler::Nightly(rustc)) if rustc.with_file_name("cargo-clippy").is_file());
     for package in Package::ALL {
         let mut cargo = cargo(package, if clippy { "clippy" } else { "check" })?;
-        run(cargo.args(["--quiet", "--release", "--features", "strict"]))?;
+        run(cargo.args(["--release", "--features", "strict"]))?;
     }
     Ok(())
 }

@@ -13,10 +13,16 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use flate2::{Compression, write::GzEncoder};
-use serde_json::{Value, json};
+use oci_spec::image::{
+    ANNOTATION_LICENSES, ANNOTATION_REF_NAME, ANNOTATION_TITLE, ANNOTATION_VERSION, Arch, ConfigBuilder, Descriptor,
+    ImageConfigurationBuilder, ImageIndexBuilder, ImageManifestBuilder, MediaType, OciLayoutBuilder, Os, RootFsBuilder,
+    SCHEMA_VERSION, Sha256Digest,
+};
+use serde::Serialize;
+use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use crate::run::{cargo, run};
+use crate::build;
 
 /// An image to build.
 struct Image {
@@ -56,20 +62,22 @@ const LARGEST: usize = 15_000_000;
 /// Registry in the images' names if `--push` does not name one.
 const DEFAULT_REGISTRY: &str = "localhost:5000";
 
-/// Content of an image, and its SHA-256 digest in hexadecimal.
+/// A content-addressed part of an image.
 struct Blob {
+    /// SHA-256 digest in hexadecimal.
     digest: String,
     bytes: Vec<u8>,
-    media_type: &'static str,
+    media_type: MediaType,
 }
 
 impl Blob {
-    fn new(bytes: Vec<u8>, media_type: &'static str) -> Self {
+    fn new(bytes: Vec<u8>, media_type: MediaType) -> Self {
         Self { digest: digest(&bytes), bytes, media_type }
     }
 
-    fn descriptor(&self) -> Value {
-        json!({ "mediaType": self.media_type, "digest": format!("sha256:{}", self.digest), "size": self.bytes.len() })
+    fn descriptor(&self) -> Result<Descriptor> {
+        let digest: Sha256Digest = self.digest.parse()?;
+        Ok(Descriptor::new(self.media_type.clone(), self.bytes.len() as u64, digest))
     }
 
     fn path(&self) -> String {
@@ -81,6 +89,12 @@ fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// A document as JSON. `oci_spec` has labels and annotations in hash maps, whose order changes from run to run; a
+/// [`serde_json::Value`] sorts them.
+fn json_bytes(document: impl Serialize) -> Result<Vec<u8>> {
+    Ok(serde_json::to_vec(&serde_json::to_value(document)?)?)
+}
+
 /// Builds the binaries and their images into `dist/`, and pushes the images if `push` names a registry.
 ///
 /// # Errors
@@ -90,7 +104,7 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
     if tag.is_empty() || tag.len() > 128 || !tag.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
         bail!("--tag: {tag:?} is not allowed; allowed: letters, digits, '.', '_' and '-'");
     }
-    run(cargo().args(["build", "--release", "-p", "breaker-agent", "-p", "breaker-tests", "--bins"]))?;
+    build::binaries()?;
     let dist = ebpf_builder::workspace().join("dist");
     fs::create_dir_all(&dist).with_context(|| format!("make {}", dist.display()))?;
     for image in IMAGES {
@@ -141,61 +155,59 @@ impl Parts {
         let diff_id = digest(&layer);
         let mut packed = GzEncoder::new(Vec::new(), Compression::best());
         packed.write_all(&layer)?;
-        let layer = Blob::new(packed.finish()?, "application/vnd.oci.image.layer.v1.tar+gzip");
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
-        let config = json!({
-            "architecture": architecture,
-            "os": "linux",
-            "config": {
-                "User": image.user,
-                "Entrypoint": [format!("/{}", image.binary)],
-                "Cmd": image.cmd,
-                "Env": ["PATH=/"],
-                "Labels": {
-                    "org.opencontainers.image.title": image.title,
-                    "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
-                    "org.opencontainers.image.licenses": "(MIT OR Apache-2.0) AND GPL-2.0-only",
-                },
-            },
-            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{diff_id}")] },
-        });
-        let config = Blob::new(serde_json::to_vec(&config)?, "application/vnd.oci.image.config.v1+json");
-        let manifest = json!({
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": config.descriptor(),
-            "layers": [layer.descriptor()],
-        });
-        let manifest = Blob::new(serde_json::to_vec(&manifest)?, "application/vnd.oci.image.manifest.v1+json");
+        let layer = Blob::new(packed.finish()?, MediaType::ImageLayerGzip);
+        let labels = [
+            (ANNOTATION_TITLE, image.title),
+            (ANNOTATION_VERSION, env!("CARGO_PKG_VERSION")),
+            (ANNOTATION_LICENSES, "(MIT OR Apache-2.0) AND GPL-2.0-only"),
+        ];
+        let process = ConfigBuilder::default()
+            .user(image.user)
+            .entrypoint([format!("/{}", image.binary)])
+            .cmd(image.cmd.iter().map(|argument| (*argument).to_owned()).collect::<Vec<_>>())
+            .env(["PATH=/".to_owned()])
+            .labels(labels.map(|(name, value)| (name.to_owned(), value.to_owned())))
+            .build()?;
+        let rootfs = RootFsBuilder::default().typ("layers").diff_ids([format!("sha256:{diff_id}")]).build()?;
+        let config = ImageConfigurationBuilder::default()
+            .architecture(Arch::default())
+            .os(Os::Linux)
+            .config(process)
+            .rootfs(rootfs)
+            .build()?;
+        let config = Blob::new(json_bytes(config)?, MediaType::ImageConfig);
+        let manifest = ImageManifestBuilder::default()
+            .schema_version(SCHEMA_VERSION)
+            .media_type(MediaType::ImageManifest)
+            .config(config.descriptor()?)
+            .layers([layer.descriptor()?])
+            .build()?;
+        let manifest = Blob::new(json_bytes(manifest)?, MediaType::ImageManifest);
         Ok(Self { layer, config, manifest })
     }
 
     /// Writes both layouts into one tar archive: `index.json` is the entry point for OCI readers, `manifest.json`
     /// for docker.
     fn archive(&self, reference: &str) -> Result<Vec<u8>> {
-        let mut entry = self.manifest.descriptor();
+        let mut entry = self.manifest.descriptor()?;
         let tag = reference.rsplit(':').next().unwrap_or_default();
-        entry["annotations"] = json!({
-            "io.containerd.image.name": reference,
-            "org.opencontainers.image.ref.name": tag,
-        });
-        let index = json!({
-            "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.index.v1+json",
-            "manifests": [entry],
-        });
+        let names = [("io.containerd.image.name", reference), (ANNOTATION_REF_NAME, tag)];
+        entry.set_annotations(Some(names.map(|(name, value)| (name.to_owned(), value.to_owned())).into()));
+        let index = ImageIndexBuilder::default()
+            .schema_version(SCHEMA_VERSION)
+            .media_type(MediaType::ImageIndex)
+            .manifests([entry])
+            .build()?;
+        let layout = OciLayoutBuilder::default().image_layout_version("1.0.0").build()?;
+        // docker's own format: https://github.com/moby/docker-image-spec, "Combined Image JSON + Filesystem Changeset".
         let docker = json!([{ "Config": self.config.path(), "RepoTags": [reference], "Layers": [self.layer.path()] }]);
         let mut archive = tar::Builder::new(Vec::new());
         for blob in [&self.layer, &self.config, &self.manifest] {
             add(&mut archive, &blob.path(), &blob.bytes, 0o644)?;
         }
-        add(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
-        add(&mut archive, "index.json", &serde_json::to_vec(&index)?, 0o644)?;
-        add(&mut archive, "manifest.json", &serde_json::to_vec(&docker)?, 0o644)?;
+        add(&mut archive, "oci-layout", &json_bytes(layout)?, 0o644)?;
+        add(&mut archive, "index.json", &json_bytes(index)?, 0o644)?;
+        add(&mut archive, "manifest.json", &json_bytes(docker)?, 0o644)?;
         Ok(archive.into_inner()?)
     }
 
@@ -205,28 +217,28 @@ impl Parts {
         let base = format!("http://{registry}");
         let agent = ureq::Agent::new_with_defaults();
         for blob in [&self.layer, &self.config] {
-            let there = agent.head(format!("{base}/v2/{name}/blobs/sha256:{}", blob.digest)).call();
-            if there.is_ok() {
+            let existing = agent.head(format!("{base}/v2/{name}/blobs/sha256:{}", blob.digest)).call();
+            if existing.is_ok() {
                 continue;
             }
             let started =
                 agent.post(format!("{base}/v2/{name}/blobs/uploads/")).send_empty().context("start an upload")?;
-            let place = started
+            let location = started
                 .headers()
                 .get("location")
                 .and_then(|l| l.to_str().ok())
                 .context("the registry's answer has no Location header for the upload")?;
-            let place = if place.starts_with('/') { format!("{base}{place}") } else { place.to_owned() };
-            let mark = if place.contains('?') { '&' } else { '?' };
+            let upload = if location.starts_with('/') { format!("{base}{location}") } else { location.to_owned() };
+            let separator = if upload.contains('?') { '&' } else { '?' };
             agent
-                .put(format!("{place}{mark}digest=sha256:{}", blob.digest))
+                .put(format!("{upload}{separator}digest=sha256:{}", blob.digest))
                 .header("content-type", "application/octet-stream")
                 .send(&blob.bytes[..])
                 .context("upload a blob")?;
         }
         agent
             .put(format!("{base}/v2/{name}/manifests/{tag}"))
-            .header("content-type", self.manifest.media_type)
+            .header("content-type", self.manifest.media_type.to_string())
             .send(&self.manifest.bytes[..])
             .context("upload the manifest")?;
         Ok(())

@@ -2,114 +2,118 @@
 
 use std::{
     env,
-    path::Path,
     process::{Command, Stdio},
 };
 
 use anyhow::{Result, bail};
 use ebpf_builder::{BPF_LINKER_VERSION, Compiler};
 
-use crate::run::{cargo, run};
+use crate::{
+    progress::step,
+    run::{cargo, run},
+};
 
-/// Programs that must be installed, each with the Debian package that contains it.
-const PROGRAMS: &[(&str, &str)] = &[
-    ("cc", "gcc"),
-    ("ip", "iproute2"),
-    ("tc", "iproute2"),
-    ("iptables", "iptables"),
-    ("iptables-restore", "iptables"),
-    ("bpftool", "bpftool"),
-    ("modprobe", "kmod"),
-    ("haproxy", "haproxy"),
-    ("nft", "nftables"),
-    ("iperf3", "iperf3"),
-    ("taskset", "util-linux"),
+/// Something that must be installed.
+struct Requirement {
+    /// Name of a program in `PATH`, or absolute path of a file.
+    file: &'static str,
+    /// Debian package that contains it.
+    package: &'static str,
+    /// What it is for.
+    purpose: &'static str,
+}
+
+const fn requirement(file: &'static str, package: &'static str, purpose: &'static str) -> Requirement {
+    Requirement { file, package, purpose }
+}
+
+/// What every build, the demo and the tier program need.
+const BASE: &[Requirement] = &[
+    requirement("cc", "gcc", "compiles the C code of dependencies and links the binaries"),
+    requirement("/usr/include/stdio.h", "libc6-dev", "the C library's headers, for the same"),
+    requirement("ip", "iproute2", "makes the lab's namespaces, interfaces and routes"),
+    requirement("tc", "iproute2", "makes the lab's namespaces, interfaces and routes"),
+    requirement("modprobe", "kmod", "loads the kernel modules of the lab's interfaces"),
+    requirement("bpftool", "bpftool", "shows maps and programs"),
 ];
 
-/// Programs that the lab tests need in addition: third-party clients and servers, and packet capture.
-const LAB_PROGRAMS: &[(&str, &str)] = &[
-    ("curl", "curl"),
-    ("nghttp", "nghttp2-client"),
-    ("nghttpd", "nghttp2-server"),
-    ("dig", "bind9-dnsutils"),
-    ("dnsmasq", "dnsmasq-base"),
-    ("ethtool", "ethtool"),
-    ("tcpdump", "tcpdump"),
-    ("tshark", "tshark"),
+/// What the lab needs in addition: the demo, the benchmarks and the tier lab.
+const LAB: &[Requirement] = &[
+    requirement("iptables", "iptables", "kube-proxy's rules in the lab"),
+    requirement("iptables-restore", "iptables", "kube-proxy's rules in the lab"),
+    requirement("nft", "nftables", "kube-proxy's rules in the lab, and a peer in benchmarks"),
+    requirement("haproxy", "haproxy", "a peer in tests and benchmarks"),
+    requirement("iperf3", "iperf3", "measures throughput"),
+    requirement("taskset", "util-linux", "binds benchmarks to a processor"),
+    requirement("curl", "curl", "a client of other vendors, HTTP"),
+    requirement("nghttp", "nghttp2-client", "a client of other vendors, HTTP/2"),
+    requirement("nghttpd", "nghttp2-server", "a server of other vendors, HTTP/2"),
+    requirement("dig", "bind9-dnsutils", "a client of other vendors, DNS"),
+    requirement("dnsmasq", "dnsmasq-base", "a server of other vendors, DNS"),
+    requirement("ethtool", "ethtool", "sets the offloads of the lab's interfaces"),
+    requirement("tcpdump", "tcpdump", "captures packets"),
+    requirement("tshark", "tshark", "checks the checksums of captured packets"),
 ];
 
-/// Programs that the tests on other kernels need in addition.
-const VM_PROGRAMS: &[(&str, &str)] = &[("qemu-system-x86_64", "qemu-system-x86"), ("depmod", "kmod"), ("awk", "mawk")];
-
-/// Files that must exist, each with the Debian package that contains it.
-const FILES: &[(&str, &str)] = &[("/usr/include/stdio.h", "libc6-dev")];
+/// What the tier vm needs in addition.
+const VM: &[Requirement] = &[
+    requirement("qemu-system-x86_64", "qemu-system-x86", "runs other kernels"),
+    requirement("depmod", "kmod", "lists the modules of other kernels"),
+    requirement("awk", "mawk", "a program of the guest"),
+];
 
 /// Debian's compiler for the BPF programs, used if rustup has none.
-const DEBIAN_COMPILER: &[&str] = &["rustc-web", "rust-web-src"];
+const DEBIAN_COMPILER: &[Requirement] = &[
+    requirement("/usr/bin/rustc", "rustc-web", "compiles the BPF programs"),
+    requirement("/usr/lib/rustlib", "rust-web-src", "the source of `core`, which is built for the BPF programs"),
+];
 
-/// Installs what is missing. If nothing is missing and `talk` is set, prints a message.
+/// Installs what is missing for builds.
 ///
 /// # Errors
 /// Something cannot be installed: root or apt-get is missing, or an installation failed. The message says what to
 /// install.
-pub fn setup(talk: bool) -> Result<()> {
-    let mut packages = missing_packages(PROGRAMS, FILES);
+pub fn setup() -> Result<()> {
+    let mut missing = missing(BASE);
     if Compiler::find().is_none() && !add_rust_src() {
-        packages.extend(DEBIAN_COMPILER);
+        missing.extend(DEBIAN_COMPILER);
     }
     let linker_missing = ebpf_builder::find_linker().is_none();
-    if packages.is_empty() && !linker_missing {
-        if talk {
-            println!("setup: nothing to install");
-        }
-        return Ok(());
-    }
-    if !packages.is_empty() {
-        install_packages(&packages)?;
-    }
+    install(&missing)?;
     if linker_missing {
-        eprintln!("setup: cargo install bpf-linker {BPF_LINKER_VERSION} (about a minute)");
-        run(cargo().args(["install", "--quiet", "bpf-linker", "--version", BPF_LINKER_VERSION, "--locked"]))?;
+        step(&format!("setup: install bpf-linker {BPF_LINKER_VERSION}, which links the BPF programs"), || {
+            run(cargo().args(["install", "bpf-linker", "--version", BPF_LINKER_VERSION, "--locked"]))
+        })?;
     }
     if Compiler::find().is_none() {
-        bail!("there is still no compiler for the BPF programs: install {}", DEBIAN_COMPILER.join(" and "));
+        let packages: Vec<&str> = DEBIAN_COMPILER.iter().map(|requirement| requirement.package).collect();
+        bail!("there is still no compiler for the BPF programs: install {}", packages.join(" and "));
     }
-    eprintln!("setup: done");
     Ok(())
 }
 
-/// Installs the additional programs that the lab tests need.
+/// Installs what is missing for the lab.
 ///
 /// # Errors
 /// As for [`setup`].
 pub fn setup_lab() -> Result<()> {
-    install_missing(LAB_PROGRAMS)
+    install(&missing(LAB))
 }
 
-/// Installs the additional programs that the tests on other kernels need.
+/// Installs what is missing for the tests on other kernels.
 ///
 /// # Errors
 /// As for [`setup`].
 pub fn setup_vm() -> Result<()> {
-    install_missing(VM_PROGRAMS)
+    install(&missing(VM))
 }
 
-fn install_missing(programs: &Needed) -> Result<()> {
-    let packages = missing_packages(programs, &[]);
-    if packages.is_empty() { Ok(()) } else { install_packages(&packages) }
-}
-
-type Needed = [(&'static str, &'static str)];
-
-fn missing_packages(programs: &Needed, files: &Needed) -> Vec<&'static str> {
+fn missing(requirements: &'static [Requirement]) -> Vec<&'static Requirement> {
     let path = env::var_os("PATH").unwrap_or_default();
     let dirs: Vec<_> = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).collect();
-    let programs = programs.iter().filter(|(program, _)| !dirs.iter().any(|dir| dir.join(program).is_file()));
-    let files = files.iter().filter(|(file, _)| !Path::new(file).exists());
-    let mut packages: Vec<_> = programs.chain(files).map(|(_, package)| *package).collect();
-    packages.sort_unstable();
-    packages.dedup();
-    packages
+    // Joining an absolute path to a directory gives the absolute path.
+    let installed = |file: &str| dirs.iter().any(|dir| dir.join(file).exists());
+    requirements.iter().filter(|requirement| !installed(requirement.file)).collect()
 }
 
 /// Adds the source of `core` to rustup's nightly toolchain if that lacks it. Returns whether a compiler is available
@@ -127,23 +131,36 @@ fn add_rust_src() -> bool {
     added.is_ok_and(|status| status.success()) && Compiler::find().is_some()
 }
 
-fn install_packages(packages: &[&str]) -> Result<()> {
+/// Installs the packages of what is missing.
+fn install(missing: &[&Requirement]) -> Result<()> {
+    let mut packages: Vec<&str> = missing.iter().map(|requirement| requirement.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    if packages.is_empty() {
+        return Ok(());
+    }
     let list = packages.join(" ");
-    let by_hand = format!("run as root: apt-get install {list}");
     let id = Command::new("id").arg("-u").output();
     if !id.is_ok_and(|id| id.stdout.trim_ascii() == b"0") {
-        bail!("these Debian packages are missing, and installing them needs root: {list}\n{by_hand}");
+        bail!(
+            "these Debian packages are missing, and installing them needs root: {list}\n\
+             run as root: apt-get install {list}"
+        );
     }
     if Command::new("apt-get").arg("--version").stdout(Stdio::null()).status().is_err() {
         bail!("these Debian packages are missing, and this machine has no apt-get: {list}\ninstall their equivalents");
     }
-    eprintln!("setup: apt-get install {list}");
-    let apt = |args: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-q", "-y"]).args(args);
-        command.stdout(Stdio::null());
-        run(&mut command)
-    };
-    apt(&["update"])?;
-    apt(&[&["install", "--no-install-recommends"], packages].concat())
+    step(&format!("setup: install {} Debian packages", packages.len()), || {
+        for requirement in missing {
+            eprintln!("      {}: {} ({})", requirement.package, requirement.file, requirement.purpose);
+        }
+        apt_get(&["update"])?;
+        apt_get(&[&["install", "--no-install-recommends"], packages.as_slice()].concat())
+    })
+}
+
+fn apt_get(args: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-q", "-y"]).args(args);
+    run(command.stdout(Stdio::null()))
 }

@@ -45,5 +45,5 @@ pub fn binary(name: &str) -> Result<PathBuf> {
             return Ok(path);
         }
     }
-    bail!("{name} is not built; run: cargo build --release -p breaker-agent -p breaker-tests --bins")
+    bail!("{name} is not built; run: cargo build --release -p breaker-agent -p dummy-service --bins")
 }

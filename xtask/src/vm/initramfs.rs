@@ -3,18 +3,16 @@
 use std::{
     collections::BTreeSet,
     env, fs,
+    io::Write as _,
     os::unix::fs::PermissionsExt as _,
     path::{Component, Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, bail};
+use cpio::newc::{self, ModeFileType};
 
 use crate::run::run;
-
-const DIRECTORY: u32 = 0o040_000;
-const REGULAR: u32 = 0o100_000;
-const SYMLINK: u32 = 0o120_000;
 
 /// Top-level directories that are symbolic links into `usr`, as on Debian. All programs are in `usr/bin`.
 const LINKS: [(&str, &str); 4] = [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")];
@@ -31,16 +29,19 @@ pub struct Initramfs {
 
 impl Initramfs {
     /// Makes an initramfs that contains only the mount points and Debian's links into `usr`.
-    pub fn new() -> Self {
+    ///
+    /// # Errors
+    /// An entry does not fit the format.
+    pub fn new() -> Result<Self> {
         let mut new = Self { archive: Vec::new(), paths: BTreeSet::new() };
         for dir in DIRECTORIES {
-            new.add_dir(Path::new(dir));
+            new.add_dir(Path::new(dir))?;
         }
         for (name, to) in LINKS {
-            new.add_dir(Path::new(to));
-            new.entry(Path::new(name), SYMLINK | 0o777, to.as_bytes());
+            new.add_dir(Path::new(to))?;
+            new.entry(Path::new(name), ModeFileType::Symlink, 0o777, to.as_bytes())?;
         }
-        new
+        Ok(new)
     }
 
     /// Adds a program of this machine, found as a shell finds it, and the libraries that it is linked with.
@@ -69,8 +70,7 @@ impl Initramfs {
     pub fn add_file(&mut self, path: &str, from: &Path) -> Result<()> {
         let bytes = fs::read(from).with_context(|| format!("read {}", from.display()))?;
         let mode = fs::metadata(from).with_context(|| format!("get mode of {}", from.display()))?.permissions().mode();
-        self.add_bytes(path, &bytes, mode & 0o777);
-        Ok(())
+        self.add_bytes(path, &bytes, mode & 0o777)
     }
 
     /// Adds the files in a directory of this machine, without its subdirectories. Symbolic links are followed.
@@ -87,15 +87,19 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Adds a file with the given contents. If the path exists already, nothing changes.
-    pub fn add_bytes(&mut self, path: &str, bytes: &[u8], mode: u32) {
+    /// Adds a file with the given contents and permissions. If the path exists already, nothing changes.
+    ///
+    /// # Errors
+    /// The file does not fit the format, whose sizes have 32 bits.
+    pub fn add_bytes(&mut self, path: &str, bytes: &[u8], permissions: u32) -> Result<()> {
         let path = merged(Path::new(path));
-        if !self.paths.contains(&path) {
-            if let Some(dir) = path.parent() {
-                self.add_dir(dir);
-            }
-            self.entry(&path, REGULAR | mode, bytes);
+        if self.paths.contains(&path) {
+            return Ok(());
         }
+        if let Some(dir) = path.parent() {
+            self.add_dir(dir)?;
+        }
+        self.entry(&path, ModeFileType::Regular, permissions, bytes)
     }
 
     /// Adds a module, or a directory of modules with all its contents. `path` is relative to `modules`.
@@ -140,43 +144,32 @@ impl Initramfs {
     }
 
     /// Completes and returns the archive.
-    pub fn finish(mut self) -> Vec<u8> {
-        self.entry(Path::new("TRAILER!!!"), 0, b"");
-        self.archive
+    ///
+    /// # Errors
+    /// None in practice: memory accepts every write.
+    pub fn finish(self) -> Result<Vec<u8>> {
+        newc::trailer(self.archive).context("end the archive")
     }
 
     /// Adds a directory and, before it, its missing parents.
-    fn add_dir(&mut self, path: &Path) {
+    fn add_dir(&mut self, path: &Path) -> Result<()> {
         let dirs: Vec<&Path> = path.ancestors().filter(|dir| !dir.as_os_str().is_empty()).collect();
         for dir in dirs.into_iter().rev() {
             if !self.paths.contains(dir) {
-                self.entry(dir, DIRECTORY | 0o755, b"");
+                self.entry(dir, ModeFileType::Directory, 0o755, b"")?;
             }
         }
+        Ok(())
     }
 
-    fn entry(&mut self, path: &Path, mode: u32, bytes: &[u8]) {
-        let name = path.to_string_lossy();
-        let inode = self.paths.len() + 1;
-        let links = 1;
-        let (size, name_size) = (bytes.len(), name.len() + 1);
-        self.archive.extend_from_slice(b"070701");
-        // inode, mode, uid, gid, links, mtime, size, device (major, minor), special device (major, minor), length of
-        // the name, checksum
-        for number in [inode, mode as usize, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0] {
-            self.archive.extend_from_slice(format!("{number:08x}").as_bytes());
-        }
-        self.archive.extend_from_slice(name.as_bytes());
-        self.archive.push(0);
-        self.pad();
-        self.archive.extend_from_slice(bytes);
-        self.pad();
+    fn entry(&mut self, path: &Path, kind: ModeFileType, permissions: u32, bytes: &[u8]) -> Result<()> {
+        let inode = u32::try_from(self.paths.len() + 1)?;
+        let entry = newc::Builder::new(&path.to_string_lossy()).ino(inode).mode(permissions).set_mode_file_type(kind);
+        let size = u32::try_from(bytes.len()).with_context(|| format!("size of {}", path.display()))?;
+        let mut writer = entry.write(&mut self.archive, size);
+        writer.write_all(bytes).and_then(|()| writer.finish()).with_context(|| format!("add {}", path.display()))?;
         self.paths.insert(path.to_owned());
-    }
-
-    /// Pads to a multiple of four bytes, as the format requires after names and contents.
-    fn pad(&mut self) {
-        self.archive.resize(self.archive.len().next_multiple_of(4), 0);
+        Ok(())
     }
 }
 
@@ -190,35 +183,31 @@ fn merged(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read as _;
 
     /// Parses an archive into the name, mode and contents of every entry.
-    fn entries(mut archive: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
-        let mut entries: Vec<(String, u32, Vec<u8>)> = Vec::new();
-        let mut take = |length: usize| {
-            let (taken, rest) = archive.split_at(length);
-            archive = rest;
-            taken.to_vec()
-        };
-        while entries.last().is_none_or(|(name, ..)| name != "TRAILER!!!") {
-            let header = String::from_utf8(take(110)).unwrap();
-            assert!(header.starts_with("070701"));
-            let field = |n: usize| usize::from_str_radix(&header[6 + n * 8..14 + n * 8], 16).unwrap();
-            // The header (110 bytes) and the name together are padded to a multiple of four.
-            let name = take((field(11) + 110).next_multiple_of(4) - 110);
-            let contents = take(field(6).next_multiple_of(4));
-            let name = String::from_utf8(name[..field(11) - 1].to_vec()).unwrap();
-            entries.push((name, u32::try_from(field(1)).unwrap(), contents[..field(6)].to_vec()));
+    fn entries(archive: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
+        let mut entries = Vec::new();
+        let mut rest = archive;
+        loop {
+            let mut entry = newc::Reader::new(rest).unwrap();
+            if entry.entry().is_trailer() {
+                return entries;
+            }
+            let mut contents = Vec::new();
+            entry.read_to_end(&mut contents).unwrap();
+            entries.push((entry.entry().name().to_owned(), entry.entry().mode(), contents));
+            rest = entry.finish().unwrap();
         }
-        entries
     }
 
     #[test]
     fn directories_come_before_what_is_in_them_and_once() {
-        let mut files = Initramfs::new();
-        files.add_bytes("/lib/a/one", b"1", 0o644);
-        files.add_bytes("usr/lib/a/two", b"22222", 0o755);
-        files.add_bytes("usr/lib/a/one", b"again", 0o644);
-        let entries = entries(&files.finish());
+        let mut files = Initramfs::new().unwrap();
+        files.add_bytes("/lib/a/one", b"1", 0o644).unwrap();
+        files.add_bytes("usr/lib/a/two", b"22222", 0o755).unwrap();
+        files.add_bytes("usr/lib/a/one", b"again", 0o644).unwrap();
+        let entries = entries(&files.finish().unwrap());
         let names: Vec<&str> = entries.iter().map(|(name, ..)| name.as_str()).collect();
         let at = |name: &str| names.iter().position(|n| *n == name).unwrap();
         assert!(at("usr") < at("usr/lib") && at("usr/lib") < at("usr/lib/a") && at("usr/lib/a") < at("usr/lib/a/one"));

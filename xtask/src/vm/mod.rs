@@ -21,7 +21,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::run::{cargo, output};
+use crate::{
+    build,
+    progress::step,
+    run::{cargo, output},
+};
 use initramfs::Initramfs;
 pub use kernel::Kernel;
 
@@ -103,17 +107,14 @@ impl Guest {
 /// downloaded or started.
 pub fn test(kernels: &[Kernel], tiers: &[Guest], filter: Option<&str>) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "the tests on other kernels run on x86-64 machines only");
-    let tests: Vec<Tests> = tiers.iter().map(|tier| Tests::build(*tier)).collect::<Result<_>>()?;
+    build::programs()?;
+    let build = || tiers.iter().map(|tier| Tests::build(*tier)).collect::<Result<_>>();
+    let tests: Vec<Tests> = step("build what runs in the guest", build)?;
     let mut failed = Vec::new();
     for kernel in kernels {
-        let started = Instant::now();
-        println!("kernel {kernel}");
-        match run_on(*kernel, &tests, filter) {
-            Ok(()) => println!("kernel {kernel}: passed in {} s\n", started.elapsed().as_secs()),
-            Err(error) => {
-                eprintln!("kernel {kernel}: {error:#}\n");
-                failed.push(kernel.to_string());
-            }
+        if let Err(error) = step(&format!("run the tests on kernel {kernel}"), || run_on(*kernel, &tests, filter)) {
+            eprintln!("kernel {kernel}: {error:#}");
+            failed.push(kernel.to_string());
         }
     }
     ensure!(failed.is_empty(), "tests failed on kernel {}", failed.join(" and "));
@@ -132,7 +133,7 @@ impl Tests {
     fn build(tier: Guest) -> Result<Self> {
         let mut starts = Vec::new();
         if tier == Guest::Lab {
-            for (package, name) in [("breaker-agent", "breaker"), ("breaker-tests", "dummy-service")] {
+            for (package, name) in [("breaker-agent", "breaker"), ("dummy-service", "dummy-service")] {
                 starts.push((name, built(&["build", "--release", "-p", package, "--bin", name], name, false)?));
             }
         }
@@ -151,8 +152,8 @@ impl Tests {
                 files.add_program(name)?;
             }
             files.add_folder(&iptables_extensions()?)?;
-            files.add_bytes("etc/passwd", USERS.as_bytes(), 0o644);
-            files.add_bytes("etc/group", GROUPS.as_bytes(), 0o644);
+            files.add_bytes("etc/passwd", USERS.as_bytes(), 0o644)?;
+            files.add_bytes("etc/group", GROUPS.as_bytes(), 0o644)?;
         }
         Ok(())
     }
@@ -168,7 +169,7 @@ fn iptables_extensions() -> Result<PathBuf> {
 fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
     let dir = ebpf_builder::workspace().join("target/vm").join(kernel.to_string());
     let image = kernel.fetch(&dir)?;
-    let mut files = Initramfs::new();
+    let mut files = Initramfs::new()?;
     for name in PROGRAMS {
         files.add_program(name)?;
     }
@@ -180,18 +181,18 @@ fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
         tests.add_to(&mut files)?;
     }
     let tiers: Vec<&str> = tests.iter().map(|tests| tests.tier.name()).collect();
-    files.add_bytes("tiers", tiers.join(" ").as_bytes(), 0o644);
-    files.add_bytes("init", INIT.as_bytes(), 0o755);
-    files.add_bytes("filter", filter.unwrap_or_default().as_bytes(), 0o644);
+    files.add_bytes("tiers", tiers.join(" ").as_bytes(), 0o644)?;
+    files.add_bytes("init", INIT.as_bytes(), 0o755)?;
+    files.add_bytes("filter", filter.unwrap_or_default().as_bytes(), 0o644)?;
     let initramfs = dir.join("initramfs.cpio");
-    fs::write(&initramfs, files.finish()).with_context(|| format!("write {}", initramfs.display()))?;
+    fs::write(&initramfs, files.finish()?).with_context(|| format!("write {}", initramfs.display()))?;
     boot(&image.vmlinuz, &initramfs)
 }
 
 /// Builds a binary and returns its path. `test` says whether it is a test binary.
 fn built(args: &[&str], name: &str, test: bool) -> Result<PathBuf> {
     let mut command = cargo();
-    command.args(args).args(["--quiet", "--message-format", "json-render-diagnostics"]);
+    command.args(args).args(["--message-format", "json-render-diagnostics"]);
     let messages = output(&mut command)?;
     let mut executables = messages.split(|byte| *byte == b'\n').filter_map(|line| {
         let message: serde_json::Value = serde_json::from_slice(line).ok()?;

@@ -1,0 +1,33 @@
+//! `cargo xtask lint`: formatting, clippy, and the rules that neither of them knows.
+
+mod imports;
+mod portable;
+
+use anyhow::Result;
+
+use crate::{
+    build,
+    progress::step,
+    run::{cargo, run},
+};
+
+/// Runs all checks.
+///
+/// # Errors
+/// A check failed; its output or the error says where.
+pub fn lint() -> Result<()> {
+    step("check the formatting", || {
+        run(cargo().args(["fmt", "--all", "--check"]))?;
+        for package in ebpf_builder::Package::ALL {
+            run(cargo().args(["fmt", "--check", "--manifest-path"]).arg(package.manifest()))?;
+        }
+        Ok(())
+    })?;
+    step("check the imports", imports::check)?;
+    step("check that the command line builds without Linux", portable::check)?;
+    build::programs()?;
+    // The BPF programs are checked by a build of their own: clippy can check their target only with the source of
+    // `core`.
+    step("check the BPF programs", ebpf_builder::lint)?;
+    step("run clippy", || run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))
+}
