@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use breaker_core::time::{Now, UnixNanos};
 use jiff::Timestamp;
+use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 
 /// Both clocks of the main loop, with the start of the agent as the origin of the monotonic one.
@@ -44,6 +45,19 @@ pub fn instant() -> Instant {
 #[must_use]
 pub fn stopwatch() -> std::time::Instant {
     std::time::Instant::now()
+}
+
+/// Time that has passed since a value of [`stopwatch`].
+#[must_use]
+pub fn since(start: std::time::Instant) -> Duration {
+    start.elapsed()
+}
+
+/// Returns the time in nanoseconds of the clock that the programs use (`bpf_ktime_get_coarse_ns`): `CLOCK_MONOTONIC`.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 /// The wall clock.

@@ -113,7 +113,7 @@ impl Interfaces {
 
     /// How the programs are attached.
     #[must_use]
-    pub const fn attach_mode(&self) -> breaker_api::status::AttachMode {
+    pub const fn attach_mode(&self) -> breaker_api::crd::AttachMode {
         view::attach_mode(self.attacher.mode())
     }
 

@@ -3,11 +3,12 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use breaker_api::{
-    crd,
+    crd::{self, AttachMode},
     events::{EventLine, EventType},
     flows::{FlowPath, FlowPhase, FlowView, Protocol},
     limits::{ActiveLimit, LimitsStatus, RefusedClient, TierLimitsStatus},
-    status::{Applied, AttachMode, BackendStatus, CheckCode, Health, ServiceStatus, TierRole, TierStatus},
+    status::{Applied, BackendStatus, CheckCode, Health, ServiceStatus, TierStatus},
+    tier::TierRole,
 };
 use breaker_common::{EventKind, LimitAction, LimitKind, ServiceLimits};
 use breaker_core::{

@@ -26,6 +26,7 @@ pub mod limits;
 pub mod preflight;
 pub mod status;
 mod text;
+pub mod tier;
 
 /// The control socket's path where the configuration names no other.
 pub const DEFAULT_SOCKET: &str = "/run/breaker/breaker.sock";

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     crd::{LimitScope, OnLimit},
-    status::TierRole,
+    tier::TierRole,
 };
 
 /// The limits of a service.

@@ -7,8 +7,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    crd::{FastPath, Mode, Override},
+    crd::{AttachMode, FastPath, Mode, Override},
     limits::LimitsStatus,
+    tier::TierRole,
 };
 
 /// The answer to `GET /v1/status`.
@@ -154,28 +155,6 @@ pub struct TierStatus {
     pub backends: Vec<BackendStatus>,
 }
 
-/// What a tier is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum TierRole {
-    /// The service's own backends.
-    #[serde(rename = "primary")]
-    Primary,
-    /// Backends that take over.
-    #[serde(rename = "backup")]
-    Backup,
-}
-
-impl TierRole {
-    /// As it is written.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Primary => "primary",
-            Self::Backup => "backup",
-        }
-    }
-}
-
 /// A backend's health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Health {
@@ -244,29 +223,6 @@ impl CheckCode {
             Self::L7Sts => "L7STS",
             Self::L7Tout => "L7TOUT",
             Self::L7Rsp => "L7RSP",
-        }
-    }
-}
-
-/// How tc programs are attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum AttachMode {
-    /// tcx links where the kernel has them, clsact filters elsewhere.
-    Auto,
-    /// tcx links (kernel 6.6).
-    Tcx,
-    /// cls_bpf filters on a clsact qdisc.
-    Clsact,
-}
-
-impl AttachMode {
-    /// As it is written.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Auto => "Auto",
-            Self::Tcx => "Tcx",
-            Self::Clsact => "Clsact",
         }
     }
 }

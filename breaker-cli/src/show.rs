@@ -4,12 +4,12 @@ use std::{fmt::Write as _, time::Duration};
 
 use breaker_api::{
     BreakerState, PassReason, StateReason,
-    crd::{FastPath, LimitScope, Mode, Override},
+    crd::{AttachMode, FastPath, LimitScope, Mode, Override},
     events::{EventLine, EventType},
     flows::FlowView,
     limits::{LimitsStatus, TierLimitsStatus},
     preflight::{Finding, Verdict},
-    status::{AgentStatus, AttachMode, BackendStatus, CheckCode, Health, ServiceStatus, TierStatus},
+    status::{AgentStatus, BackendStatus, CheckCode, Health, ServiceStatus, TierStatus},
 };
 use jiff::Timestamp;
 

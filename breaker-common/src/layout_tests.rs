@@ -49,8 +49,8 @@ fn no_implicit_padding() {
         assert_eq!((flow, last + 4), (address + 28, address + 2 + 2 + 4 + 4 + 4 + 1 + 1 + 1 + 1 + 4 + 4));
     }
     for (address, reverse, last) in [
-        (4, size_of::<Reverse<V4>>(), offset_of!(Reverse<V4>, exit)),
-        (16, size_of::<Reverse<V6>>(), offset_of!(Reverse<V6>, exit)),
+        (4, size_of::<Reverse<V4>>(), offset_of!(Reverse<V4>, egress)),
+        (16, size_of::<Reverse<V6>>(), offset_of!(Reverse<V6>, egress)),
     ] {
         assert_eq!((reverse, last + 4), (address + 20, address + 2 + 2 + 4 + 1 + 3 + 4 + 4));
     }

@@ -17,14 +17,10 @@
 //! of them.
 
 use aya_ebpf::bindings::BPF_ANY;
-use breaker_common::{
-    Backend, Flow, FlowKey, FlowKind, NONE, PROTO_TCP, PassReason, Reverse, ReverseKey, egress, flow_path, seen,
-};
+use breaker_common::{Flow, FlowKey, FlowKind, PROTO_TCP, PassReason, Reverse, ReverseKey, egress, flow_path, seen};
 
 use crate::{
-    agent,
-    claim::{EPHEMERAL_FIRST, PORT_FIRST, claim, claim_other_port},
-    count,
+    agent, count,
     family::Family,
     parse::{Ports, Segment, flags},
     select,
@@ -101,7 +97,7 @@ pub fn reverse_key<A: Family>(segment: &Segment<A>) -> ReverseKey<A> {
 
 /// The reverse key of a flow.
 #[inline(always)]
-fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> {
+pub fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> {
     ReverseKey {
         backend: flow.backend,
         client: key.client,
@@ -109,21 +105,6 @@ fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> 
         client_port: flow.source_port,
         proto: key.proto,
         pad: [0; 3],
-    }
-}
-
-/// The reverse entry of a flow. `egress`: where replies go, see [`egress`].
-#[inline(always)]
-fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, egress: u32) -> Reverse<A> {
-    Reverse {
-        vip: key.vip,
-        vip_port: key.vip_port,
-        client_port: key.client_port,
-        service: flow.service,
-        seen: 0,
-        pad: [0; 3],
-        last_seen_tick: flow.last_seen_tick,
-        egress,
     }
 }
 
@@ -267,109 +248,4 @@ pub fn remove<A: Family>(key: &FlowKey<A>) {
     }
     let _ = A::flows().remove(key);
     let _ = A::pending().remove(key);
-}
-
-/// Pins the decision to leave a flow to kube-proxy.
-///
-/// # Errors
-/// [`PassReason::FlowTableFull`].
-#[inline(always)]
-pub fn pin_passed<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> Result<(), PassReason> {
-    match pin_passed_in_table(key, service, epoch, now_ns) {
-        PINNED => Ok(()),
-        _ => Err(PassReason::FlowTableFull),
-    }
-}
-
-/// [`pin_passed`] as a BPF subprogram (not inlined), for a stack frame of its own. Returns `PINNED` or `TABLE_FULL`.
-#[inline(never)]
-fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> u32 {
-    let flow = Flow {
-        backend: key.vip,
-        backend_port: key.vip_port,
-        source_port: key.client_port,
-        service,
-        backend_id: NONE,
-        epoch,
-        kind: FlowKind::Passed,
-        seen: 0,
-        path: 0,
-        pad: 0,
-        created_tick: agent::tick(now_ns),
-        last_seen_tick: agent::heartbeat_tick(),
-    };
-    if A::pending().insert(key, flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
-}
-
-/// Pins a flow to a backend in both tables, under a reverse key of its own. If another live flow uses the client's
-/// port toward this backend, the flow gets another source port, as conntrack does.
-///
-/// conntrack prevents such collisions for the connections that it sees. It does not see a flow on the fast path,
-/// and the client may use the same port toward the same backend through a Service that breaker does not protect. So
-/// a flow on the fast path always gets a port that the client's kernel would not choose.
-///
-/// `flow`: the decision. Its `source_port` is set to the port that the flow got. `reply_egress`: where replies go, see
-/// [`egress`].
-///
-/// # Errors
-/// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]. Neither leaves an entry behind.
-#[inline(always)]
-pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> Result<(), PassReason> {
-    match pin_in_tables(key, flow, reply_egress) {
-        PINNED => Ok(()),
-        NO_SOURCE_PORT => Err(PassReason::NoSourcePort),
-        _ => Err(PassReason::FlowTableFull),
-    }
-}
-
-const PINNED: u32 = 0;
-const NO_SOURCE_PORT: u32 = 1;
-const TABLE_FULL: u32 = 2;
-
-/// [`pin`] as a BPF subprogram (not inlined), which can return only a number.
-#[inline(never)]
-fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> u32 {
-    let mut reverse_key = reverse_key_of(key, flow);
-    let reverse = reverse_of(key, flow, reply_egress);
-    let fast = reply_egress != egress::STACK;
-    if fast || !claim(key, &reverse_key, &reverse) {
-        let (first, last) = if fast { (PORT_FIRST, EPHEMERAL_FIRST - 1) } else { (PORT_FIRST, u16::MAX) };
-        flow.source_port = claim_other_port(key, &mut reverse_key, &reverse, first, last);
-        if flow.source_port == [0; 2] {
-            return NO_SOURCE_PORT;
-        }
-    }
-    if A::pending().insert(key, &*flow, BPF_ANY as u64).is_err() {
-        let _ = A::pending_reverse().remove(&reverse_key);
-        return TABLE_FULL;
-    }
-    PINNED
-}
-
-/// The entry of a new flow to a backend, through the stack and with the client's own port. `now_ns`: ns of
-/// `CLOCK_MONOTONIC`.
-#[inline(always)]
-pub fn new_flow<A: Family>(
-    backend: &Backend<A>,
-    key: &FlowKey<A>,
-    kind: FlowKind,
-    service: u32,
-    backend_id: u32,
-    epoch: u32,
-    now_ns: u64,
-) -> Flow<A> {
-    Flow {
-        backend: backend.addr,
-        backend_port: backend.port,
-        source_port: key.client_port,
-        service,
-        backend_id,
-        epoch,
-        kind,
-        seen: 0,
-        path: 0,
-        pad: 0,
-        created_tick: agent::tick(now_ns),
-        last_seen_tick: agent::heartbeat_tick(),
-    }
 }

@@ -47,6 +47,7 @@ mod limit;
 mod nat;
 mod packet;
 mod parse;
+mod pin;
 mod reset;
 mod select;
 mod service;

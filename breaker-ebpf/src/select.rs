@@ -7,7 +7,7 @@ use breaker_common::{
     SLOT_REJECT, Switch, Table, backend_use, hash, route_flags,
 };
 
-use crate::{atomic, family::Family, service};
+use crate::{atomic, endpoint, family::Family, service};
 
 /// Selection tables. A route holds the indices of its tables.
 #[btf_map]
@@ -115,4 +115,15 @@ pub fn mark_in_use<A: Family>(id: u32, bits: u32) {
             atomic::or(at, bits);
         }
     }
+}
+
+/// How an address is used as a backend: bits of [`backend_use`]. If 0, its packets need no look-up in the flow
+/// tables.
+#[inline(always)]
+pub fn backend_uses<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
+    if !endpoint::filter_match(addr, port, proto).all_packets {
+        return 0;
+    }
+    let backend = endpoint::look_up(addr, port, proto).and_then(|role| endpoint::index(role.backend));
+    backend.map_or(0, backend_in_use::<A>)
 }

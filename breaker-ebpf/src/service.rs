@@ -4,7 +4,7 @@
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{DEFAULT_SERVICES, ServiceRecord, ServiceRuntime, Switch, switch_flags};
 
-use crate::{atomic, limit};
+use crate::{atomic, limit::limiter};
 
 const SERVICES_LEN: usize = DEFAULT_SERVICES as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -37,7 +37,7 @@ pub fn switch(service: u32) -> Option<Switch<u8>> {
 /// the backup.
 #[inline(always)]
 pub fn tracks(service: u32, switch: &Switch<u8>) -> bool {
-    switch.has(switch_flags::TRACK) || switch.has(switch_flags::LIMITED) && limit::has_overflowed(service)
+    switch.has(switch_flags::TRACK) || switch.has(switch_flags::LIMITED) && limiter::has_overflowed(service)
 }
 
 /// A service's record.

@@ -15,7 +15,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 /// Version of bpf-linker that the programs are tested with.
 pub const BPF_LINKER_VERSION: &str = "0.10.3";
@@ -217,10 +217,11 @@ fn cargo(package: Package, subcommand: &str) -> Result<Command> {
     Ok(cargo)
 }
 
+/// Runs a command. The error names it without its environment, which is long.
 fn run(cargo: &mut Command) -> Result<()> {
-    let status = cargo.status().with_context(|| format!("start {cargo:?}"))?;
-    if !status.success() {
-        bail!("the build of the programs failed: {cargo:?}");
-    }
+    let words = [cargo.get_program()].into_iter().chain(cargo.get_args()).map(|word| word.to_string_lossy());
+    let shown = words.collect::<Vec<_>>().join(" ");
+    let status = cargo.status().with_context(|| format!("start {shown}"))?;
+    ensure!(status.success(), "the build of the BPF programs failed: {shown}");
     Ok(())
 }

@@ -40,7 +40,7 @@ impl Prober {
                 http::probe(&self.clients, &check.action, at(*port), check.timeout).await
             }
         };
-        ProbeResult { code, detail, duration: started.elapsed() }
+        ProbeResult { code, detail, duration: clock::since(started) }
     }
 }
 

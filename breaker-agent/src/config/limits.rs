@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use breaker_core::limits::{CLIENT_PREFIX, IDLE, Limits, MOST, OnLimit, Rate, Scope, TierLimits};
 use serde_saphyr::{Location, Spanned};
 
-use super::{format, validate::Problems};
-use breaker_core::limits::{CLIENT_PREFIX, IDLE, Limits, MOST, OnLimit, Rate, Scope, TierLimits};
+use super::{format, problems::Problems};
 
 /// The limits of one tier, as written in the file.
 struct Raw<'a> {

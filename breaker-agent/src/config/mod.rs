@@ -2,8 +2,13 @@
 //!
 //! Parsing is strict and happens once. A [`Config`] is always valid, so later code does not check it again.
 
+mod agent;
+mod breaker;
+mod check;
 mod format;
 mod limits;
+mod problems;
+mod service;
 mod validate;
 
 use std::{

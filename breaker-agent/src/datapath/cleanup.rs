@@ -7,10 +7,9 @@ use aya::programs::tc;
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 
 use super::{
-    attach::{DIRECTIONS, cgroup, qdisc},
+    attach::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, qdisc},
     masquerade,
     pins::{self, PinDir, PinError},
-    programs::{POD_PROGRAMS, UPLINK_PROGRAMS},
 };
 
 /// What a cleanup removed.

@@ -8,10 +8,10 @@ use super::{
     maps::{
         Maps,
         family::{IpFamily, protocol},
-        monotonic_ns,
     },
     sweep::{age, belongs_to, ended, reverse_key, reverse_of},
 };
+use crate::clock;
 
 /// Returns up to `limit` flows of a service, the youngest first.
 pub(super) fn list(maps: &Maps, service: u32, limit: usize) -> Result<Vec<FlowSnapshot>> {
@@ -23,7 +23,7 @@ pub(super) fn list(maps: &Maps, service: u32, limit: usize) -> Result<Vec<FlowSn
 }
 
 fn list_family<A: IpFamily>(maps: &Maps, service: u32) -> Vec<FlowSnapshot> {
-    let now = monotonic_ns();
+    let now = clock::monotonic_ns();
     let family = A::of(maps);
     let entries = family.flows.iter().chain(family.pending.iter()).flatten();
     let view = |(key, flow): (FlowKey<A>, Flow<A, u8>)| {

@@ -34,6 +34,7 @@ pub mod programs;
 pub mod sizes;
 pub mod sweep;
 pub mod sys;
+mod tail_calls;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

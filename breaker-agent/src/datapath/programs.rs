@@ -2,37 +2,20 @@
 //! and pinned.
 
 use anyhow::{Context as _, Result};
-use aya::{
-    Ebpf, EbpfLoader, VerifierLogLevel,
-    maps::{MapData, MapInfo, ProgramArray},
-    programs::SchedClassifier,
-};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel, maps::MapInfo, programs::SchedClassifier};
 use aya_log::EbpfLogger;
-use breaker_common::TcHook;
 
 use super::{
-    attach::{cgroup, xdp},
+    attach::{POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, xdp},
     maps::{Maps, pinned},
     pins::PinDir,
     sizes::Sizes,
     sys,
+    tail_calls::{FULL_PATH_PROGRAMS, TailCalls},
 };
 
 /// The BPF object that `build.rs` built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
-
-/// Names of the programs for a pod's interface, in the order of attaching: egress, ingress.
-pub(super) const POD_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
-/// Names of the programs for an uplink, in the order of attaching: egress, ingress.
-pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_up_out", "breaker_up"];
-
-/// Names of the full-path programs, by hook. The programs above call them by tail call.
-const FULL_PATH_PROGRAMS: [(TcHook, &str); 4] = [
-    (TcHook::PodIn, "brk_in_full"),
-    (TcHook::PodOut, "brk_out_full"),
-    (TcHook::UplinkIn, "brk_up_full"),
-    (TcHook::UplinkOut, "brk_up_out_full"),
-];
 
 /// The programs in the kernel, and their maps.
 #[expect(missing_debug_implementations, reason = "the logger has none")]
@@ -116,42 +99,11 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
         None => None,
     };
-    let tail_calls =
-        TailCalls(programs.take_map("PROGRAMS").context("the BPF object has no map PROGRAMS")?.try_into()?);
+    let tail_calls = TailCalls::take_from(&mut programs)?;
     let maps = Maps::open(|name| programs.take_map(name).with_context(|| format!("the BPF object has no map {name}")))?;
     let sockets = sockets.and_then(|()| cgroup::attach(&mut programs, pins)).map_err(|error| format!("{error:#}"));
     if sockets.is_err() {
         cgroup::detach(pins)?;
     }
     Ok(Loaded { programs, tail_calls, maps, sockets, xdp, logger })
-}
-
-/// The map `PROGRAMS`, which tail calls use: hook → full-path program.
-pub struct TailCalls(ProgramArray<MapData>);
-
-impl std::fmt::Debug for TailCalls {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TailCalls").finish_non_exhaustive()
-    }
-}
-
-impl TailCalls {
-    /// Puts the full-path programs into the map. From here on, all attached prefilters call them, also those of an
-    /// earlier agent.
-    ///
-    /// # Errors
-    /// The kernel refused a program.
-    pub fn install_tail_calls(&mut self, programs: &Ebpf) -> Result<()> {
-        for (hook, name) in FULL_PATH_PROGRAMS {
-            let program: &SchedClassifier =
-                programs.program(name).with_context(|| format!("the BPF object has no program {name}"))?.try_into()?;
-            self.0.set(hook as u32, program.fd()?, 0).with_context(|| {
-                format!(
-                    "put {name} into the map PROGRAMS (which accepts only programs compatible with those of the agent \
-                     that created it; breaker cleanup removes it)"
-                )
-            })?;
-        }
-        Ok(())
-    }
 }

@@ -17,10 +17,11 @@ use super::{
     maps::{
         Maps,
         family::{FamilyMaps, IpFamily, protocol},
-        is_not_there, monotonic_ns,
+        is_not_there,
     },
     sizes::Sizes,
 };
+use crate::clock;
 
 /// How long the entries of a finished connection stay, because its last segments may be sent again. TIME-WAIT (RFC
 /// 9293) is longer, but a peer that missed the last ACK gives up even if nobody answers.
@@ -59,7 +60,7 @@ fn sweep_family<A: IpFamily>(
     idle: Option<Duration>,
     found: &mut Found,
 ) -> Result<()> {
-    let now = monotonic_ns();
+    let now = clock::monotonic_ns();
     let mut over = Vec::new();
     let mut claimed = BTreeSet::new();
     let mut established = 0;

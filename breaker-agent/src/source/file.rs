@@ -12,7 +12,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::config::{self, Config, ConfigError};
+use crate::{
+    clock,
+    config::{self, Config, ConfigError},
+};
 
 /// How long the file must be unchanged before it is read again: an editor writes in several steps, and kubelet
 /// updates a mounted ConfigMap by swapping symbolic links.
@@ -53,7 +56,7 @@ impl FileSource {
         for dir in [path.parent(), real.parent()].into_iter().flatten() {
             watcher.watch(dir, RecursiveMode::NonRecursive).with_context(|| format!("watch {}", dir.display()))?;
         }
-        let quiet_at = Some(Instant::now() + QUIET);
+        let quiet_at = Some(clock::instant() + QUIET);
         Ok(Self { path, changes, last: Some(last), quiet_at, _watcher: watcher })
     }
 
@@ -68,7 +71,7 @@ impl FileSource {
                     if self.changes.recv().await.is_none() {
                         std::future::pending::<()>().await;
                     }
-                    *self.quiet_at.insert(Instant::now() + QUIET)
+                    *self.quiet_at.insert(clock::instant() + QUIET)
                 }
             };
             sleep_until(quiet_at).await;

@@ -1,5 +1,7 @@
 //! The engine on a fake datapath, with time as an argument and scripted probes.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod fake;
 mod plan;
 

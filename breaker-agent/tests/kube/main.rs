@@ -1,13 +1,13 @@
 //! Tests of the Kubernetes source against a test double of the API server. They need neither a cluster nor root.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "tests")]
 
 mod double;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use breaker_agent::source::kube::{KubeSource, NodeIdentity, NodeState, Update};
-use breaker_api::status::AttachMode;
+use breaker_api::crd::AttachMode;
 use breaker_common::{
     BreakerState::{self, Closed, Open},
     StateReason,

@@ -36,7 +36,9 @@ pub use breaker::{
 pub use check::{Check, GrpcAction, Header, HttpGetAction, Scheme, TcpSocketAction};
 pub use grant::{GrantFrom, GrantTo, ReferenceGrant, ReferenceGrantSpec};
 pub use limits::{BackupLimits, ClientLimits, LimitScope, Limits, OnLimit};
-pub use report::{NodeReport, NodeReportSpec, OwnerKind, ReportedAgent, ReportedLimit, ReportedService, ReportedTier};
+pub use report::{
+    AttachMode, NodeReport, NodeReportSpec, OwnerKind, ReportedAgent, ReportedLimit, ReportedService, ReportedTier,
+};
 pub use status::{CircuitBreakerStatus, NodeCounts, NodeStatus, PortStatus, ReportedState};
 
 /// The API group.

@@ -8,7 +8,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ReportedState, date_time};
-use crate::status::AttachMode;
 
 /// What the agent of one node reports. Only that agent writes the object, and only when something changed. The
 /// elected agent makes the status of CircuitBreakers from all reports, and `kubectl breaker` shows them.
@@ -178,4 +177,27 @@ pub struct ReportedTier {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's skip_serializing_if passes a reference")]
 const fn is_zero(number: &i32) -> bool {
     *number == 0
+}
+
+/// How tc programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AttachMode {
+    /// tcx links where the kernel has them, clsact filters elsewhere.
+    Auto,
+    /// tcx links (kernel 6.6).
+    Tcx,
+    /// cls_bpf filters on a clsact qdisc.
+    Clsact,
+}
+
+impl AttachMode {
+    /// As it is written.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Auto => "Auto",
+            Self::Tcx => "Tcx",
+            Self::Clsact => "Clsact",
+        }
+    }
 }

@@ -11,12 +11,15 @@ use breaker_common::{
     ServiceLimits, Switch, connection_state, hash, limit_flags, switch_flags,
 };
 
-use super::from_client::PacketContext;
+use super::context::PacketContext;
 use crate::{
     count, endpoint, event,
     family::{Family, V6},
     flow,
-    limit::{self, BACKUP, PRIMARY, Request, connections},
+    limit::{
+        self, Request, connections, limiter,
+        settings::{self, BACKUP, PRIMARY},
+    },
     packet::Packet,
     parse::{Segment, flags},
     select, service,
@@ -44,7 +47,7 @@ fn try_admit<A: Family>(
 ) -> Result<Verdict, PassReason> {
     let service = context.service;
     let switch = Switch::from_word(context.switch);
-    let limits = limit::limits_of(service).ok_or(PassReason::UnknownService)?;
+    let limits = settings::limits_of(service).ok_or(PassReason::UnknownService)?;
     let key = flow::key(segment);
     let tier = if to_backup || context.slot != SLOT_PASSTHROUGH { BACKUP } else { PRIMARY };
     let request = Request {
@@ -53,8 +56,8 @@ fn try_admit<A: Family>(
         service,
         switch: context.switch,
         tier,
-        number: if segment.is_tcp() { sequence(packet, segment) } else { 0 },
-        what: if segment.is_tcp() { 0 } else { connection_state::DATAGRAMS },
+        sequence: if segment.is_tcp() { sequence(packet, segment) } else { 0 },
+        bits: if segment.is_tcp() { 0 } else { connection_state::DATAGRAMS },
     };
     let answer = request.admit();
     let dry_run = switch.has(switch_flags::DRY_RUN);
@@ -69,11 +72,11 @@ fn try_admit<A: Family>(
         return Ok(Verdict::Continue(Stage::Apply));
     };
     if dry_run {
-        limit::counters(service, |c| *limit::counter_of(&mut c.dry_run, tier, kind) += 1);
+        settings::counters(service, |c| *settings::counter_of(&mut c.dry_run, tier, kind) += 1);
         return Ok(Verdict::Continue(Stage::Apply));
     }
-    let action = limit::tier_limits(limits, tier).action;
-    limit::counters(service, |c| *limit::counter_of(&mut c.limited, tier, kind) += 1);
+    let action = settings::tier_limits(limits, tier).action;
+    settings::counters(service, |c| *settings::counter_of(&mut c.limited, tier, kind) += 1);
     if context.permit != 0 {
         service::return_permit(service, switch.epoch);
         context.permit = 0;
@@ -82,8 +85,8 @@ fn try_admit<A: Family>(
         let slot = select::backup_slot(service, context.route, &switch, &key);
         if slot < SLOT_REJECT {
             context.slot = slot;
-            limit::counters(service, |c| c.failed_over += 1);
-            limit::mark_overflowed(service);
+            settings::counters(service, |c| c.failed_over += 1);
+            limiter::mark_overflowed(service);
             endpoint::set_all_packets_bit(key.vip, key.vip_port, key.proto);
             return Ok(Verdict::Continue(Stage::AdmitToBackup));
         }
@@ -146,7 +149,7 @@ fn sequence<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> u32 {
 /// inlined).
 #[inline(never)]
 pub fn record_client_segment<A: Family>(segment: &Segment<A>, service: u32) {
-    let Some(limits) = limit::limits_of(service) else { return };
+    let Some(limits) = settings::limits_of(service) else { return };
     let census = limits.flags & limit_flags::CENSUS != 0;
     if !segment.is_fin_or_rst() && !census {
         return;
@@ -192,7 +195,7 @@ fn record_server_segment_of<A: Family>(segment: &Segment<A>, service: u32, key: 
     if !service::switch(service).is_some_and(|switch| switch.has(switch_flags::LIMITED)) {
         return;
     }
-    let Some(limits) = limit::limits_of(service) else { return };
+    let Some(limits) = settings::limits_of(service) else { return };
     let fin = if segment.flags & flags::FIN != 0 { connection_state::SERVER_FIN } else { 0 };
     let bits = connection_state::ANSWERED | fin;
     connections::record(tag(key, limits), bits, segment.is_rst());

@@ -9,7 +9,7 @@ use crate::{
     nat::{self, Side},
     packet::Packet,
     parse::Segment,
-    select,
+    pin, select,
     verdict::{self, Verdict},
 };
 
@@ -48,8 +48,8 @@ fn try_to_backend_directly<A: Family>(
         None => {
             flow::remove(&key);
             let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
-            let mut flow = flow::new_flow(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
-            flow::pin(&key, &mut flow, egress::STACK)?;
+            let mut flow = pin::new_flow(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
+            pin::pin(&key, &mut flow, egress::STACK)?;
             if flow.source_port != key.client_port {
                 select::mark_in_use::<A>(id, backend_use::DIRECT);
             }

@@ -23,11 +23,13 @@ use breaker_common::{
 
 use super::{
     admission, by_family,
+    context::PacketContext,
     direct::to_backend_directly,
+    forward::follow,
     icmp_error::{error_from_client, error_to_client},
     new_flow::{apply_decision, decide, translate, translate_first},
     refuse::{refuse_datagram, refuse_segment, reset_both},
-    to_client::{backend_uses, fast_path_reply, follow},
+    to_client::fast_path_reply,
 };
 use crate::{
     agent, count, endpoint, event,
@@ -37,7 +39,7 @@ use crate::{
     nat::Side,
     packet::Packet,
     parse::{self, Direction, Kind, Segment},
-    service,
+    select, service,
     verdict::{self, Stage, Verdict},
 };
 
@@ -51,24 +53,6 @@ pub fn from_pod(ctx: &TcContext) -> i32 {
 #[inline(always)]
 pub fn from_uplink(ctx: &TcContext) -> i32 {
     by_family::<true>(ctx, from_client::<V4, true>, from_client::<V6, true>)
-}
-
-/// Context of a packet from a client, handed from one step to the next.
-pub struct PacketContext<A> {
-    pub service: u32,
-    pub route: u32,
-    /// Id of the backend, if the packet is for a backend's own address; [`NONE`] otherwise.
-    pub backend: u32,
-    /// The decision for the first packet of a flow: the content of a slot.
-    pub slot: u32,
-    /// 1 if the connection holds one of the half-open breaker's permits, else 0.
-    pub permit: u32,
-    /// Time of the decision, ns of `CLOCK_MONOTONIC`.
-    pub now_ns: u64,
-    /// The service's switch, packed into one word ([`Switch::to_word`]).
-    pub switch: u64,
-    /// Destination of the packet: the backend, or the other end of a connection that is reset.
-    pub peer: Peer<A>,
 }
 
 /// Runs the steps for a packet from a client, in order.
@@ -174,7 +158,7 @@ fn try_classify<A: Family, const UPLINK: bool>(
     }
     if !UPLINK
         && agent::fast_path_in_use()
-        && backend_uses(segment.source, segment.ports.source, segment.proto) & backend_use::FAST != 0
+        && select::backend_uses(segment.source, segment.ports.source, segment.proto) & backend_use::FAST != 0
     {
         return Ok(Verdict::Continue(Stage::FastPathReply));
     }

@@ -2,7 +2,7 @@
 
 use breaker_common::{FlowKey, FlowKind, PassReason, ReverseKey, egress};
 
-use super::to_client::{backend_uses, forward_to};
+use super::forward::forward_to;
 use crate::{
     agent, count, endpoint,
     family::Family,
@@ -11,6 +11,7 @@ use crate::{
     nat::Side,
     packet::Packet,
     parse::Segment,
+    select,
     verdict::{self, Stage, Verdict},
 };
 
@@ -29,7 +30,7 @@ fn try_error_to_client<A: Family, const FAST: bool>(
 ) -> Result<Verdict, PassReason> {
     let mut quote = Quote::<A>::empty();
     if icmp::read(packet, segment, &mut quote).is_none()
-        || backend_uses(quote.destination, quote.destination_port, quote.proto) == 0
+        || select::backend_uses(quote.destination, quote.destination_port, quote.proto) == 0
     {
         return Ok(Verdict::Next);
     }

@@ -1,13 +1,16 @@
 //! The hooks, one module for each. Read each module from top to bottom to follow a packet.
 
 mod admission;
+mod context;
 mod direct;
+mod forward;
 pub mod from_client;
 mod icmp_error;
 mod new_flow;
 pub mod prefilter;
 mod refuse;
 pub mod socket;
+mod socket_admission;
 pub mod to_client;
 pub mod xdp;
 

@@ -6,7 +6,7 @@ use breaker_common::{
     SLOT_REJECT, Switch, backend_use, egress, flow_path, switch_flags,
 };
 
-use super::{from_client::PacketContext, to_client::forward_to};
+use super::{context::PacketContext, forward::forward_to};
 use crate::{
     agent, count, event,
     family::Family,
@@ -16,7 +16,7 @@ use crate::{
     nat::{self, Side},
     packet::Packet,
     parse::{self, Segment},
-    select, service,
+    pin, select, service,
     verdict::{self, Stage, Verdict},
 };
 
@@ -117,7 +117,7 @@ fn redirect<A: Family, const UPLINK: bool>(
     let Some(backend) = select::backend::<A>(id) else {
         return fail_open(service, switch, key, now_ns, PassReason::UnknownBackend);
     };
-    let mut flow = flow::new_flow(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
+    let mut flow = pin::new_flow(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
     let hairpin = key.client == flow.backend;
     // The path is decided once: for netfilter a connection that it has not seen from the start is INVALID.
     let mut uses = backend_use::REDIRECTED;
@@ -135,7 +135,7 @@ fn redirect<A: Family, const UPLINK: bool>(
             flow.path = flow_path::KEEP_CLIENT;
         }
     }
-    if let Err(reason) = flow::pin(key, &mut flow, reply_egress) {
+    if let Err(reason) = pin::pin(key, &mut flow, reply_egress) {
         return fail_open(service, switch, key, now_ns, reason);
     }
     select::mark_in_use::<A>(id, uses);
@@ -192,7 +192,7 @@ fn fail_open<A: Family>(
     reason: PassReason,
 ) -> Result<Verdict, PassReason> {
     count::service(service, |c| c.failed_open += 1);
-    let _ = flow::pin_passed(key, service, switch.epoch, now_ns);
+    let _ = pin::pin_passed(key, service, switch.epoch, now_ns);
     Err(reason)
 }
 
@@ -212,7 +212,7 @@ fn pass_and_pin<A: Family>(
 ) -> Result<Verdict, PassReason> {
     let tries = switch.state == BreakerState::HalfOpen as u8;
     if switch.state != BreakerState::Closed as u8 && (key.proto == PROTO_TCP || tries) {
-        flow::pin_passed(key, service, switch.epoch, now_ns)?;
+        pin::pin_passed(key, service, switch.epoch, now_ns)?;
     }
     Ok(Verdict::Next)
 }

@@ -2,7 +2,7 @@
 
 use breaker_common::{EventKind, Switch};
 
-use super::{from_client::PacketContext, to_client::forward_to};
+use super::{context::PacketContext, forward::forward_to};
 use crate::{
     count, event,
     family::Family,

@@ -19,15 +19,17 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext},
 };
 use breaker_common::{
-    Address as _, DEFAULT_SOCKETS, EventKind, FlowKey, LimitAction, PROTO_TCP, PROTO_UDP, PassReason, SLOT_PASSTHROUGH,
-    SLOT_REJECT, SocketKey, SocketOrigin, Switch, connection_state, hash, switch_flags,
+    DEFAULT_SOCKETS, EventKind, FlowKey, PROTO_TCP, PROTO_UDP, PassReason, SLOT_PASSTHROUGH, SLOT_REJECT, SocketKey,
+    SocketOrigin, hash, switch_flags,
 };
 
-use crate::wire::Wire as _;
+use super::socket_admission::{Over, SocketRequest, ask, fails_over, is_at_backup, tag_of};
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
-    limit, select, service,
+    limit::{connections, settings},
+    select, service,
+    wire::Wire as _,
 };
 
 /// Cookie of the host network namespace (`SO_NETNS_COOKIE`), the only one whose sockets are redirected. The loader
@@ -176,19 +178,20 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
         select::Choice { slot: SLOT_PASSTHROUGH, permit: false }
     };
     if limited && chosen.slot != SLOT_REJECT {
-        let asked = SocketRequest { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
+        let request =
+            SocketRequest { service: index, switch: switch.to_word(), cookie, vip: vip.folded(), port, proto };
         // A flow of datagrams that a limit has sent to the backup before stays there.
-        if chosen.slot == SLOT_PASSTHROUGH && proto == PROTO_UDP && fails_over(index) && is_at_backup(&asked) {
+        if chosen.slot == SLOT_PASSTHROUGH && proto == PROTO_UDP && fails_over(index) && is_at_backup(&request) {
             let slot = select::backup_slot_with_hash(index, role.route, &switch, hash);
             if slot < SLOT_REJECT {
                 chosen = select::Choice { slot, permit: false };
             }
         }
-        if let Over::Refused(tier) = ask(&asked, chosen.slot != SLOT_PASSTHROUGH) {
+        if let Over::Refused(tier) = ask(&request, chosen.slot != SLOT_PASSTHROUGH) {
             if chosen.permit {
                 service::return_permit(index, switch.epoch);
             }
-            let over = if tier == limit::PRIMARY && fails_over(index) {
+            let over = if tier == settings::PRIMARY && fails_over(index) {
                 select::backup_slot_with_hash(index, role.route, &switch, hash)
             } else {
                 SLOT_REJECT
@@ -196,8 +199,8 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
             if over >= SLOT_REJECT {
                 return Choice::Refused;
             }
-            limit::counters(index, |c| c.failed_over += 1);
-            if let Over::Refused(_) = ask(&asked, true) {
+            settings::counters(index, |c| c.failed_over += 1);
+            if let Over::Refused(_) = ask(&request, true) {
                 return Choice::Refused;
             }
             chosen = select::Choice { slot: over, permit: false };
@@ -219,77 +222,6 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     Choice::Backend(chosen.slot)
 }
 
-/// A socket's connection or datagram that asks its service's limits for admission.
-struct SocketRequest {
-    service: u32,
-    switch: u64,
-    cookie: u64,
-    /// Folded to 64 bits: see [`breaker_common::Address::folded`].
-    vip: u64,
-    port: [u8; 2],
-    proto: u8,
-}
-
-/// Decision of the limits.
-enum Over {
-    /// Admitted.
-    No,
-    /// Over a limit of this tier.
-    Refused(u32),
-}
-
-/// Asks the limits of a tier for admission, and counts the request if it is over a limit. In a dry run nothing is
-/// refused.
-#[inline(always)]
-fn ask(asked: &SocketRequest, backup: bool) -> Over {
-    let tier = if backup { limit::BACKUP } else { limit::PRIMARY };
-    let tcp = asked.proto == PROTO_TCP;
-    let request = limit::Request {
-        // A TCP connection's tag depends on the socket alone, because that is all that is known when the socket is
-        // closed.
-        tag: if tcp { tag_of(asked.cookie) } else { tag_of_flow(asked) },
-        // All processes in the host network namespace count as one client.
-        client: V6::ZERO,
-        service: asked.service,
-        switch: asked.switch,
-        tier,
-        number: 0,
-        what: connection_state::SOCKET | if tcp { 0 } else { connection_state::DATAGRAMS },
-    };
-    let Some(kind) = limit::refusing_limit(request.admit()) else { return Over::No };
-    let dry_run = Switch::from_word(asked.switch).has(switch_flags::DRY_RUN);
-    limit::counters(asked.service, |c| {
-        *limit::counter_of(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind) += 1;
-    });
-    if dry_run { Over::No } else { Over::Refused(tier) }
-}
-
-/// Returns whether the backup admitted this flow of datagrams.
-#[inline(always)]
-fn is_at_backup(asked: &SocketRequest) -> bool {
-    let place = limit::connections::find(tag_of_flow(asked), true);
-    place.is_some_and(|place| place.is_of(asked.service * 2 + limit::BACKUP))
-}
-
-/// Tag of a socket's flow of datagrams to one address and port.
-#[inline(always)]
-fn tag_of_flow(asked: &SocketRequest) -> u64 {
-    let rest = (u16::from_ne_bytes(asked.port) as u64) << 16 | asked.proto as u64;
-    hash::tag(asked.cookie, asked.vip, rest, 0)
-}
-
-/// Returns whether connections over the primary's limits go to the backup (`onLimit: Failover`).
-#[inline(always)]
-fn fails_over(service: u32) -> bool {
-    limit::limits_of(service).is_some_and(|limits| limits.tiers[0].action == LimitAction::Failover as u32)
-}
-
-/// Tag of a socket's TCP connection.
-#[inline(always)]
-fn tag_of(cookie: u64) -> u64 {
-    hash::tag(cookie, 0, PROTO_TCP as u64, 0)
-}
-
 /// Hook for the release of a socket: a TCP connection in the host network namespace is no longer counted by its
 /// limits.
 #[inline(always)]
@@ -301,8 +233,8 @@ pub fn on_release(ctx: &SockContext) -> i32 {
     }
     // SAFETY: as above: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some(place) = limit::connections::find(tag_of(cookie), true) {
-        place.release();
+    if let Some(entry) = connections::find(tag_of(cookie), true) {
+        entry.release();
     }
     PROCEED
 }

@@ -13,7 +13,11 @@
 use aya_ebpf::programs::TcContext;
 use breaker_common::{NONE, PassReason, Reverse, egress};
 
-use super::{admission, by_family, icmp_error::error_to_client};
+use super::{
+    admission, by_family,
+    forward::{follow, forward_to},
+    icmp_error::error_to_client,
+};
 use crate::{
     count, endpoint,
     family::{Family, V4, V6},
@@ -55,7 +59,7 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     if segment.is_control() && endpoint::may_count_connections(segment.source, segment.ports.source) {
         admission::record_server_segment(segment);
     }
-    if backend_uses(segment.source, segment.ports.source, segment.proto) == 0 {
+    if select::backend_uses(segment.source, segment.ports.source, segment.proto) == 0 {
         return Ok(Verdict::Next);
     }
     let Some(reverse) = flow::find_reverse(&flow::reverse_key(segment)) else { return Ok(Verdict::Next) };
@@ -97,29 +101,5 @@ fn translate_back<A: Family>(
     fragment::note(segment, Side::Source, reverse.vip, 0, egress);
     nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
     count::service(reverse.service, |c| c.translated += 1);
-    Ok(forward_to(packet, egress))
-}
-
-/// The verdict for a packet that goes to `egress`: through the stack, or past it by a redirect.
-#[inline(always)]
-pub(super) fn forward_to(packet: &Packet<'_>, egress: u32) -> Verdict {
-    if egress == egress::STACK { Verdict::Next } else { Verdict::Redirect(packet.redirect_to(egress)) }
-}
-
-/// How an address is used as a backend: bits of [`backend_use`]. If 0, its packets need no look-up in the flow
-/// tables.
-#[inline(always)]
-pub(super) fn backend_uses<A: Family>(addr: A, port: [u8; 2], proto: u8) -> u32 {
-    if !endpoint::filter_match(addr, port, proto).all_packets {
-        return 0;
-    }
-    let backend = endpoint::look_up(addr, port, proto).and_then(|role| endpoint::index(role.backend));
-    backend.map_or(0, select::backend_in_use::<A>)
-}
-
-/// Translates a later fragment, which has no ports, as its first fragment was translated.
-#[inline(always)]
-pub(super) fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: Side) -> Result<Verdict, PassReason> {
-    let egress = fragment::follow(packet, segment, end)?;
     Ok(forward_to(packet, egress))
 }

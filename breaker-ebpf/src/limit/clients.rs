@@ -6,7 +6,7 @@ use breaker_common::{
     WAYS, hash,
 };
 
-use super::bucket;
+use super::{bucket, settings};
 use crate::{agent, atomic, family::V6};
 
 type Buckets = Bucket<ClientState>;
@@ -126,7 +126,7 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
     let words = [(client_high >> 32) as u32, client_high as u32, (client_low >> 32) as u32, client_low as u32];
     let (client, limiter) = (V6::from_words(words), limiter as u32);
     let now_ns = agent::now_ns();
-    let Some(limits) = super::limits_of(limiter / 2) else { return 0 };
+    let Some(limits) = settings::limits_of(limiter / 2) else { return 0 };
     let first = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - LIMITED_WAYS);
     let window = (now_ns >> LIMITED_WINDOW_SHIFT) as u32;
     for near in 0..LIMITED_WAYS {

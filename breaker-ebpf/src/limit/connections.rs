@@ -11,7 +11,7 @@ use breaker_common::{
     Bucket, ConnectionState, DEFAULT_CONNECTION_BUCKETS, ENTRY_GENERATION, WAYS, connection_state as bits, gcra,
 };
 
-use super::{LIMITERS, UnpackedRequest, bucket, clients};
+use super::{UnpackedRequest, bucket, clients, limiter::LIMITERS};
 use crate::{agent, atomic};
 
 type Buckets = Bucket<ConnectionState>;
@@ -68,18 +68,18 @@ fn at(number: u32) -> Option<ConnectionEntry> {
 /// Remembers an admitted connection. Returns false if no entry could be claimed; the caller must then undo the
 /// counting, because nothing will count the connection down later.
 #[inline(always)]
-pub fn insert(tag: u64, limiter: u32, number: u32, what: u32, client: u32, tick: u32) -> bool {
-    let Some(entry) = at(breaker_claim(tag, (what & bits::COUNTED != 0) as u64)) else { return false };
+pub fn insert(tag: u64, limiter: u32, sequence: u32, connection_bits: u32, client: u32, tick: u32) -> bool {
+    let Some(entry) = at(breaker_claim(tag, (connection_bits & bits::COUNTED != 0) as u64)) else { return false };
     let state = entry.state();
     // SAFETY: this CPU owns the entry since it swapped the tag in. A CPU that finds the tag before the fields are
     // written sees the fields of an earlier connection and treats this one as not yet there.
     unsafe {
         let turn = atomic::load32(&raw const (*state).state) & !(ENTRY_GENERATION - 1);
         (&raw mut (*state).limiter).write_volatile(limiter);
-        (&raw mut (*state).number).write_volatile(number);
+        (&raw mut (*state).number).write_volatile(sequence);
         (&raw mut (*state).last_seen_tick).write_volatile(tick);
         (&raw mut (*state).client).write_volatile(client);
-        (&raw mut (*state).state).write_volatile(turn.wrapping_add(ENTRY_GENERATION) | what);
+        (&raw mut (*state).state).write_volatile(turn.wrapping_add(ENTRY_GENERATION) | connection_bits);
     }
     true
 }
@@ -133,18 +133,18 @@ pub fn record(tag: u64, bit: u32, over: bool) {
 /// the result is always 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn breaker_record(tag: u64, what: u64) -> u32 {
+pub extern "C" fn breaker_record(tag: u64, bit_and_reset: u64) -> u32 {
     let Some(entry) = find(tag, true) else { return 0 };
     // SAFETY: the pointer is to an aligned 4-byte field of a map value.
     if unsafe { atomic::load32(entry.state_word()) } & bits::COUNTED == 0 {
         return 0;
     }
     entry.touch(agent::tick(agent::now_ns()));
-    if what >> 32 != 0 {
+    if bit_and_reset >> 32 != 0 {
         entry.release();
         return 0;
     }
-    let bit = what as u32;
+    let bit = bit_and_reset as u32;
     let at = entry.state_word();
     for _ in 0..gcra::TRIES {
         // SAFETY: as for the load above.
@@ -181,7 +181,7 @@ impl ConnectionEntry {
     pub fn is_same_connection(&self, request: &UnpackedRequest, limiter: u32) -> bool {
         let state = self.state();
         // SAFETY: as in `state`; the fields are aligned.
-        let (of, number, last) = unsafe {
+        let (of, sequence, last) = unsafe {
             (
                 atomic::load32(&raw const (*state).limiter),
                 atomic::load32(&raw const (*state).number),
@@ -189,10 +189,10 @@ impl ConnectionEntry {
             )
         };
         let fresh =
-            request.what & bits::DATAGRAMS == 0 || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
+            request.bits & bits::DATAGRAMS == 0 || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
         // For a socket in the host network namespace, each connect() is a new connection.
-        let socket = request.what & (bits::SOCKET | bits::DATAGRAMS) == bits::SOCKET;
-        of == limiter && number == request.number && fresh && !socket
+        let socket = request.bits & (bits::SOCKET | bits::DATAGRAMS) == bits::SOCKET;
+        of == limiter && sequence == request.sequence && fresh && !socket
     }
 
     /// Returns whether this limiter admitted the connection in this entry.

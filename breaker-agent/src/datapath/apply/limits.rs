@@ -14,12 +14,14 @@ use breaker_core::{
 };
 
 use super::{Limited, full_path::is_tracking};
-use crate::datapath::{
-    KernelDatapath,
-    maps::{
-        connections::Rule,
-        filter::{FilterBit, counted_position},
-        monotonic_ns,
+use crate::{
+    clock,
+    datapath::{
+        KernelDatapath,
+        maps::{
+            connections::Rule,
+            filter::{FilterBit, counted_position},
+        },
     },
 };
 
@@ -91,7 +93,7 @@ impl KernelDatapath {
     /// Removes counted connections that ended without a FIN or RST. Starts a census for services that are near a
     /// limit, and ends it for the others. Returns the services whose primary was at a limit.
     pub(crate) fn sweep_limits(&mut self) -> BTreeSet<ServiceName> {
-        let now = monotonic_ns();
+        let now = clock::monotonic_ns();
         let mut rules = BTreeMap::new();
         for (name, limited) in &self.limited {
             let Some(installed) = self.services.get(name) else { continue };

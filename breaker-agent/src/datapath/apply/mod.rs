@@ -78,7 +78,7 @@ pub(crate) struct Limited {
     /// Whether the programs count the service's concurrent connections.
     counts: bool,
     /// Start of the current census, in which all packets take the full path, on the clock of
-    /// [`maps::monotonic_ns`]; `None` without a census.
+    /// [`clock::monotonic_ns`](crate::clock::monotonic_ns); `None` without a census.
     census_since: Option<u64>,
 }
 

@@ -30,13 +30,19 @@ use super::{
     interfaces::{Interface, Side},
     options::{AttachMode, AttachOrder, XdpPolicy},
     pins::PinDir,
-    programs::{POD_PROGRAMS, TailCalls, UPLINK_PROGRAMS},
     sys::has_tcx,
+    tail_calls::TailCalls,
 };
 
 /// The directions in the order of attaching. Egress comes first, because replies must be translated back before the
 /// first request is translated.
 pub(super) const DIRECTIONS: [(TcAttachType, &str); 2] = [(TcAttachType::Egress, "out"), (TcAttachType::Ingress, "in")];
+
+/// Names of the programs for a pod's interface, in the order of attaching: egress, ingress.
+pub(super) const POD_PROGRAMS: [&str; 2] = ["breaker_out", "breaker_in"];
+
+/// Names of the programs for an uplink, in the order of attaching: egress, ingress.
+pub(super) const UPLINK_PROGRAMS: [&str; 2] = ["breaker_up_out", "breaker_up"];
 
 /// Suffix of the pin of an XDP link.
 const XDP: &str = "xdp";

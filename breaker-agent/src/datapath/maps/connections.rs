@@ -23,10 +23,8 @@ use std::{
 
 use breaker_common::{ClientState, ConnectionState, ServiceLimits, TICK_SHIFT, WAYS, connection_state as bits};
 
-use super::{
-    limits::{Clients, Connections, LimitMaps},
-    monotonic_ns,
-};
+use super::limits::{Clients, Connections, LimitMaps};
+use crate::clock;
 
 /// How long a connection counts after a SYN without an answer. Linux waits at most 64 s after a SYN before it sends
 /// the next one or gives up (`tcp_syn_retries = 6`).
@@ -135,7 +133,7 @@ impl LimitMaps {
             limiter: field(offset_of!(ConnectionState, limiter)),
             state: field(offset_of!(ConnectionState, state)),
             client: field(offset_of!(ConnectionState, client)),
-            age: Duration::from_nanos(monotonic_ns().saturating_sub((last + 1) << TICK_SHIFT)),
+            age: Duration::from_nanos(clock::monotonic_ns().saturating_sub((last + 1) << TICK_SHIFT)),
         };
         Some((tag, seen))
     }

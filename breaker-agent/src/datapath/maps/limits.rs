@@ -19,7 +19,8 @@ use breaker_core::{
     model::TierRole,
 };
 
-use super::{array, entries, mmap::SharedArray, monotonic_ns, shared, typed};
+use super::{array, entries, mmap::SharedArray, shared, typed};
+use crate::clock;
 
 pub(super) type Connections = Bucket<ConnectionState>;
 pub(super) type Clients = Bucket<ClientState>;
@@ -167,7 +168,7 @@ impl LimitMaps {
             IpAddr::V6(ip) if prefix < 128 => format!("{ip}/{prefix}"),
             ip => ip.to_string(),
         };
-        let now = monotonic_ns();
+        let now = clock::monotonic_ns();
         let window = now >> LIMITED_WINDOW_SHIFT;
         // Nanoseconds that are left of the current window. The previous window counts in this proportion, so that
         // both together cover about the last minute (a window is 69 s).

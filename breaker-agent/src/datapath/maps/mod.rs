@@ -16,7 +16,6 @@ use breaker_common::{
     ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, Route, ServiceCounters, ServiceRecord, SocketKey,
     SocketOrigin, Switch, Table, V4, V6,
 };
-use rustix::time::{ClockId, clock_gettime};
 
 use self::{
     family::{FamilyMaps, IpFamily, V4_NAMES, V6_NAMES, of_family},
@@ -25,6 +24,7 @@ use self::{
     mmap::SharedArray,
 };
 use super::sizes::Sizes;
+use crate::clock;
 
 const SHARED: [(&str, usize, usize); 12] = [
     ("FILTER", 4, size_of::<FilterWords>()),
@@ -178,7 +178,7 @@ impl Maps {
         self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, lease_ns), lease);
         self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, beat_unix_ns), unix_ns);
         self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, pid), abi);
-        self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, beat_ns), monotonic_ns());
+        self.heartbeat.store(0, std::mem::offset_of!(Heartbeat, beat_ns), clock::monotonic_ns());
     }
 
     /// Reads the last heartbeat of a pinned map, without opening the other maps.
@@ -256,13 +256,6 @@ impl Maps {
         }
         Ok(reasons)
     }
-}
-
-/// Returns the time in nanoseconds of the clock that the programs use (`bpf_ktime_get_coarse_ns`): `CLOCK_MONOTONIC`.
-#[must_use]
-pub fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 fn add(a: ServiceCounters, b: &ServiceCounters) -> ServiceCounters {

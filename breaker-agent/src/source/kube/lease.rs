@@ -59,7 +59,7 @@ impl Election {
     /// Whether this agent holds the Lease.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        self.renewed.is_some_and(|at| at.elapsed() < DURATION)
+        self.renewed.is_some_and(|at| clock::since(at) < DURATION)
     }
 
     /// Number of agents, as the Lease said at the last [`Election::look`]; 0 if unknown.
@@ -99,7 +99,7 @@ impl Election {
         let holder = spec.holder_identity.clone().unwrap_or_default();
         let mark = format!("{holder} {:?}", spec.renew_time);
         let unchanged = match &self.seen {
-            Some((seen, since)) if *seen == mark => since.elapsed(),
+            Some((seen, since)) if *seen == mark => clock::since(*since),
             _ => {
                 self.seen = Some((mark, clock::stopwatch()));
                 Duration::ZERO

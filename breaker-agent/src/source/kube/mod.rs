@@ -35,7 +35,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use breaker_api::status::AttachMode;
+use breaker_api::crd::AttachMode;
 use breaker_core::{engine::snapshot::Summary, limits::Scope, model};
 use jiff::Timestamp;
 use kube::{Client, Config};

@@ -24,6 +24,9 @@ use crate::source::kube::{
     objects::{Service, ServicePort},
 };
 
+/// The backups of one priority, with the check that they share.
+type BackupTier<'a, 'b> = (Vec<&'b ResolvedBackup<'a>>, Option<Check>);
+
 /// Grace period for a new primary backend: kube-proxy may not have programmed its endpoint yet (kube-proxy's
 /// minSyncPeriod is 1 s by default, and a sync takes a moment).
 const GRACE_PERIOD: Duration = Duration::from_secs(2);
@@ -192,11 +195,8 @@ impl<'a> Resolver<'a> {
     }
 
     /// The backups of each priority, with the check that they share.
-    fn by_priority<'b>(
-        &self,
-        backups: &'b [ResolvedBackup<'a>],
-    ) -> Result<Vec<(Vec<&'b ResolvedBackup<'a>>, Option<Check>)>, Problem> {
-        let mut tiers: Vec<(Vec<&ResolvedBackup<'a>>, Option<Check>)> = Vec::new();
+    fn by_priority<'b>(&self, backups: &'b [ResolvedBackup<'a>]) -> Result<Vec<BackupTier<'a, 'b>>, Problem> {
+        let mut tiers: Vec<BackupTier<'a, '_>> = Vec::new();
         let mut last_priority = None;
         for found in backups {
             let own = self.numbered_check(found.intent.check.as_ref().or(self.spec.check.as_ref()), &found.key)?;

@@ -1,0 +1,76 @@
+//! Validates the section `agent` of the file.
+
+use std::{net::SocketAddr, time::Duration};
+
+use breaker_api::{DEFAULT_PIN_PATH, DEFAULT_SOCKET};
+use breaker_common::DEFAULT_MASQUERADE_MARK;
+use globset::{Glob, GlobSetBuilder};
+use serde_saphyr::Spanned;
+
+use super::{AgentConfig, InterfaceGlobs, format, problems::Problems};
+use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
+
+/// The largest number of services that one node can protect.
+pub(super) const MOST_SERVICES: u32 = 65_536;
+
+pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentConfig {
+    let path = |problems: &mut Problems<'_>, value: Option<Spanned<String>>, field: &str, default: &str| {
+        let Some(value) = value else { return default.into() };
+        if !value.value.starts_with('/') {
+            problems.add(
+                value.referenced,
+                field,
+                format!("{:?} is not allowed; allowed: an absolute path", value.value),
+            );
+        }
+        value.value.into()
+    };
+    let mut globs = GlobSetBuilder::new();
+    for (index, glob) in raw.interfaces.iter().enumerate() {
+        match Glob::new(&glob.value) {
+            Ok(parsed) => drop(globs.add(parsed)),
+            Err(error) => {
+                let problem = format!("{:?} is not allowed ({error}); allowed: a name or a glob like eth*", glob.value);
+                problems.add(glob.referenced, &format!("agent.interfaces[{index}]"), problem);
+            }
+        }
+    }
+    let xdp = [("Auto", XdpPolicy::Auto), ("Native", XdpPolicy::Native), ("Off", XdpPolicy::Off)];
+    let orders = [("First", AttachOrder::First), ("Last", AttachOrder::Last)];
+    let attach = [("Auto", AttachMode::Auto), ("Tcx", AttachMode::Tcx), ("Clsact", AttachMode::Clsact)];
+    AgentConfig {
+        pin_path: path(problems, raw.pin_path, "agent.pinPath", DEFAULT_PIN_PATH),
+        socket: path(problems, raw.socket, "agent.socket", DEFAULT_SOCKET),
+        listen: listen(problems, raw.listen.as_ref()),
+        veths: raw.veths.unwrap_or(true),
+        uplinks: raw.uplinks.unwrap_or(false),
+        node_sockets: raw.node_sockets.unwrap_or(true),
+        interfaces: InterfaceGlobs::new(
+            globs.build().unwrap_or_default(),
+            raw.interfaces.into_iter().map(|glob| glob.value).collect(),
+        ),
+        attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),
+        xdp: problems.word(raw.xdp.as_ref(), "agent.xdp", &xdp, XdpPolicy::Off),
+        attach_order: problems.word(raw.attach_order.as_ref(), "agent.attachOrder", &orders, AttachOrder::First),
+        lease: Duration::from_secs(problems.number(raw.lease_seconds.as_ref(), "agent.leaseSeconds", 60, 0..=86_400)),
+        max_services: raw.max_services.map(|n| problems.u32(Some(&n), "agent.maxServices", 1, 16..=MOST_SERVICES)),
+        max_flows: raw.max_flows.map(|n| problems.u32(Some(&n), "agent.maxFlows", 1, 1024..=4_194_304)),
+        masquerade_mark: problems.u32(
+            raw.masquerade_mark.as_ref(),
+            "agent.masqueradeMark",
+            DEFAULT_MASQUERADE_MARK,
+            1..=u32::MAX,
+        ),
+        masquerade_rule: raw.masquerade_rule.unwrap_or(true),
+    }
+}
+
+fn listen(problems: &mut Problems<'_>, value: Option<&Spanned<String>>) -> Option<SocketAddr> {
+    let value = value?;
+    let address = value.value.parse().ok();
+    if address.is_none() {
+        let problem = format!("{:?} is not allowed; allowed: an address and port like 127.0.0.1:9810", value.value);
+        problems.add(value.referenced, "agent.listen", problem);
+    }
+    address
+}

@@ -1,0 +1,162 @@
+//! Validates a service: its names and addresses, its tiers and its policies.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use breaker_common::NAME_LEN;
+use breaker_core::model::{
+    Backend, EstablishedPolicy, FastPath, Frontend, KeepClient, Mode, OnAgentLoss, Override, Protocol, Service,
+    ServiceName, Tier, WhenAllUnhealthy,
+};
+use serde_saphyr::Spanned;
+
+use super::{breaker::breaker, check::check, format, limits::limits, problems::Problems};
+
+/// Converts a service. `complete` is false if the caller fills in the addresses later; then there may be none.
+pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, complete: bool) -> Service {
+    name(problems, path, &raw.name);
+    if complete && raw.frontends.value.is_empty() {
+        problems.add(raw.frontends.referenced, &format!("{path}.frontends"), "is empty; allowed: at least one".into());
+    }
+    let mut keep_client = KeepClient::default();
+    let frontends: Vec<Frontend> = raw
+        .frontends
+        .value
+        .iter()
+        .enumerate()
+        .map(|(i, frontend)| {
+            let field = format!("{path}.frontends[{i}]");
+            let protocol = frontend.protocol.as_ref();
+            let known = [("TCP", Protocol::Tcp), ("UDP", Protocol::Udp)];
+            let found = Frontend {
+                address: problems.address(&frontend.address, &frontend.port, &field),
+                protocol: problems.word(protocol, &format!("{field}.protocol"), &known, Protocol::Tcp),
+            };
+            let policy = frontend.external_traffic_policy.as_ref();
+            let policies = [("Cluster", false), ("Local", true)];
+            if problems.word(policy, &format!("{field}.externalTrafficPolicy"), &policies, false) {
+                keep_client.frontends.insert(found);
+            }
+            found
+        })
+        .collect();
+    let primary = Tier {
+        name: raw.primary.name.unwrap_or_else(|| "primary".into()),
+        backends: backends(problems, &format!("{path}.primary"), &raw.primary.backends),
+        draining: Vec::new(),
+        check: raw.primary.check.map(|raw| check(problems, &format!("{path}.primary.check"), raw)),
+        min_healthy: min_healthy(problems, &format!("{path}.primary"), raw.primary.min_healthy.as_ref()),
+    };
+    if raw.backups.value.is_empty() {
+        problems.add(raw.backups.referenced, &format!("{path}.backups"), "is empty; allowed: at least one".into());
+    }
+    let primary_addresses: BTreeSet<SocketAddr> = primary.backends.iter().map(|b| b.address).collect();
+    let mut backups = Vec::new();
+    for (index, raw) in raw.backups.value.into_iter().enumerate() {
+        let field = format!("{path}.backups[{index}]");
+        if complete && raw.backends.value.is_empty() {
+            problems.add(
+                raw.backends.referenced,
+                &format!("{field}.backends"),
+                "is empty; allowed: at least one".into(),
+            );
+        }
+        for (i, backend) in raw.backends.value.iter().enumerate() {
+            let at = backend.address.referenced;
+            let Ok(ip) = backend.address.value.parse::<IpAddr>() else { continue };
+            let Ok(port) = u16::try_from(backend.port.value) else { continue };
+            let address = SocketAddr::new(ip, port);
+            let taken = if primary_addresses.contains(&address) {
+                "a backend of the primary too"
+            } else if frontends.iter().any(|f| f.address == address) {
+                "a frontend of this service"
+            } else {
+                continue;
+            };
+            let problem =
+                format!("{address} is {taken}; allowed: a destination that does not fail together with the primary");
+            problems.add(at, &format!("{field}.backends[{i}]"), problem);
+        }
+        backups.push(Tier {
+            name: raw
+                .name
+                .unwrap_or_else(|| if index == 0 { "backup".into() } else { format!("backup-{}", index + 1) }),
+            backends: backends(problems, &field, &raw.backends.value),
+            draining: Vec::new(),
+            check: raw.check.map(|raw| check(problems, &format!("{field}.check"), raw)),
+            min_healthy: min_healthy(problems, &field, raw.min_healthy.as_ref()),
+        });
+    }
+    let field = |name: &str| format!("{path}.{name}");
+    let limits = limits(problems, &field("limits"), raw.limits, !backups.is_empty());
+    let established = [("Keep", EstablishedPolicy::Keep), ("Reset", EstablishedPolicy::Reset)];
+    let unhealthy = [("PassThrough", WhenAllUnhealthy::PassThrough), ("Reject", WhenAllUnhealthy::Reject)];
+    let loss = [("PassThrough", OnAgentLoss::PassThrough), ("Hold", OnAgentLoss::Hold)];
+    let fast_paths = [("Off", FastPath::Off), ("PeerRedirect", FastPath::PeerRedirect)];
+    let modes = [("Enforce", Mode::Enforce), ("DryRun", Mode::DryRun)];
+    let overrides =
+        [("Auto", Override::Auto), ("ForceOpen", Override::ForceOpen), ("ForceClosed", Override::ForceClosed)];
+    Service {
+        name: ServiceName::new(&raw.name.value),
+        frontends,
+        routes: Vec::new(),
+        primary,
+        backups,
+        grace_period: Duration::ZERO,
+        breaker: breaker(problems, &field("breaker"), raw.breaker),
+        mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
+        override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
+        on_open: problems.word(raw.on_open.as_ref(), &field("onOpen"), &established, EstablishedPolicy::Reset),
+        on_close: problems.word(raw.on_close.as_ref(), &field("onClose"), &established, EstablishedPolicy::Keep),
+        when_all_unhealthy: problems.word(
+            raw.when_all_unhealthy.as_ref(),
+            &field("whenAllUnhealthy"),
+            &unhealthy,
+            WhenAllUnhealthy::PassThrough,
+        ),
+        on_agent_loss: problems.word(
+            raw.on_agent_loss.as_ref(),
+            &field("onAgentLoss"),
+            &loss,
+            OnAgentLoss::PassThrough,
+        ),
+        fast_path: problems.word(raw.fast_path.as_ref(), &field("fastPath"), &fast_paths, FastPath::Off),
+        keep_client,
+        limits,
+    }
+}
+
+fn name(problems: &mut Problems<'_>, path: &str, name: &Spanned<String>) {
+    let good = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
+    if name.value.is_empty() || name.value.len() >= NAME_LEN || !name.value.chars().all(good) {
+        let problem = format!(
+            "{:?} is not allowed; allowed: 1 to {} letters, digits, '-', '.', '_' and '/'",
+            name.value,
+            NAME_LEN - 1
+        );
+        problems.add(name.referenced, &format!("{path}.name"), problem);
+    }
+}
+
+fn min_healthy(problems: &mut Problems<'_>, path: &str, value: Option<&Spanned<u64>>) -> usize {
+    usize::try_from(problems.number(value, &format!("{path}.minHealthy"), 1, 1..=10_000)).unwrap_or(1)
+}
+
+fn backends(problems: &mut Problems<'_>, path: &str, raw: &[format::Backend]) -> Vec<Backend> {
+    let mut seen = BTreeSet::new();
+    let mut backends = Vec::new();
+    for (i, raw) in raw.iter().enumerate() {
+        let field = format!("{path}.backends[{i}]");
+        let address = problems.address(&raw.address, &raw.port, &field);
+        let weight = problems.number(raw.weight.as_ref(), &format!("{field}.weight"), 1, 1..=1000);
+        if !seen.insert(address) {
+            let problem = format!("{address} is already in this list; allowed: each backend once");
+            problems.add(raw.address.referenced, &field, problem);
+        }
+        backends.push(Backend { address, weight: u16::try_from(weight).unwrap_or(1) });
+    }
+    backends
+}

@@ -1,0 +1,51 @@
+//! The configured limits of each service, and its counters.
+
+use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
+    btf_maps::{Array, PerCpuArray},
+    macros::btf_map,
+};
+use breaker_common::{DEFAULT_SERVICES, LimitCounters, ServiceLimits, TierLimits};
+
+const SERVICES: usize = DEFAULT_SERVICES as usize;
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+
+/// The configured limits of each service. Written by the agent.
+#[btf_map]
+static LIMITS: Array<ServiceLimits, SERVICES, MMAPABLE> = Array::new();
+
+#[btf_map]
+static LIMIT_COUNTERS: PerCpuArray<LimitCounters, SERVICES> = PerCpuArray::new();
+
+/// Index of the primary in [`ServiceLimits::tiers`]; also the offset of its limiter from twice the service's index.
+pub const PRIMARY: u32 = 0;
+/// Index of the backup; see [`PRIMARY`].
+pub const BACKUP: u32 = 1;
+
+/// Returns the limits of a service.
+#[inline(always)]
+pub fn limits_of(service: u32) -> Option<&'static ServiceLimits> {
+    LIMITS.get(service)
+}
+
+/// Selects the limits of a tier: [`PRIMARY`] or [`BACKUP`].
+#[inline(always)]
+pub fn tier_limits(limits: &ServiceLimits, tier: u32) -> &TierLimits {
+    if tier == PRIMARY { &limits.tiers[0] } else { &limits.tiers[1] }
+}
+
+/// Changes the limit counters of a service on this CPU.
+#[inline(always)]
+pub fn counters(service: u32, change: impl FnOnce(&mut LimitCounters)) {
+    if let Some(counters) = LIMIT_COUNTERS.get_ptr_mut(service) {
+        // SAFETY: the kernel returned a pointer to this CPU's value; see `count::service` on preemption.
+        change(unsafe { &mut *counters });
+    }
+}
+
+/// Selects the counter of a tier and of the limit with the number `kind` (a [`LimitKind`]).
+#[inline(always)]
+pub fn counter_of(counters: &mut [[u64; 4]; 2], tier: u32, kind: u32) -> &mut u64 {
+    let tier = if tier == PRIMARY { &mut counters[0] } else { &mut counters[1] };
+    &mut tier[kind as usize & 3]
+}
