@@ -17,7 +17,7 @@ use crate::{
 static EVENTS: RingBuf<Event, { 256 * 1024 }> = RingBuf::new();
 
 /// Sends an event about a connection. `flow`: the decision that sent it to a backend, if any. BPF subprogram (not
-/// inlined), for a stack frame of its own: see [`crate::hook::tc`].
+/// inlined), for a stack frame of its own: see [`crate::hook::from_client`].
 #[inline(never)]
 pub fn send<A: Family>(kind: EventKind, service: u32, switch: &Switch<u8>, key: &FlowKey<A>, flow: Option<&Flow<A>>) {
     let Some(mut entry) = EVENTS.reserve(0) else {

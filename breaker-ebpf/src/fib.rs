@@ -12,7 +12,7 @@ use crate::{family::Family, packet::Packet};
 /// only the network stack knows the path back: policy routing, tunnels, several next hops. A neighbor whose MAC
 /// address is not known yet is no obstacle: the kernel resolves it when the reply is sent.
 ///
-/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
+/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::from_client`].
 #[inline(never)]
 pub fn reply_leaves_by_ingress_if<A: Family>(packet: &Packet<'_>, key: &FlowKey<A>) -> bool {
     let here = packet.ifindex();

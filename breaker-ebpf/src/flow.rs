@@ -143,7 +143,7 @@ pub fn find_or_promote<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<
 }
 
 /// Promotes a pending flow that a backend has answered: moves it to the tables that evict nothing. BPF subprogram
-/// (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
+/// (not inlined), for a stack frame of its own: see [`crate::hook::from_client`].
 #[inline(never)]
 fn promote<A: Family>(key: &FlowKey<A>) {
     let Some(flow) = A::pending().get_ptr(key) else { return };

@@ -45,7 +45,7 @@ pub fn remove_stale<A: Family>(segment: &Segment<A>, end: Side) {
     }
 }
 
-/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::tc`].
+/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::from_client`].
 #[inline(never)]
 fn forget_noted<A: Family>(segment: &Segment<A>, end: u8) {
     let key = key(segment);

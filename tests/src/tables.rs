@@ -13,7 +13,7 @@ use breaker_common::{
 
 use crate::{
     model::flow::{self, BackendSide, Book, ClientSide, LastWords, WayBack},
-    packets::Rig,
+    packets::TestRig,
 };
 
 /// The flow tables of a rig, opened for reading and clearing.
@@ -56,7 +56,7 @@ impl Tables {
     ///
     /// # Errors
     /// Fails if a map is not pinned.
-    pub fn open(rig: &Rig) -> Result<Self> {
+    pub fn open(rig: &TestRig) -> Result<Self> {
         Ok(Self { v4: Family::open(rig, 4)?, v6: Family::open(rig, 6)? })
     }
 
@@ -82,7 +82,7 @@ impl Tables {
 }
 
 impl<A: Ip> Family<A> {
-    fn open(rig: &Rig, version: u8) -> Result<Self> {
+    fn open(rig: &TestRig, version: u8) -> Result<Self> {
         let name = |base: &str| format!("{base}{version}");
         Ok(Self {
             flows: [open(rig, &name("FLOWS"))?, open(rig, &name("PENDING"))?],
@@ -141,7 +141,7 @@ impl<A: Ip> Family<A> {
     }
 }
 
-fn open<K: Pod, V: Pod>(rig: &Rig, name: &str) -> Result<HashMap<MapData, K, V>> {
+fn open<K: Pod, V: Pod>(rig: &TestRig, name: &str) -> Result<HashMap<MapData, K, V>> {
     let data = MapData::from_pin(rig.map(name)).with_context(|| format!("open {name}"))?;
     Ok(HashMap::try_from(Map::from_map_data(data)?)?)
 }

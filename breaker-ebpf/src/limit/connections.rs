@@ -1,7 +1,7 @@
 //! The admitted connections. They are remembered so that a retransmitted SYN is not charged twice, and so that a
 //! counted connection is counted down exactly once: when both ends have sent a FIN or either end has sent a RST.
 //!
-//! The agent removes connections that end without FIN or RST (`datapath/kernel/limits.rs` in breaker-agent).
+//! The agent removes connections that end without FIN or RST (`datapath/maps/connections.rs` in breaker-agent).
 //!
 //! When a bucket is full, an entry that is not counted (its tier has rate limits only) may be replaced by a new one.
 //! A counted connection is never replaced.

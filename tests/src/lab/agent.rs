@@ -209,7 +209,7 @@ impl Agent {
     ///
     /// # Errors
     /// Fails after `limit`.
-    pub fn wait_well(&self, limit: Duration) -> Result<()> {
+    pub fn wait_all_up(&self, limit: Duration) -> Result<()> {
         wait_for("every backend to be Up", limit, || {
             self.status().is_ok_and(|status| {
                 let mut backends = status.services.iter().flat_map(|s| &s.tiers).flat_map(|t| &t.backends);
@@ -227,7 +227,7 @@ impl Agent {
         wait_for("the agent to reload its file", limit, || {
             self.events().is_ok_and(|events| events.iter().any(|e| e.kind == EventType::Config))
         })?;
-        self.wait_well(limit)
+        self.wait_all_up(limit)
     }
 
     /// Waits until a service is in a state and the maps say so: the applied plan equals the desired one.

@@ -199,7 +199,15 @@ impl Lab {
         let transitions =
             self.agent.events()?.into_iter().filter(|e| e.id > events_before && e.kind == EventType::Transition);
         let times = Times { injecting, injected, opened, healing, healed, closed };
-        Ok(Play::judge(fault, checks, &records, &times, &primary, &backup, transitions.map(Into::into).collect()))
+        Ok(Play::stop_and_check(
+            fault,
+            checks,
+            &records,
+            &times,
+            &primary,
+            &backup,
+            transitions.map(Into::into).collect(),
+        ))
     }
 }
 
@@ -341,7 +349,7 @@ impl From<breaker_api::events::EventLine> for Step {
 }
 
 impl Play {
-    fn judge(
+    fn stop_and_check(
         fault: Fault,
         checks: Checks,
         records: &[Record],

@@ -11,11 +11,11 @@ use breaker_tests::lab::{
     wait_for,
 };
 
-use crate::{LONG, started, text, wait_well};
+use crate::{LONG, start_healthy_lab, text, wait_all_up};
 
 #[test]
 fn pods_that_come_later_are_found_and_gone_ones_forgotten() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let interfaces = || lab.agent.status().map(|s| s.datapath.interfaces).unwrap_or_default();
@@ -43,7 +43,7 @@ fn clsact_works_as_tcx_does() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     lab.agent.write_config("  attach: Clsact\n", &lab.services(Checks::Fast, ""))?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let load = lab.load(Plan::usual(lab.vip))?;
@@ -83,7 +83,7 @@ fn somebody_elses_qdisc_stays() -> Result<()> {
 
 #[test]
 fn clean_removal_leaves_nothing() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     let refused = lab.agent.cli(&["cleanup"])?;
     assert!(text(&refused.stderr).contains("another agent is running"), "{}", text(&refused.stderr));
     lab.agent.stop()?;
@@ -109,7 +109,7 @@ fn clean_removal_leaves_nothing() -> Result<()> {
 /// The maps are an interface: bpftool shows field names, enum labels, and addresses in wire order.
 #[test]
 fn bpftool_shows_names() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::FakeError)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     lab.ask()?;
@@ -128,8 +128,8 @@ fn bpftool_shows_names() -> Result<()> {
 
 #[test]
 fn two_labs_at_once_do_not_see_each_other() -> Result<()> {
-    let mut first = started("")?;
-    let second = started("")?;
+    let mut first = start_healthy_lab("")?;
+    let second = start_healthy_lab("")?;
     first.primary.inject(Fault::Kill)?;
     first.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     assert_eq!(second.agent.service(SERVICE)?.state, BreakerState::Closed);
@@ -165,7 +165,7 @@ fn an_uplink_is_found_when_its_default_route_comes() -> Result<()> {
 
 #[test]
 fn an_interface_that_is_renamed_set_down_and_up_or_made_again_keeps_or_gets_its_programs() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let backup = lab.backup.address().to_string();

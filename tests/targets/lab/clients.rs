@@ -75,7 +75,7 @@ fn service(lab: &Lab, port: u16, udp: bool, backups: [IpAddr; 2], more: &str) ->
 }
 
 /// Adds routes to the VIPs. (breaker's own rule masquerades IPv6, because the lab's kube-proxy has no rules for it.)
-fn ways(lab: &Lab) -> Result<()> {
+fn add_vip_routes(lab: &Lab) -> Result<()> {
     let (lan, node) = (lab.world.lan(), lab.world.node(0));
     lan.ip(&["route", "add", VIPS[0], "via", &node.address().to_string()])?;
     for to in [VIPS[1], "fd42::/16"] {
@@ -89,7 +89,7 @@ fn ways(lab: &Lab) -> Result<()> {
 /// A lab with servers of all kinds in the backup's pod. `more` is added to each service's configuration.
 fn staged(services: &[(u16, bool)], more: &str) -> Result<(Lab, Vec<Server>)> {
     let mut lab = Lab::new(Checks::Fast)?;
-    ways(&lab)?;
+    add_vip_routes(&lab)?;
     let pod = lab.backup.pod.clone();
     let backups = [IpAddr::V4(pod.address), IpAddr::V6(pod.address6)];
     let text: String = services.iter().map(|(port, udp)| service(&lab, *port, *udp, backups, more)).collect();
@@ -171,7 +171,7 @@ impl Capture {
     }
 
     /// Ends the capture. Returns a line for each packet with a bad checksum, and the number of all packets.
-    fn judge(mut self) -> Result<(String, usize)> {
+    fn stop_and_check(mut self) -> Result<(String, usize)> {
         let id = Pid::from_raw(i32::try_from(self.tcpdump.0.id())?).context("a process id")?;
         kill_process(id, Signal::INT)?;
         self.tcpdump.0.wait()?;
@@ -226,7 +226,7 @@ fn all_ask_everything(lab: &Lab, clients: &[Client<'_>]) -> Result<()> {
         }
     }
     for (name, capture) in captures {
-        let (bad, all) = capture.judge()?;
+        let (bad, all) = capture.stop_and_check()?;
         assert!(bad.is_empty() && all > 1000, "{name}: {all} packets, bad ones:\n{bad}");
     }
     Ok(())
@@ -277,7 +277,7 @@ fn real_clients_past_the_stack_and_no_bad_checksum() -> Result<()> {
 #[test]
 fn a_smaller_mtu_on_the_way_is_found() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
-    ways(&lab)?;
+    add_vip_routes(&lab)?;
     let (lan, node) = (lab.world.lan().clone(), lab.world.node(0).ns().clone());
     let outside: [(IpAddr, &str); 2] = [("172.31.0.50".parse()?, "/32"), ("fd31::50".parse()?, "/128")];
     for (ip, prefix) in outside {
@@ -305,7 +305,7 @@ fn a_smaller_mtu_on_the_way_is_found() -> Result<()> {
 #[test]
 fn long_streams_go_on_over_flips_and_the_agents_death() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
-    ways(&lab)?;
+    add_vip_routes(&lab)?;
     let pod = lab.backup.pod.clone();
     let backups = [IpAddr::V4(pod.address), IpAddr::V6(pod.address6)];
     let text = service(&lab, ECHO, false, backups, "");

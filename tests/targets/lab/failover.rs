@@ -9,11 +9,11 @@ use breaker_tests::lab::{
     stage::{Checks, Lab, SERVICE, entry},
 };
 
-use crate::{LONG, started, wait_well};
+use crate::{LONG, start_healthy_lab, wait_all_up};
 
 /// Plays one fault under load. `reasons`: the trip reasons that are allowed.
-fn plays(fault: Fault, reasons: &[&str]) -> Result<()> {
-    let mut lab = started("")?;
+fn play_and_check(fault: Fault, reasons: &[&str]) -> Result<()> {
+    let mut lab = start_healthy_lab("")?;
     let play = lab.play(fault, Checks::Fast, Plan::usual(lab.vip), |_| ())?;
     assert_eq!(play.wrong_answers, 0, "{play:#?}");
     let steps: Vec<_> = play.transitions.iter().map(|s| (s.from.as_str(), s.to.as_str())).collect();
@@ -29,18 +29,18 @@ fn plays(fault: Fault, reasons: &[&str]) -> Result<()> {
 
 #[test]
 fn a_service_that_says_it_is_busy() -> Result<()> {
-    plays(Fault::FakeError, &["HttpStatus"])
+    play_and_check(Fault::FakeError, &["HttpStatus"])
 }
 
 #[test]
 fn a_process_that_is_killed() -> Result<()> {
-    plays(Fault::Kill, &["ConnectFailed"])
+    play_and_check(Fault::Kill, &["ConnectFailed"])
 }
 
 #[test]
 fn a_black_hole() -> Result<()> {
     // A probe that has connected before the fault times out while it waits for the response.
-    plays(Fault::BlackHole, &["ConnectTimeout", "ResponseTimeout"])
+    play_and_check(Fault::BlackHole, &["ConnectTimeout", "ResponseTimeout"])
 }
 
 /// The lab's default checks, as in NGINX Plus: every 3 s; one failure is Down, one success is Up.
@@ -48,7 +48,7 @@ fn a_black_hole() -> Result<()> {
 fn the_labs_defaults() -> Result<()> {
     let mut lab = Lab::new(Checks::Default)?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     let play = lab.play(Fault::FakeError, Checks::Default, Plan::usual(lab.vip), |_| ())?;
     assert_eq!(play.wrong_answers, 0, "{play:#?}");
     Ok(())
@@ -87,7 +87,7 @@ fn two_services_share_a_backup() -> Result<()> {
     );
     lab.agent.write_config("", &both)?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     let backup = lab.backup.address().to_string();
     let loads = [lab.load(Plan::usual(lab.vip))?, lab.load(Plan::usual(vip))?];
     lab.primary.inject(Fault::Kill)?;
@@ -117,7 +117,7 @@ fn two_services_share_a_backup() -> Result<()> {
 /// The backup's own pod is the client: the packet must return to the pod that sent it.
 #[test]
 fn hairpin() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     lab.client = lab.backup.pod.clone();

@@ -12,7 +12,7 @@ use breaker_tests::lab::{
 use crate::{
     LONG,
     netfilter::{count, counted},
-    started, text, wait_well,
+    start_healthy_lab, text, wait_all_up,
 };
 
 fn is_near(lab: &Lab) -> bool {
@@ -22,7 +22,7 @@ fn is_near(lab: &Lab) -> bool {
 /// netfilter sees no packet of requests on the fast path.
 #[test]
 fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
-    let lab = started("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
+    let lab = start_healthy_lab("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
     wait_for("the agent to find the backup on this node", LONG, || is_near(&lab))?;
     let (client, backup) = (lab.client.address.to_string(), lab.backup.address());
     let node = lab.world.node(0).ns();
@@ -48,7 +48,7 @@ fn from_veth_to_veth_netfilter_sees_nothing() -> Result<()> {
 #[test]
 fn a_fast_backup_that_dies_is_left() -> Result<()> {
     use breaker_tests::lab::service::Fault;
-    let mut lab = started("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
+    let mut lab = start_healthy_lab("    fastPath: PeerRedirect\n    override: ForceOpen\n")?;
     wait_for("the agent to find the backup on this node", LONG, || is_near(&lab))?;
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     assert_eq!(lab.ask()?.pod(), Some(backup.as_str()));
@@ -70,7 +70,7 @@ fn external_traffic_policy_local_keeps_the_clients_address() -> Result<()> {
         let services = lab.services_by(Checks::Fast, "    override: ForceOpen\n", &[frontend]);
         lab.agent.write_config("  uplinks: true\n", &services)?;
         lab.agent.start()?;
-        wait_well(&lab)?;
+        wait_all_up(&lab)?;
         if policy == "Local" {
             wait_for("the agent to find the backup on this node", LONG, || is_near(&lab))?;
         }

@@ -15,7 +15,7 @@ use breaker_tests::lab::{
 };
 use rustix::process::Signal;
 
-use crate::{LONG, started, text, wait_well};
+use crate::{LONG, start_healthy_lab, text, wait_all_up};
 
 /// Ends the load, and asserts that `pod` answered every request.
 #[track_caller]
@@ -33,7 +33,7 @@ fn some_more(load: &Load) -> Result<()> {
 
 #[test]
 fn killed_under_load_while_open_and_adopted() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let before = lab.agent.service(SERVICE)?;
@@ -61,7 +61,7 @@ fn killed_under_load_while_open_and_adopted() -> Result<()> {
 
 #[test]
 fn killed_under_load_while_closed() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     let load = lab.load(Plan::usual(lab.vip))?;
     some_more(&load)?;
     for _ in 0..3 {
@@ -76,7 +76,7 @@ fn killed_under_load_while_closed() -> Result<()> {
 
 #[test]
 fn a_graceful_end_leaves_the_datapath_and_detach_takes_it_away() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     lab.agent.stop()?;
@@ -91,7 +91,7 @@ fn a_graceful_end_leaves_the_datapath_and_detach_takes_it_away() -> Result<()> {
 
 #[test]
 fn a_reload_under_load() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let before = lab.agent.service(SERVICE)?;
@@ -121,7 +121,7 @@ fn a_reload_under_load() -> Result<()> {
 
 #[test]
 fn a_second_agent_names_the_first() -> Result<()> {
-    let lab = started("")?;
+    let lab = start_healthy_lab("")?;
     let other = tempfile::tempdir()?;
     let mut second = Agent::new(lab.world.node(0).ns(), other.path(), lab.agent.pin_path());
     second.write_config("", &lab.services(Checks::Fast, ""))?;
@@ -137,7 +137,7 @@ fn other_sizes_wait_for_a_cleanup() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     lab.agent.write_config("  maxServices: 4096\n  maxFlows: 65536\n", &lab.services(Checks::Fast, ""))?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     for (services, flows) in [(16, 1024), (16_384, 1_048_576)] {
@@ -155,7 +155,7 @@ fn other_sizes_wait_for_a_cleanup() -> Result<()> {
 
 #[test]
 fn pins_that_are_not_whole_or_of_another_version_are_refused_with_the_remedy() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.agent.stop()?;
     let maps = lab.agent.pinned("maps");
     std::fs::remove_file(maps.join("FLOWS4"))?;
@@ -169,12 +169,12 @@ fn pins_that_are_not_whole_or_of_another_version_are_refused_with_the_remedy() -
 
     assert!(lab.agent.cli(&["cleanup"])?.status.success());
     lab.agent.start()?;
-    wait_well(&lab)
+    wait_all_up(&lab)
 }
 
 #[test]
 fn the_command_line() -> Result<()> {
-    let lab = started("")?;
+    let lab = start_healthy_lab("")?;
     let status = text(&lab.agent.cli(&["status"])?.stdout);
     for word in ["SERVICE", "dummy", "Closed", "dummy-deployment", "backup-deployment", "L7OK", "10.43.0.10:8080/TCP"] {
         assert!(status.contains(word), "no {word} in:\n{status}");
@@ -207,12 +207,12 @@ fn the_command_line() -> Result<()> {
 /// An override outlives the agent.
 #[test]
 fn an_override_is_adopted() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.agent.cli(&["trip", SERVICE, "--for", "1h"])?;
     let until = lab.agent.service(SERVICE)?.override_until;
     lab.agent.kill()?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     let service = lab.agent.service(SERVICE)?;
     assert_eq!((service.state, service.override_), (BreakerState::Open, Override::ForceOpen));
     assert!(service.override_until.is_some() && service.override_until == until);
@@ -221,7 +221,7 @@ fn an_override_is_adopted() -> Result<()> {
 
 #[test]
 fn the_lease_runs_out() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.agent.stop()?;
     lab.agent.write_config("  leaseSeconds: 2\n", &lab.services(Checks::Fast, ""))?;
     lab.primary.inject(Fault::FakeError)?;
@@ -243,7 +243,7 @@ fn the_lease_runs_out() -> Result<()> {
 /// A service is renamed while connections are on its backup: they continue, and the renamed service tracks them.
 #[test]
 fn a_rename_cuts_nobody() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::FakeError)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let load = lab.load(Plan { per_second: 0, ..Plan::usual(lab.vip) })?;

@@ -19,7 +19,7 @@ use breaker_tests::lab::{
     wait_for,
 };
 
-use crate::{LONG, started, wait_well};
+use crate::{LONG, start_healthy_lab, wait_all_up};
 
 /// Connects from a network namespace, `times` times in sequence. Returns the connections that were not refused.
 fn connect(from: &NetNs, target: SocketAddrV4, times: usize) -> Result<Vec<TcpStream>> {
@@ -117,7 +117,7 @@ fn a_hundred_clients_at_once_beside_nftables_and_haproxy() -> Result<()> {
     // The agent is stopped before nftables is measured: the rule would count probes too.
     let mut lab = Lab::with(Checks::Default, "    limits: {newConnectionsPerSecond: 10, burst: 5}\n")?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     let ours = hundred_clients(&lab.client.ns, lab.vip)?;
     let shown = limits(&lab)?;
     lab.agent.stop()?;
@@ -149,7 +149,8 @@ fn a_hundred_clients_at_once_beside_nftables_and_haproxy() -> Result<()> {
 fn a_failover_does_not_topple_the_backup() -> Result<()> {
     const RATE: u32 = 500;
     const BURST: u32 = 50;
-    let lab = started(&format!("    limits: {{backup: {{newConnectionsPerSecond: {RATE}, burst: {BURST}}}}}\n"))?;
+    let lab =
+        start_healthy_lab(&format!("    limits: {{backup: {{newConnectionsPerSecond: {RATE}, burst: {BURST}}}}}\n"))?;
     let plan = Plan { target: lab.vip, per_second: 2000, keep_alive: 0, limit: Duration::from_secs(5) };
     let load = lab.load(plan)?;
     load.wait("the primary to answer", LONG, |records| records.len() > 500)?;
@@ -181,7 +182,7 @@ fn a_failover_does_not_topple_the_backup() -> Result<()> {
 /// The programs keep counting while no agent runs, and the next agent adopts the counts.
 #[test]
 fn the_count_is_right_after_kill_9() -> Result<()> {
-    let mut lab = started("    limits: {concurrentConnections: 5}\n")?;
+    let mut lab = start_healthy_lab("    limits: {concurrentConnections: 5}\n")?;
     let mut held = connect(&lab.client.ns, lab.vip, 7)?;
     assert_eq!((held.len(), counted(&lab)), (5, 5));
     lab.agent.kill()?;
@@ -195,7 +196,7 @@ fn the_count_is_right_after_kill_9() -> Result<()> {
     }
     assert!(connect(&lab.client.ns, lab.vip, 2)?.is_empty(), "the limit is five");
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     assert_eq!(counted(&lab), 5);
     drop(held);
     wait_for("all to be closed", LONG, || counted(&lab) == 0)?;
@@ -206,7 +207,7 @@ fn the_count_is_right_after_kill_9() -> Result<()> {
 /// counting.
 #[test]
 fn clients_that_vanish_are_taken_out_and_others_stay() -> Result<()> {
-    let mut lab = started("    limits: {concurrentConnections: 5, idleSeconds: 5}\n")?;
+    let mut lab = start_healthy_lab("    limits: {concurrentConnections: 5, idleSeconds: 5}\n")?;
     let other = lab.world.node_mut(0).add_pod("other")?;
     let lost = connect(&lab.client.ns, lab.vip, 4)?;
     let mut used = connect(&other.ns, lab.vip, 1)?.pop().context("the fifth connection")?;
@@ -237,7 +238,7 @@ fn all_kinds_of_clients_are_limited() -> Result<()> {
     let (lan, node) = (lab.world.lan(), lab.world.node(0));
     lan.ip(&["route", "add", breaker_tests::lab::kubeproxy::VIPS, "via", &node.address().to_string()])?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     let (lan, node) = (lab.world.lan().clone(), lab.world.node(0).ns().clone());
     for (who, from) in [("outside", &lan), ("node", &node), ("pod", &lab.client.ns)] {
         let held = connect(from, lab.vip, 4)?;
@@ -267,7 +268,7 @@ fn all_kinds_of_clients_are_limited() -> Result<()> {
 /// is left.
 #[test]
 fn a_primary_at_its_limit_overflows_to_the_backup() -> Result<()> {
-    let lab = started("    limits: {concurrentConnections: 2, onLimit: Failover}\n")?;
+    let lab = start_healthy_lab("    limits: {concurrentConnections: 2, onLimit: Failover}\n")?;
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     let held = connect(&lab.client.ns, lab.vip, 2)?;
     let overflowed = connect(&lab.client.ns, lab.vip, 1)?;

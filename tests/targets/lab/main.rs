@@ -26,16 +26,16 @@ const LONG: Duration = Duration::from_secs(20);
 
 /// A lab with fast checks and a running agent that has found primary and backup Up. `service` is YAML for the
 /// service's entry, indented by four spaces.
-fn started(service: &str) -> Result<Lab> {
+fn start_healthy_lab(service: &str) -> Result<Lab> {
     let mut lab = Lab::with(Checks::Fast, service)?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     Ok(lab)
 }
 
 /// Waits until every backend is Up.
-fn wait_well(lab: &Lab) -> Result<()> {
-    lab.agent.wait_well(LONG)
+fn wait_all_up(lab: &Lab) -> Result<()> {
+    lab.agent.wait_all_up(LONG)
 }
 
 fn text(output: &[u8]) -> String {

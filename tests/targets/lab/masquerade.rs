@@ -13,7 +13,7 @@ use breaker_tests::lab::{
 use crate::{
     LONG,
     netfilter::{count, counted},
-    text, wait_well,
+    text, wait_all_up,
 };
 
 /// Removes the iptables rules of kube-proxy and flannel.
@@ -40,7 +40,7 @@ fn staged() -> Result<(Lab, SocketAddrV4)> {
     let outside = SocketAddrV4::new(node.address(), 30080);
     lab.agent.write_config("  uplinks: true\n", &services(&lab, outside))?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     Ok((lab, outside))
 }
 
@@ -83,7 +83,7 @@ fn the_rule_is_there_only_if_it_is_wanted() -> Result<()> {
     let services = services(&lab, outside);
     lab.agent.write_config("  uplinks: true\n  masqueradeRule: false\n", &services)?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     assert_eq!(lab.agent.status()?.datapath.masquerade_rule.as_deref(), Some("switched off"));
     let asked = lab.client.ns.output("curl", &["-sS", "--max-time", "2", &format!("http://{}/", lab.vip)]);
     assert!(asked.is_err(), "without the rule, the pod drops packets from itself");

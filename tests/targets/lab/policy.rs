@@ -15,10 +15,10 @@ use breaker_tests::lab::{
     wait_for,
 };
 
-use crate::{LONG, started};
+use crate::{LONG, start_healthy_lab};
 
 /// Sends two requests on one connection, with `between` in between.
-fn conversation(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static) -> Result<[Outcome; 2]> {
+fn two_requests(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static) -> Result<[Outcome; 2]> {
     let target = lab.vip;
     lab.client.ns.enter(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -51,9 +51,9 @@ fn operator(lab: &Lab, word: &'static str) -> impl FnOnce() -> Result<()> + Send
 
 #[test]
 fn on_open_reset_is_believed_by_the_clients_stack_and_by_the_peers() -> Result<()> {
-    let lab = started("")?;
+    let lab = start_healthy_lab("")?;
     let started = Instant::now();
-    let [first, second] = conversation(&lab, trip(&lab))?;
+    let [first, second] = two_requests(&lab, trip(&lab))?;
     assert!(first.is_success());
     assert_eq!(second, Outcome::Reset);
     assert!(started.elapsed() < Duration::from_secs(5), "a reset, not a timeout");
@@ -65,8 +65,8 @@ fn on_open_reset_is_believed_by_the_clients_stack_and_by_the_peers() -> Result<(
 
 #[test]
 fn on_open_keep_leaves_established_connections_alone() -> Result<()> {
-    let lab = started("    onOpen: Keep\n")?;
-    let [first, second] = conversation(&lab, trip(&lab))?;
+    let lab = start_healthy_lab("    onOpen: Keep\n")?;
+    let [first, second] = two_requests(&lab, trip(&lab))?;
     assert!(first.is_success());
     assert_eq!(first, second);
     assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()), "new connections move");
@@ -76,9 +76,9 @@ fn on_open_keep_leaves_established_connections_alone() -> Result<()> {
 #[test]
 fn on_close_keep_and_reset() -> Result<()> {
     for (policy, kept) in [("    onClose: Keep\n", true), ("    onClose: Reset\n", false)] {
-        let lab = started(policy)?;
+        let lab = start_healthy_lab(policy)?;
         trip(&lab)()?;
-        let [first, second] = conversation(&lab, reset(&lab))?;
+        let [first, second] = two_requests(&lab, reset(&lab))?;
         assert_eq!(first.pod(), Some(lab.backup.address().to_string().as_str()));
         assert_eq!(second, if kept { first } else { Outcome::Reset });
         assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
@@ -88,7 +88,7 @@ fn on_close_keep_and_reset() -> Result<()> {
 
 #[test]
 fn reject_is_felt_at_once() -> Result<()> {
-    let mut lab = started("    whenAllUnhealthy: Reject\n")?;
+    let mut lab = start_healthy_lab("    whenAllUnhealthy: Reject\n")?;
     lab.primary.inject(Fault::BlackHole)?;
     lab.backup.inject(Fault::BlackHole)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
@@ -107,12 +107,12 @@ fn reject_is_felt_at_once() -> Result<()> {
 /// Without a usable backup, all connections go to the primary, and none is reset.
 #[test]
 fn no_usable_backup() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.backup.inject(Fault::Kill)?;
     wait_for("the backup to be Down", LONG, || {
         lab.agent.service(SERVICE).is_ok_and(|s| s.tiers[1].backends[0].health == Health::Down)
     })?;
-    let [first, second] = conversation(&lab, trip(&lab))?;
+    let [first, second] = two_requests(&lab, trip(&lab))?;
     assert!(first.is_success());
     assert_eq!(first, second);
     assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
@@ -124,7 +124,7 @@ fn no_usable_backup() -> Result<()> {
 
 #[test]
 fn half_open_tries_exactly_its_number_and_ends() -> Result<()> {
-    let mut lab = started(
+    let mut lab = start_healthy_lab(
         "    breaker: {halfOpenConnections: 5, halfOpenPasses: 1000, halfOpenTimeoutMillis: 1500}\n    onOpen: Keep\n",
     )?;
     let load = lab.load(Plan { keep_alive: 0, ..Plan::usual(lab.vip) })?;
@@ -143,7 +143,7 @@ fn half_open_tries_exactly_its_number_and_ends() -> Result<()> {
 
 #[test]
 fn a_dry_run_moves_nobody() -> Result<()> {
-    let lab = started("    mode: DryRun\n")?;
+    let lab = start_healthy_lab("    mode: DryRun\n")?;
     trip(&lab)()?;
     for _ in 0..5 {
         assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
@@ -155,7 +155,7 @@ fn a_dry_run_moves_nobody() -> Result<()> {
 /// A client stuck in connect() to a black hole reaches the backup when it retransmits its SYN.
 #[test]
 fn a_client_stuck_in_connect_is_rescued() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     lab.primary.inject(Fault::BlackHole)?;
     let target = lab.vip;
     let stuck = lab.client.ns.thread(move || TcpStream::connect_timeout(&target.into(), Duration::from_secs(15)))?;

@@ -25,7 +25,7 @@ use rustix::{
     net::{AddressFamily, SendFlags, SocketType, ipproto::RAW, sendto, socket},
 };
 
-use crate::{LONG, wait_well};
+use crate::{LONG, wait_all_up};
 
 /// Established connections.
 const KEPT: usize = 1000;
@@ -76,7 +76,7 @@ fn a_flood_of_connection_requests_leaves_established_flows_alone() -> Result<()>
     let mut lab = Lab::new(Checks::Fast)?;
     lab.agent.write_config(&format!("  maxFlows: {FLOWS}\n"), &lab.services(Checks::Fast, ""))?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     lab.primary.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     let backup = lab.backup.address().to_string();

@@ -15,7 +15,7 @@ use breaker_tests::lab::{
     wait_for,
 };
 
-use super::{LONG, started};
+use super::{LONG, start_healthy_lab};
 
 /// Sends a request as a process of the node. Returns the pod that answered, and the peer's address as the socket
 /// shows it.
@@ -38,7 +38,7 @@ fn mapped(address: SocketAddrV4) -> SocketAddr {
 
 #[test]
 fn a_process_of_the_node_gets_the_backup_and_sees_the_vip() -> Result<()> {
-    let mut lab = started("")?;
+    let mut lab = start_healthy_lab("")?;
     let status = lab.agent.status()?;
     assert_eq!(status.datapath.node_sockets, None);
     // As Go and curl connect, and as Java does (an IPv6 socket and an IPv4-mapped address).
@@ -65,7 +65,7 @@ fn a_process_of_the_node_gets_the_backup_and_sees_the_vip() -> Result<()> {
 
 #[test]
 fn with_nowhere_to_go_a_process_is_refused_at_once() -> Result<()> {
-    let mut lab = started("    whenAllUnhealthy: Reject\n")?;
+    let mut lab = start_healthy_lab("    whenAllUnhealthy: Reject\n")?;
     lab.primary.inject(Fault::FakeError)?;
     lab.backup.inject(Fault::FakeError)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
@@ -80,7 +80,7 @@ fn they_are_left_alone_where_it_is_switched_off() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     lab.agent.write_config("  nodeSockets: false\n", &lab.services(Checks::Fast, ""))?;
     lab.agent.start()?;
-    lab.agent.wait_well(LONG)?;
+    lab.agent.wait_all_up(LONG)?;
     assert_eq!(lab.agent.status()?.datapath.node_sockets.as_deref(), Some("switched off"));
     assert!(!lab.agent.pinned("links").join("breaker_conn4").exists());
     Ok(())

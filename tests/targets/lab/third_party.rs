@@ -20,7 +20,7 @@ use breaker_tests::lab::{
     stage::{Checks, Lab, SERVICE},
 };
 
-use crate::{LONG, started, wait_well};
+use crate::{LONG, start_healthy_lab, wait_all_up};
 
 static THIRD_PARTY: &[u8] = aya::include_bytes_aligned!(env!("THIRD_PARTY_OBJECT"));
 
@@ -97,7 +97,7 @@ fn before_and_behind_ours_both_do_their_work() -> Result<()> {
     use TcAttachType::{Egress, Ingress};
     let places: [(&str, Place); 2] = [("before", before), ("behind", behind)];
     for (place, order) in places {
-        let lab = started("    override: ForceOpen\n")?;
+        let lab = start_healthy_lab("    override: ForceOpen\n")?;
         open(&lab)?;
         let programs =
             &[("third_in", Ingress), ("third_out", Egress), ("third_mark", Ingress), ("third_drop", Ingress)];
@@ -123,7 +123,7 @@ fn before_and_behind_ours_both_do_their_work() -> Result<()> {
 /// and the primary gets them (fail open).
 #[test]
 fn one_that_ends_the_chain() -> Result<()> {
-    let lab = started("    override: ForceOpen\n")?;
+    let lab = start_healthy_lab("    override: ForceOpen\n")?;
     open(&lab)?;
     let mut behind = attach(&lab, &[("third_ok", TcAttachType::Ingress)], behind)?;
     answers(&lab, &lab.backup)?;
@@ -152,7 +152,7 @@ fn the_order_can_be_chosen() -> Result<()> {
             };
             let _before = attach(&lab, &[("third_ok", TcAttachType::Ingress)], place)?;
             lab.agent.start()?;
-            wait_well(&lab)?;
+            wait_all_up(&lab)?;
             open(&lab)?;
             answers(&lab, if reached { &lab.backup } else { &lab.primary })
                 .with_context(|| format!("{order}, {attach_mode}"))?;
@@ -177,7 +177,7 @@ fn xdp_and_cgroup_programs_stay_as_they_were() -> Result<()> {
     let before = lab.world.node(0).ns().output("ip", &["link", "show", "dev", "eth0"])?;
     assert!(before.contains("xdp"), "{before}");
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     open(&lab)?;
     // A client outside, by a route to the Service's address, and a process of the node.
     let lan = lab.world.lan().clone();

@@ -9,17 +9,17 @@ use breaker_tests::lab::{
     wait_for,
 };
 
-use crate::{LONG, netfilter, third_party::native_xdp, wait_well};
+use crate::{LONG, netfilter, third_party::native_xdp, wait_all_up};
 
 /// A lab whose primary and backup are down, so that connections are refused; external clients have a route to it.
-fn refusing(xdp: &str) -> Result<Lab> {
+fn lab_with_all_down(xdp: &str) -> Result<Lab> {
     let mut lab = Lab::new(Checks::Fast)?;
     let lan = lab.world.lan();
     lan.ip(&["route", "add", &lab.vip.ip().to_string(), "via", &lab.world.node(0).address().to_string()])?;
     let services = lab.services(Checks::Fast, "    whenAllUnhealthy: Reject\n");
     lab.agent.write_config(&format!("  uplinks: true\n  xdp: {xdp}\n"), &services)?;
     lab.agent.start()?;
-    wait_well(&lab)?;
+    wait_all_up(&lab)?;
     lab.primary.inject(Fault::Kill)?;
     lab.backup.inject(Fault::Kill)?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
@@ -41,7 +41,7 @@ fn is_refused(lab: &Lab) -> Result<()> {
 
 #[test]
 fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
-    let mut lab = refusing("Native")?;
+    let mut lab = lab_with_all_down("Native")?;
     // A veth accepts what its peer sends back by XDP only if it has an XDP program too (drivers/net/veth.c,
     // `veth_xdp_flush`). A physical link has no such condition.
     let _peer = native_xdp(lab.world.lan(), "node1")?;
@@ -74,7 +74,7 @@ fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
 /// Where XDP cannot be attached, the tc program refuses the packets, and the status says why.
 #[test]
 fn where_it_cannot_be_tc_refuses() -> Result<()> {
-    let lab = refusing("Auto")?;
+    let lab = lab_with_all_down("Auto")?;
     assert!(said(&lab)?.contains("tc alone: a veth"), "{}", said(&lab)?);
     is_refused(&lab)?;
     drop(lab);

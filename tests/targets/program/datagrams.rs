@@ -9,11 +9,12 @@ use breaker_common::{
 };
 use breaker_core::{datapath::Datapath as _, model::Service};
 use breaker_tests::packets::{
-    Datagram, Ip, MACS, REDIRECT, Ran, Rig, icmp_is_valid, plan, plan_with, pod, pod6, service_with, vip, vip6,
+    Datagram, Ip, MACS, REDIRECT, RunResult, TestRig, icmp_is_valid, plan, plan_with, pod, pod6, service_with, vip,
+    vip6,
 };
 use etherparse::IpNumber;
 
-use super::{flow_count, untouched};
+use super::{assert_untouched, flow_count};
 
 /// Client, VIP and backup of each family.
 const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr); 2] =
@@ -23,14 +24,14 @@ fn dns(vip: SocketAddr, backups: &[SocketAddr], extra: &str) -> Result<Service> 
     service_with("dns", &[(vip, "UDP")], backups, extra)
 }
 
-fn rig(service: &Service, state: BreakerState) -> Result<Rig> {
-    let mut rig = Rig::new()?;
+fn rig(service: &Service, state: BreakerState) -> Result<TestRig> {
+    let mut rig = TestRig::new()?;
     rig.apply(&plan(service, state, 5))?;
     Ok(rig)
 }
 
 #[track_caller]
-fn went(ran: &Ran, sent: &Datagram, source: SocketAddr, destination: SocketAddr) {
+fn assert_translated(ran: &RunResult, sent: &Datagram, source: SocketAddr, destination: SocketAddr) {
     assert_eq!(Datagram::read(&ran.bytes).unwrap(), Datagram { source, destination, ..sent.clone() });
 }
 
@@ -42,9 +43,9 @@ fn open_translates_there_and_back_with_checksums_and_without() -> Result<()> {
             // RFC 8200 forbids a zero UDP checksum over IPv6; such a datagram must leave with a zero checksum too.
             for unchecked in [false, true] {
                 let question = Datagram { unchecked, ..Datagram::new(client, vip, payload) };
-                went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
+                assert_translated(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
                 let answer = Datagram { unchecked, ..Datagram::new(backup, client, payload) };
-                went(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
+                assert_translated(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
             }
         }
         assert_eq!(flow_count(&mut rig), 1);
@@ -69,7 +70,7 @@ fn a_checksum_never_becomes_zero() -> Result<()> {
             }
             let question = Datagram::new(client, vip, &word.to_be_bytes());
             let ran = rig.raw_from_pod(&question.bytes())?;
-            went(&ran, &question, client, backup);
+            assert_translated(&ran, &question, client, backup);
             assert_ne!(&ran.bytes[at..at + 2], [0, 0], "{word}");
         }
     }
@@ -82,16 +83,16 @@ fn the_next_datagram_moves_when_the_epoch_changes() -> Result<()> {
         let service = dns(vip, &[backup], "")?;
         let mut rig = rig(&service, Open)?;
         let question = Datagram::new(client, vip, b"?");
-        went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
+        assert_translated(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
         let answer = Datagram::new(backup, client, b"!");
-        went(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
-        went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
+        assert_translated(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
+        assert_translated(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
         // Closed, with flows to drain: the next datagram is left to kube-proxy, and the flow is removed.
         rig.apply(&plan(&service, Closed, 6))?;
-        untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "closed");
+        assert_untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "closed");
         assert_eq!(flow_count(&mut rig), 0);
         rig.apply(&plan(&service, Open, 7))?;
-        went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
+        assert_translated(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
         assert_eq!(rig.datapath.counters(&service.name)?.new_backup, 2);
     }
     Ok(())
@@ -103,27 +104,27 @@ fn the_next_datagram_moves_when_the_epoch_changes() -> Result<()> {
 fn a_client_moves_as_soon_as_there_is_a_backup() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
         let service = dns(vip, &[backup], "")?;
-        let mut rig = Rig::new()?;
+        let mut rig = TestRig::new()?;
         let question = Datagram::new(client, vip, b"?");
         rig.apply(&plan_with(&service, Open, 5, 0, false, &[]))?;
         for _ in 0..3 {
-            untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "no usable backup");
+            assert_untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "no usable backup");
         }
         assert_eq!(flow_count(&mut rig), 0);
         rig.apply(&plan_with(&service, Open, 5, 0, false, &service.backups[0].backends))?;
-        went(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
+        assert_translated(&rig.raw_from_pod(&question.bytes())?, &question, client, backup);
     }
     Ok(())
 }
 
 #[test]
-fn closed_and_settled_leaves_no_trace() -> Result<()> {
+fn closed_and_idle_leaves_no_trace() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let service = dns(vip, &[backup], "")?;
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     rig.apply(&plan_with(&service, Closed, 1, 1000, false, &service.backups[0].backends))?;
     let question = Datagram::new(client, vip, b"?");
-    untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "closed");
+    assert_untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "closed");
     assert_eq!(flow_count(&mut rig), 0);
     Ok(())
 }
@@ -134,7 +135,7 @@ fn protocols_are_told_apart() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let mut rig = rig(&service_with("dns", &[(vip, "TCP")], &[backup], "")?, Open)?;
     let question = Datagram::new(client, vip, b"?");
-    untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "only TCP is protected");
+    assert_untouched(&rig.raw_from_pod(&question.bytes())?, &question.bytes(), "only TCP is protected");
     Ok(())
 }
 
@@ -144,19 +145,19 @@ fn two_vips_with_one_backend_never_share_a_reverse_key() -> Result<()> {
         let second = SocketAddr::new(first.ip(), 5353);
         let mut rig = rig(&service_with("dns", &[(first, "UDP"), (second, "UDP")], &[backup], "")?, Open)?;
         let (one, two) = (Datagram::new(client, first, b"1"), Datagram::new(client, second, b"2"));
-        went(&rig.raw_from_pod(&one.bytes())?, &one, client, backup);
+        assert_translated(&rig.raw_from_pod(&one.bytes())?, &one, client, backup);
         let source = Datagram::read(&rig.raw_from_pod(&two.bytes())?.bytes)?.source;
         assert_ne!(source, client, "the second flow needs another source port");
         for (to, vip) in [(client, first), (source, second)] {
             let answer = Datagram::new(backup, to, b"!");
-            went(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
+            assert_translated(&rig.raw_to_pod(&answer.bytes())?, &answer, vip, client);
         }
         // A datagram to the backend's own address, from the source port that a flow already uses.
         let straight = Datagram::new(client, backup, b"3");
         let source = Datagram::read(&rig.raw_from_pod(&straight.bytes())?.bytes)?.source;
         assert_ne!(source, client);
         let answer = Datagram::new(backup, source, b"!");
-        went(&rig.raw_to_pod(&answer.bytes())?, &answer, backup, client);
+        assert_translated(&rig.raw_to_pod(&answer.bytes())?, &answer, backup, client);
     }
     Ok(())
 }
@@ -164,7 +165,7 @@ fn two_vips_with_one_backend_never_share_a_reverse_key() -> Result<()> {
 #[test]
 fn reject_answers_with_port_unreachable() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
-        let mut rig = Rig::new()?;
+        let mut rig = TestRig::new()?;
         rig.apply(&plan_with(&dns(vip, &[backup], "whenAllUnhealthy: Reject,")?, Open, 5, 0, false, &[]))?;
         for payload in [&b""[..], b"a question", &[7; 1400]] {
             let question = Datagram::new(client, vip, payload);

@@ -9,20 +9,20 @@ use breaker_common::{
 };
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    Datagram, Ip, MACS, Rig, Segment,
+    Datagram, Ip, MACS, Segment, TestRig,
     flags::{ACK, RST, SYN},
     icmp_is_valid, plan, pod, pod6, service_with, vip, vip6,
 };
 use etherparse::IpNumber;
 
-use super::{moved, reason, untouched};
+use super::{assert_untouched, reason, with_endpoints};
 
 /// Client, VIP, backup and router, for each IP family.
 const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr, SocketAddr); 2] =
     [(pod(4, 5000), vip(10), pod(3, 80), pod(200, 0)), (pod6(4, 5000), vip6(10), pod6(3, 80), pod6(200, 0))];
 
-fn rig(vip: SocketAddr, backup: SocketAddr) -> Result<Rig> {
-    let mut rig = Rig::new()?;
+fn rig(vip: SocketAddr, backup: SocketAddr) -> Result<TestRig> {
+    let mut rig = TestRig::new()?;
     rig.apply(&plan(&service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "")?, Open, 5))?;
     Ok(rig)
 }
@@ -110,7 +110,7 @@ fn padding_behind_an_error_is_no_quote() -> Result<()> {
         // The quote ends before the ports.
         let mut padded = too_big(router, client, &translated, header);
         padded.extend(&translated[14 + header..]);
-        untouched(&rig.raw_to_pod(&padded)?, &padded, "the bytes in place of the ports are padding");
+        assert_untouched(&rig.raw_to_pod(&padded)?, &padded, "the bytes in place of the ports are padding");
     }
     Ok(())
 }
@@ -143,14 +143,14 @@ fn errors_about_others_are_untouched() -> Result<()> {
             // A quote that ends before the ports.
             too_big(router, client, &about(client, backup), if vip.is_ipv4() { 22 } else { 42 }),
         ] {
-            untouched(&rig.raw_to_pod(&packet)?, &packet, "the error is about no flow of ours");
+            assert_untouched(&rig.raw_to_pod(&packet)?, &packet, "the error is about no flow of ours");
         }
         let echo = {
             let mut packet = too_big(client, vip, &about(client, vip), 40);
             packet[if vip.is_ipv4() { 34 } else { 54 }] = if vip.is_ipv4() { 8 } else { 128 };
             packet
         };
-        untouched(&rig.raw_from_pod(&echo)?, &echo, "an echo request");
+        assert_untouched(&rig.raw_from_pod(&echo)?, &echo, "an echo request");
     }
     Ok(())
 }
@@ -191,7 +191,7 @@ fn later_fragments_follow_their_first() -> Result<()> {
         let mut rig = rig(vip, backup)?;
         let question = Datagram::new(client, vip, &[5; 200]);
         let [first, second] = fragments(&question, 64);
-        untouched(&rig.raw_from_pod(&second)?, &second, "a later fragment before its first");
+        assert_untouched(&rig.raw_from_pod(&second)?, &second, "a later fragment before its first");
         assert_eq!(reason(&rig, PassReason::Fragment), 1);
         let [expected_first, expected_second] = fragments(&Datagram { destination: backup, ..question.clone() }, 64);
         assert_eq!(rig.raw_from_pod(&first)?.bytes, expected_first);
@@ -217,7 +217,7 @@ fn a_fragment_follows_its_first_on_the_same_way_only() -> Result<()> {
         let answer = Datagram::new(backup, client, &[6; 200]);
         let [first, second] = fragments(&answer, 128);
         rig.raw_to_pod(&first)?;
-        untouched(&rig.raw_from_pod(&second)?, &second, "on the backend's own veth");
+        assert_untouched(&rig.raw_from_pod(&second)?, &second, "on the backend's own veth");
         let [_, expected] = fragments(&Datagram { source: vip, ..answer }, 128);
         assert_eq!(rig.raw_to_pod(&second)?.bytes, expected);
     }
@@ -234,8 +234,8 @@ fn an_identification_that_is_used_again_is_another_packet() -> Result<()> {
         assert_ne!(rig.raw_from_pod(&first)?.bytes, first);
         assert_ne!(rig.raw_from_pod(&second)?.bytes, second);
         rig.apply(&plan(&service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "")?, Closed, 6))?;
-        untouched(&rig.raw_from_pod(&first)?, &first, "closed");
-        untouched(&rig.raw_from_pod(&second)?, &second, "untouched like its first fragment");
+        assert_untouched(&rig.raw_from_pod(&first)?, &first, "closed");
+        assert_untouched(&rig.raw_from_pod(&second)?, &second, "untouched like its first fragment");
     }
     Ok(())
 }
@@ -297,7 +297,7 @@ fn a_direct_connection_that_moved_aside_is_kept() -> Result<()> {
 fn a_flood_of_requests_pushes_out_requests_only() -> Result<()> {
     use breaker_agent::datapath::sizes::Sizes;
     let (client, vip, backup, _) = FAMILIES[0];
-    let mut rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(1024))?;
+    let mut rig = TestRig::with_sizes(&Sizes::for_memory(1024).with_flows(1024))?;
     rig.apply(&plan(&service_with("dummy", &[(vip, "TCP")], &[backup], "")?, Open, 5))?;
     let port = |n: u16| SocketAddr::new(client.ip(), 2000 + n);
     for n in 0..300 {
@@ -311,16 +311,16 @@ fn a_flood_of_requests_pushes_out_requests_only() -> Result<()> {
     }
     for n in 0..300 {
         let data = Segment::new(port(n), vip, ACK).data(5, 6, b"x");
-        super::is(&rig.from_pod(&data)?, &moved(&data, port(n), backup));
+        super::assert_forwarded_as(&rig.from_pod(&data)?, &with_endpoints(&data, port(n), backup));
         let reply = Segment::new(backup, port(n), ACK).data(6, 5, b"y");
-        super::is(&rig.to_pod(&reply)?, &moved(&reply, vip, port(n)));
+        super::assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip, port(n)));
     }
     // The flow tables are full now: further flows stay in the pending tables, and are translated all the same.
     for n in 300..1300 {
         rig.from_pod(&Segment::new(port(n), vip, SYN))?;
         rig.to_pod(&Segment::new(backup, port(n), SYN | ACK))?;
         let ack = Segment::new(port(n), vip, ACK);
-        super::is(&rig.from_pod(&ack)?, &moved(&ack, port(n), backup));
+        super::assert_forwarded_as(&rig.from_pod(&ack)?, &with_endpoints(&ack, port(n), backup));
     }
     assert!(reason(&rig, PassReason::FlowTableFull) > 0);
     assert_eq!(rig.datapath.sweep(None)?.pressure_percent, 100);

@@ -10,15 +10,15 @@ use breaker_common::{
 };
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    MACS, REDIRECT, Rig, Segment,
+    MACS, REDIRECT, Segment, TestRig,
     flags::{ACK, PSH, RST, SYN},
     plan, plan_with, pod, pod6, service, service_with, vip, vip6,
 };
 
-use super::{flow_count, is, moved, reason, untouched};
+use super::{assert_forwarded_as, assert_untouched, flow_count, reason, with_endpoints};
 
-fn rig6(extra: &str) -> Result<Rig> {
-    let mut rig = Rig::new()?;
+fn rig6(extra: &str) -> Result<TestRig> {
+    let mut rig = TestRig::new()?;
     rig.apply(&plan(&service("dummy", vip6(10), &[pod6(3, 80)], extra)?, Open, 5))?;
     Ok(rig)
 }
@@ -31,14 +31,14 @@ fn syn6(port: u16) -> Segment {
 fn open_translates_there_and_back_to_the_byte() -> Result<()> {
     let mut rig = rig6("")?;
     let client = pod6(4, 5000);
-    is(&rig.from_pod(&syn6(5000))?, &moved(&syn6(5000), client, pod6(3, 80)));
+    assert_forwarded_as(&rig.from_pod(&syn6(5000))?, &with_endpoints(&syn6(5000), client, pod6(3, 80)));
     let answer = Segment::new(pod6(3, 80), client, SYN | ACK);
-    is(&rig.to_pod(&answer)?, &moved(&answer, vip6(10), client));
+    assert_forwarded_as(&rig.to_pod(&answer)?, &with_endpoints(&answer, vip6(10), client));
     for payload in [&b"x"[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 1001]] {
         let data = Segment::new(client, vip6(10), ACK | PSH).data(7, 8, payload);
-        is(&rig.from_pod(&data)?, &moved(&data, client, pod6(3, 80)));
+        assert_forwarded_as(&rig.from_pod(&data)?, &with_endpoints(&data, client, pod6(3, 80)));
         let reply = Segment::new(pod6(3, 80), client, ACK | PSH).data(8, 7, payload);
-        is(&rig.to_pod(&reply)?, &moved(&reply, vip6(10), client));
+        assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip6(10), client));
     }
     assert_eq!(flow_count(&mut rig), 1);
     Ok(())
@@ -46,7 +46,7 @@ fn open_translates_there_and_back_to_the_byte() -> Result<()> {
 
 #[test]
 fn refused_and_reset_as_ipv4() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip6(10), &[pod6(3, 80)], "whenAllUnhealthy: Reject,")?;
     rig.apply(&plan_with(&service, Open, 5, 0, false, &[]))?;
     let ran = rig.from_pod(&syn6(1))?;
@@ -65,7 +65,7 @@ fn refused_and_reset_as_ipv4() -> Result<()> {
 
 #[test]
 fn one_state_for_both_families_and_all_ports() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let mut service = service_with("dummy", &[(vip(10), "TCP"), (vip6(10), "TCP")], &[pod(3, 80), pod6(3, 80)], "")?;
     let second = config_frontend(SocketAddr::new(vip(10).ip(), 9090));
     service.frontends.push(second);
@@ -78,7 +78,7 @@ fn one_state_for_both_families_and_all_ports() -> Result<()> {
     for state in [Closed, Open, Closed, Open] {
         epoch += 1;
         rig.apply(&plan(&service, state, epoch))?;
-        let outcome = |ran: breaker_tests::packets::Ran| Segment::read(&ran.bytes).map(|s| s.destination);
+        let outcome = |ran: breaker_tests::packets::RunResult| Segment::read(&ran.bytes).map(|s| s.destination);
         let ends = [outcome(rig.from_pod(&v4)?)?, outcome(rig.from_pod(&syn6(1))?)?, outcome(rig.from_pod(&other)?)?];
         let expected = match state {
             Open => [pod(3, 80), pod6(3, 80), pod(3, 9443)],
@@ -163,10 +163,10 @@ fn extension_headers_are_walked_within_a_bound() -> Result<()> {
         if walked {
             // The translated packet must be the same packet built for the backup: only address, port and checksum
             // differ.
-            let expected = extended(&moved(&syn6(5000), pod6(4, 5000), pod6(3, 80)), &headers);
+            let expected = extended(&with_endpoints(&syn6(5000), pod6(4, 5000), pod6(3, 80)), &headers);
             assert_eq!(ran.bytes, expected, "{what}");
         } else {
-            untouched(&ran, &packet, what);
+            assert_untouched(&ran, &packet, what);
             assert_eq!(reason(&rig, PassReason::ExtensionHeaders), 1, "{what}");
         }
     }
@@ -180,7 +180,7 @@ fn truncated_packets_of_every_length_fail_open() -> Result<()> {
     // The kernel itself refuses to run a program on an IPv6 frame without an IP header.
     for length in 54..whole.len() - 4 {
         let packet = &whole[..length];
-        untouched(&rig.raw_from_pod(packet)?, packet, &format!("{length} bytes"));
+        assert_untouched(&rig.raw_from_pod(packet)?, packet, &format!("{length} bytes"));
     }
     assert_eq!(flow_count(&mut rig), 0);
     Ok(())
@@ -190,7 +190,7 @@ fn truncated_packets_of_every_length_fail_open() -> Result<()> {
 fn vlan_tags_on_an_uplink_are_stepped_over() -> Result<()> {
     for tags in [&[0x8100_u16][..], &[0x88a8, 0x8100]] {
         for (client, vip, backend) in [(pod(9, 7), vip(10), pod(3, 80)), (pod6(9, 7), vip6(10), pod6(3, 80))] {
-            let mut rig = Rig::new()?;
+            let mut rig = TestRig::new()?;
             rig.apply(&plan(&service("dummy", vip, &[backend], "")?, Open, 5))?;
             let tagged = |segment: &Segment| {
                 let plain = segment.bytes();
@@ -204,11 +204,11 @@ fn vlan_tags_on_an_uplink_are_stepped_over() -> Result<()> {
             };
             let syn = Segment::new(client, vip, SYN);
             let ran = rig.run("breaker_up", &tagged(&syn))?;
-            assert_eq!(ran.bytes, tagged(&moved(&syn, client, backend)), "{tags:x?} {client}");
+            assert_eq!(ran.bytes, tagged(&with_endpoints(&syn, client, backend)), "{tags:x?} {client}");
             assert_eq!(ran.mark, breaker_common::DEFAULT_MASQUERADE_MARK);
             let reply = Segment::new(backend, client, SYN | ACK);
             let ran = rig.run("breaker_up_out", &tagged(&reply))?;
-            assert_eq!(ran.bytes, tagged(&moved(&reply, vip, client)), "{tags:x?} {client}");
+            assert_eq!(ran.bytes, tagged(&with_endpoints(&reply, vip, client)), "{tags:x?} {client}");
         }
     }
     Ok(())

@@ -11,12 +11,12 @@ use breaker_core::{
     model::Service,
 };
 use breaker_tests::packets::{
-    Datagram, NEXT, REDIRECT, Rig, Segment,
+    Datagram, NEXT, REDIRECT, Segment, TestRig,
     flags::{ACK, PSH, RST, SYN},
     plan, pod, pod6, service, service_with, vip, vip6,
 };
 
-use super::{flow_count, moved};
+use super::{flow_count, with_endpoints};
 
 const FAST: &str = "fastPath: PeerRedirect,";
 /// kube-proxy's masquerade mark.
@@ -26,20 +26,20 @@ const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr); 2] =
     [(pod(4, 40_000), vip(10), pod(3, 80)), (pod6(4, 40_000), vip6(10), pod6(3, 80))];
 
 /// Tells the datapath that these pods are on this node.
-fn near(rig: &mut Rig, pods: &[SocketAddr]) {
+fn set_local_pods(rig: &mut TestRig, pods: &[SocketAddr]) {
     rig.datapath.set_local_pods(pods.iter().map(|pod| (pod.ip(), 1)).collect::<LocalPods>());
 }
 
-fn rig(service: &Service, pods: &[SocketAddr]) -> Result<Rig> {
-    let mut rig = Rig::new()?;
-    near(&mut rig, pods);
+fn rig(service: &Service, pods: &[SocketAddr]) -> Result<TestRig> {
+    let mut rig = TestRig::new()?;
+    set_local_pods(&mut rig, pods);
     rig.apply(&plan(service, Open, 5))?;
     Ok(rig)
 }
 
 /// Opens a fast-path flow with a SYN, and returns the client's address and port as the backend sees them. The port is
 /// one from 1024 to 32767, which a client's kernel does not choose by default.
-fn opened(rig: &mut Rig, client: SocketAddr, vip: SocketAddr) -> Result<SocketAddr> {
+fn open_fast_flow(rig: &mut TestRig, client: SocketAddr, vip: SocketAddr) -> Result<SocketAddr> {
     let ran = rig.from_pod(&Segment::new(client, vip, SYN))?;
     assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
     let seen = Segment::read(&ran.bytes)?.source;
@@ -53,16 +53,16 @@ fn opened(rig: &mut Rig, client: SocketAddr, vip: SocketAddr) -> Result<SocketAd
 fn a_fast_flow_goes_from_veth_to_veth_both_ways() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
         let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
-        let seen = opened(&mut rig, client, vip)?;
+        let seen = open_fast_flow(&mut rig, client, vip)?;
         for (flags, payload) in [(ACK, &b""[..]), (ACK | PSH, b"GET / HTTP/1.1\r\n\r\n")] {
             let there = Segment::new(client, vip, flags).data(5, 6, payload);
             let ran = rig.from_pod(&there)?;
             assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
-            assert_eq!(Segment::read(&ran.bytes)?, moved(&there, seen, backup));
+            assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&there, seen, backup));
             let back = Segment::new(backup, seen, flags | ACK).data(7, 8, payload);
             let ran = rig.from_pod(&back)?;
             assert_eq!(ran.action, REDIRECT);
-            assert_eq!(Segment::read(&ran.bytes)?, moved(&back, vip, client));
+            assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&back, vip, client));
         }
         let ran = rig.from_pod(&Segment::new(client, vip, ACK))?;
         assert_eq!(ran.action, REDIRECT);
@@ -80,7 +80,7 @@ fn a_fast_flow_goes_from_veth_to_veth_both_ways() -> Result<()> {
 fn a_fast_flow_has_a_port_of_its_own() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let mut rig = rig(&service("dummy", vip, &[backup], FAST)?, &[backup])?;
-    let seen = opened(&mut rig, client, vip)?;
+    let seen = open_fast_flow(&mut rig, client, vip)?;
     // A connection from the same port to the pod itself goes through the host stack, and its answers stay untouched.
     let direct = Segment::new(client, backup, SYN);
     assert_eq!(rig.from_pod(&direct)?.bytes, direct.bytes());
@@ -91,7 +91,7 @@ fn a_fast_flow_has_a_port_of_its_own() -> Result<()> {
     // Every source port of a client is mapped to a different one.
     let mut ports: Vec<u16> = Vec::new();
     for port in 32768..33768 {
-        ports.push(opened(&mut rig, pod(5, port), vip)?.port());
+        ports.push(open_fast_flow(&mut rig, pod(5, port), vip)?.port());
     }
     ports.sort_unstable();
     ports.dedup();
@@ -109,12 +109,12 @@ fn others_go_by_the_stack() -> Result<()> {
             let mut rig = rig(&service("dummy", vip, &[backup], policy)?, &pods)?;
             let syn = Segment::new(client, vip, SYN);
             let ran = rig.from_pod(&syn)?;
-            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, moved(&syn, client, backup)));
+            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, with_endpoints(&syn, client, backup)));
             let answer = Segment::new(backup, client, SYN | ACK);
             let ran = rig.from_pod(&answer)?;
             assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, answer.clone()), "on the backup's own veth");
             let ran = rig.to_pod(&answer)?;
-            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, moved(&answer, vip, client)));
+            assert_eq!((ran.action, Segment::read(&ran.bytes)?), (NEXT, with_endpoints(&answer, vip, client)));
         }
     }
     Ok(())
@@ -127,7 +127,7 @@ fn a_flow_keeps_its_way() -> Result<()> {
     let (slow, fast) = (service("dummy", vip, &[backup], "")?, service("dummy", vip, &[backup], FAST)?);
     let data = Segment::new(client, vip, ACK | PSH).data(5, 6, b"x");
     let mut rig = rig(&fast, &[backup])?;
-    let seen = opened(&mut rig, client, vip)?;
+    let seen = open_fast_flow(&mut rig, client, vip)?;
     rig.apply(&plan(&slow, Open, 6))?;
     assert_eq!(rig.from_pod(&data)?.action, REDIRECT, "began on the fast path");
     assert_eq!(rig.datapath.sweep(None)?.entries, 1);
@@ -136,7 +136,7 @@ fn a_flow_keeps_its_way() -> Result<()> {
     let other = pod(4, 40_001);
     rig.from_pod(&Segment::new(other, vip, SYN))?;
     rig.apply(&plan(&fast, Open, 7))?;
-    assert_eq!(rig.from_pod(&moved(&data, other, vip))?.action, NEXT, "began in the host stack");
+    assert_eq!(rig.from_pod(&with_endpoints(&data, other, vip))?.action, NEXT, "began in the host stack");
     assert_eq!(rig.from_pod(&Segment::new(backup, other, ACK))?.action, NEXT);
     Ok(())
 }
@@ -171,7 +171,7 @@ fn resets_reach_a_fast_peer() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let service = service("dummy", vip, &[backup], &format!("{FAST} onClose: Reset,"))?;
     let mut rig = rig(&service, &[backup])?;
-    let seen = opened(&mut rig, client, vip)?;
+    let seen = open_fast_flow(&mut rig, client, vip)?;
     rig.apply(&breaker_tests::packets::plan_with(&service, Closed, 6, 1000, true, &service.backups[0].backends))?;
     let ran = rig.from_pod(&Segment::new(client, vip, ACK | PSH).data(5, 6, b"x"))?;
     assert_eq!(ran.action, REDIRECT);
@@ -232,16 +232,16 @@ fn clients_outside_go_past_the_stack() -> Result<()> {
             assert_eq!((ran.action, ran.mark), (REDIRECT, 0));
             let seen = Segment::read(&ran.bytes)?.source;
             assert!(seen.ip() == client.ip() && (1024..32768).contains(&seen.port()), "{seen}");
-            assert_eq!(Segment::read(&ran.bytes)?, moved(&syn, seen, backup));
+            assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&syn, seen, backup));
             for flags in [SYN | ACK, ACK | PSH] {
                 let back = Segment::new(backup, seen, flags).data(7, 8, b"");
                 let ran = rig.from_pod(&back)?;
-                assert_eq!((ran.action, Segment::read(&ran.bytes)?), (REDIRECT, moved(&back, vip, client)));
+                assert_eq!((ran.action, Segment::read(&ran.bytes)?), (REDIRECT, with_endpoints(&back, vip, client)));
                 let there = Segment::new(client, vip, ACK | PSH).data(5, 6, b"GET / HTTP/1.1\r\n\r\n");
                 let ran = rig.run("breaker_up", &there.bytes())?;
                 assert_eq!(
                     (ran.action, ran.mark, Segment::read(&ran.bytes)?),
-                    (REDIRECT, 0, moved(&there, seen, backup))
+                    (REDIRECT, 0, with_endpoints(&there, seen, backup))
                 );
             }
             assert_eq!((flow_count(&mut rig), rig.datapath.flows(&service.name, 9)?[0].path), (1, FlowPath::Veth));
@@ -283,10 +283,10 @@ fn a_client_outside_whose_way_back_is_another_goes_by_the_stack() -> Result<()> 
         ns.ip(&[&["route"], route].concat())?;
         let ran = rig.run("breaker_up", &syn.bytes())?;
         assert_eq!((ran.action, ran.mark), (NEXT, 0), "{why}");
-        assert_eq!(Segment::read(&ran.bytes)?, moved(&syn, client, backup), "{why}");
+        assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&syn, client, backup), "{why}");
         let answer = Segment::new(backup, client, SYN | ACK);
         let ran = rig.run("breaker_up_out", &answer.bytes())?;
-        assert_eq!(Segment::read(&ran.bytes)?, moved(&answer, vip, client), "{why}");
+        assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&answer, vip, client), "{why}");
     }
     Ok(())
 }
@@ -377,11 +377,11 @@ fn clients_outside_keep_their_address_toward_this_node() -> Result<()> {
         for segment in [Segment::new(client, vip, SYN), data] {
             let ran = rig.run("breaker_up", &segment.bytes())?;
             assert_eq!((ran.action, ran.mark), (NEXT, mark), "{why}");
-            assert_eq!(Segment::read(&ran.bytes)?, moved(&segment, client, backup), "{why}");
+            assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&segment, client, backup), "{why}");
         }
         let answer = Segment::new(backup, client, SYN | ACK);
         let ran = rig.run("breaker_up_out", &answer.bytes())?;
-        assert_eq!(Segment::read(&ran.bytes)?, moved(&answer, vip, client), "{why}");
+        assert_eq!(Segment::read(&ran.bytes)?, with_endpoints(&answer, vip, client), "{why}");
     }
     Ok(())
 }

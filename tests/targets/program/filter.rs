@@ -20,7 +20,7 @@ const EVERY: (bool, bool) = (true, true);
 const BACKEND: (bool, bool) = (false, true);
 
 /// The filter's two bits for an IPv4 address and port under TCP: (frontend, all packets).
-fn said(rig: &Rig, of: SocketAddr) -> Result<(bool, bool)> {
+fn filter_bits(rig: &TestRig, of: SocketAddr) -> Result<(bool, bool)> {
     let SocketAddr::V4(v4) = of else { anyhow::bail!("{of} is not IPv4") };
     let filter: Array<_, FilterWords> = Map::Array(MapData::from_pin(rig.map("FILTER"))?).try_into()?;
     let (word, bit) = filter_bit(V4::new(v4.ip().octets()), v4.port().to_be_bytes(), PROTO_TCP);
@@ -29,30 +29,34 @@ fn said(rig: &Rig, of: SocketAddr) -> Result<(bool, bool)> {
 }
 
 #[test]
-fn of_a_settled_service_only_first_packets_count() -> Result<()> {
-    let mut rig = Rig::new()?;
+fn of_an_idle_service_only_first_packets_take_the_full_path() -> Result<()> {
+    let mut rig = TestRig::new()?;
     let (frontend, backup) = (vip(10), pod(BACKUP, 80));
     let service = service("dummy", frontend, &[backup], "")?;
     let backends = service.backups[0].backends.clone();
-    let settled = |epoch| plan_with(&service, Closed, epoch, 1000, false, &backends);
-    assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (NOTHING, NOTHING));
+    let idle_plan = |epoch| plan_with(&service, Closed, epoch, 1000, false, &backends);
+    assert_eq!((filter_bits(&rig, frontend)?, filter_bits(&rig, backup)?), (NOTHING, NOTHING));
     let steps = [
-        (settled(1), FIRST, "new"),
+        (idle_plan(1), FIRST, "new"),
         (plan(&service, Open, 2), EVERY, "open"),
         (plan(&service, Closed, 3), EVERY, "closed, with flows on the backup"),
-        (settled(3), FIRST, "closed, no flows left"),
+        (idle_plan(3), FIRST, "closed, no flows left"),
         (plan(&service, HalfOpen, 4), EVERY, "half-open"),
     ];
     for (plan, expected, when) in steps {
         rig.apply(&plan)?;
-        assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (expected, BACKEND), "{when}");
-        let before = said(&rig, frontend)?;
+        assert_eq!((filter_bits(&rig, frontend)?, filter_bits(&rig, backup)?), (expected, BACKEND), "{when}");
+        let before = filter_bits(&rig, frontend)?;
         rig.restart()?;
-        assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (before, BACKEND), "{when}, after a restart");
+        assert_eq!(
+            (filter_bits(&rig, frontend)?, filter_bits(&rig, backup)?),
+            (before, BACKEND),
+            "{when}, after a restart"
+        );
     }
     rig.datapath.remove(&service.name)?;
     rig.datapath.sweep(None)?;
-    assert_eq!((said(&rig, frontend)?, said(&rig, backup)?), (NOTHING, NOTHING), "removed");
+    assert_eq!((filter_bits(&rig, frontend)?, filter_bits(&rig, backup)?), (NOTHING, NOTHING), "removed");
     Ok(())
 }
 
@@ -60,7 +64,7 @@ fn of_a_settled_service_only_first_packets_count() -> Result<()> {
 /// and a backend has both bits.
 #[test]
 fn frontends_come_and_go() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let backup = pod(BACKUP, 80);
     let with = |frontends: &[SocketAddr]| {
         let frontends: Vec<_> = frontends.iter().map(|frontend| (*frontend, "TCP")).collect();
@@ -68,15 +72,15 @@ fn frontends_come_and_go() -> Result<()> {
     };
     rig.apply(&plan(&with(&[vip(10), vip(11)])?, Open, 1))?;
     rig.apply(&plan(&with(&[vip(11), vip(12)])?, Open, 1))?;
-    let all = [vip(10), vip(11), vip(12)].map(|frontend| said(&rig, frontend));
+    let all = [vip(10), vip(11), vip(12)].map(|frontend| filter_bits(&rig, frontend));
     // A removed frontend keeps its all-packets bit while the service exists, because its flows may live on. Its
     // frontend bit is cleared: another service may own the address by now.
     ensure!(all.into_iter().collect::<Result<Vec<_>>>()? == [BACKEND, EVERY, EVERY]);
     let chained = service("chained", backup, &[pod(5, 80)], "")?;
     rig.apply(&plan_with(&chained, Closed, 1, 1000, false, &chained.backups[0].backends))?;
-    assert_eq!(said(&rig, backup)?, EVERY);
+    assert_eq!(filter_bits(&rig, backup)?, EVERY);
     rig.datapath.remove(&chained.name)?;
-    assert_eq!(said(&rig, backup)?, BACKEND);
+    assert_eq!(filter_bits(&rig, backup)?, BACKEND);
     Ok(())
 }
 
@@ -86,11 +90,11 @@ fn without_the_second_program_packets_go_on() -> Result<()> {
     let mut rig = rig(Open, "")?;
     let mut programs: ProgramArray<_> = Map::ProgramArray(MapData::from_pin(rig.map("PROGRAMS"))?).try_into()?;
     programs.clear_index(&(TcHook::PodIn as u32))?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no program to tail-call");
+    assert_untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no program to tail-call");
     assert_eq!(reason(&rig, PassReason::ProgramMissing), 1);
     // A new agent puts the program back.
     rig.restart()?;
-    is(&rig.from_pod(&syn(2))?, &moved(&syn(2), pod(CLIENT, 2), pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&syn(2))?, &with_endpoints(&syn(2), pod(CLIENT, 2), pod(BACKUP, 80)));
     Ok(())
 }
 
@@ -98,7 +102,7 @@ fn without_the_second_program_packets_go_on() -> Result<()> {
 /// applying and removing it must not take the frontends from the renamed service.
 #[test]
 fn what_is_left_of_a_service_takes_no_frontend_back() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let (one, other) = (vip(10), SocketAddr::new(vip(11).ip(), 9090));
     let (backup, second) = (pod(BACKUP, 80), pod(BACKUP, 90));
     let named = |name: &str| -> Result<Service> {
@@ -116,7 +120,7 @@ fn what_is_left_of_a_service_takes_no_frontend_back() -> Result<()> {
     rig.datapath.remove(&before.name)?;
     for (port, frontend, backend) in [(1, one, backup), (2, other, second)] {
         let segment = Segment { destination: frontend, ..syn(port) };
-        is(&rig.from_pod(&segment)?, &moved(&segment, pod(CLIENT, port), backend));
+        assert_forwarded_as(&rig.from_pod(&segment)?, &with_endpoints(&segment, pod(CLIENT, port), backend));
     }
     Ok(())
 }

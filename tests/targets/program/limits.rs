@@ -13,12 +13,12 @@ use breaker_core::{
     model::{Service, ServiceName},
 };
 use breaker_tests::packets::{
-    Datagram, Ip, NEXT, REDIRECT, Ran, Rig, Segment,
+    Datagram, Ip, NEXT, REDIRECT, RunResult, Segment, TestRig,
     flags::{ACK, FIN, PSH, RST, SYN},
     plan, plan_with, pod, pod6, service, service_with, vip, vip6,
 };
 
-use super::{BACKUP, CLIENT, untouched};
+use super::{BACKUP, CLIENT, assert_untouched};
 
 /// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
 const DROP: u32 = 2;
@@ -28,11 +28,11 @@ const NODES: u32 = 3600;
 
 /// A service whose tokens do not come back while a test runs. In `limits`, `@N` stands for N on this node.
 fn limited(limits: &str) -> Result<Service> {
-    settled(service("dummy", vip(10), &[pod(BACKUP, 80)], &extra(limits))?)
+    share_by_nodes(service("dummy", vip(10), &[pod(BACKUP, 80)], &expand_limits(limits))?)
 }
 
 /// Replaces each `@N` by N × [`NODES`].
-fn extra(limits: &str) -> String {
+fn expand_limits(limits: &str) -> String {
     let mut text = String::new();
     let mut parts = limits.split('@');
     text.push_str(parts.next().unwrap_or_default());
@@ -45,31 +45,31 @@ fn extra(limits: &str) -> String {
 }
 
 /// Divides the service's limits by [`NODES`], as `scope: Cluster` does.
-fn settled(mut service: Service) -> Result<Service> {
+fn share_by_nodes(mut service: Service) -> Result<Service> {
     let limits = service.limits.as_mut().unwrap();
     (limits.scope, limits.nodes) = (Scope::Cluster, NODES);
     Ok(service)
 }
 
-fn rig(service: &Service, state: BreakerState) -> Result<Rig> {
-    let mut rig = Rig::new()?;
-    rig.apply(&on(service, state, 5))?;
+fn rig(service: &Service, state: BreakerState) -> Result<TestRig> {
+    let mut rig = TestRig::new()?;
+    rig.apply(&plan_in_state(service, state, 5))?;
     Ok(rig)
 }
 
 /// A plan for a service in a state. The plan for a closed breaker has no flows to drain.
-fn on(service: &Service, state: BreakerState, epoch: u32) -> breaker_core::plan::ServicePlan {
+fn plan_in_state(service: &Service, state: BreakerState, epoch: u32) -> breaker_core::plan::ServicePlan {
     match state {
         Closed => plan_with(service, Closed, epoch, 1000, false, &service.backups[0].backends),
         _ => plan(service, state, epoch),
     }
 }
 
-fn report(rig: &Rig) -> LimitReport {
+fn report(rig: &TestRig) -> LimitReport {
     report_of(rig, "dummy")
 }
 
-fn report_of(rig: &Rig, name: &str) -> LimitReport {
+fn report_of(rig: &TestRig, name: &str) -> LimitReport {
     rig.datapath.limits(&ServiceName::new(name), 10).unwrap()
 }
 
@@ -85,7 +85,7 @@ fn later(client: SocketAddr, vip: SocketAddr, flags: u8) -> Segment {
 
 /// What the program did with a connection request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Became {
+enum RequestOutcome {
     Passed,
     Moved,
     Refused,
@@ -93,32 +93,38 @@ enum Became {
 }
 
 #[track_caller]
-fn became(ran: &Ran, sent: &Segment) -> Became {
+fn request_outcome(ran: &RunResult, sent: &Segment) -> RequestOutcome {
     match ran.action {
-        DROP => Became::Dropped,
-        NEXT if ran.bytes == sent.bytes() => Became::Passed,
-        NEXT => Became::Moved,
+        DROP => RequestOutcome::Dropped,
+        NEXT if ran.bytes == sent.bytes() => RequestOutcome::Passed,
+        NEXT => RequestOutcome::Moved,
         REDIRECT => {
             let reset = Segment::read(&ran.bytes).unwrap();
             assert_eq!((reset.source, reset.destination), (sent.destination, sent.source));
             assert_eq!((reset.flags, reset.acknowledgment), (RST | ACK, sent.sequence.wrapping_add(1)));
-            Became::Refused
+            RequestOutcome::Refused
         }
         other => panic!("action {other}"),
     }
 }
 
 /// Sends a connection request from each of a client's `ports` through a program.
-fn requests(rig: &mut Rig, program: &str, client: IpAddr, vip: SocketAddr, ports: std::ops::Range<u16>) -> Vec<Became> {
+fn requests(
+    rig: &mut TestRig,
+    program: &str,
+    client: IpAddr,
+    vip: SocketAddr,
+    ports: std::ops::Range<u16>,
+) -> Vec<RequestOutcome> {
     ports
         .map(|port| {
             let segment = syn(SocketAddr::new(client, port), vip);
-            became(&rig.run(program, &segment.bytes()).unwrap(), &segment)
+            request_outcome(&rig.run(program, &segment.bytes()).unwrap(), &segment)
         })
         .collect()
 }
 
-use Became::{Dropped, Moved, Passed, Refused};
+use RequestOutcome::{Dropped, Moved, Passed, Refused};
 
 /// IPv4 and IPv6, from pods and from outside, closed and open: the burst is admitted, the rest gets what `onLimit`
 /// says.
@@ -129,7 +135,7 @@ fn a_burst_passes_and_what_is_over_it_is_refused() -> Result<()> {
         (pod(CLIENT, 0).ip(), vip, pod(BACKUP, 80), "10.42.0.4"),
         (pod6(CLIENT, 0).ip(), vip6, pod6(BACKUP, 80), "fd42::/64"),
     ];
-    let rows: &[(&str, BreakerState, Became, Became)] = &[
+    let rows: &[(&str, BreakerState, RequestOutcome, RequestOutcome)] = &[
         ("limits: {newConnectionsPerSecond: 1, burst: @3},", Closed, Passed, Refused),
         ("limits: {newConnectionsPerSecond: 1, burst: @3, onLimit: Drop},", Closed, Passed, Dropped),
         ("limits: {newConnectionsPerSecond: 1, burst: @3, onLimit: Failover},", Closed, Passed, Moved),
@@ -141,16 +147,16 @@ fn a_burst_passes_and_what_is_over_it_is_refused() -> Result<()> {
         ("limits: {backup: {concurrentConnections: @3, onLimit: Failover}},", Open, Moved, Refused),
         ("fastPath: PeerRedirect, limits: {newConnectionsPerSecond: 1, burst: @3},", Closed, Passed, Refused),
     ];
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let mut hosts = 10..;
     for (client, vip, backup, shown) in families {
         for (limits, state, within, over) in rows {
             for program in ["breaker_in", "breaker_up"] {
                 let host = hosts.next().unwrap();
                 let (vip, name) = (vip(host), format!("service-{host}"));
-                let service = settled(service(&name, vip, &[backup], &extra(limits))?)?;
-                rig.apply(&on(&service, *state, 5))?;
-                let report = |rig: &Rig| report_of(rig, &name);
+                let service = share_by_nodes(service(&name, vip, &[backup], &expand_limits(limits))?)?;
+                rig.apply(&plan_in_state(&service, *state, 5))?;
+                let report = |rig: &TestRig| report_of(rig, &name);
                 let became = requests(&mut rig, program, client, vip, 1..7);
                 let expected = [[*within; 3], [*over; 3]].concat();
                 assert_eq!(became, expected, "{limits} {state:?} {program} {vip}");
@@ -172,15 +178,15 @@ fn a_request_that_is_sent_again_takes_no_second_token() -> Result<()> {
     let mut rig = rig(&limited(limits)?, Closed)?;
     let segment = syn(pod(CLIENT, 1), vip(10));
     for _ in 0..5 {
-        untouched(&rig.from_pod(&segment)?, &segment.bytes(), "the same SYN");
+        assert_untouched(&rig.from_pod(&segment)?, &segment.bytes(), "the same SYN");
     }
     assert_eq!((report(&rig).counters.repeated, report(&rig).concurrent), (4, [1, 0]));
     // The client uses its port again: another sequence number is another connection, and the first one has ended.
     let again = Segment { sequence: 99, ..segment };
-    untouched(&rig.from_pod(&again)?, &again.bytes(), "another connection");
+    assert_untouched(&rig.from_pod(&again)?, &again.bytes(), "another connection");
     assert_eq!(report(&rig).concurrent, [1, 0]);
     let third = syn(pod(CLIENT, 2), vip(10));
-    assert_eq!(became(&rig.from_pod(&third)?, &third), Refused, "both tokens are used");
+    assert_eq!(request_outcome(&rig.from_pod(&third)?, &third), Refused, "both tokens are used");
     Ok(())
 }
 
@@ -207,8 +213,9 @@ fn clients_of_one_prefix_are_one_client() -> Result<()> {
     let host = |prefix: u16, host: u16| IpAddr::V6(Ipv6Addr::new(0xfd42, 0, 0, prefix, 0, 0, 0, host));
     let backups = [pod6(BACKUP, 80)];
     for (length, expected) in [("", [Refused, Passed]), ("clientPrefixLengthIPv6: 128,", [Passed, Passed])] {
-        let text = extra(&format!("limits: {{{length} perClient: {{newConnectionsPerSecond: 1, burst: @1}}}},"));
-        let mut rig = rig(&settled(service("dummy", vip6(10), &backups, &text)?)?, Closed)?;
+        let text =
+            expand_limits(&format!("limits: {{{length} perClient: {{newConnectionsPerSecond: 1, burst: @1}}}},"));
+        let mut rig = rig(&share_by_nodes(service("dummy", vip6(10), &backups, &text)?)?, Closed)?;
         let mut one = |client| requests(&mut rig, "breaker_up", client, vip6(10), 1..2)[0];
         assert_eq!(one(host(1, 1)), Passed);
         assert_eq!([one(host(1, 2)), one(host(2, 2))], expected, "{length}");
@@ -263,7 +270,7 @@ fn a_connection_counts_until_both_have_closed_it_or_one_has_reset_it() -> Result
 
 /// Nine connections are counted and end again, in each of 50 rounds: no count leaks.
 #[test]
-fn places_come_free() -> Result<()> {
+fn ended_connections_are_counted_down() -> Result<()> {
     let mut rig =
         rig(&limited("limits: {concurrentConnections: @9, perClient: {concurrentConnections: @9}},")?, Closed)?;
     for round in 0..50 {
@@ -283,11 +290,11 @@ fn data_of_a_closed_service_is_not_seen() -> Result<()> {
     let limits = "limits: {newConnectionsPerSecond: 1, burst: @1, concurrentConnections: @1},";
     let mut rig = rig(&limited(limits)?, Closed)?;
     let first = syn(pod(CLIENT, 1), vip(10));
-    untouched(&rig.from_pod(&first)?, &first.bytes(), "admitted");
+    assert_untouched(&rig.from_pod(&first)?, &first.bytes(), "admitted");
     for port in [1, 2] {
         for flags in [0, PSH] {
             let data = later(pod(CLIENT, port), vip(10), flags);
-            untouched(&rig.from_pod(&data)?, &data.bytes(), "data of a known or an unknown connection");
+            assert_untouched(&rig.from_pod(&data)?, &data.bytes(), "data of a known or an unknown connection");
         }
     }
     // No packet was passed for a counted reason.
@@ -304,7 +311,7 @@ fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
     let became = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..5);
     assert_eq!(became, [Passed, Moved, Moved, Refused], "the backup has its own limits");
     assert_eq!((report(&rig).concurrent, report(&rig).counters.failed_over), ([1, 2], 3));
-    let moved = |rig: &mut Rig| {
+    let assert_overflow_works = |rig: &mut TestRig| {
         let data = later(pod(CLIENT, 2), vip(10), PSH);
         let ran = rig.from_pod(&data).unwrap();
         assert_eq!(Segment::read(&ran.bytes).unwrap(), Segment { destination: pod(BACKUP, 80), ..data });
@@ -314,27 +321,27 @@ fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
     };
     // The flow works at once, before the agent knows of it; then with the switch that tracks flows, as the agent
     // writes it; and after the agent has cleared the overflow mark.
-    moved(&mut rig);
+    assert_overflow_works(&mut rig);
     assert!(rig.datapath.sweep(None)?.overflowed.contains(&service.name));
     rig.apply(&plan_with(&service, Closed, 5, 1000, true, &service.backups[0].backends))?;
     assert!(rig.datapath.sweep(None)?.overflowed.contains(&service.name));
     assert!(rig.datapath.sweep(None)?.overflowed.is_empty(), "no connection overflowed since the last sweep");
-    moved(&mut rig);
+    assert_overflow_works(&mut rig);
     // Connections to the primary are left alone.
     let data = later(pod(CLIENT, 1), vip(10), PSH);
-    untouched(&rig.from_pod(&data)?, &data.bytes(), "on the primary");
+    assert_untouched(&rig.from_pod(&data)?, &data.bytes(), "on the primary");
     // After the last overflowed connection has ended, data packets do not take the full path any more.
     for port in [2, 3] {
         rig.from_pod(&later(pod(CLIENT, port), vip(10), FIN))?;
         rig.to_pod(&later(pod(BACKUP, 80), pod(CLIENT, port), FIN))?;
     }
     assert_eq!(report(&rig).concurrent, [1, 0]);
-    rig.apply(&on(&service, Closed, 5))?;
+    rig.apply(&plan_in_state(&service, Closed, 5))?;
     let late = later(pod(CLIENT, 2), vip(10), PSH);
-    untouched(&rig.from_pod(&late)?, &late.bytes(), "closed, no flows left");
+    assert_untouched(&rig.from_pod(&late)?, &late.bytes(), "closed, no flows left");
     // Another overflow right after: the program sets the mark and the filter's bit again.
     let fourth = syn(pod(CLIENT, 4), vip(10));
-    assert_eq!(self::became(&rig.from_pod(&fourth)?, &fourth), Moved);
+    assert_eq!(self::request_outcome(&rig.from_pod(&fourth)?, &fourth), Moved);
     assert!(rig.datapath.sweep(None)?.overflowed.contains(&service.name));
     Ok(())
 }
@@ -342,7 +349,7 @@ fn over_a_limit_connections_go_to_the_backup_and_stay_there() -> Result<()> {
 #[test]
 fn failover_with_no_usable_backup_refuses() -> Result<()> {
     let service = limited("limits: {concurrentConnections: @1, onLimit: Failover},")?;
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     rig.apply(&plan_with(&service, Closed, 5, 1000, false, &[]))?;
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..4), [Passed, Refused, Refused]);
     assert_eq!(report(&rig).counters.failed_over, 0);
@@ -351,19 +358,19 @@ fn failover_with_no_usable_backup_refuses() -> Result<()> {
 
 /// A half-open permit is given back if the primary's limit refuses its connection: the next connection can take it.
 #[test]
-fn a_trial_that_is_refused_is_given_back() -> Result<()> {
-    let text = extra("breaker: {halfOpenConnections: 2}, limits: {concurrentConnections: @1},");
-    let service = settled(service("dummy", vip(10), &[pod(BACKUP, 80)], &text)?)?;
+fn a_permit_of_a_refused_connection_is_given_back() -> Result<()> {
+    let text = expand_limits("breaker: {halfOpenConnections: 2}, limits: {concurrentConnections: @1},");
+    let service = share_by_nodes(service("dummy", vip(10), &[pod(BACKUP, 80)], &text)?)?;
     let mut rig = rig(&service, HalfOpen)?;
     let first = syn(pod(CLIENT, 1), vip(10));
-    assert_eq!(became(&rig.from_pod(&first)?, &first), Passed);
+    assert_eq!(request_outcome(&rig.from_pod(&first)?, &first), Passed);
     let second = syn(pod(CLIENT, 2), vip(10));
-    assert_eq!(became(&rig.from_pod(&second)?, &second), Refused);
+    assert_eq!(request_outcome(&rig.from_pod(&second)?, &second), Refused);
     rig.from_pod(&later(pod(CLIENT, 1), vip(10), RST))?;
     let third = syn(pod(CLIENT, 3), vip(10));
-    assert_eq!(became(&rig.from_pod(&third)?, &third), Passed, "the second of two permits");
+    assert_eq!(request_outcome(&rig.from_pod(&third)?, &third), Passed, "the second of two permits");
     let fourth = syn(pod(CLIENT, 4), vip(10));
-    assert_eq!(became(&rig.from_pod(&fourth)?, &fourth), Moved, "no permit is left");
+    assert_eq!(request_outcome(&rig.from_pod(&fourth)?, &fourth), Moved, "no permit is left");
     assert_eq!(rig.datapath.counters(&service.name)?.half_open, 2);
     Ok(())
 }
@@ -387,13 +394,13 @@ fn a_dry_run_counts_and_refuses_nobody() -> Result<()> {
 #[test]
 fn flows_of_datagrams_are_limited() -> Result<()> {
     for (limits, over) in [("", REDIRECT), ("onLimit: Drop,", DROP)] {
-        let text = extra(&format!("limits: {{{limits} newConnectionsPerSecond: 1, burst: @2}},"));
-        let service = settled(service_with("dummy", &[(vip(10), "UDP")], &[pod(BACKUP, 53)], &text)?)?;
+        let text = expand_limits(&format!("limits: {{{limits} newConnectionsPerSecond: 1, burst: @2}},"));
+        let service = share_by_nodes(service_with("dummy", &[(vip(10), "UDP")], &[pod(BACKUP, 53)], &text)?)?;
         let mut rig = rig(&service, Closed)?;
         for round in 0..4 {
             for port in [1, 2] {
                 let question = Datagram::new(pod(CLIENT, port), vip(10), b"again").bytes();
-                untouched(&rig.raw_from_pod(&question)?, &question, &format!("round {round}"));
+                assert_untouched(&rig.raw_from_pod(&question)?, &question, &format!("round {round}"));
             }
             let question = Datagram::new(pod(CLIENT, 3), vip(10), b"third").bytes();
             let ran = rig.raw_from_pod(&question)?;
@@ -440,8 +447,8 @@ fn a_full_table_admits_and_does_not_count() -> Result<()> {
     limits.scope = Scope::Node;
     let service = Service { limits: Some(limits), ..service };
     let sizes = Sizes { connection_buckets: 16, client_buckets: 16, ..Sizes::for_memory(1024) };
-    let mut rig = Rig::with_sizes(&sizes)?;
-    rig.apply(&on(&service, Closed, 5))?;
+    let mut rig = TestRig::with_sizes(&sizes)?;
+    rig.apply(&plan_in_state(&service, Closed, 5))?;
     let became = requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..1001);
     assert!(became.iter().all(|became| *became == Passed));
     let (counted, untracked) = (report(&rig).concurrent[0], report(&rig).counters.untracked);
@@ -462,7 +469,7 @@ fn limits_outlive_the_agent_and_change_at_once() -> Result<()> {
     let mut rig = rig(&service, Closed)?;
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 1..4), [Passed, Passed, Refused]);
     rig.restart()?;
-    rig.apply(&on(&service, Closed, 5))?;
+    rig.apply(&plan_in_state(&service, Closed, 5))?;
     assert_eq!(report(&rig).concurrent, [2, 0]);
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 4..5), [Refused]);
     rig.from_pod(&later(pod(CLIENT, 1), vip(10), RST))?;
@@ -471,10 +478,10 @@ fn limits_outlive_the_agent_and_change_at_once() -> Result<()> {
     (limits.scope, limits.primary.concurrent) = (Scope::Node, None);
     limits.primary.rate = Some(breaker_core::limits::Rate { per_second: 1_000_000, burst: 4 });
     let raised = Service { limits: Some(limits), ..service.clone() };
-    rig.apply(&on(&raised, Closed, 5))?;
+    rig.apply(&plan_in_state(&raised, Closed, 5))?;
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 5..6), [Passed], "the new rate applies");
     let free = Service { limits: None, ..service };
-    rig.apply(&on(&free, Closed, 5))?;
+    rig.apply(&plan_in_state(&free, Closed, 5))?;
     assert_eq!(requests(&mut rig, "breaker_in", pod(CLIENT, 0).ip(), vip(10), 6..60), [Passed; 54]);
     assert_eq!(report(&rig), LimitReport::default(), "no state is left");
     Ok(())

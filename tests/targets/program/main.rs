@@ -20,7 +20,7 @@ use breaker_common::{
 };
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    NEXT, REDIRECT, Ran, Rig, Segment,
+    NEXT, REDIRECT, RunResult, Segment, TestRig,
     flags::{ACK, FIN, PSH, RST, SYN},
     plan, plan_with, pod, service, vip,
 };
@@ -38,35 +38,35 @@ fn data(port: u16) -> Segment {
 
 /// A rig with one service in `state`: VIP 10.43.0.10:8080, backup 10.42.0.3:80. `extra` is YAML for the service's
 /// entry.
-fn rig(state: breaker_common::BreakerState, extra: &str) -> Result<Rig> {
-    let mut rig = Rig::new()?;
+fn rig(state: breaker_common::BreakerState, extra: &str) -> Result<TestRig> {
+    let mut rig = TestRig::new()?;
     rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], extra)?, state, 5))?;
     Ok(rig)
 }
 
 #[track_caller]
-fn untouched(ran: &Ran, packet: &[u8], why: &str) {
+fn assert_untouched(ran: &RunResult, packet: &[u8], why: &str) {
     assert_eq!(ran.action, NEXT, "{why}");
     assert_eq!(ran.bytes, packet, "{why}");
     assert_eq!(ran.mark, 0, "{why}");
 }
 
 /// The same segment with another source and destination.
-fn moved(segment: &Segment, source: std::net::SocketAddr, destination: std::net::SocketAddr) -> Segment {
+fn with_endpoints(segment: &Segment, source: std::net::SocketAddr, destination: std::net::SocketAddr) -> Segment {
     Segment { source, destination, ..segment.clone() }
 }
 
 #[track_caller]
-fn is(ran: &Ran, expected: &Segment) {
+fn assert_forwarded_as(ran: &RunResult, expected: &Segment) {
     assert_eq!(ran.action, NEXT);
     assert_eq!(Segment::read(&ran.bytes).unwrap(), *expected);
 }
 
-fn flow_count(rig: &mut Rig) -> usize {
+fn flow_count(rig: &mut TestRig) -> usize {
     rig.datapath.sweep(None).unwrap().entries
 }
 
-fn reason(rig: &Rig, reason: PassReason) -> u64 {
+fn reason(rig: &TestRig, reason: PassReason) -> u64 {
     rig.datapath.reasons().unwrap().into_iter().find(|(r, _)| *r == reason).map_or(0, |(_, n)| n)
 }
 
@@ -80,10 +80,10 @@ fn what_is_not_ours_goes_on_untouched() -> Result<()> {
         packet
     };
     let rows: Vec<(&str, Vec<u8>)> = vec![
-        ("another address", moved(&syn(1), pod(CLIENT, 1), pod(9, 8080)).bytes()),
+        ("another address", with_endpoints(&syn(1), pod(CLIENT, 1), pod(9, 8080)).bytes()),
         (
             "another port of the VIP",
-            moved(&syn(1), pod(CLIENT, 1), std::net::SocketAddr::new(vip(10).ip(), 81)).bytes(),
+            with_endpoints(&syn(1), pod(CLIENT, 1), std::net::SocketAddr::new(vip(10).ip(), 81)).bytes(),
         ),
         ("UDP", with(23, &[17])),
         ("ICMP", with(23, &[1])),
@@ -98,7 +98,7 @@ fn what_is_not_ours_goes_on_untouched() -> Result<()> {
     ];
     for (why, packet) in rows {
         for program in ["breaker_in", "breaker_out"] {
-            untouched(&rig.run(program, &packet)?, &packet, why);
+            assert_untouched(&rig.run(program, &packet)?, &packet, why);
         }
     }
     assert_eq!(flow_count(&mut rig), 0);
@@ -114,22 +114,22 @@ fn truncated_packets_of_every_length_fail_open() -> Result<()> {
     // The kernel itself refuses to run a program on an IPv4 frame without an IP header.
     for length in 34..14 + 20 + 20 {
         let packet = &whole[..length];
-        untouched(&rig.run("breaker_in", packet)?, packet, &format!("{length} bytes"));
+        assert_untouched(&rig.run("breaker_in", packet)?, packet, &format!("{length} bytes"));
     }
     assert_eq!(flow_count(&mut rig), 0);
     Ok(())
 }
 
 #[test]
-fn closed_and_settled_is_untouched_and_leaves_no_trace() -> Result<()> {
-    let mut rig = Rig::new()?;
+fn closed_and_idle_is_untouched_and_leaves_no_trace() -> Result<()> {
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "")?;
     rig.apply(&plan_with(&service, Closed, 1, 1000, false, &service.backups[0].backends))?;
     for segment in [syn(1), data(1), Segment::new(pod(CLIENT, 1), vip(10), FIN | ACK), data(2)] {
-        untouched(&rig.from_pod(&segment)?, &segment.bytes(), "closed");
+        assert_untouched(&rig.from_pod(&segment)?, &segment.bytes(), "closed");
     }
     let reply = Segment::new(vip(10), pod(CLIENT, 1), SYN | ACK);
-    untouched(&rig.to_pod(&reply)?, &reply.bytes(), "kube-proxy's reply");
+    assert_untouched(&rig.to_pod(&reply)?, &reply.bytes(), "kube-proxy's reply");
     assert_eq!(flow_count(&mut rig), 0);
     let counters = rig.datapath.counters(&service.name)?;
     assert_eq!((counters.new_primary, counters.new_backup, counters.translated), (1, 0, 0));
@@ -140,14 +140,14 @@ fn closed_and_settled_is_untouched_and_leaves_no_trace() -> Result<()> {
 fn open_translates_there_and_back_to_the_byte() -> Result<()> {
     let mut rig = rig(Open, "")?;
     let (client, backup) = (pod(CLIENT, 40_000), pod(BACKUP, 80));
-    is(&rig.from_pod(&syn(40_000))?, &moved(&syn(40_000), client, backup));
+    assert_forwarded_as(&rig.from_pod(&syn(40_000))?, &with_endpoints(&syn(40_000), client, backup));
     let answer = Segment { tcp_options: vec![2, 4, 5, 180], ..Segment::new(backup, client, SYN | ACK) };
-    is(&rig.to_pod(&answer)?, &moved(&answer, vip(10), client));
+    assert_forwarded_as(&rig.to_pod(&answer)?, &with_endpoints(&answer, vip(10), client));
     for (flags, payload) in [(ACK, &b""[..]), (ACK | PSH, &[0xff; 1400]), (FIN | ACK, b"odd"), (RST, b"")] {
         let there = Segment::new(client, vip(10), flags).data(5, 6, payload);
-        is(&rig.from_pod(&there)?, &moved(&there, client, backup));
+        assert_forwarded_as(&rig.from_pod(&there)?, &with_endpoints(&there, client, backup));
         let back = Segment::new(backup, client, flags).data(6, 5, payload);
-        is(&rig.to_pod(&back)?, &moved(&back, vip(10), client));
+        assert_forwarded_as(&rig.to_pod(&back)?, &with_endpoints(&back, vip(10), client));
     }
     assert_eq!(flow_count(&mut rig), 1);
     Ok(())
@@ -162,7 +162,7 @@ fn ip_options_stay_where_they_are() -> Result<()> {
         *options.last_mut().context("options")? = 0;
         let port = 40_000 + u16::from(words);
         let segment = Segment { ip_options: options, ..syn(port) };
-        is(&rig.from_pod(&segment)?, &moved(&segment, pod(CLIENT, port), pod(BACKUP, 80)));
+        assert_forwarded_as(&rig.from_pod(&segment)?, &with_endpoints(&segment, pod(CLIENT, port), pod(BACKUP, 80)));
     }
     Ok(())
 }
@@ -176,7 +176,7 @@ fn of_all_flags_only_a_plain_syn_decides() -> Result<()> {
         if flags & (SYN | ACK | RST | FIN) == SYN {
             assert_ne!(ran.bytes, segment.bytes(), "flags {flags:#04x}");
         } else {
-            untouched(&ran, &segment.bytes(), &format!("flags {flags:#04x}, never seen from its SYN"));
+            assert_untouched(&ran, &segment.bytes(), &format!("flags {flags:#04x}, never seen from its SYN"));
         }
     }
     Ok(())
@@ -186,12 +186,12 @@ fn of_all_flags_only_a_plain_syn_decides() -> Result<()> {
 fn a_syn_is_decided_anew_at_its_retransmission() -> Result<()> {
     let mut rig = rig(Closed, "")?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "")?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "closed");
+    assert_untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "closed");
     rig.apply(&plan(&service, Open, 6))?;
-    is(&rig.from_pod(&syn(1))?, &moved(&syn(1), pod(CLIENT, 1), pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&syn(1))?, &with_endpoints(&syn(1), pod(CLIENT, 1), pod(BACKUP, 80)));
     rig.apply(&plan(&service, Closed, 7))?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "closed again");
-    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "the flow follows its SYN");
+    assert_untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "closed again");
+    assert_untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "the flow follows its SYN");
     assert_eq!(flow_count(&mut rig), 0);
     Ok(())
 }
@@ -202,13 +202,13 @@ fn a_port_that_is_used_again_gets_a_new_decision() -> Result<()> {
     rig.from_pod(&syn(1))?;
     let other = service("dummy", vip(10), &[pod(9, 81)], "")?;
     rig.apply(&plan(&other, Open, 6))?;
-    is(&rig.from_pod(&data(1))?, &moved(&data(1), pod(CLIENT, 1), pod(BACKUP, 80)));
-    is(&rig.from_pod(&syn(1))?, &moved(&syn(1), pod(CLIENT, 1), pod(9, 81)));
-    is(&rig.from_pod(&data(1))?, &moved(&data(1), pod(CLIENT, 1), pod(9, 81)));
+    assert_forwarded_as(&rig.from_pod(&data(1))?, &with_endpoints(&data(1), pod(CLIENT, 1), pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&syn(1))?, &with_endpoints(&syn(1), pod(CLIENT, 1), pod(9, 81)));
+    assert_forwarded_as(&rig.from_pod(&data(1))?, &with_endpoints(&data(1), pod(CLIENT, 1), pod(9, 81)));
     let late = Segment::new(pod(BACKUP, 80), pod(CLIENT, 1), ACK);
-    untouched(&rig.to_pod(&late)?, &late.bytes(), "a late packet of the old backend belongs to no flow");
+    assert_untouched(&rig.to_pod(&late)?, &late.bytes(), "a late packet of the old backend belongs to no flow");
     let reply = Segment::new(pod(9, 81), pod(CLIENT, 1), SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), pod(CLIENT, 1)));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(10), pod(CLIENT, 1)));
     assert_eq!(flow_count(&mut rig), 1);
     Ok(())
 }
@@ -218,18 +218,18 @@ fn two_vips_with_one_backend_never_share_a_reverse_key() -> Result<()> {
     let mut rig = rig(Open, "")?;
     rig.apply(&plan(&service("other", vip(11), &[pod(BACKUP, 80)], "")?, Open, 1))?;
     let client = pod(CLIENT, 5000);
-    is(&rig.from_pod(&syn(5000))?, &moved(&syn(5000), client, pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&syn(5000))?, &with_endpoints(&syn(5000), client, pod(BACKUP, 80)));
     let second = Segment { destination: vip(11), ..syn(5000) };
     let out = Segment::read(&rig.from_pod(&second)?.bytes)?;
     assert_eq!((out.destination, out.source.ip()), (pod(BACKUP, 80), client.ip()));
     assert_ne!(out.source.port(), 5000);
     // Replies to each flow are translated to its own VIP.
     let first = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
-    is(&rig.to_pod(&first)?, &moved(&first, vip(10), client));
+    assert_forwarded_as(&rig.to_pod(&first)?, &with_endpoints(&first, vip(10), client));
     let reply = Segment::new(pod(BACKUP, 80), out.source, SYN | ACK).data(1, 2, b"x");
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(11), client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(11), client));
     let more = Segment { destination: vip(11), ..data(5000) };
-    is(&rig.from_pod(&more)?, &moved(&more, out.source, pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&more)?, &with_endpoints(&more, out.source, pod(BACKUP, 80)));
     assert_eq!(rig.datapath.counters(&breaker_core::model::ServiceName::new("other"))?.port_changed, 1);
     Ok(())
 }
@@ -240,25 +240,25 @@ fn a_vip_and_the_pod_itself_never_share_a_reverse_key() -> Result<()> {
     let (client, backup) = (pod(CLIENT, 5000), pod(BACKUP, 80));
     // The direct connection is first: it stays untouched, and the flow through the VIP gets another source port.
     let direct = Segment::new(client, backup, SYN);
-    untouched(&rig.from_pod(&direct)?, &direct.bytes(), "direct");
+    assert_untouched(&rig.from_pod(&direct)?, &direct.bytes(), "direct");
     let out = Segment::read(&rig.from_pod(&syn(5000))?.bytes)?;
     assert_ne!(out.source.port(), 5000);
     let reply = Segment::new(backup, client, SYN | ACK);
-    untouched(&rig.to_pod(&reply)?, &reply.bytes(), "the direct connection's reply");
+    assert_untouched(&rig.to_pod(&reply)?, &reply.bytes(), "the direct connection's reply");
     let reply = Segment::new(backup, out.source, SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(10), client));
     // The flow through the VIP is first: the direct connection gets another source port.
     let (client, direct) = (pod(CLIENT, 6000), Segment::new(pod(CLIENT, 6000), backup, SYN));
-    is(&rig.from_pod(&syn(6000))?, &moved(&syn(6000), client, backup));
+    assert_forwarded_as(&rig.from_pod(&syn(6000))?, &with_endpoints(&syn(6000), client, backup));
     let aside = Segment::read(&rig.from_pod(&direct)?.bytes)?;
     assert_eq!(aside.destination, backup);
     assert_ne!(aside.source.port(), 6000);
     let more = Segment::new(client, backup, ACK).data(1, 2, b"hello");
-    is(&rig.from_pod(&more)?, &moved(&more, aside.source, backup));
+    assert_forwarded_as(&rig.from_pod(&more)?, &with_endpoints(&more, aside.source, backup));
     let reply = Segment::new(backup, aside.source, SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, backup, client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, backup, client));
     let reply = Segment::new(backup, client, SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(10), client));
     Ok(())
 }
 
@@ -269,7 +269,7 @@ fn a_key_left_behind_by_a_finished_flow_is_free() -> Result<()> {
     rig.from_pod(&syn(5000))?;
     rig.from_pod(&Segment::new(pod(CLIENT, 5000), vip(10), RST))?;
     let second = Segment { destination: vip(11), ..syn(5000) };
-    is(&rig.from_pod(&second)?, &moved(&second, pod(CLIENT, 5000), pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&second)?, &with_endpoints(&second, pod(CLIENT, 5000), pod(BACKUP, 80)));
     Ok(())
 }
 
@@ -279,11 +279,11 @@ fn hairpin_a_client_that_is_the_chosen_backup_is_masqueraded() -> Result<()> {
     let client = pod(BACKUP, 7000);
     for segment in [Segment::new(client, vip(10), SYN), Segment::new(client, vip(10), ACK)] {
         let ran = rig.from_pod(&segment)?;
-        is(&ran, &moved(&segment, client, pod(BACKUP, 80)));
+        assert_forwarded_as(&ran, &with_endpoints(&segment, client, pod(BACKUP, 80)));
         assert_eq!(ran.mark, 0x4000);
     }
     let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(10), client));
     Ok(())
 }
 
@@ -295,19 +295,19 @@ fn a_client_outside_is_masqueraded_on_its_way_to_the_backup() -> Result<()> {
     let client: std::net::SocketAddr = "198.51.100.9:7000".parse()?;
     for segment in [Segment::new(client, vip(10), SYN), Segment::new(client, vip(10), ACK)] {
         let ran = rig.run("breaker_up", &segment.bytes())?;
-        is(&ran, &moved(&segment, client, pod(BACKUP, 80)));
+        assert_forwarded_as(&ran, &with_endpoints(&segment, client, pod(BACKUP, 80)));
         assert_eq!(ran.mark, 0x4000);
     }
     let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(10), client));
     // On an uplink, connections to a pod's own address are not recorded: other nodes' probes would fill the tables.
     let before = flow_count(&mut rig);
     let direct = Segment::new(client, pod(BACKUP, 80), SYN).bytes();
-    untouched(&rig.run("breaker_up", &direct)?, &direct, "direct");
+    assert_untouched(&rig.run("breaker_up", &direct)?, &direct, "direct");
     assert_eq!(flow_count(&mut rig), before);
     rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], "")?, Closed, 6))?;
     let closed = Segment::new("198.51.100.9:7001".parse()?, vip(10), SYN).bytes();
-    untouched(&rig.run("breaker_up", &closed)?, &closed, "closed");
+    assert_untouched(&rig.run("breaker_up", &closed)?, &closed, "closed");
     Ok(())
 }
 
@@ -320,9 +320,9 @@ fn flows_to_a_backend_that_is_gone_are_cut_and_its_packets_are_nobodys() -> Resu
     assert_eq!(rig.datapath.remove_flows(&name, &|(backend, _)| backend == pod(BACKUP, 80))?, 1);
     assert_eq!(flow_count(&mut rig), 0);
     let packet = data(7100).bytes();
-    untouched(&rig.run("breaker_in", &packet)?, &packet, "the flow is gone");
+    assert_untouched(&rig.run("breaker_in", &packet)?, &packet, "the flow is gone");
     let reply = Segment::new(pod(BACKUP, 80), pod(CLIENT, 7100), ACK).bytes();
-    untouched(&rig.run("breaker_out", &reply)?, &reply, "its reverse entry is gone too");
+    assert_untouched(&rig.run("breaker_out", &reply)?, &reply, "its reverse entry is gone too");
     Ok(())
 }
 
@@ -345,7 +345,7 @@ fn a_socket_load_balancer_is_found() -> Result<()> {
 
 #[test]
 fn reject_answers_a_syn_with_the_reset_that_connect_believes() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "whenAllUnhealthy: Reject,")?;
     rig.apply(&plan_with(&service, Open, 2, 0, false, &[]))?;
     for payload in [&b""[..], b"fast open"] {
@@ -367,12 +367,12 @@ fn reject_answers_a_syn_with_the_reset_that_connect_believes() -> Result<()> {
 
 #[test]
 fn no_usable_backup_is_never_redirected_into() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "")?;
     rig.apply(&plan_with(&service, Open, 2, 0, false, &[]))?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no usable backup: passed to the primary");
-    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "the flow stays on the primary");
-    untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "no flow is reset while no backup is usable");
+    assert_untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no usable backup: passed to the primary");
+    assert_untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "the flow stays on the primary");
+    assert_untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "no flow is reset while no backup is usable");
     Ok(())
 }
 
@@ -391,10 +391,10 @@ fn opening_resets_what_is_on_the_primary_and_nothing_else() -> Result<()> {
     assert_eq!(reset.macs, segment.macs);
     // A reset is never answered with a reset.
     let rst = Segment::new(pod(CLIENT, 2), vip(10), RST | ACK);
-    untouched(&rig.from_pod(&rst)?, &rst.bytes(), "RST");
+    assert_untouched(&rig.from_pod(&rst)?, &rst.bytes(), "RST");
     // A flow decided in the current epoch is not reset.
     rig.from_pod(&syn(3))?;
-    is(&rig.from_pod(&data(3))?, &moved(&data(3), pod(CLIENT, 3), pod(BACKUP, 80)));
+    assert_forwarded_as(&rig.from_pod(&data(3))?, &with_endpoints(&data(3), pod(CLIENT, 3), pod(BACKUP, 80)));
     let counters = rig.datapath.counters(&breaker_core::model::ServiceName::new("dummy"))?;
     assert_eq!(counters.resets, 1);
     Ok(())
@@ -411,15 +411,15 @@ fn closing_keeps_flows_on_the_backup_or_resets_them() -> Result<()> {
         assert_eq!(out.destination, pod(BACKUP, 80));
         assert_eq!(out.flags & RST == 0, kept, "{policy}");
         let reply = Segment::new(pod(BACKUP, 80), pod(CLIENT, 1), ACK);
-        is(&rig.to_pod(&reply)?, &moved(&reply, vip(10), pod(CLIENT, 1)));
-        untouched(&rig.from_pod(&syn(2))?, &syn(2).bytes(), "closed");
+        assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(10), pod(CLIENT, 1)));
+        assert_untouched(&rig.from_pod(&syn(2))?, &syn(2).bytes(), "closed");
     }
     Ok(())
 }
 
 #[test]
 fn half_open_lets_exactly_its_number_through() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "breaker: {halfOpenConnections: 7},")?;
     for epoch in [3, 4] {
         rig.apply(&plan(&service, HalfOpen, epoch))?;
@@ -432,7 +432,7 @@ fn half_open_lets_exactly_its_number_through() -> Result<()> {
     // Connections with a half-open permit have a pinned decision: they stay, and a later opening resets them.
     rig.apply(&plan(&service, HalfOpen, 5))?;
     rig.from_pod(&syn(1))?;
-    untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "a connection with a permit");
+    assert_untouched(&rig.from_pod(&data(1))?, &data(1).bytes(), "a connection with a permit");
     rig.apply(&plan(&service, Open, 6))?;
     assert_eq!(Segment::read(&rig.from_pod(&data(1))?.bytes)?.flags, RST | ACK);
     Ok(())
@@ -440,7 +440,7 @@ fn half_open_lets_exactly_its_number_through() -> Result<()> {
 
 #[test]
 fn a_share_moves_its_part_and_each_hash_at_most_once() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "")?;
     let backup = service.backups[0].backends.clone();
     let mut before: Option<Vec<bool>> = None;
@@ -462,7 +462,7 @@ fn a_share_moves_its_part_and_each_hash_at_most_once() -> Result<()> {
 }
 
 #[test]
-fn without_a_sign_of_life_new_connections_go_to_the_primary_and_flows_stay() -> Result<()> {
+fn without_a_heartbeat_new_connections_go_to_the_primary_and_flows_stay() -> Result<()> {
     for (policy, passes) in [("onAgentLoss: PassThrough,", true), ("onAgentLoss: Hold,", false)] {
         let mut rig = rig(Open, policy)?;
         rig.from_pod(&syn(1))?;
@@ -470,11 +470,15 @@ fn without_a_sign_of_life_new_connections_go_to_the_primary_and_flows_stay() -> 
         std::thread::sleep(std::time::Duration::from_millis(20));
         let ran = rig.from_pod(&syn(2))?;
         assert_eq!(ran.bytes == syn(2).bytes(), passes, "{policy}");
-        is(&rig.from_pod(&data(1))?, &moved(&data(1), pod(CLIENT, 1), pod(BACKUP, 80)));
+        assert_forwarded_as(&rig.from_pod(&data(1))?, &with_endpoints(&data(1), pod(CLIENT, 1), pod(BACKUP, 80)));
         if passes {
-            untouched(&rig.from_pod(&data(3))?, &data(3).bytes(), "no reset once the lease has expired");
+            assert_untouched(&rig.from_pod(&data(3))?, &data(3).bytes(), "no reset once the lease has expired");
             rig.datapath.heartbeat(std::time::Duration::ZERO, 0);
-            untouched(&rig.from_pod(&data(2))?, &data(2).bytes(), "a flow passed without an agent has a decision too");
+            assert_untouched(
+                &rig.from_pod(&data(2))?,
+                &data(2).bytes(),
+                "a flow passed without an agent has a decision too",
+            );
         }
     }
     Ok(())
@@ -482,11 +486,11 @@ fn without_a_sign_of_life_new_connections_go_to_the_primary_and_flows_stay() -> 
 
 #[test]
 fn a_dry_run_counts_and_changes_nothing() -> Result<()> {
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     let service = service("dummy", vip(10), &[pod(BACKUP, 80)], "mode: DryRun,")?;
     rig.apply(&plan_with(&service, Open, 2, 0, false, &service.backups[0].backends))?;
     for segment in [syn(1), data(1), data(2)] {
-        untouched(&rig.from_pod(&segment)?, &segment.bytes(), "dry run");
+        assert_untouched(&rig.from_pod(&segment)?, &segment.bytes(), "dry run");
     }
     let counters = rig.datapath.counters(&service.name)?;
     assert_eq!((counters.dry_run, counters.new_backup, counters.resets), (1, 0, 0));
@@ -509,7 +513,7 @@ fn a_service_that_is_removed_and_its_backends_leave_no_entry() -> Result<()> {
     let mut rig = rig(Open, "")?;
     let name = breaker_core::model::ServiceName::new("dummy");
     rig.datapath.remove(&name)?;
-    untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no service");
+    assert_untouched(&rig.from_pod(&syn(1))?, &syn(1).bytes(), "no service");
     rig.datapath.sweep(None)?;
     let direct = Segment::new(pod(CLIENT, 1), pod(BACKUP, 80), SYN);
     rig.from_pod(&direct)?;
@@ -529,7 +533,7 @@ fn the_sweep_takes_nobody_elses_reverse_entry() -> Result<()> {
     rig.from_pod(&Segment { destination: vip(11), ..syn(5000) })?;
     assert_eq!(flow_count(&mut rig), 1, "the first flow has ended, the second is alive");
     let reply = Segment::new(pod(BACKUP, 80), client, SYN | ACK);
-    is(&rig.to_pod(&reply)?, &moved(&reply, vip(11), client));
+    assert_forwarded_as(&rig.to_pod(&reply)?, &with_endpoints(&reply, vip(11), client));
     Ok(())
 }
 
@@ -556,7 +560,7 @@ fn a_finished_flow_is_not_kept_by_anothers_answer() -> Result<()> {
 /// the agent.
 #[test]
 fn a_connection_that_failed_open_is_not_reset() -> Result<()> {
-    let mut rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(1024))?;
+    let mut rig = TestRig::with_sizes(&Sizes::for_memory(1024).with_flows(1024))?;
     rig.apply(&plan(&service("dummy", vip(10), &[pod(BACKUP, 80)], "")?, Open, 5))?;
     // Flows of other VIPs occupy every source port that the program tries.
     for n in 0..40u8 {
@@ -565,8 +569,8 @@ fn a_connection_that_failed_open_is_not_reset() -> Result<()> {
         rig.from_pod(&Segment { destination: vip(100 + n), ..syn(7) })?;
     }
     let ran = rig.from_pod(&syn(7))?;
-    untouched(&ran, &syn(7).bytes(), "no source port is left");
+    assert_untouched(&ran, &syn(7).bytes(), "no source port is left");
     assert!(reason(&rig, PassReason::NoSourcePort) > 0);
-    untouched(&rig.from_pod(&data(7))?, &data(7).bytes(), "the flow stays where its SYN went");
+    assert_untouched(&rig.from_pod(&data(7))?, &data(7).bytes(), "the flow stays where its SYN went");
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use breaker_common::BreakerState::{Closed, HalfOpen, Open};
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    Datagram, Rig, Segment, XDP_PASS, XDP_TX,
+    Datagram, Segment, TestRig, XDP_PASS, XDP_TX,
     flags::{ACK, RST, SYN},
     plan, plan_with, pod, pod6, service_with, vip, vip6,
 };
@@ -19,7 +19,7 @@ const FAMILIES: [(SocketAddr, SocketAddr, SocketAddr); 2] =
 #[test]
 fn what_is_refused_is_answered_as_tc_answers_it() -> Result<()> {
     for (client, vip, backup) in FAMILIES {
-        let mut rig = Rig::new()?;
+        let mut rig = TestRig::new()?;
         let service = service_with("dummy", &[(vip, "TCP"), (vip, "UDP")], &[backup], "whenAllUnhealthy: Reject,")?;
         rig.apply(&plan_with(&service, Open, 2, 0, false, &[]))?;
         let syn = Segment { tcp_options: vec![2, 4, 5, 180, 1, 1, 4, 2], ..Segment::new(client, vip, SYN) };
@@ -59,12 +59,12 @@ fn all_else_goes_on_untouched() -> Result<()> {
             ("a reset", refusing.clone(), Segment::new(client, vip, RST).bytes()),
         ];
         for (why, plan, packet) in rows {
-            let mut rig = Rig::new()?;
+            let mut rig = TestRig::new()?;
             rig.apply(&plan)?;
             assert_eq!(rig.run_xdp(&packet)?, (XDP_PASS, packet), "{why}");
         }
         // Truncated frames, of every length that the kernel runs a program on.
-        let mut rig = Rig::new()?;
+        let mut rig = TestRig::new()?;
         rig.apply(&refusing)?;
         for length in 14..syn.len() {
             assert_eq!(rig.run_xdp(&syn[..length])?, (XDP_PASS, syn[..length].to_vec()), "{length} bytes");
@@ -78,7 +78,7 @@ fn all_else_goes_on_untouched() -> Result<()> {
 fn a_flow_that_is_known_is_tcs() -> Result<()> {
     let (client, vip, backup) = FAMILIES[0];
     let service = service_with("dummy", &[(vip, "UDP")], &[backup], "whenAllUnhealthy: Reject,")?;
-    let mut rig = Rig::new()?;
+    let mut rig = TestRig::new()?;
     rig.apply(&plan(&service, Open, 2))?;
     let datagram = Datagram::new(client, vip, b"question").bytes();
     rig.run("breaker_up", &datagram)?;

@@ -25,7 +25,7 @@ pub struct Load<'a> {
 
 /// Results of a load.
 #[derive(Debug)]
-pub struct Told {
+pub struct LoadResults {
     /// Requests that have ended.
     pub requests: Vec<Request>,
 }
@@ -49,13 +49,13 @@ impl<'a> Load<'a> {
         cluster.apply(&pod(name, node, &["load", "--every-millis", "20", "--timeout-millis", "2000", url], false))?;
         let load = Self { cluster, name: name.to_owned() };
         wait_for(&format!("answers for {name}"), std::time::Duration::from_secs(30), || {
-            Ok((load.told()?.requests.iter().filter(|r| r.ok).count() > 5).then_some(()))
+            Ok((load.results()?.requests.iter().filter(|r| r.ok).count() > 5).then_some(()))
         })?;
         Ok(load)
     }
 
     /// The results so far.
-    pub fn told(&self) -> Result<Told> {
+    pub fn results(&self) -> Result<LoadResults> {
         let log = self.cluster.lab(&["logs", &self.name])?;
         let parse = |line: &str| {
             let mut words = line.splitn(4, ' ');
@@ -69,14 +69,14 @@ impl<'a> Load<'a> {
                 words: if kind == "ok" { rest.to_owned() } else { format!("{kind} {rest}") },
             })
         };
-        Ok(Told { requests: log.lines().filter_map(parse).collect() })
+        Ok(LoadResults { requests: log.lines().filter_map(parse).collect() })
     }
 
     /// Waits until requests in flight have ended, and returns all results.
-    pub fn end(self) -> Result<Told> {
+    pub fn end(self) -> Result<LoadResults> {
         // The pod logs a request when it ends, at the latest when it times out after 2 s.
         std::thread::sleep(std::time::Duration::from_millis(2300));
-        self.told()
+        self.results()
     }
 }
 
@@ -86,7 +86,7 @@ impl Drop for Load<'_> {
     }
 }
 
-impl Told {
+impl LoadResults {
     /// Failed requests that began in a span (milliseconds since 1970; `to` is not part of it).
     pub fn failed(&self, from: u128, to: u128) -> Vec<&Request> {
         self.requests.iter().filter(|r| !r.ok && r.at >= from && r.at < to).collect()

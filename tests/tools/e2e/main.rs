@@ -104,7 +104,7 @@ fn play(cluster: &Cluster, only: &[String]) -> Result<bool> {
             continue;
         }
         let started = Instant::now();
-        let outcome = scenarios::fresh(cluster).and_then(|()| (scenario.play)(cluster));
+        let outcome = scenarios::restore_lab(cluster).and_then(|()| (scenario.play)(cluster));
         let took = started.elapsed();
         match outcome {
             Ok(words) => {

@@ -16,7 +16,7 @@ use crate::{
 
 pub fn all(cluster: &Cluster) -> Result<()> {
     for round in 0..3 {
-        scenarios::fresh(cluster)?;
+        scenarios::restore_lab(cluster)?;
         programmed(cluster, round)?;
         failover(cluster, round, "3 s x 1 (the lab's)", None)?;
         failover(
@@ -27,7 +27,7 @@ pub fn all(cluster: &Cluster) -> Result<()> {
         )?;
     }
     // Back to the lab's own checks.
-    scenarios::fresh(cluster)?;
+    scenarios::restore_lab(cluster)?;
     idle(cluster)
 }
 
@@ -60,8 +60,8 @@ fn failover(cluster: &Cluster, round: usize, checks: &str, patch: Option<&str>) 
     let injected = now();
     cluster.wait_state("dummy", "Open")?;
     std::thread::sleep(Duration::from_secs(3));
-    let told = load.end()?;
-    let took = told.recovery(injected, now() - 2500)?;
+    let results = load.end()?;
+    let took = results.recovery(injected, now() - 2500)?;
     row(&format!("fake error to backup, checks {checks}"), took as f64, "ms", &format!("round {round}"));
     cluster.fake_error("dummy-deployment", false)?;
     cluster.wait_state("dummy", "Closed")
@@ -75,7 +75,7 @@ fn idle(cluster: &Cluster) -> Result<()> {
         let more = services - 1 - there;
         for start in (there..there + more).step_by(100) {
             let count = 100.min(there + more - start);
-            cluster.feed(&["-n", NAMESPACE, "create", "-f", "-"], &scenarios::many(count, start))?;
+            cluster.feed(&["-n", NAMESPACE, "create", "-f", "-"], &scenarios::manifest_of_many(count, start))?;
         }
         there += more;
         if there > 0 {

@@ -30,7 +30,7 @@ use breaker_tests::{
         limit::{self, Kind, Over},
         service,
     },
-    packets::{NEXT, REDIRECT, Ran, Rig, plan_with, service_with},
+    packets::{NEXT, REDIRECT, RunResult, TestRig, plan_with, service_with},
     tables::Tables,
 };
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
@@ -95,7 +95,7 @@ fn run(bench: &RefCell<Bench>, seed: u64, cases: u32) -> Result<()> {
 
 /// The programs in the kernel with two services that share a backup.
 struct Bench {
-    rig: Rig,
+    rig: TestRig,
     tables: Tables,
     services: [Service; 2],
     epoch: u32,
@@ -108,7 +108,7 @@ struct Bench {
 impl Bench {
     fn new() -> Result<Self> {
         let sizes = Sizes { flows: 512, pending: 2048, ..Sizes::for_memory(1024) };
-        let rig = Rig::with_sizes(&sizes)?;
+        let rig = TestRig::with_sizes(&sizes)?;
         let tables = Tables::open(&rig)?;
         let service = |index: usize| {
             let frontends = [false, true].map(|v6| frontend(index, v6));
@@ -334,7 +334,7 @@ const fn program(hook: Hook) -> &'static str {
     }
 }
 
-fn agree(ran: &Ran, expected: &Outcome) -> Result<()> {
+fn agree(ran: &RunResult, expected: &Outcome) -> Result<()> {
     /// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
     const DROP: u32 = 2;
     let action = match (expected.dropped, expected.sent_away) {

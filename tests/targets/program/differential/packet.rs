@@ -16,10 +16,10 @@ pub struct Shape {
     pub options: usize,
     /// IPv6 extension headers.
     pub extensions: Vec<Extension>,
-    pub piece: Piece,
+    pub piece: FragmentPart,
     /// VLAN tags.
     pub tags: usize,
-    pub lie: Lie,
+    pub lie: Malformation,
 }
 
 /// Source, destination, and whether the protocol is UDP (otherwise TCP).
@@ -69,7 +69,7 @@ pub enum Extension {
 
 /// Which part of an IP packet the frame carries. The number is the fragment's identification.
 #[derive(Clone, Copy, Debug)]
-pub enum Piece {
+pub enum FragmentPart {
     Whole,
     First(u8),
     Later(u8),
@@ -77,7 +77,7 @@ pub enum Piece {
 
 /// Differences between the lengths in the headers and the frame.
 #[derive(Clone, Copy, Debug)]
-pub struct Lie {
+pub struct Malformation {
     /// Added to the IP header's length field.
     pub length: i16,
     /// Bytes cut off the frame's end.
@@ -110,7 +110,7 @@ pub fn error(shape: &Shape, ends: &Ends, kind: u8, about: &[u8], quoted: usize) 
         sum += words(&pseudo(ends, number, icmp.len()));
     }
     put(&mut icmp, 2, complement(sum));
-    framed(&Shape { piece: Piece::Whole, ..shape.clone() }, ends, number, icmp)
+    framed(&Shape { piece: FragmentPart::Whole, ..shape.clone() }, ends, number, icmp)
 }
 
 fn transport(body: &Transport, ends: &Ends) -> (u8, Vec<u8>) {
@@ -160,7 +160,7 @@ fn framed(shape: &Shape, ends: &Ends, next: u8, rest: Vec<u8>) -> Vec<u8> {
     for _ in 0..shape.tags {
         frame.extend([0x81, 0x00, 0x00, 0x64]);
     }
-    let rest = if let Piece::Later(_) = shape.piece { vec![0x55; 32] } else { rest };
+    let rest = if let FragmentPart::Later(_) = shape.piece { vec![0x55; 32] } else { rest };
     let packet = match (ends.source.ip(), ends.destination.ip()) {
         (IpAddr::V4(_), _) => {
             frame.extend([0x08, 0x00]);
@@ -179,16 +179,16 @@ fn framed(shape: &Shape, ends: &Ends, next: u8, rest: Vec<u8>) -> Vec<u8> {
     frame
 }
 
-fn lied(length: usize, lie: &Lie) -> [u8; 2] {
+fn lied(length: usize, lie: &Malformation) -> [u8; 2] {
     u16::try_from(length).unwrap().saturating_add_signed(lie.length).to_be_bytes()
 }
 
 fn ipv4(shape: &Shape, ends: &Ends, next: u8, rest: &[u8]) -> Vec<u8> {
     let header = 20 + shape.options * 4;
     let (id, fragment) = match shape.piece {
-        Piece::Whole => (4711, 0x4000_u16),
-        Piece::First(id) => (u16::from(id), 0x2000),
-        Piece::Later(id) => (u16::from(id), 8),
+        FragmentPart::Whole => (4711, 0x4000_u16),
+        FragmentPart::First(id) => (u16::from(id), 0x2000),
+        FragmentPart::Later(id) => (u16::from(id), 8),
     };
     let mut packet = vec![0x40 | u8::try_from(header / 4).unwrap(), 0];
     packet.extend(lied(header + rest.len(), &shape.lie));
@@ -207,9 +207,9 @@ fn ipv4(shape: &Shape, ends: &Ends, next: u8, rest: &[u8]) -> Vec<u8> {
 fn ipv6(shape: &Shape, ends: &Ends, next: u8, rest: &[u8]) -> Vec<u8> {
     let mut chain: Vec<(u8, Vec<u8>)> = shape.extensions.iter().map(|extension| extension.bytes()).collect();
     match shape.piece {
-        Piece::Whole => {}
-        Piece::First(id) => chain.push((proto::FRAGMENT, vec![0, 0, 0, 1, 0, 0, 0, id])),
-        Piece::Later(id) => chain.push((proto::FRAGMENT, vec![0, 0, 0, 64, 0, 0, 0, id])),
+        FragmentPart::Whole => {}
+        FragmentPart::First(id) => chain.push((proto::FRAGMENT, vec![0, 0, 0, 1, 0, 0, 0, id])),
+        FragmentPart::Later(id) => chain.push((proto::FRAGMENT, vec![0, 0, 0, 64, 0, 0, 0, id])),
     }
     let numbers: Vec<u8> = chain.iter().map(|(number, _)| *number).chain([next]).collect();
     for ((_, bytes), next) in chain.iter_mut().zip(&numbers[1..]) {

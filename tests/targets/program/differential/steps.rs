@@ -14,7 +14,7 @@ use breaker_tests::{
 };
 use proptest::prelude::*;
 
-use super::packet::{self, Body, Ends, Extension, Lie, Piece, Shape, Transport};
+use super::packet::{self, Body, Ends, Extension, FragmentPart, Malformation, Shape, Transport};
 
 /// One step of a sequence.
 #[derive(Clone, Debug)]
@@ -158,8 +158,12 @@ impl Step {
                 let (inner, sender) = about.ends(book);
                 let receiver = inner.source;
                 let outer = Ends { source: sender, destination: receiver, udp: false };
-                let whole =
-                    Shape { piece: Piece::Whole, tags: 0, lie: Lie { length: 0, cut: 0, padding: 0 }, ..shape.clone() };
+                let whole = Shape {
+                    piece: FragmentPart::Whole,
+                    tags: 0,
+                    lie: Malformation { length: 0, cut: 0, padding: 0 },
+                    ..shape.clone()
+                };
                 let kinds = if receiver.is_ipv4() { [3, 4, 11, 12, 8] } else { [1, 2, 3, 4, 128] };
                 let plain = Shape { extensions: Vec::new(), ..whole };
                 Some((*hook, packet::error(shape, &outer, kinds[*kind], &packet::frame(&plain, &inner), *quoted)))
@@ -328,7 +332,7 @@ fn shape(syn: u32) -> impl Strategy<Value = Shape> {
     let options = prop_oneof![5 => Just(0), 1 => 0..=10_usize];
     let extensions = prop_oneof![5 => Just(Vec::new()), 1 => prop::collection::vec(extension(), 0..8)];
     let piece = prop_oneof![
-        6 => Just(Piece::Whole), 1 => (0..2_u8).prop_map(Piece::First), 1 => (0..2_u8).prop_map(Piece::Later),
+        6 => Just(FragmentPart::Whole), 1 => (0..2_u8).prop_map(FragmentPart::First), 1 => (0..2_u8).prop_map(FragmentPart::Later),
     ];
     let tags = prop_oneof![7 => Just(0), 1 => 0..=3_usize];
     (body, options, extensions, piece, tags, lie()).prop_map(|(body, options, extensions, piece, tags, lie)| Shape {
@@ -356,9 +360,9 @@ fn extension() -> impl Strategy<Value = Extension> {
     ]
 }
 
-fn lie() -> impl Strategy<Value = Lie> {
+fn lie() -> impl Strategy<Value = Malformation> {
     let length = prop_oneof![12 => Just(0), 1 => -80..80_i16];
     let cut = prop_oneof![12 => Just(0), 1 => 0..100_usize];
     let padding = prop_oneof![12 => Just(0), 1 => 0..40_usize];
-    (length, cut, padding).prop_map(|(length, cut, padding)| Lie { length, cut, padding })
+    (length, cut, padding).prop_map(|(length, cut, padding)| Malformation { length, cut, padding })
 }

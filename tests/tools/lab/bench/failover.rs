@@ -20,7 +20,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     // breaker and HAProxy each have a lab of their own; the outages take turns.
     let mut ours = Lab::new(Checks::Fast)?;
     ours.agent.start()?;
-    ours.agent.wait_well(Duration::from_secs(10))?;
+    ours.agent.wait_all_up(Duration::from_secs(10))?;
     let mut theirs = Lab::new(Checks::Fast)?;
     let proxy = Ambassador::start(&mut theirs, "inter 100 fall 3 rise 1")?;
     let vip = kubeproxy::vip(5);

@@ -23,7 +23,7 @@ use breaker_tests::{
         stage::{Checks, Lab, entry},
     },
     packets::{
-        Rig, Segment,
+        Segment, TestRig,
         flags::{ACK, SYN},
         plan_with, pod, service, vip,
     },
@@ -164,7 +164,7 @@ fn difference(
 /// Memory of the maps of limits, sized for 10,000 services that all have limits.
 fn memory() -> Result<Row> {
     const MAPS: &[&str] = &["LIMITS", "LIMITERS", "LIMIT_COUNTERS", "CONNECTIONS", "CLIENTS", "LIMITED"];
-    let rig = Rig::with_sizes(&Sizes::for_services(10_000).with_flows(1 << 18))?;
+    let rig = TestRig::with_sizes(&Sizes::for_services(10_000).with_flows(1 << 18))?;
     maps::memory_of("10,000 services with limits, 64k connections", &rig, MAPS, "")
 }
 

@@ -13,7 +13,7 @@ use breaker_agent::datapath::sizes::Sizes;
 use breaker_common::BreakerState::{Closed, Open};
 use breaker_core::{model::Service, plan::ServicePlan};
 use breaker_tests::packets::{
-    Rig, Segment,
+    Segment, TestRig,
     flags::{ACK, SYN},
     plan, plan_with, pod, service, vip,
 };
@@ -32,8 +32,8 @@ type Flip = fn(&Service, u32) -> ServicePlan;
 
 pub(super) fn rows() -> Result<Vec<Row>> {
     let sizes = Sizes { backends: MANY * BACKENDS, tables: MANY + 16, ..Sizes::for_services(MANY) };
-    let mut few = Rig::with_sizes(&sizes)?;
-    let mut many = Rig::with_sizes(&sizes)?;
+    let mut few = TestRig::with_sizes(&sizes)?;
+    let mut many = TestRig::with_sizes(&sizes)?;
     let address = |first: u8, n: u32, port: u16| {
         let [_, a, b, c] = n.to_be_bytes();
         SocketAddr::new(Ipv4Addr::new(first, a, b, c).into(), port)
@@ -62,7 +62,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     for (name, flip) in flips {
         let (mut values, mut ratios) = (Vec::new(), Vec::new());
         for n in 0..TIMES {
-            let time = |rig: &mut Rig| -> Result<f64> {
+            let time = |rig: &mut TestRig| -> Result<f64> {
                 let plan = flip(&services[5], n + 2);
                 let started = Instant::now();
                 rig.apply(&plan)?;
@@ -85,14 +85,14 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     rows.push(all_flips(&mut many, &services)?);
     rows.push(memory_of("10,000 services, 100,000 backends", &many, SERVICE_MAPS, "≤ 16")?);
     drop((few, many));
-    let mut rig = Rig::with_sizes(&Sizes::for_memory(1024).with_flows(FLOWS))?;
+    let mut rig = TestRig::with_sizes(&Sizes::for_memory(1024).with_flows(FLOWS))?;
     establish(&mut rig, FLOWS)?;
     rows.push(memory_of("256k flows", &rig, &["FLOWS4", "REVERSE4"], "≤ 64")?);
     Ok(rows)
 }
 
 /// Time to change the state of every service once, in milliseconds.
-fn all_flips(rig: &mut Rig, services: &[Service]) -> Result<Row> {
+fn all_flips(rig: &mut TestRig, services: &[Service]) -> Result<Row> {
     let mut values = Vec::new();
     for turn in 0..10 {
         let state = if turn % 2 == 0 { Open } else { Closed };
@@ -117,7 +117,7 @@ const SERVICE_MAPS: &[&str] =
 
 /// Memory of maps by the kernel's account: `memlock` in /proc/PID/fdinfo. From kernel 6.4 on it covers the entries that
 /// exist, before that the entries that the map may hold.
-pub(super) fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str) -> Result<Row> {
+pub(super) fn memory_of(what: &str, rig: &TestRig, maps: &[&str], aim: &'static str) -> Result<Row> {
     let mut bytes = 0.0;
     for name in maps {
         let map = MapData::from_pin(rig.map(name)).with_context(|| format!("open {name}"))?;
@@ -138,7 +138,7 @@ pub(super) fn memory_of(what: &str, rig: &Rig, maps: &[&str], aim: &'static str)
 }
 
 /// Opens `flows` connections that the backup answers, so that they are promoted to the established tables.
-fn establish(rig: &mut Rig, flows: u32) -> Result<()> {
+fn establish(rig: &mut TestRig, flows: u32) -> Result<()> {
     let (vip, backup) = (vip(10), pod(3, 80));
     rig.apply(&plan(&service("dummy", vip, &[backup], "")?, Open, 2))?;
     for flow in 0..flows {

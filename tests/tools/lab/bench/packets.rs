@@ -12,7 +12,7 @@ use aya::{
 use breaker_agent::datapath::sizes::Sizes;
 use breaker_common::BreakerState::{Closed, Open};
 use breaker_tests::packets::{
-    Rig, Segment,
+    Segment, TestRig,
     flags::{ACK, SYN},
     plan, plan_with, pod, pod6, service, vip, vip6,
 };
@@ -50,7 +50,7 @@ pub(super) const CLIENTS: u8 = 2;
 /// The programs, and the wrapper that sends packets through them.
 pub(super) struct Bench {
     /// The programs and their maps.
-    pub rig: Rig,
+    pub rig: TestRig,
     third_party: Ebpf,
     measured: ProgramArray<MapData>,
     template: Array<MapData, Template>,
@@ -70,7 +70,7 @@ impl Bench {
 
     /// Loads the programs, with maps of these sizes.
     pub(super) fn with_sizes(sizes: &Sizes) -> Result<Self> {
-        let rig = Rig::with_sizes(sizes)?;
+        let rig = TestRig::with_sizes(sizes)?;
         let mut third_party = Ebpf::load(THIRD_PARTY).context("load the wrapper")?;
         for name in ["wrap", "empty"] {
             let program: &mut SchedClassifier = third_party.program_mut(name).context(name)?.try_into()?;
