@@ -1,4 +1,4 @@
-//! The agent's main loop: it reads the clock, owns the sockets and signals, and passes every input to the engine.
+//! The agent's main loop. It reads the clock, receives signals and all other inputs, and passes them to the engine.
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
@@ -120,7 +120,7 @@ pub struct Agent {
     pub masquerade_rule: Result<(), String>,
     /// A socket load balancer on this node that hides VIPs from the programs, if there is one.
     pub incompatible: Option<String>,
-    /// Tells the task that searches for pods whether to search.
+    /// Switches the search for pods on (true) and off.
     pub pods_wanted: watch::Sender<bool>,
     /// Whether a service needs to know which backends are pods on this node.
     pub needs_local_pods: bool,
@@ -142,13 +142,13 @@ impl Agent {
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
         let mut heartbeat = tokio::time::interval(heartbeat::INTERVAL);
-        let mut last_seen_tick = self.clock.now().mono;
+        let mut last_tick = self.clock.now().mono;
         loop {
             // The deadline counts from the last tick, not from now: other inputs, however many, do not postpone it.
             let now = self.clock.now();
-            let mut due = self.engine.next_deadline(now).clamp(last_seen_tick + MIN_TICK, last_seen_tick + EVENT_POLL);
+            let mut due = self.engine.next_deadline(now).clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
             if self.unreported && self.update.synced {
-                due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_seen_tick + MIN_TICK));
+                due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_tick + MIN_TICK));
             }
             let due = self.clock.instant_of(due);
             tokio::select! {
@@ -183,7 +183,7 @@ impl Agent {
                     self.tick();
                 }
                 () = tokio::time::sleep_until(due) => {
-                    last_seen_tick = self.clock.now().mono;
+                    last_tick = self.clock.now().mono;
                     self.tick();
                 }
             }
@@ -203,7 +203,7 @@ impl Agent {
     fn tick(&mut self) {
         let now = self.clock.now();
         if self.engine.tick(now, &mut self.datapath) {
-            self.engine.swept_in(self.clock.now().mono - now.mono);
+            self.engine.record_sweep_duration(self.clock.now().mono - now.mono);
         }
     }
 
@@ -245,7 +245,7 @@ impl Agent {
     pub fn heartbeat(&mut self) {
         let now = self.clock.now();
         let lease = self.lease.beat(now.mono);
-        self.search_for_pods();
+        self.update_pods_wanted();
         if self.lease.is_scan_due() {
             let found = preflight::socket_load_balancer();
             self.unreported |= found != self.incompatible;
@@ -258,20 +258,20 @@ impl Agent {
     pub fn configure(&mut self, services: Vec<Service>) {
         self.service_count = Some(services.len());
         self.needs_local_pods = services.iter().any(Service::needs_local_backends);
-        self.search_for_pods();
+        self.update_pods_wanted();
         let targets = targets(&services);
         self.engine.configure(self.clock.now(), services, &mut self.datapath);
         let engine = &self.engine;
         self.checkers.set_targets(targets, |target| engine.known_health(target));
     }
 
-    /// Searches for pods as long as a service needs to know them, or a flow may still use the fast path.
-    fn search_for_pods(&self) {
+    /// Switches the search for pods on while a service needs local pods or a flow may use the fast path, otherwise off.
+    fn update_pods_wanted(&self) {
         let wanted = self.needs_local_pods || self.datapath.fast_path_in_use();
         self.pods_wanted.send_if_modified(|before| std::mem::replace(before, wanted) != wanted);
     }
 
-    /// Tells the datapath which backends are pods on this node.
+    /// Passes the known pods of this node to the datapath.
     fn set_local_pods(&mut self) {
         if let Some(pods) = self.interfaces.local_pods() {
             self.datapath.set_local_pods(pods);

@@ -1,4 +1,5 @@
-//! The command line of the binary `breaker`: the agent, what needs the kernel, and the commands of `breaker-cli`.
+//! The command line of the binary `breaker`: the agent, the commands that need the kernel, and the commands of
+//! `breaker-cli`.
 
 use std::{
     ffi::OsString,
@@ -93,7 +94,7 @@ SIGTERM leaves the datapath in place for the next agent; established connections
     /// Remove programs, links and maps of every version of breaker. Refuses while an agent runs.
     #[command(display_order = 12)]
     Cleanup {
-        /// Afterwards, wait for SIGTERM: for a DaemonSet that cleans every node.
+        /// After the removal, wait for SIGTERM instead of exiting: for a DaemonSet that cleans every node.
         #[arg(long)]
         wait: bool,
     },
@@ -147,7 +148,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The arguments as clap gets them: kubectl runs plugins by the name `kubectl-breaker`, which shows the cluster.
+/// Returns the arguments for clap. kubectl runs the binary as a plugin under the name `kubectl-breaker`; under that
+/// name, the command `cluster` is the default.
 fn arguments(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let args: Vec<OsString> = args.collect();
     let name = args.first().and_then(|arg| Path::new(arg).file_name()).unwrap_or_default();
@@ -218,7 +220,7 @@ async fn execute(cli: Cli) -> Result<()> {
             run::run(command, &context).await
         }
         Command::Preflight { output } => {
-            let findings = preflight::look(pin_path);
+            let findings = preflight::check_all(pin_path);
             run::print_findings(output, &findings)?;
             if findings.iter().any(|finding| finding.verdict == Verdict::Bad) {
                 bail!("this machine cannot run the datapath as it is");

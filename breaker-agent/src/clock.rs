@@ -1,5 +1,5 @@
-//! The clocks. This file is the only one in the agent that reads them (clippy's `disallowed-methods`); everything else is
-//! told the time or asks here.
+//! The clocks. In the agent, only this file reads them (clippy's `disallowed-methods`). All other code gets the time
+//! as an argument, or calls the functions here.
 #![allow(clippy::disallowed_methods, reason = "see above")]
 
 use std::time::Duration;
@@ -66,13 +66,13 @@ pub fn wall() -> Timestamp {
     Timestamp::now()
 }
 
-/// A wall-clock time as the engine and the maps have it.
+/// Converts a wall-clock time to the number that the engine and the maps use.
 #[must_use]
 pub fn unix_nanos(time: Timestamp) -> UnixNanos {
     u64::try_from(time.as_nanosecond()).unwrap_or(0)
 }
 
-/// A wall-clock time for people.
+/// Converts the number that the engine and the maps use to a wall-clock time.
 #[must_use]
 pub fn timestamp(unix_ns: UnixNanos) -> Timestamp {
     // 2^64 nanoseconds end in the year 2554, a Timestamp in 9999.

@@ -1,4 +1,4 @@
-//! What others ask the main loop for. Every command carries the channel for its answer.
+//! Requests to the main loop, from the control socket and from kubelet. Each carries the channel for its answer.
 
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ pub enum Command {
     Trip {
         /// The service's name.
         name: String,
-        /// How long; `None` = until it is reset.
+        /// Duration of the override; `None` = until a reset.
         duration: Option<Duration>,
-        /// Why; shown to everybody who looks.
+        /// The operator's reason, shown in the status and in events.
         reason: Option<String>,
         /// Channel for the answer.
         reply: oneshot::Sender<Result<ServiceStatus, CommandError>>,
@@ -34,16 +34,16 @@ pub enum Command {
     Flows {
         /// The service's name.
         name: String,
-        /// How many at most.
+        /// Maximum number of flows.
         limit: usize,
         /// Channel for the answer.
         reply: oneshot::Sender<Result<Vec<FlowView>, CommandError>>,
     },
-    /// Whether the agent has a configuration; otherwise the reason.
+    /// Whether the agent has a configuration; otherwise the reason why not.
     Ready(oneshot::Sender<Result<(), String>>),
-    /// The agent is about to be replaced: its last decision is to hold longer than the usual lease.
+    /// The agent is about to be replaced: extend the lease, so that the programs trust the last decision for longer.
     Handover {
-        /// How long.
+        /// Duration of the extended lease.
         duration: Duration,
         /// Channel for the answer.
         reply: oneshot::Sender<()>,

@@ -12,26 +12,26 @@ const SOCKET_LB_SCAN: u32 = 30;
 /// The lease of this agent.
 #[derive(Debug)]
 pub struct Lease {
-    /// As configured; zero never expires.
+    /// The configured lease; zero never expires.
     configured: Duration,
-    /// Until when it is extended because this agent is about to be replaced.
+    /// End of the extension, while this agent is about to be replaced; `None` without an extension.
     handover_until: Option<Instant>,
     beats: u32,
 }
 
 impl Lease {
-    /// A lease as configured; zero never expires.
+    /// Creates a lease with the configured duration; zero never expires.
     #[must_use]
     pub const fn new(configured: Duration) -> Self {
         Self { configured, handover_until: None, beats: 0 }
     }
 
-    /// Extends the lease: the last decision holds for `duration` without an agent.
+    /// Extends the lease: the programs trust the last decision for `duration`, even without an agent.
     pub fn hand_over(&mut self, now: Instant, duration: Duration) {
         self.handover_until = Some(now + duration);
     }
 
-    /// Counts a heartbeat. Returns the lease that it carries.
+    /// Counts a heartbeat, and returns the lease to send with it.
     pub fn beat(&mut self, now: Instant) -> Duration {
         self.beats = self.beats.wrapping_add(1);
         match self.handover_until {

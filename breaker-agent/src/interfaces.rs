@@ -27,24 +27,24 @@ pub struct Interfaces {
 }
 
 impl Interfaces {
-    /// No interface yet.
+    /// Creates the state without any interface.
     #[must_use]
     pub fn new(attacher: Attacher) -> Self {
         Self { attacher, failed: BTreeMap::new(), names: HashMap::new(), pods: None }
     }
 
-    /// Lets the programs that an earlier agent attached call this agent's full-path programs, and attaches this agent's programs
-    /// to the interfaces that are there.
+    /// Lets the programs that an earlier agent attached call this agent's full-path programs. Then attaches this
+    /// agent's programs to the interfaces in `present`.
     ///
     /// # Errors
-    /// The kernel refused the full-path programs. An interface that the programs cannot be attached to is no error here.
+    /// The kernel refused a full-path program. An interface to which the programs cannot be attached is not an error.
     pub fn activate(&mut self, present: Vec<Interface>) -> anyhow::Result<()> {
         self.attacher.activate()?;
         self.attach_all(present);
         Ok(())
     }
 
-    /// Takes in a change.
+    /// Processes a change of an interface.
     pub fn change(&mut self, change: InterfaceChange) {
         match change {
             InterfaceChange::Present(interface) => match self.attacher.attached().get(&interface.index) {
@@ -101,8 +101,8 @@ impl Interfaces {
         self.pods = Some(known);
     }
 
-    /// The pods behind interfaces with breaker's programs; `None` before the first search has ended. A pod behind another
-    /// interface does not count: the programs would not see its replies.
+    /// The pods behind interfaces with breaker's programs; `None` before the first search has ended. A pod behind
+    /// another interface is left out: the programs would not see its replies.
     #[must_use]
     pub fn local_pods(&self) -> Option<LocalPods> {
         let attached = self.attacher.attached();

@@ -13,19 +13,19 @@
 //! | [`args`], [`offline`] | the command line; `breaker status` without an agent |
 //! | [`start`] | puts everything together |
 //! | [`agent_loop`] | the main loop |
-//! | [`command`] | what others ask the loop for |
+//! | [`command`] | requests to the main loop |
 //! | [`clock`] | the only place that reads clocks |
 //! | [`heartbeat`] | the lease: how long the programs trust the agent |
 //! | [`interfaces`] | the interfaces with programs, and the pods behind them |
-//! | [`view`] | from the engine's values to JSON |
+//! | [`view`] | conversion of the engine's values to JSON |
 //! | [`process`] | CPU time and memory of a process |
 //! | [`config`] | the configuration file |
 //! | [`source`] | where services come from: a file, or Kubernetes |
 //! | [`check`] | probes |
-//! | [`control`] | the control socket, and what kubelet asks |
+//! | [`control`] | the control socket, and the health endpoints for kubelet |
 //! | [`datapath`] | programs and maps; the only module that uses aya |
 //!
-//! docs/ARCHITECTURE.md says who may import whom, and `cargo xtask lint` checks it.
+//! docs/ARCHITECTURE.md lists which module may import which, and `cargo xtask lint` checks the imports.
 
 pub mod agent_loop;
 pub mod args;

@@ -1,4 +1,4 @@
-//! `breaker status` without an agent: the content of the pinned maps.
+//! `breaker status` without an agent: shows the content of the pinned maps.
 
 use std::path::Path;
 
@@ -12,10 +12,10 @@ use crate::{
     view,
 };
 
-/// The status, as far as the maps have it.
+/// Builds the status from the pinned maps. Fields that the maps do not contain are empty.
 ///
 /// # Errors
-/// Nothing is pinned below the path; maps that cannot be read.
+/// Nothing is pinned below the path, or the maps cannot be read.
 pub fn status(pin_path: &Path, socket: &Path) -> Result<AgentStatus> {
     let maps = offline::read(pin_path).context("no agent runs, and the pinned maps cannot be read (root?)")?;
     let Some(maps) = maps else {

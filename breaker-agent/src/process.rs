@@ -1,4 +1,4 @@
-//! What a process takes of the machine.
+//! CPU time and memory of a process, read from /proc.
 
 use breaker_api::status::ProcessStatus;
 use procfs::process::Process;
@@ -9,8 +9,8 @@ pub fn own() -> Option<ProcessStatus> {
     of(std::process::id())
 }
 
-/// CPU time and memory of a process, from /proc/PID/stat (proc(5): utime and stime in ticks, rss in pages); `None` where that
-/// cannot be read.
+/// CPU time and memory of a process, from /proc/PID/stat (proc_pid_stat(5): utime and stime in ticks, rss in pages);
+/// `None` where that file cannot be read.
 #[must_use]
 pub fn of(pid: u32) -> Option<ProcessStatus> {
     let stat = Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?;

@@ -87,7 +87,7 @@ pub async fn run(options: Options) -> Result<()> {
     let xdp = match &loaded.xdp {
         Ok(()) => config.xdp,
         Err(why) => {
-            tracing::warn!("XDP is not available, the tc programs do its work: {why}");
+            tracing::warn!("XDP is not available; the tc programs handle all packets: {why}");
             XdpPolicy::Off
         }
     };
@@ -190,9 +190,9 @@ fn masquerade_rule(config: &AgentConfig) -> Result<(), String> {
 /// Forwards log messages of the eBPF programs to the agent's log.
 fn forward_log(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
     /// Polling interval. The task runs only with `--program-log`, so it costs nothing otherwise.
-    const EVERY: Duration = Duration::from_millis(100);
+    const INTERVAL: Duration = Duration::from_millis(100);
     tokio::spawn(async move {
-        let mut interval = tokio::time::interval(EVERY);
+        let mut interval = tokio::time::interval(INTERVAL);
         loop {
             interval.tick().await;
             logger.flush();

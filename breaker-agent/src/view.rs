@@ -1,4 +1,4 @@
-//! From the engine's values to the JSON of the control socket. Only this file knows both.
+//! Converts values of the engine to the JSON types of the control socket.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -24,7 +24,7 @@ use jiff::Timestamp;
 
 use crate::{clock::timestamp, datapath::options};
 
-/// The name of a service in an event that is not about one.
+/// Name in the field `service` of an event that belongs to no service.
 const NO_SERVICE: &str = "-";
 
 /// One service.
@@ -178,7 +178,7 @@ fn limits_with(
     }
 }
 
-/// The limits of a service as the maps have them, where no agent is there to say what was configured.
+/// A service's limits as the maps contain them. It is used without an agent, when the configured limits are unknown.
 #[must_use]
 pub fn limits_in_maps(limits: &ServiceLimits, report: LimitReport) -> LimitsStatus {
     let tier = |limits: &breaker_common::TierLimits| {
@@ -206,7 +206,7 @@ pub fn limits_in_maps(limits: &ServiceLimits, report: LimitReport) -> LimitsStat
     limits_with(&limits, report, None)
 }
 
-/// Limits by the names that they have in the configuration.
+/// The limits that are set, by their names in the configuration.
 fn configured(limits: &limits::TierLimits) -> BTreeMap<String, u32> {
     let rates = [
         ("newConnectionsPerSecond", limits.rate.map(|rate| rate.per_second)),
@@ -236,7 +236,7 @@ fn refused_client(client: datapath::RefusedClient) -> RefusedClient {
     RefusedClient { client: client.client, tier: role(client.tier), refused: client.refused }
 }
 
-/// A time for people; `None` for zero.
+/// A wall-clock time as a timestamp; `None` for zero.
 #[must_use]
 pub fn timestamp_unless_zero(unix_ns: u64) -> Option<Timestamp> {
     (unix_ns > 0).then(|| timestamp(unix_ns))

@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct TripBody {
-    /// How long the override holds; absent = until it is reset.
+    /// How long the override holds, in seconds; absent: until it is reset.
     pub seconds: Option<u64>,
-    /// Why; shown to everybody who looks.
+    /// Why the breaker is forced open; appears in the status and the events.
     pub reason: Option<String>,
 }
 
@@ -16,7 +16,7 @@ pub struct TripBody {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct HandoverBody {
-    /// How long the last decision holds without an agent.
+    /// How long the last decision stays in force without an agent, in seconds.
     pub seconds: u64,
 }
 

@@ -37,7 +37,7 @@ pub enum EventType {
 }
 
 impl EventType {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

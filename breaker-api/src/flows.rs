@@ -1,4 +1,4 @@
-//! `GET /v1/services/NAME/flows`.
+//! The answer to `GET /v1/services/NAME/flows`.
 
 use std::net::SocketAddr;
 
@@ -19,7 +19,7 @@ pub struct FlowView {
     pub protocol: Protocol,
     /// The client's port toward the backend.
     pub source_port: u16,
-    /// What was decided.
+    /// The pinned decision.
     pub kind: FlowKind,
     /// The epoch of the decision.
     pub epoch: u32,
@@ -35,10 +35,10 @@ pub struct FlowView {
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
-    /// RFC 9293.
+    /// TCP (RFC 9293).
     #[serde(rename = "TCP")]
     Tcp,
-    /// RFC 768.
+    /// UDP (RFC 768).
     #[serde(rename = "UDP")]
     Udp,
 }
@@ -55,7 +55,7 @@ pub enum FlowPath {
 }
 
 impl FlowPath {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -86,7 +86,7 @@ pub enum FlowPhase {
 }
 
 impl FlowPhase {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

@@ -1,4 +1,5 @@
-//! breaker's types for others, as serde types: what the control socket says, and the Kubernetes resources.
+//! The public JSON and YAML of breaker, as serde types: requests and answers of the control socket, and the
+//! Kubernetes resources.
 //!
 //! | module | one concern |
 //! |---|---|
@@ -7,7 +8,8 @@
 //! | [`events`] | `GET /v1/events` |
 //! | [`flows`] | `GET /v1/services/NAME/flows` |
 //! | [`commands`] | bodies of requests, and the body of an error |
-//! | [`preflight`] | what `breaker preflight` finds |
+//! | [`preflight`] | the findings of `breaker preflight` |
+//! | [`tier`] | the two roles of a tier |
 //! | [`crd`] | `CircuitBreaker`, `NodeReport`, `ReferenceGrant` |
 //!
 //! States, reasons and codes are enums. Their names in JSON are written next to each variant, so that a renamed variant
@@ -28,7 +30,7 @@ pub mod status;
 mod text;
 pub mod tier;
 
-/// The control socket's path where the configuration names no other.
+/// Default path of the control socket.
 pub const DEFAULT_SOCKET: &str = "/run/breaker/breaker.sock";
-/// The directory for pinned maps and links where the configuration names no other.
+/// Default directory for pinned maps and links.
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/breaker";

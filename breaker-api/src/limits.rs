@@ -1,4 +1,4 @@
-//! The limits of a service and what they did, in `GET /v1/services/NAME`.
+//! The limits of a service and their effect, in `GET /v1/services/NAME`.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,8 @@ pub struct LimitsStatus {
     pub backup: TierLimitsStatus,
     /// New connections sent to the backup because the primary was at a limit.
     pub failed_over: u64,
-    /// New connections admitted without a decision, because every compare-and-swap attempt lost its race.
+    /// New connections admitted without a decision: every compare-and-swap attempt lost its race, or a count was at
+    /// its limit after the agent's lease had expired.
     pub contended: u64,
     /// Retransmitted SYNs and datagrams of known flows. They belong to connections that were already admitted.
     pub repeated: u64,
@@ -58,11 +59,11 @@ pub struct TierLimitsStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ActiveLimit {
-    /// When it began.
+    /// When limits of the service began to refuse connections.
     pub since: Timestamp,
     /// The tier and the limit with the most connections over it, for example `primary newConnectionsPerSecond`.
     pub limit: String,
-    /// New connections over any limit of the service in the last full minute; in the first minute, so far.
+    /// New connections over any limit of the service in the last full minute, or until now in the first minute.
     pub per_minute: u64,
 }
 
@@ -70,7 +71,8 @@ pub struct ActiveLimit {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RefusedClient {
-    /// Its address, or the IPv6 network that counts as one client, like `fd42::/64`; absent for the node's own processes.
+    /// Its address, or the IPv6 network that counts as one client, like `fd42::/64`; absent for the node's own
+    /// processes.
     pub client: Option<String>,
     /// The tier whose limit refused it.
     pub tier: TierRole,

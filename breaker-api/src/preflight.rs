@@ -1,4 +1,4 @@
-//! What `breaker preflight` finds out about a machine.
+//! The findings of `breaker preflight` about a machine.
 
 use serde::{Deserialize, Serialize};
 

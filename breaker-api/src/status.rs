@@ -1,4 +1,4 @@
-//! What an agent says of itself and of its services. docs/CONTROL.md describes it.
+//! The status of an agent and of its services. docs/CONTROL.md describes the fields.
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
@@ -85,7 +85,7 @@ pub struct ServiceStatus {
     pub state: BreakerState,
     /// When it entered its state.
     pub since: Timestamp,
-    /// Why; absent for a reason that only another version knows.
+    /// The reason for the state; absent for a reason that only another version knows.
     #[serde(with = "crate::text::or_empty")]
     pub reason: Option<StateReason>,
     /// Details of the reason, for people: the last failed probe, or the operator's reason.
@@ -128,7 +128,7 @@ pub struct ServiceStatus {
     pub limits: Option<LimitsStatus>,
 }
 
-/// The part of a plan that people compare: what is desired, and what is applied.
+/// The part of a plan by which `desired` and `applied` are compared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Applied {
@@ -146,7 +146,7 @@ pub struct Applied {
 pub struct TierStatus {
     /// The tier's name.
     pub name: String,
-    /// What it is for.
+    /// The tier's role.
     pub role: TierRole,
     /// Whether this is the tier that new connections go to now. During a ramp it is the primary, in half-open it is
     /// the backup, although the other tier gets some of them, too.
@@ -169,7 +169,7 @@ pub enum Health {
 }
 
 impl Health {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -184,10 +184,10 @@ impl Health {
 /// Outcome of a probe in HAProxy's vocabulary (its management guide, section 9.3, `check_status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CheckCode {
-    /// Connected, where a connection is all that is checked.
+    /// The connection was established, and the check asks for no more.
     #[serde(rename = "L4OK")]
     L4Ok,
-    /// Refused, unreachable, or broken.
+    /// The connection was refused or broke, or the address is unreachable.
     #[serde(rename = "L4CON")]
     L4Con,
     /// Not connected in time.
@@ -196,7 +196,7 @@ pub enum CheckCode {
     /// The TLS handshake failed.
     #[serde(rename = "L6RSP")]
     L6Rsp,
-    /// A good answer.
+    /// The answer passes the check.
     #[serde(rename = "L7OK")]
     L7Ok,
     /// An answer with another status than expected.

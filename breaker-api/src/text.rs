@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::IntoDeserializer as _};
 
-/// For `#[serde(with = "crate::text::or_empty")]`: `None` is written as `""`. Reading, `""` is `None`, and so is a name that
-/// only another version knows.
+/// For `#[serde(with = "crate::text::or_empty")]`: `None` is written as `""`. On reading, `""` becomes `None`, and so
+/// does a name that only another version knows.
 pub(crate) mod or_empty {
     use super::{Deserialize, Deserializer, Serialize, Serializer, parse};
 
@@ -21,7 +21,7 @@ pub(crate) mod or_empty {
     }
 }
 
-/// For a field that is left out when it is `None`: reading, a name that only another version knows is `None`.
+/// For a field that is left out if it is `None`: on reading, a name that only another version knows becomes `None`.
 pub(crate) fn lenient<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     Ok(Option::<String>::deserialize(deserializer)?.and_then(|text| parse(&text)))
 }

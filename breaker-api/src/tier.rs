@@ -14,7 +14,7 @@ pub enum TierRole {
 }
 
 impl TierRole {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

@@ -19,10 +19,10 @@ pub struct Global {
 /// A command.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Show every service: its state, since when, why, and who answers. Works without an agent, too.
+    /// Show every service: its state, since when, why, and its backends. Works without an agent, too.
     #[command(display_order = 2)]
     Status {
-        /// The format: a table for people, or the whole as JSON or YAML.
+        /// Output format: a table, or the complete status as JSON or YAML.
         #[arg(short, long, default_value = "table")]
         output: TableOutput,
     },
@@ -31,7 +31,7 @@ pub enum Command {
     Get {
         /// The service's name.
         name: String,
-        /// The format.
+        /// Output format.
         #[arg(short, long, default_value = "yaml")]
         output: Output,
     },
@@ -40,10 +40,10 @@ pub enum Command {
     Trip {
         /// The service's name.
         name: String,
-        /// How long it is forced open (30s, 10m, 1h30m); until `reset` if not given.
+        /// How long the service stays forced open (30s, 10m, 1h30m); until `reset` if not given.
         #[arg(long = "for", value_name = "TIME", value_parser = duration::parse)]
         duration: Option<Duration>,
-        /// Why; shown to everybody who looks.
+        /// Why the service is forced open; appears in the status and the events.
         #[arg(long)]
         reason: Option<String>,
     },
@@ -53,56 +53,56 @@ pub enum Command {
         /// The service's name.
         name: String,
     },
-    /// Show what happened, and with --follow what happens.
+    /// Show recorded events and, with --follow, new events as they happen.
     #[command(display_order = 6)]
     Events {
-        /// Go on until interrupted.
+        /// Continue with new events until interrupted.
         #[arg(short, long)]
         follow: bool,
-        /// The format: lines for people, or one JSON object a line.
+        /// Output format: one line of text or one JSON object for each event.
         #[arg(short, long, default_value = "text")]
         output: EventOutput,
     },
-    /// Show the connections of a service that breaker decided, youngest first.
+    /// Show the connections of a service for which breaker pinned a decision, youngest first.
     #[command(display_order = 7)]
     Flows {
         /// The service's name.
         name: String,
-        /// How many at most.
+        /// Largest number of connections to show.
         #[arg(long, default_value_t = 50)]
         limit: usize,
-        /// The format: a table for people, or the whole as JSON or YAML.
+        /// Output format: a table, or the complete list as JSON or YAML.
         #[arg(short, long, default_value = "table")]
         output: TableOutput,
     },
-    /// Show every CircuitBreaker on every node, over the Kubernetes API. As `kubectl breaker` where kubectl-breaker is on the
-    /// PATH.
+    /// Show every CircuitBreaker on every node, from the Kubernetes API. Also available as `kubectl breaker` if
+    /// kubectl-breaker is on the PATH.
     #[command(display_order = 9)]
     Cluster {
-        /// How to reach the API server; KUBECONFIG, ~/.kube/config or the pod's service account if not given.
+        /// Kubeconfig file; KUBECONFIG, ~/.kube/config or the pod's service account if not given.
         #[arg(long, value_name = "FILE")]
         kubeconfig: Option<PathBuf>,
         /// Show this namespace only.
         #[arg(short, long, value_name = "NAME")]
         namespace: Option<String>,
-        /// The format: a table for people, or the whole as JSON or YAML.
+        /// Output format: a table, or the complete objects as JSON or YAML.
         #[arg(short, long, default_value = "table")]
         output: TableOutput,
     },
-    /// Print the definitions of the Kubernetes types, for kubectl apply.
+    /// Print the definitions of breaker's Kubernetes types (CRDs), for kubectl apply.
     #[command(display_order = 10)]
     Crds,
-    /// Tell the agent that it is about to be replaced: its last decision holds for longer than the usual lease.
+    /// Announce that the agent is about to be replaced: its last decision stays in force longer than the usual lease.
     #[command(
         display_order = 11,
         after_help = "Example, before an upgrade that pulls an image: breaker handover --for 10m"
     )]
     Handover {
-        /// How long the last decision holds (30s, 10m, 2h).
+        /// How long the last decision stays in force (30s, 10m, 2h).
         #[arg(long = "for", value_name = "TIME", value_parser = duration::parse, default_value = "10m")]
         duration: Duration,
     },
-    /// Print a shell's completions.
+    /// Print shell completions.
     #[command(display_order = 13, after_help = "Example: breaker completions bash > /etc/bash_completion.d/breaker")]
     Completions {
         /// The shell.

@@ -84,7 +84,7 @@ impl Client {
     /// See [`Client::status`]; there is no time limit here. An error that `each` returns ends the function, too.
     pub async fn events(&self, follow: bool, mut each: impl FnMut(EventLine) -> Result<()>) -> Result<()> {
         let request = self.http.get(format!("http://breaker/v1/events?follow={follow}"));
-        let mut response = good(request.send().await.context("send the request to the agent")?).await?;
+        let mut response = check_status(request.send().await.context("send the request to the agent")?).await?;
         let mut buffer = BytesMut::new();
         while let Some(chunk) = response.chunk().await.context("the connection to the agent ended")? {
             buffer.extend_from_slice(&chunk);
@@ -107,7 +107,7 @@ impl Client {
             request = request.json(body);
         }
         let request = request.timeout(Duration::from_secs(10));
-        let response = good(request.send().await.context("send the request to the agent")?).await?;
+        let response = check_status(request.send().await.context("send the request to the agent")?).await?;
         response.json().await.context("cannot parse the agent's answer (does the agent have another version?)")
     }
 }
@@ -143,7 +143,7 @@ fn http(socket: &Path) -> Result<Option<Http>> {
     )
 }
 
-async fn good(response: Response) -> Result<Response> {
+async fn check_status(response: Response) -> Result<Response> {
     if response.status().is_success() {
         return Ok(response);
     }

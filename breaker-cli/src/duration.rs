@@ -5,7 +5,7 @@ use std::time::Duration;
 use jiff::{Span, SpanRelativeTo};
 
 /// The longest time that is allowed: a year of 365 days.
-const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+const MAX: Duration = Duration::from_secs(365 * 86_400);
 
 /// Reads a time: a number of seconds, or units like `30s`, `10m`, `1h30m`, `2d` (jiff's friendly format).
 ///
@@ -17,7 +17,7 @@ pub fn parse(text: &str) -> Result<Duration, String> {
         let span: Span = text.parse().ok()?;
         Duration::try_from(span.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?).ok()
     });
-    time.filter(|time| (Duration::from_secs(1)..=LONGEST).contains(time)).ok_or_else(|| {
+    time.filter(|time| (Duration::from_secs(1)..=MAX).contains(time)).ok_or_else(|| {
         format!(
             "{text:?} is not allowed; allowed: 1 second to 365 days, as a number of seconds or like 30s, 10m, 1h30m, 2d"
         )

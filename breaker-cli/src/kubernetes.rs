@@ -1,4 +1,4 @@
-//! The way to the API server.
+//! Configuration of the client for the Kubernetes API server.
 
 use std::path::Path;
 
@@ -8,8 +8,8 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 
-/// The configuration of a client: of a kubeconfig file, or as kubectl and a pod find theirs (KUBECONFIG, ~/.kube/config, the
-/// service account).
+/// Reads the configuration of a client from a kubeconfig file. Without a file, searches it like kubectl and like a
+/// pod: KUBECONFIG, ~/.kube/config, the pod's service account.
 ///
 /// # Errors
 /// No kubeconfig and no service account; a kubeconfig that cannot be used.

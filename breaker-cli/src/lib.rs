@@ -1,4 +1,4 @@
-//! breaker's command line: looks at an agent over its control socket, and at a cluster over the Kubernetes API.
+//! breaker's command line. It queries an agent over its control socket, and a cluster over the Kubernetes API.
 //!
 //! The crate builds on Linux, macOS and Windows. The binary `breaker` of a node adds the commands that need the kernel:
 //! `agent`, `preflight` and `cleanup`.
@@ -8,10 +8,10 @@
 //! | [`args`] | the commands and their options |
 //! | [`run`] | executes a command |
 //! | [`client`] | the client's side of the control socket |
-//! | [`kubernetes`] | the way to the API server |
+//! | [`kubernetes`] | configuration of the client for the API server |
 //! | [`overview`] | breaker's objects in a cluster, read once |
 //! | [`duration`] | times as people write them |
-//! | `show`, `cluster`, `table` | text for people |
+//! | `show`, `cluster`, `table` | text output |
 
 #![forbid(unsafe_code)]
 

@@ -28,7 +28,7 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// A client of the agent; an error that says what to do where there is none.
+    /// Connects to the agent. If no agent listens, the error says how to start one.
     fn client(&self) -> Result<Client> {
         let socket = self.socket.display();
         Client::connect(self.socket)?.ok_or_else(|| {
@@ -50,7 +50,7 @@ impl Context<'_> {
 /// Executes a command, with its output on standard output.
 ///
 /// # Errors
-/// What went wrong, for the person who gave the command.
+/// The command failed; the message is meant for the user.
 pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
     let paint = Paint::for_stdout();
     match command {
@@ -114,7 +114,7 @@ pub fn print_findings(output: TableOutput, findings: &[Finding]) -> Result<()> {
     print_as(output, &findings, || show::preflight(findings, Paint::for_stdout()))
 }
 
-/// Writes to standard output. Unlike `print!`, it returns an error where the reader has gone.
+/// Writes to standard output. Unlike `print!`, it returns an error if the reader has closed the pipe.
 ///
 /// # Errors
 /// A closed standard output.
@@ -122,13 +122,14 @@ pub fn out(text: &str) -> Result<()> {
     Ok(io::stdout().write_all(text.as_bytes())?)
 }
 
-/// Whether an error means only that the reader has gone, as in `breaker events | head`.
+/// Whether an error means only that the reader has closed the pipe, as in `breaker events | head`.
 #[must_use]
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// The arguments of a kubectl plugin: without a command of `own`, it shows the cluster.
+/// Inserts the command `cluster` into the arguments of a kubectl plugin, unless they begin with a subcommand of `own`
+/// or with `help`.
 #[must_use]
 pub fn as_plugin(args: impl Iterator<Item = OsString>, own: &clap::Command) -> Vec<OsString> {
     let mut args: Vec<OsString> = args.collect();

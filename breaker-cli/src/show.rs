@@ -1,4 +1,4 @@
-//! Text for people about one node: services, events, flows, findings.
+//! Text output about one node: services, events, flows, findings.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -153,8 +153,8 @@ fn limits(limits: &LimitsStatus, paint: Paint) -> String {
     if !rest.is_empty() {
         let _ = writeln!(text, "  limits: {}", rest.trim_start_matches("; "));
     }
-    if let Some(biting) = &limits.limited {
-        let line = format!("  LIMITED for {}: {}, {} a minute", ago(biting.since), biting.limit, biting.per_minute);
+    if let Some(active) = &limits.limited {
+        let line = format!("  LIMITED for {}: {}, {} a minute", ago(active.since), active.limit, active.per_minute);
         let _ = writeln!(text, "{}", paint.with(RED, &line));
     }
     if !limits.limited_clients.is_empty() {

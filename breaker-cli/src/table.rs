@@ -59,7 +59,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// With a line of headings; without one, for an empty list.
+    /// Creates a table with a line of headings, or without one if `head` is empty.
     pub(crate) fn new(head: &[&str]) -> Self {
         let head: Vec<Cell> = head.iter().map(|cell| ((*cell).to_owned(), Some(BOLD))).collect();
         Self { rows: if head.is_empty() { Vec::new() } else { vec![head] } }
@@ -95,7 +95,7 @@ impl Table {
     }
 }
 
-/// As much of `text` as fits into `room` columns, with an ellipsis if that is not all.
+/// Returns `text` if it fits into `room` columns; otherwise its beginning and an ellipsis.
 fn cut(text: &str, room: usize) -> String {
     if text.width() <= room {
         return text.to_owned();

@@ -1,60 +1,5 @@
 //! Enums whose numbers are stored in maps and events.
 
-/// A number read from a map that is not a variant of the expected enum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnknownNumber(pub u8);
-
-macro_rules! numbered {
-    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $number:literal => $label:literal,)+ }) => {
-        $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        #[repr(u8)]
-        pub enum $name { $($(#[$vmeta])* $variant = $number,)+ }
-
-        impl $name {
-            /// Every variant, in the order of their numbers.
-            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
-
-            /// The name for logs, metrics and JSON.
-            #[must_use]
-            pub const fn label(self) -> &'static str {
-                match self { $(Self::$variant => $label,)+ }
-            }
-        }
-
-        #[cfg(feature = "serde")]
-        impl serde::Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.serialize_str(self.label())
-            }
-        }
-
-        #[cfg(feature = "serde")]
-        impl<'de> serde::Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                struct Label;
-                impl serde::de::Visitor<'_> for Label {
-                    type Value = $name;
-                    fn expecting(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-                        f.write_str(concat!("one of", $(" ", $label,)+))
-                    }
-                    fn visit_str<E: serde::de::Error>(self, label: &str) -> Result<$name, E> {
-                        match label { $($label => Ok($name::$variant),)+ other => Err(E::unknown_variant(other, &[$($label,)+])) }
-                    }
-                }
-                deserializer.deserialize_str(Label)
-            }
-        }
-
-        impl TryFrom<u8> for $name {
-            type Error = UnknownNumber;
-            fn try_from(number: u8) -> Result<Self, UnknownNumber> {
-                match number { $($number => Ok(Self::$variant),)+ other => Err(UnknownNumber(other)) }
-            }
-        }
-    };
-}
-
 numbered! {
     /// State of a breaker. Closed means that traffic flows to the primary.
     BreakerState {
@@ -125,39 +70,6 @@ numbered! {
         Rejected = 3 => "Rejected",
         /// An established connection was reset.
         FlowReset = 4 => "FlowReset",
-    }
-}
-
-numbered! {
-    /// Why a packet passed untouched although breaker might have been responsible for it (rule "fail open"), or why
-    /// the programs omitted something else.
-    PassReason {
-        /// The packet is shorter than its headers say.
-        Truncated = 0 => "Truncated",
-        /// A later fragment, which has no ports, and whose first fragment was not translated or not seen.
-        Fragment = 1 => "Fragment",
-        /// A frontend refers to a service that does not exist.
-        UnknownService = 2 => "UnknownService",
-        /// A slot refers to a backend that does not exist.
-        UnknownBackend = 3 => "UnknownBackend",
-        /// A flow table is full.
-        FlowTableFull = 4 => "FlowTableFull",
-        /// The flow needs another source port toward its backend, and no free one was found.
-        NoSourcePort = 5 => "NoSourcePort",
-        /// The agent's lease ran out and the service has `onAgentLoss: PassThrough`.
-        AgentLost = 6 => "AgentLost",
-        /// Rewriting the packet failed before anything was changed.
-        RewriteFailed = 7 => "RewriteFailed",
-        /// The ring buffer was full. The event was lost; the packet was handled normally.
-        EventLost = 8 => "EventLost",
-        /// More or longer IPv6 extension headers than the parser walks, or a routing header with segments left.
-        ExtensionHeaders = 9 => "ExtensionHeaders",
-        /// SCTP is not supported: the packet is left to kube-proxy.
-        Sctp = 10 => "Sctp",
-        /// The full-path program that the prefilter tail-calls is missing from `PROGRAMS`.
-        ProgramMissing = 11 => "ProgramMissing",
-        /// A new connection to a service with limits could not be remembered: it is admitted and not counted.
-        LimitTableFull = 12 => "LimitTableFull",
     }
 }
 

@@ -13,7 +13,7 @@ pub struct FilterWords {
     /// A frontend is at this position: packets that may start a flow (SYNs and all datagrams) take the full path.
     pub frontend: u64,
     /// All packets take the full path: a backend is at this position, or a frontend of a service whose flows are
-    /// tracked ([`switch_flags::TRACK`]).
+    /// tracked ([`crate::switch_flags::TRACK`]).
     pub all_packets: u64,
 }
 

@@ -36,9 +36,9 @@ pub struct Flow<A, K = FlowKind> {
     /// The client's port as the backend sees it, wire order. It differs from the client's own port if that one is
     /// taken toward this backend, and on the fast path.
     pub source_port: [u8; 2],
-    /// Index of the service; [`NONE`] for a direct connection.
+    /// Index of the service; [`crate::NONE`] for a direct connection.
     pub service: u32,
-    /// Backend id; [`NONE`] if the connection was left to kube-proxy.
+    /// Backend id; [`crate::NONE`] if the connection was left to kube-proxy.
     pub backend_id: u32,
     /// The service's epoch when the flow was decided.
     pub epoch: u32,
@@ -57,7 +57,7 @@ pub struct Flow<A, K = FlowKind> {
     pub last_seen_tick: u32,
 }
 
-/// Bits of [`Flow::way`]: the path that a flow's packets take. The first packet determines it for the whole flow,
+/// Bits of [`Flow::path`]: the path that a flow's packets take. The first packet determines it for the whole flow,
 /// because conntrack classifies packets of a TCP connection that it has not seen from the start as INVALID.
 pub mod flow_path {
     /// Fast path: packets are redirected into the backend's veth and replies are redirected back from there, both
@@ -115,7 +115,7 @@ pub struct Reverse<A> {
     pub vip_port: [u8; 2],
     /// The client's own port, wire order.
     pub client_port: [u8; 2],
-    /// Index of the service; [`NONE`] for a direct connection.
+    /// Index of the service; [`crate::NONE`] for a direct connection.
     pub service: u32,
     /// Bits of [`seen`], from packets of the backend.
     pub seen: u8,
@@ -123,8 +123,8 @@ pub struct Reverse<A> {
     pub pad: [u8; 3],
     /// Time of the agent's latest heartbeat when the backend's last packet was seen, in ticks (see [`TICK_SHIFT`]).
     pub last_seen_tick: u32,
-    /// Egress of replies, encoded as in [`exit`]: the client's interface on the fast path ([`flow_path::FAST`]), else
-    /// [`egress::STACK`].
+    /// Egress of replies, encoded as in [`egress`]: the client's interface on the fast path ([`flow_path::FAST`]),
+    /// else [`egress::STACK`].
     pub egress: u32,
 }
 
@@ -153,7 +153,7 @@ pub struct Fragment<A> {
     pub addr: A,
     /// Bits to set in the packet's mark.
     pub mark: u32,
-    /// Egress, encoded as in [`exit`].
+    /// Egress, encoded as in [`egress`].
     pub egress: u32,
     /// Which address was replaced: 0 = source, 1 = destination.
     pub end: u8,

@@ -17,6 +17,9 @@
 
 #![no_std]
 
+#[macro_use]
+mod numbered;
+
 mod addr;
 pub mod csum;
 mod enums;
@@ -27,18 +30,19 @@ pub mod hash;
 #[cfg(test)]
 mod layout_tests;
 mod limits;
+mod pass_reason;
 mod service;
 mod telemetry;
 #[cfg(feature = "user")]
 mod user;
 
 pub use addr::*;
-pub use enums::{
-    BreakerState, EventKind, FlowKind, LimitAction, LimitKind, PassReason, StateReason, TcHook, UnknownNumber,
-};
+pub use enums::{BreakerState, EventKind, FlowKind, LimitAction, LimitKind, StateReason, TcHook};
 pub use filter::*;
 pub use flow::*;
 pub use limits::*;
+pub use numbered::UnknownNumber;
+pub use pass_reason::PassReason;
 pub use service::*;
 pub use telemetry::*;
 

@@ -219,7 +219,8 @@ pub struct LimitCounters {
     /// New connections that were sent on to the backup because the primary was at a limit (included in `limited`).
     /// The backup's own limits may still have refused them.
     pub failed_over: u64,
-    /// New connections admitted because every compare-and-swap lost its race.
+    /// New connections admitted although their limit was not enforced: every compare-and-swap lost its race, or a
+    /// count was at its limit after the agent's lease had run out.
     pub contended: u64,
     /// First packets of connections that were already admitted: retransmitted SYNs, or datagrams of a known flow.
     pub repeated: u64,

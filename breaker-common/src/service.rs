@@ -42,8 +42,8 @@ impl EndpointRole {
     pub const NOTHING: Self = Self { service: NONE, route: NONE, backend: NONE };
 }
 
-/// Selection tables for new connections to a frontend: value of `ROUTES`. A service has one route per IP family,
-/// protocol and port.
+/// Selection tables for new connections to a frontend: value of `ROUTES`. A service has one route for each group of
+/// frontends of one IP family and protocol that lead to the same backend addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Route {

@@ -1,4 +1,4 @@
-//! What the programs and the agent tell each other and the operator: heartbeat, counters, events.
+//! Heartbeat, counters and events: data that the agent and the programs exchange, and that operators read.
 
 use crate::{BreakerState, EventKind, addr::V6};
 
@@ -47,7 +47,7 @@ pub struct ServiceCounters {
     pub port_changed: u64,
     /// New connections whose client is the selected backup itself (hairpin).
     pub hairpin: u64,
-    /// New connections that would have gone to a backup if this were not a dry run.
+    /// New connections that a dry run would have sent to a backup or refused.
     pub dry_run: u64,
     /// New connections left to the primary because the agent's lease had run out.
     pub agent_lost: u64,

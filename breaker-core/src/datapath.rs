@@ -1,4 +1,5 @@
-//! What the engine needs of the datapath: the trait that the agent implements with eBPF maps, and the values that cross it.
+//! The interface between the engine and the datapath: the trait that the agent implements with eBPF maps, and the
+//! values that cross it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -67,7 +68,7 @@ pub struct FlowSnapshot {
     pub backend: SocketAddr,
     /// Its protocol.
     pub protocol: Protocol,
-    /// The client's port toward the backend; another than the client's own if that one was taken.
+    /// Source port toward the backend. It differs from the client's own port if that port was taken there.
     pub source_port: u16,
     /// Decision that is pinned for the flow.
     pub kind: FlowKind,
@@ -125,7 +126,8 @@ pub struct PacketEvent {
 /// A client whose new connections limits refuse.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefusedClient {
-    /// Its address, or the IPv6 network that counts as one client, like `fd42::/64`; `None` for the node's own processes.
+    /// Its address, or the IPv6 network that counts as one client, like `fd42::/64`; `None` for the node's own
+    /// processes.
     pub client: Option<String>,
     /// The tier whose limit refused it.
     pub tier: TierRole,
@@ -133,10 +135,10 @@ pub struct RefusedClient {
     pub refused: u64,
 }
 
-/// What the limits of a service did.
+/// Counters of a service's limits, and the clients that they refuse.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LimitReport {
-    /// Counters since the service is in the maps.
+    /// Counters since the service was added to the maps.
     pub counters: LimitCounters,
     /// Number of connections that are counted now: to the primary, to the backup.
     pub concurrent: [u32; 2],
@@ -144,7 +146,7 @@ pub struct LimitReport {
     pub clients: Vec<RefusedClient>,
 }
 
-/// What a walk through the flow tables found.
+/// Result of a walk through the flow tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sweep {
     /// Live flows on a backup, by service.
@@ -167,8 +169,8 @@ pub trait Datapath {
     /// Maps that cannot be read.
     fn adopt(&mut self) -> Result<Vec<Adopted>, DatapathError>;
 
-    /// Brings the maps to a plan. The service's switch is written last, as one word; a failure before it leaves the
-    /// old decision whole.
+    /// Writes a plan to the maps. The service's switch is written last, as one word. If a write fails before that,
+    /// the old decision stays in force unchanged.
     ///
     /// # Errors
     /// The map write that failed; applying the same plan again is safe.
@@ -186,21 +188,22 @@ pub trait Datapath {
     /// The service is not in the maps, or the maps cannot be read.
     fn counters(&self, name: &ServiceName) -> Result<ServiceCounters, DatapathError>;
 
-    /// What limits did for a service, with up to `clients` of its refused clients.
+    /// Returns the counters of a service's limits, with up to `clients` of the clients that they refuse.
     ///
     /// # Errors
     /// Maps that cannot be read.
     fn limits(&self, name: &ServiceName, clients: usize) -> Result<LimitReport, DatapathError>;
 
     /// Walks the flow tables: removes finished flows and counts live ones. `idle` is how long an established flow
-    /// without packets is kept; `None` keeps all of them, for an agent that just started and does not know what it missed.
+    /// without packets is kept. `None` keeps all of them: an agent that has just started does not know which packets
+    /// passed before.
     ///
     /// # Errors
     /// Maps that cannot be read.
     fn sweep(&mut self, idle: Option<Duration>) -> Result<Sweep, DatapathError>;
 
-    /// Removes a service's flows to the backends for which `doomed` is true: their packets are translated no longer. Returns
-    /// the number of flows removed.
+    /// Removes a service's flows to the backends for which `doomed` is true. Their packets are no longer translated.
+    /// Returns the number of flows removed.
     ///
     /// # Errors
     /// Maps that cannot be read or written; flows that were removed by then stay removed.

@@ -12,7 +12,7 @@ pub enum Health {
 }
 
 impl Health {
-    /// As it is written.
+    /// The name of the health in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

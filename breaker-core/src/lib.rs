@@ -1,4 +1,4 @@
-//! What breaker decides, without IO.
+//! breaker's decision logic, without IO.
 //!
 //! This crate depends on std and `breaker-common` only. It reads no clock, opens no socket, knows no eBPF map and no
 //! JSON: time is an argument, and effects go through [`datapath::Datapath`] or come back as values.
@@ -14,13 +14,13 @@
 //! |---|---|
 //! | [`model`] | a protected service: frontends, tiers, backends, checks, policies |
 //! | [`limits`] | rate and connection limits, as configured and as the programs need them |
-//! | [`probe`] | what a probe returns, and whom it is about |
+//! | [`probe`] | the result of a probe, and the backend that it is about |
 //! | [`health`] | rise and fall: from single results to Up and Down |
 //! | [`pool`] | whether a tier is usable, and which backup takes over |
 //! | [`breaker`] | the circuit breaker: closed, open, half-open |
 //! | [`maglev`] | consistent hashing: from backends to the slots of a selection table |
 //! | [`plan`] | the content that the maps should have for one service |
-//! | [`datapath`] | what the engine needs of the maps and the programs |
+//! | [`datapath`] | the interface through which the engine uses the maps and the programs |
 //! | [`engine`] | joins all of the above: observations and time in, plans out |
 //! | [`time`] | the two clocks, as values |
 

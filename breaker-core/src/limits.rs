@@ -9,21 +9,21 @@ use std::time::Duration;
 use breaker_common::{LimitAction, ServiceLimits, TierLimits as KernelLimits, V6, gcra};
 
 /// Largest allowed rate, burst and number of connections.
-pub const MOST: u32 = 1_000_000;
+pub const MAX_LIMIT: u32 = 1_000_000;
 /// Default length of the prefix, in bits, that identifies an IPv6 client: hosts choose the other bits by themselves
 /// (RFC 4291, section 2.5.4).
 pub const CLIENT_PREFIX: u8 = 64;
 /// Default time after which a connection without packets is no longer counted, as in IPVS (`ipvsadm --set`).
 pub const IDLE: Duration = Duration::from_secs(900);
 /// Smallest default burst.
-const LEAST_BURST: u32 = 5;
+const MIN_DEFAULT_BURST: u32 = 5;
 
 /// A rate limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// New connections per second, from 1 to [`MOST`].
+    /// New connections per second, from 1 to [`MAX_LIMIT`].
     pub per_second: u32,
-    /// New connections that are accepted at once after a pause (bucket size), from 1 to [`MOST`].
+    /// New connections that are accepted at once after a pause (bucket size), from 1 to [`MAX_LIMIT`].
     pub burst: u32,
 }
 
@@ -31,7 +31,7 @@ impl Rate {
     /// The default burst for a rate: the connections of a tenth of a second, and at least five.
     #[must_use]
     pub fn default_burst(per_second: u32) -> u32 {
-        per_second.div_ceil(10).max(LEAST_BURST)
+        per_second.div_ceil(10).max(MIN_DEFAULT_BURST)
     }
 }
 

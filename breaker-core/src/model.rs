@@ -127,7 +127,7 @@ impl TierRole {
         if index == 0 { Self::Primary } else { Self::Backup }
     }
 
-    /// As it is written.
+    /// The name of the role in configuration and output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -190,7 +190,7 @@ pub enum CheckAction {
     },
 }
 
-/// What happens to established flows to the tier that new connections no longer go to after a change of state.
+/// What happens to a tier's established flows when a change of state sends new connections to another tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EstablishedPolicy {
     /// They continue until they end.
@@ -202,7 +202,7 @@ pub enum EstablishedPolicy {
 /// What a new connection gets while the breaker is open and no backup is usable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenAllUnhealthy {
-    /// It goes to the primary, although that has failed.
+    /// It goes to the primary, although the primary has failed.
     PassThrough,
     /// It is refused at once: TCP reset, or ICMP "port unreachable" for UDP.
     Reject,
@@ -260,7 +260,7 @@ pub enum Override {
 }
 
 impl Override {
-    /// As it is written.
+    /// The name of the override in configuration and output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -354,7 +354,7 @@ impl Service {
     /// earlier agent left and that is no longer configured.
     #[must_use]
     pub fn empty(name: ServiceName) -> Self {
-        let nobody = |name: &str| Tier {
+        let empty_tier = |name: &str| Tier {
             name: name.into(),
             backends: Vec::new(),
             draining: Vec::new(),
@@ -365,8 +365,8 @@ impl Service {
             name,
             frontends: Vec::new(),
             routes: Vec::new(),
-            primary: nobody("primary"),
-            backups: vec![nobody("backup")],
+            primary: empty_tier("primary"),
+            backups: vec![empty_tier("backup")],
             grace_period: Duration::ZERO,
             breaker: BreakerPolicy {
                 open: Duration::ZERO,

@@ -140,7 +140,7 @@ impl ServicePlan {
         self.routes.iter().flat_map(|route| route.backends().map(|address| (address, route.protocol))).collect()
     }
 
-    /// Returns all frontends, including those that [`ServicePlan::linger`] added.
+    /// Returns all frontends, including those that [`ServicePlan::add_draining_frontends`] added.
     pub fn frontends(&self) -> impl Iterator<Item = &Frontend> {
         self.routes.iter().flat_map(|route| &route.frontends)
     }
@@ -151,7 +151,9 @@ impl ServicePlan {
         for frontend in frontends {
             let nothing = [SlotTable::All(Slot::PassThrough), SlotTable::All(Slot::PassThrough)];
             let same = |route: &&mut RoutePlan| {
-                route.slots == nothing && is_kin(&route.frontends[0], frontend) && !route.frontends.contains(frontend)
+                route.slots == nothing
+                    && same_family_and_protocol(&route.frontends[0], frontend)
+                    && !route.frontends.contains(frontend)
             };
             match self.routes.iter_mut().find(same) {
                 Some(route) => route.frontends.push(*frontend),
@@ -167,7 +169,7 @@ impl ServicePlan {
 }
 
 /// Whether two frontends have the same IP family and protocol.
-fn is_kin(a: &Frontend, b: &Frontend) -> bool {
+fn same_family_and_protocol(a: &Frontend, b: &Frontend) -> bool {
     a.protocol == b.protocol && a.address.is_ipv4() == b.address.is_ipv4()
 }
 
@@ -181,16 +183,19 @@ fn routes(service: &Service, backup: &[Backend]) -> Vec<RoutePlan> {
     let mut routes: Vec<((Option<usize>, bool), RoutePlan)> = Vec::new();
     for frontend in &service.frontends {
         let group = group(frontend);
-        let near = |b: &&Backend| service.keep_client.backends.contains(&b.address);
+        let is_local = |b: &&Backend| service.keep_client.backends.contains(&b.address);
         // If client addresses are to be kept and a usable backend is on this node, only local backends are used.
         // Without a local backend, one on another node is better than none, although it sees a masqueraded address.
-        let prefers_near = group.1 && backup.iter().any(|b| near(&b));
-        match routes.iter_mut().find(|(of, route)| *of == group && is_kin(&route.frontends[0], frontend)) {
+        let prefers_local = group.1 && backup.iter().any(|b| is_local(&b));
+        match routes
+            .iter_mut()
+            .find(|(of, route)| *of == group && same_family_and_protocol(&route.frontends[0], frontend))
+        {
             Some((_, route)) => route.frontends.push(*frontend),
             None => {
                 let reachable: Vec<Backend> = backup
                     .iter()
-                    .filter(|b| !prefers_near || near(b))
+                    .filter(|b| !prefers_local || is_local(b))
                     .filter_map(|b| Some(Backend { address: service.reach(frontend, b.address)?, ..*b }))
                     .collect();
                 let slots = [SlotTable::All(Slot::PassThrough), backup_slots(service, &reachable)];

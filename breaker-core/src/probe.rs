@@ -1,4 +1,4 @@
-//! What a probe returns, and whom it is about. The agent's `check` module executes probes.
+//! The result of a probe, and the backend that it is about. The agent's `check` module executes probes.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -9,21 +9,21 @@ use crate::{health::Health, model::ServiceName};
 /// Outcome of a probe in HAProxy's vocabulary (its management guide, section 9.3, `check_status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CheckCode {
-    /// Connected, and that is all that was wanted.
+    /// The connection was established, and the check asks for no more.
     L4Ok,
-    /// Refused, unreachable, broken.
+    /// The connection was refused or broke, or the address is unreachable.
     L4Con,
     /// Not connected in time.
     L4Tout,
     /// The TLS handshake failed.
     L6Rsp,
-    /// A good answer.
+    /// The answer passes the check.
     L7Ok,
     /// An answer with another status than expected.
     L7Sts,
     /// Connected, but no answer in time.
     L7Tout,
-    /// An answer that is none, or one that does not match.
+    /// The answer is not valid for the protocol, or its content does not match.
     L7Rsp,
 }
 
@@ -49,7 +49,7 @@ impl CheckCode {
         matches!(self, Self::L4Ok | Self::L7Ok)
     }
 
-    /// What a failure is to the breaker.
+    /// The reason of a transition that a probe with this code causes.
     #[must_use]
     pub const fn reason(self) -> StateReason {
         match self {
@@ -67,32 +67,32 @@ impl CheckCode {
 /// Outcome of one probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProbeResult {
-    /// What came of it.
+    /// The outcome as a code.
     pub code: CheckCode,
-    /// In words: the status, the error.
+    /// Details in words: the status or the error.
     pub detail: String,
-    /// How long it took.
+    /// Duration of the probe.
     pub duration: Duration,
 }
 
-/// Whom a probe is about.
+/// The backend that a probe is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Target {
     /// The service.
     pub service: ServiceName,
-    /// 0 = the primary, then the backups.
+    /// Index of the tier: 0 is the primary, then the backups.
     pub tier: usize,
     /// The backend.
     pub backend: SocketAddr,
 }
 
-/// A probe's result and what it makes of the backend's health.
+/// A probe's result, and the health of the backend after it.
 #[derive(Clone, Debug)]
 pub struct ProbeReport {
-    /// Whom it is about.
+    /// The backend that was probed.
     pub target: Target,
-    /// What came of it.
+    /// Result of the probe.
     pub result: ProbeResult,
-    /// The health by now.
+    /// Health of the backend after the probe.
     pub health: Health,
 }

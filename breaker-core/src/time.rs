@@ -1,4 +1,5 @@
-//! The two clocks, as values. Only the agent's loop reads clocks; everything in this crate is told the time.
+//! The two clocks, as values. Only the agent reads clocks (its `clock.rs`); the functions of this crate take the
+//! time as an argument.
 
 use std::time::Duration;
 
@@ -11,13 +12,13 @@ pub type UnixNanos = u64;
 /// The time on both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
-    /// The monotonic clock: every decision goes by it.
+    /// The monotonic clock, on which all decisions are based.
     pub mono: Instant,
-    /// The wall clock: for people, and for what must outlive the agent.
+    /// The wall clock, for output and for times in the maps, which outlive the agent.
     pub unix_ns: UnixNanos,
 }
 
-/// A wall-clock time that much later; `None` if it does not fit, which is in the year 2554.
+/// Adds `by` to a wall-clock time. `None` on overflow, in the year 2554.
 #[must_use]
 pub fn later(unix_ns: UnixNanos, by: Duration) -> Option<UnixNanos> {
     unix_ns.checked_add(u64::try_from(by.as_nanos()).ok()?)

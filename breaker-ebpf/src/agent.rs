@@ -36,7 +36,7 @@ pub fn fast_path_in_use() -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| beat.fast != 0)
 }
 
-/// Whether any service limits concurrent connections, so that the release of the node's own sockets must be noted.
+/// Whether any service limits concurrent connections. Then the programs must act when a socket of the node is closed.
 #[inline(always)]
 pub fn counts_sockets() -> bool {
     HEARTBEAT.get(0).is_some_and(|beat| beat.counts_sockets != 0)

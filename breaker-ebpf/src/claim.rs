@@ -1,4 +1,5 @@
-//! Reverse keys: a flow claims one of its own, and another source port if the client's is taken.
+//! Claims reverse keys: each flow gets a key of its own, with another source port if the client's port is taken
+//! toward the backend.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use breaker_common::{Flow, FlowKey, FlowKind, Reverse, ReverseKey, seen};
@@ -56,8 +57,8 @@ fn is_live<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool
     })
 }
 
-/// Whether a connection is over: reset, or closed from both sides. Of a direct connection only the client's side is
-/// seen, so its FIN suffices.
+/// Whether a connection is over: reset, or closed from both sides. The programs see only the client's side of a
+/// direct connection, so the client's FIN suffices there.
 #[inline(always)]
 fn is_over<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
     let direct = flow.kind as u8 == FlowKind::Direct as u8;
@@ -79,8 +80,8 @@ pub fn claim_other_port<A: Family>(
     let own = u16::from_be_bytes(key.client_port);
     for step in 1..=PORT_TRIES {
         // 7919 is prime and does not divide the size of either range, so every step gives another port.
-        let place = (own.wrapping_sub(first) as u32 + step as u32 * 7919) % (last as u32 + 1 - first as u32);
-        reverse_key.client_port = (first + place as u16).to_be_bytes();
+        let offset = (own.wrapping_sub(first) as u32 + step as u32 * 7919) % (last as u32 + 1 - first as u32);
+        reverse_key.client_port = (first + offset as u16).to_be_bytes();
         if A::reverse().get_ptr(&*reverse_key).is_none()
             && A::pending_reverse().insert(&*reverse_key, reverse, BPF_NOEXIST as u64).is_ok()
         {

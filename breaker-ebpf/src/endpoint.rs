@@ -1,4 +1,4 @@
-//! The role of an address and port. Most have none: a filter tells so at a tenth of the cost of the look-up.
+//! The role of an address and port. Most have none; the filter shows this at a tenth of the cost of the look-up.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{COUNTED, EndpointKey, EndpointRole, FILTER_WORDS, FilterWords, NONE, PROTO_TCP, filter_bit};
@@ -32,8 +32,8 @@ impl FilterMatch {
 /// Looks up an address, port (both in wire order) and protocol in the filter.
 #[inline(always)]
 pub fn filter_match<A: Family>(addr: A, port: [u8; 2], proto: u8) -> FilterMatch {
-    let (place, bit) = filter_bit(addr, port, proto);
-    FILTER.get(place).map_or(FilterMatch { frontend: false, all_packets: false }, |words| FilterMatch {
+    let (word_index, bit) = filter_bit(addr, port, proto);
+    FILTER.get(word_index).map_or(FilterMatch { frontend: false, all_packets: false }, |words| FilterMatch {
         frontend: words.frontend & bit != 0,
         all_packets: words.all_packets & bit != 0,
     })
@@ -50,8 +50,8 @@ pub fn may_count_connections<A: Family>(addr: A, port: [u8; 2]) -> bool {
 /// now on. The agent clears the bit when no flow needs it any more.
 #[inline(always)]
 pub fn set_all_packets_bit<A: Family>(addr: A, port: [u8; 2], proto: u8) {
-    let (place, bit) = filter_bit(addr, port, proto);
-    let Some(words) = FILTER.get_ptr_mut(place) else { return };
+    let (word_index, bit) = filter_bit(addr, port, proto);
+    let Some(words) = FILTER.get_ptr_mut(word_index) else { return };
     // SAFETY: the kernel returned a pointer to a value of this map; the field has 8 bytes and is aligned.
     unsafe {
         let at = &raw mut (*words).all_packets;

@@ -1,4 +1,4 @@
-//! An address family, IPv4 or IPv6, as the hooks see it: wire format, parser and maps. All that is not in one of these three is
+//! An address family, IPv4 or IPv6, as the hooks see it: wire format, parser and maps. Code outside of these three is
 //! generic over [`Family`].
 
 pub use crate::wire::{V4, V6};

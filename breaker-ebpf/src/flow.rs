@@ -119,7 +119,7 @@ pub fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
     flow.kind as u8 == FlowKind::Passed as u8
 }
 
-/// The entry of a flow, established or pending, in place.
+/// Finds the entry of a flow, established or pending. The reference is to the value in the map.
 #[inline(always)]
 pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     let found = A::flows().get_ptr_mut(key).or_else(|| A::pending().get_ptr_mut(key));
@@ -130,8 +130,8 @@ pub fn find<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     found.map(|flow| unsafe { &mut *flow })
 }
 
-/// The entry of a flow for a packet that is not its first, in place. Promotes a pending flow that a backend has
-/// answered.
+/// Finds the entry of a flow for a packet that is not its first. Promotes a pending flow that a backend has answered.
+/// The reference is to the value in the map.
 #[inline(always)]
 pub fn find_or_promote<A: Family>(key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     if let Some(flow) = A::flows().get_ptr_mut(key) {
@@ -149,8 +149,8 @@ fn promote<A: Family>(key: &FlowKey<A>) {
     let Some(flow) = A::pending().get_ptr(key) else { return };
     // SAFETY: as in `find`.
     let flow = unsafe { &*flow };
-    // A passed flow has no reverse entry that would tell whether it was answered, so it must not take a slot for
-    // good. Without a translation, it can be evicted without harm.
+    // A passed flow has no reverse entry that shows whether it was answered, so it must not take a slot for good.
+    // Without a translation, it can be evicted without harm.
     if is_passed(flow) {
         return;
     }
@@ -183,7 +183,7 @@ fn promote<A: Family>(key: &FlowKey<A>) {
     let _ = A::pending_reverse().remove(&reverse_key);
 }
 
-/// The translation of a backend's reply, established or pending, in place.
+/// Finds the translation of a backend's reply, established or pending. The reference is to the value in the map.
 #[inline(always)]
 pub fn find_reverse<A: Family>(key: &ReverseKey<A>) -> Option<&'static mut Reverse<A>> {
     let found = A::reverse().get_ptr_mut(key).or_else(|| A::pending_reverse().get_ptr_mut(key));

@@ -50,8 +50,8 @@ pub fn read<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, quote: &mut Qu
     let l3 = segment.l4() + HEADER;
     // The quote may lie behind the bytes that parsing made linear.
     if packet.at::<[u8; 48]>(l3).is_none() {
-        let want = (l3 + A::HEADER + 40 + 8) as u32;
-        packet.pull(if packet.len() < want { packet.len() } else { want })?;
+        let needed = (l3 + A::HEADER + 40 + 8) as u32;
+        packet.pull(if packet.len() < needed { packet.len() } else { needed })?;
     }
     // Reads two bytes: from the bounds check of a single byte the verifier learns no range.
     let first = packet.read::<[u8; 2]>(l3)?[0];
@@ -141,11 +141,11 @@ fn try_translate<A: Family>(
     let is_quoted = check_at + size_of::<u16>() <= segment.end();
     if is_quoted && let Some(check) = packet.read::<[u8; 2]>(check_at) {
         let number = u16::from_be_bytes(check);
-        let (gone, come) = (old_addr.words() + ports_old, change.addr.words() + ports_new);
+        let (old_sum, new_sum) = (old_addr.words() + ports_old, change.addr.words() + ports_new);
         let number = if quote.proto == PROTO_UDP {
-            csum::replaced_udp(number, gone, come)
+            csum::replaced_udp(number, old_sum, new_sum)
         } else {
-            csum::replaced(number, gone, come)
+            csum::replaced(number, old_sum, new_sum)
         };
         packet.write(check_at, number.to_be_bytes())?;
         old += csum::word(check);

@@ -1,8 +1,8 @@
 //! breaker's eBPF programs: the entry points, without logic.
 //!
-//! To follow a packet, read [`hook::prefilter`] (the prefilter), then [`hook::from_client`] and [`hook::to_client`] (the full path), each from top to
-//! bottom. [`hook::socket`] handles the sockets of the node's own processes. [`hook::xdp`] refuses new connections
-//! before they reach the network stack. Each step is a module of its own:
+//! To follow a packet, read [`hook::prefilter`], then [`hook::from_client`] and [`hook::to_client`] (the full
+//! path), each from top to bottom. [`hook::socket`] handles the sockets of the node's own processes. [`hook::xdp`]
+//! refuses new connections before they reach the network stack. The other modules are:
 //!
 //! | module | concern |
 //! |---|---|
@@ -14,14 +14,15 @@
 //! | [`service`] | a service's switch and record, and its half-open permits |
 //! | [`select`] | chooses the tier and the slot for a new connection |
 //! | [`limit`] | limits on new and on concurrent connections |
-//! | [`flow`] | the pinned decisions, forward and reverse |
-//! | [`claim`] | a reverse key for each flow, and another source port if the client\'s is taken |
+//! | [`flow`], [`pin`] | the pinned decisions, forward and reverse: finding them; creating them |
+//! | [`claim`] | a reverse key for each flow, and another source port if the client's is taken |
 //! | [`nat`], [`icmp`], [`fragment`] | translation there and back; ICMP errors about it; later fragments (no ports) |
 //! | [`reset`] | refuses new connections and datagrams, resets established connections |
 //! | [`fib`] | looks up the node's routes |
-//! | [`agent`] | the agent's heartbeat |
+//! | [`agent`] | the agent's heartbeat, and the clocks |
 //! | [`count`], [`event`] | counters and events for userspace |
 //! | [`verdict`] | what becomes of a packet |
+//! | [`atomic`] | atomic operations on map values |
 
 #![no_std]
 #![no_main]
@@ -33,14 +34,12 @@ mod agent;
 mod atomic;
 mod claim;
 mod count;
-
 mod endpoint;
 mod event;
 mod family;
 mod fib;
 mod flow;
 mod fragment;
-
 mod hook;
 mod icmp;
 mod limit;

@@ -161,7 +161,7 @@ impl<'a> Packet<'a> {
     }
 
     /// Updates the TCP or UDP checksum at `offset` after the pseudo header changed by `difference` (see
-    /// [`crate::family::Family::difference`]). The helper knows whether the checksum is complete or partial
+    /// [`crate::wire::Wire::csum_diff`]). The helper knows whether the checksum is complete or partial
     /// (CHECKSUM_PARTIAL: it covers the pseudo header only, and the device adds the rest), and whether the device's
     /// own sum over the packet must change with it (CHECKSUM_COMPLETE).
     #[inline(always)]
@@ -198,10 +198,10 @@ impl<'a> Packet<'a> {
         unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
     }
 
-    /// Redirects the packet past the network stack. `egress` (see [`egress`]) is an interface: with `NEIGHBOR` the
-    /// packet leaves by it to the neighbor that the routes name (the kernel writes the MAC address); otherwise the
-    /// packet enters the network namespace behind this veth as if it had arrived there. Returns the action for the
-    /// kernel.
+    /// Redirects the packet, so that it bypasses the network stack. `egress` (see [`egress`]) is an interface. With
+    /// `NEIGHBOR`, the packet leaves by it to the neighbor that the routes name (the kernel writes the MAC address).
+    /// Otherwise the packet enters the network namespace behind this veth as if it had arrived there. Returns the
+    /// action for the kernel.
     ///
     /// A frame that enters a namespace is still addressed to the MAC address of the node or the bridge. The pod's
     /// stack accepts it by its packet type, which kernels before 6.15 leave unchanged, so the program sets it.
@@ -228,8 +228,8 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// A packet in the driver, before the network stack. On a veth its checksum may be partial, and XDP has no way to
-/// tell. Checksums that breaker writes here are complete.
+/// A packet in the driver, before the network stack. On a veth its checksum may be partial, and an XDP program cannot
+/// find that out. Checksums that breaker writes here are complete.
 pub struct XdpPacket<'a> {
     ctx: &'a XdpContext,
 }

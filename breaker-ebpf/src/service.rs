@@ -80,14 +80,14 @@ pub fn take_permit(service: u32, epoch: u32, limit: u32) -> bool {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return false };
     let at = runtime.cast::<u64>();
     for _ in 0..TRIES {
-        // SAFETY: as in `adopt`.
+        // SAFETY: as in `record_epoch`.
         let word = unsafe { atomic::load(at) };
         let (seen, taken) = unpack(word);
         let taken = if seen == epoch { taken } else { 0 };
         if taken >= limit {
             return false;
         }
-        // SAFETY: as in `adopt`.
+        // SAFETY: as in `record_epoch`.
         if unsafe { atomic::compare_exchange(at, word, pack(epoch, taken + 1)) } {
             return true;
         }
@@ -102,13 +102,13 @@ pub fn return_permit(service: u32, epoch: u32) {
     let Some(runtime) = RUNTIME.get_ptr_mut(service) else { return };
     let at = runtime.cast::<u64>();
     for _ in 0..TRIES {
-        // SAFETY: as in `adopt`.
+        // SAFETY: as in `record_epoch`.
         let word = unsafe { atomic::load(at) };
         let (seen, taken) = unpack(word);
         if seen != epoch || taken == 0 {
             return;
         }
-        // SAFETY: as in `adopt`.
+        // SAFETY: as in `record_epoch`.
         if unsafe { atomic::compare_exchange(at, word, pack(epoch, taken - 1)) } {
             return;
         }

@@ -71,7 +71,8 @@ pub trait Tables: Wire {
     fn fragments() -> &'static Fragments<Self>;
 }
 
-/// Implements [`Tables`]. The maps are declared with the address types of `breaker_common`, which bpftool prints readably.
+/// Implements [`Tables`]. The maps are declared with the address types of `breaker_common`, which bpftool prints
+/// readably.
 macro_rules! tables {
     ($family:ty: $($name:ident: $map:ident = $static:ident,)+) => {
         impl Tables for $family {

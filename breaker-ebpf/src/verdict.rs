@@ -15,11 +15,11 @@ pub enum Verdict {
     Redirect(i32),
     /// Already decided. Holds the action, which may be the return value of another function of the hook.
     Final(i32),
-    /// Not decided yet: the function for this step continues.
+    /// Not decided yet: the function for this stage continues.
     Continue(Stage),
 }
 
-/// The step that a packet needs next. A hook's functions return it in place of a tc action, so the numbers differ
+/// The stage that a packet needs next. A hook's functions return it in place of a tc action, so the numbers differ
 /// from all of the kernel's actions (include/uapi/linux/pkt_cls.h).
 #[derive(Clone, Copy)]
 #[repr(i32)]

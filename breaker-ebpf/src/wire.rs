@@ -1,5 +1,5 @@
-//! Everything that differs between IPv4 and IPv6 on the wire: where addresses are in a packet, and how they are summed and
-//! hashed.
+//! Everything that differs between IPv4 and IPv6 on the wire: where addresses are in a packet, and how they are
+//! summed and hashed.
 
 use aya_ebpf::bindings::{bpf_fib_lookup, bpf_fib_lookup__bindgen_ty_3, bpf_fib_lookup__bindgen_ty_4};
 use breaker_common::{self as common, Address, csum};

@@ -1,4 +1,4 @@
-//! The lab's service: answers requests, or pretends to fail when told to.
+//! The lab's service: answers requests, and simulates a failure on request.
 //!
 //! | request | normal mode | fake-error mode |
 //! |---|---|---|
@@ -122,16 +122,16 @@ fn main() -> Result<()> {
                 let outcome = client::ask(&Target::parse(&url)?, "POST", Duration::from_secs(5));
                 println!("{url}: {outcome:?}");
             }
-            rest()
+            idle()
         }
         Some(Command::Wait) => {
             end_on_sigterm()?;
-            rest()
+            idle()
         }
     }
 }
 
-fn rest() -> Result<()> {
+fn idle() -> Result<()> {
     loop {
         std::thread::park();
     }
@@ -166,7 +166,7 @@ async fn serve(listen: SocketAddr) -> Result<()> {
         .route("/alive", get(|| async { "OK" }))
         .route("/ready", get(ready))
         .route("/", get(root))
-        .route("/client", get(whose))
+        .route("/client", get(client))
         .route("/fakeerrormodeon", post(|State(mode): State<Mode>| async move { mode.store(true, Ordering::SeqCst) }))
         .route("/fakeerrormodeoff", post(|State(mode): State<Mode>| async move { mode.store(false, Ordering::SeqCst) }))
         .with_state(mode);
@@ -184,7 +184,8 @@ async fn datagrams(socket: UdpSocket, mode: Mode) {
         if mode.load(Ordering::SeqCst) {
             continue;
         }
-        // The received datagram does not tell its destination address. Name the address that an answer leaves from.
+        // The received datagram does not show its destination address. The answer names the address that it leaves
+        // from.
         let port = socket.local_addr().map_or(0, |at| at.port());
         let own = std::net::UdpSocket::bind(if from.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })
             .and_then(|socket| socket.connect(from).and_then(|()| socket.local_addr()));
@@ -201,7 +202,7 @@ async fn ready(State(mode): State<Mode>, ConnectInfo(Local(at, _)): ConnectInfo<
     }
 }
 
-async fn whose(ConnectInfo(Local(at, client)): ConnectInfo<Local>) -> String {
+async fn client(ConnectInfo(Local(at, client)): ConnectInfo<Local>) -> String {
     format!("CLIENT {} FROM {at}", client.ip())
 }
 

@@ -122,7 +122,7 @@ impl Package {
     }
 }
 
-/// Builds a package. If nothing has changed, cargo only verifies that. Returns the object file.
+/// Builds a package and returns its object file. If nothing has changed, cargo builds nothing.
 ///
 /// # Errors
 /// A compiler or linker is missing (the message says how to install it), or the build command failed.
@@ -137,7 +137,7 @@ pub fn build(package: Package, release: bool) -> Result<PathBuf> {
     Ok(object)
 }
 
-/// Builds a package in a build script, and tells cargo to rerun the script only when one of its inputs changes.
+/// Builds a package in a build script, and makes cargo rerun the script only when one of its inputs changes.
 ///
 /// # Errors
 /// As for [`build`].

@@ -58,7 +58,7 @@ const IMAGES: &[Image] = &[
 ];
 
 /// Maximum compressed size of an image's layer in bytes, which every node has to download.
-const LARGEST: usize = 15_000_000;
+const MAX_LAYER_BYTES: usize = 15_000_000;
 /// Registry in the images' names if `--push` does not name one.
 const DEFAULT_REGISTRY: &str = "localhost:5000";
 
@@ -113,8 +113,11 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
         let binary = binaries()?.join(image.binary);
         let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
         let parts = Parts::new(image, &bytes)?;
-        if parts.layer.bytes.len() > LARGEST {
-            bail!("the compressed layer of {reference} has {} bytes; allowed: {LARGEST}", parts.layer.bytes.len());
+        if parts.layer.bytes.len() > MAX_LAYER_BYTES {
+            bail!(
+                "the compressed layer of {reference} has {} bytes; allowed: {MAX_LAYER_BYTES}",
+                parts.layer.bytes.len()
+            );
         }
         let file = dist.join(format!("{}.tar", image.name));
         fs::write(&file, parts.archive(&reference)?).with_context(|| format!("write {}", file.display()))?;

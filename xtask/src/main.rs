@@ -39,7 +39,8 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
-    /// Check formatting, run clippy with warnings as errors (also on the BPF programs), and check the imports.
+    /// Check formatting, run clippy with warnings as errors (also on the BPF programs), check the imports, and check
+    /// that the command line builds for other systems than Linux.
     Lint,
     /// Run tests: one tier, or the tiers unit, program and lab in this order.
     Test(test::Args),

@@ -39,8 +39,8 @@ enum Tier {
     Program(Filter),
     /// The whole agent with real sockets in network namespaces (needs root).
     Lab(Filter),
-    /// Random packets through the BPF programs and through a model of their rules (needs root). A small fixed part
-    /// of it belongs to the tier program.
+    /// Send random packets through the BPF programs and through a model of their rules, and compare the results
+    /// (needs root). A small fixed part of this test belongs to the tier program.
     Fuzz {
         /// Number of packet sequences.
         #[arg(long, default_value_t = 50_000)]

@@ -22,7 +22,7 @@ pub use schedule::Checkers;
 /// The code of a probe's outcome and a description of it.
 type Outcome = (CheckCode, String);
 
-/// Executes probes, and holds what they share: the HTTP clients.
+/// Executes probes. All probes share its HTTP clients.
 #[derive(Clone, Debug, Default)]
 pub struct Prober {
     clients: http::Clients,

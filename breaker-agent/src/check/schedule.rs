@@ -1,7 +1,8 @@
-//! The schedule of probes: one per period, with jitter, and at the shorter period while a health is about to change.
+//! The schedule of probes: one per period, with jitter. While a backend's health is about to change, the shorter period
+//! applies.
 //!
-//! Each pair of backend and check has one task, however many services use it. The task keeps rise and fall for
-//! every target and reports each result together with the resulting health.
+//! Each pair of backend and check has one task, even if several services use it. The task applies rise and fall for
+//! every target, and reports each result together with the resulting health.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -52,7 +53,7 @@ impl Checkers {
                 self.targets.insert(target, probe);
             } else if let Some(checker) = self.running.get_mut(&probe) {
                 checker.members -= 1;
-                // `send` fails only if the task has ended; then there is nothing to tell it.
+                // `send` fails only if the task has ended. A task that has ended needs no message.
                 let _ = checker.changes.send(Change::Leave(target));
             }
         }

@@ -12,12 +12,12 @@ use super::{
 
 pub(super) fn check(problems: &mut Problems<'_>, path: &str, raw: format::Check) -> Check {
     let field = |name: &str| format!("{path}.{name}");
-    let place = [
+    let given = [
         raw.http_get.as_ref().map(|a| a.referenced),
         raw.tcp_socket.as_ref().map(|a| a.referenced),
         raw.grpc.as_ref().map(|a| a.referenced),
     ];
-    let actions: Vec<Location> = place.into_iter().flatten().collect();
+    let actions: Vec<Location> = given.into_iter().flatten().collect();
     if actions.len() != 1 {
         let at = actions.get(1).copied().unwrap_or(Location::UNKNOWN);
         let problem = format!("has {} actions; allowed: exactly one of httpGet, tcpSocket, grpc", actions.len());
@@ -51,7 +51,7 @@ pub(super) fn check(problems: &mut Problems<'_>, path: &str, raw: format::Check)
     }
 }
 
-/// Returns a time that is given in seconds or in milliseconds. If both are given, that is reported.
+/// Returns a duration that is given in seconds or in milliseconds. Reports a problem if both are given.
 fn either(
     problems: &mut Problems<'_>,
     path: &str,

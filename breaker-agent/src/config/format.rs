@@ -1,6 +1,6 @@
 //! The format of the configuration file. Fields have the same names as in Kubernetes, where Kubernetes has such a
-//! field. Every field that can be wrong by itself is [`Spanned`], so that the message contains its line. All
-//! defaults are in [`super::validate`].
+//! field. Every field that can be wrong by itself is [`Spanned`], so that the message contains its line. The defaults
+//! are in the modules that convert each section: `agent`, `breaker`, `check`, `limits` and `service`.
 
 use serde::Deserialize;
 use serde_saphyr::Spanned;

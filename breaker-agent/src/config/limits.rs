@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use breaker_core::limits::{CLIENT_PREFIX, IDLE, Limits, MOST, OnLimit, Rate, Scope, TierLimits};
+use breaker_core::limits::{CLIENT_PREFIX, IDLE, Limits, MAX_LIMIT, OnLimit, Rate, Scope, TierLimits};
 use serde_saphyr::{Location, Spanned};
 
 use super::{format, problems::Problems};
@@ -127,15 +127,15 @@ fn rate(
     per_second.map(|per_second| Rate { per_second, burst: given.unwrap_or_else(|| Rate::default_burst(per_second)) })
 }
 
-/// Converts a value to a whole number from 1 to [`MOST`]. Any other value is reported and replaced by 1.
+/// Converts a value to a whole number from 1 to [`MAX_LIMIT`]. Any other value is reported and replaced by 1.
 fn whole(problems: &mut Problems<'_>, value: Option<&Spanned<f64>>, field: &str) -> Option<u32> {
     let value = value?;
     let number = value.value;
-    if number.fract() != 0.0 || !(1.0..=f64::from(MOST)).contains(&number) {
+    if number.fract() != 0.0 || !(1.0..=f64::from(MAX_LIMIT)).contains(&number) {
         problems.add(
             value.referenced,
             field,
-            format!("{number} is not allowed; allowed: a whole number from 1 to {MOST}"),
+            format!("{number} is not allowed; allowed: a whole number from 1 to {MAX_LIMIT}"),
         );
         return Some(1);
     }

@@ -1,4 +1,4 @@
-//! The configuration file: its format ([`format`]) and its meaning ([`validate`]).
+//! The configuration file: its format ([`mod@format`]), and the conversion to domain types with all checks ([`validate`]).
 //!
 //! Parsing is strict and happens once. A [`Config`] is always valid, so later code does not check it again.
 
@@ -32,8 +32,8 @@ pub struct Config {
     pub services: Vec<Service>,
 }
 
-/// Settings of the agent itself. The agent uses them at start only; if a reload changes one, the agent says that
-/// the change takes effect at the next start.
+/// Settings of the agent itself. The agent uses them at start only. If a reload changes one, the agent logs that the
+/// change takes effect at the next start.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentConfig {
     /// Directory in which maps and links are pinned, in a subdirectory named after the ABI version.
@@ -167,14 +167,11 @@ pub fn parse_agent(file: &Path, text: &str) -> Result<AgentConfig, Vec<ConfigErr
     validate::validate_agent(file, raw.agent)
 }
 
-/// Parses the policies of a service. The text has the format of a service in the file, but its lists of frontends
+/// Converts the policies of a service. `value` is a service in the format of the file, as JSON. Its lists of frontends
 /// and backends may be empty; the caller fills in the addresses later.
 ///
-/// Converts the policies of a service whose addresses are filled in later: a service of the file with empty lists of
-/// frontends and backends, as a JSON value.
-///
 /// # Errors
-/// Everything that is wrong, in one line: field (from `spec`), value, and what is allowed.
+/// All problems in one line, each with the field (from `spec`), the value and what is allowed.
 pub fn policies(value: &serde_json::Value) -> Result<Service, String> {
     use serde::Deserialize as _;
     let raw = format::Service::deserialize(value).map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! The problems of a configuration, and readers of single values that report a problem and go on.
+//! The problems of a configuration, and functions that read single values. On a problem they report it and continue.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -34,7 +34,7 @@ impl<'a> Problems<'a> {
         self.found.push(ConfigError { file: self.file.to_owned(), line: at.line(), field: field.to_owned(), problem });
     }
 
-    /// Returns a number in the allowed range; the default if there is none, or if it is out of range, which is
+    /// Returns a number. The default stands for a missing number, and for one outside of the allowed range, which is
     /// reported.
     pub(super) fn number(
         &mut self,
@@ -77,7 +77,7 @@ impl<'a> Problems<'a> {
         Duration::from_millis(self.number(value, field, default, least..=DAY))
     }
 
-    /// Returns the meaning of one of the allowed words; the default if there is none, or if it is another word,
+    /// Returns the meaning of one of the allowed words. The default stands for a missing word, and for any other word,
     /// which is reported.
     pub(super) fn word<T: Copy>(
         &mut self,

@@ -1,3 +1,5 @@
+//! Tests of the configuration file: defaults, refused input, and the comparison with docs/CONFIGURATION.md.
+
 use super::*;
 use breaker_core::model::{CheckAction, EstablishedPolicy};
 

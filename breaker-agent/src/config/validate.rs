@@ -1,5 +1,7 @@
-//! Converts the format of the file to domain types, with every default and every limit. All problems of a file are
-//! reported at once, each with its line, field, value and what is allowed.
+//! Converts a whole file from its format to domain types, and checks the rules between services: unique names and
+//! frontends, and no backup that is another service's frontend. The modules `agent` and `service` convert the parts,
+//! with every default and limit. All problems are reported at once, each with its line, field, value and what is
+//! allowed.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 
@@ -43,9 +45,9 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
                 backups.push((name.value.clone(), field, SocketAddr::new(ip, port), backend.address.referenced));
             }
         }
-        let places: Vec<Location> = raw.frontends.value.iter().map(|f| f.address.referenced).collect();
+        let locations: Vec<Location> = raw.frontends.value.iter().map(|f| f.address.referenced).collect();
         let service = service(&mut problems, &path, raw, true);
-        for (i, (frontend, at)) in service.frontends.iter().zip(places).enumerate() {
+        for (i, (frontend, at)) in service.frontends.iter().zip(locations).enumerate() {
             if let Some(first) = frontends.insert(*frontend, (service.name.clone(), at.line())) {
                 let problem = format!(
                     "{frontend} is already a frontend of {} (line {}); allowed: each frontend in one service, once",

@@ -14,7 +14,7 @@ use tokio::{
 use crate::command::Command;
 
 /// Time limit for an answer of the main loop. A loop that takes longer counts as hung.
-const PATIENCE: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Serves `/livez` (the main loop answers) and `/readyz` (the agent has a configuration, and the programs are
 /// attached).
@@ -36,8 +36,8 @@ pub async fn serve(address: SocketAddr, commands: mpsc::Sender<Command>) -> Resu
 
 async fn ask(commands: &mpsc::Sender<Command>) -> Option<Result<(), String>> {
     let (reply, answer) = oneshot::channel();
-    timeout(PATIENCE, commands.send(Command::Ready(reply))).await.ok()?.ok()?;
-    timeout(PATIENCE, answer).await.ok()?.ok()
+    timeout(ANSWER_TIMEOUT, commands.send(Command::Ready(reply))).await.ok()?.ok()?;
+    timeout(ANSWER_TIMEOUT, answer).await.ok()?.ok()
 }
 
 async fn livez(State(commands): State<mpsc::Sender<Command>>) -> (StatusCode, String) {

@@ -1,5 +1,5 @@
 //! The control socket: a unix socket with mode 0600 that speaks HTTP with JSON bodies. It is described in
-//! docs/CONTROL.md, and `breaker-cli` is its client. [`health`] answers kubelet.
+//! docs/CONTROL.md, and `breaker-cli` is its client. [`health`] serves kubelet's probes.
 
 pub mod health;
 mod server;

@@ -7,7 +7,7 @@ use aya::programs::tc;
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 
 use super::{
-    attach::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, qdisc},
+    attach::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, qdisc_removal},
     masquerade,
     pins::{self, PinDir, PinError},
 };
@@ -90,7 +90,7 @@ fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         // Requests before replies ("in" before "out"), the opposite of `DIRECTIONS`. Socket programs go before
         // both; among them, those for connect and sendmsg go before those for getpeername and recvmsg.
         paths.sort_by_key(|path| {
-            let name = path.to_string_lossy().into_owned();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             (
                 !cgroup::is_pin(path),
                 !(name.ends_with("_in") || name.ends_with("_xdp") || name.contains("_conn") || name.contains("_send")),
@@ -111,7 +111,7 @@ fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         }
         let marker = markers.join(index.to_string());
         if marker.exists() {
-            qdisc::remove_if_empty(index).with_context(|| {
+            qdisc_removal::remove_if_empty(index).with_context(|| {
                 format!("remove breaker's clsact qdisc on {name}; to remove it by hand: tc qdisc del dev {name} clsact")
             })?;
         }

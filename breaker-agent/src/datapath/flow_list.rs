@@ -1,4 +1,4 @@
-//! The flows of one service, for people.
+//! Lists the flows of one service for `breaker flows`.
 
 use anyhow::Result;
 use breaker_common::{Flow, FlowKey, FlowKind, V4, V6, flow_path, seen};

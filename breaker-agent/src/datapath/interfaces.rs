@@ -67,7 +67,7 @@ pub struct Interface {
 }
 
 /// Starts to watch the interfaces. Returns those that exist already, and a channel of all later changes. A change
-/// may repeat what the caller already knows.
+/// may repeat a state that the caller already knows.
 ///
 /// # Errors
 /// The netlink socket cannot be opened, or the list of interfaces cannot be read.
@@ -96,12 +96,12 @@ pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<Inter
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message))
                     if message.header.destination_prefix_length == 0 =>
                 {
-                    asked(list(&handle, &what).await).into_iter().map(InterfaceChange::Present).collect()
+                    list_or_warn(list(&handle, &what).await).into_iter().map(InterfaceChange::Present).collect()
                 }
                 // The socket's receive buffer overflowed and messages are lost: read the whole list again.
                 NetlinkPayload::Overrun(_) => match list(&handle, &what).await {
                     Ok(all) => vec![InterfaceChange::All(all)],
-                    error => asked(error).into_iter().map(InterfaceChange::Present).collect(),
+                    error => list_or_warn(error).into_iter().map(InterfaceChange::Present).collect(),
                 },
                 _ => Vec::new(),
             };
@@ -125,7 +125,7 @@ async fn list(handle: &Handle, what: &Wanted) -> Result<Vec<Interface>> {
         .context("list the interfaces")
 }
 
-/// As [`default_route_interfaces`]; none where the kernel does not answer.
+/// Like [`default_route_interfaces`]. If the kernel does not answer, logs a warning and returns no interface.
 async fn uplinks(handle: &Handle) -> BTreeSet<u32> {
     default_route_interfaces(handle).await.unwrap_or_else(|error| {
         tracing::warn!("cannot list the default routes, uplinks may be missed: {error:#}");
@@ -133,7 +133,7 @@ async fn uplinks(handle: &Handle) -> BTreeSet<u32> {
     })
 }
 
-fn asked(outcome: Result<Vec<Interface>>) -> Vec<Interface> {
+fn list_or_warn(outcome: Result<Vec<Interface>>) -> Vec<Interface> {
     outcome.unwrap_or_else(|error| {
         tracing::warn!("cannot list the network interfaces, changes may be missed: {error:#}");
         Vec::new()
@@ -169,8 +169,8 @@ fn wanted(message: &LinkMessage, what: &Wanted, uplinks: &BTreeSet<u32>) -> Opti
     chosen.then_some(Interface { index: message.header.index, name, side, is_veth: veth })
 }
 
-/// Returns the indices of the interfaces that default routes of this network namespace leave by, IPv4 and IPv6. Of IPv4, only
-/// the main table counts: other tables are for policy routing.
+/// Returns the indices of the interfaces of all default routes in this network namespace, IPv4 and IPv6. Of IPv4,
+/// only the main table counts: other tables are for policy routing.
 async fn default_route_interfaces(handle: &Handle) -> Result<BTreeSet<u32>> {
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();

@@ -1,9 +1,9 @@
 //! breaker's own nftables rule for the masquerade mark. With it, external clients and pods that are their own
 //! backup are masqueraded also on nodes without kube-proxy.
 //!
-//! The rule is the only one of the only chain of the table `inet breaker`. The chain runs after kube-proxy's chain
-//! (priority 100, srcnat), whatever mode kube-proxy uses. A connection that kube-proxy masquerades has its new
-//! source by then, and netfilter does not ask further chains about it.
+//! The table `inet breaker` has one chain, with this rule only. The chain runs after kube-proxy's chain (priority 100,
+//! srcnat), in every mode of kube-proxy. A connection that kube-proxy masquerades already has its new source then, and
+//! netfilter runs no further nat chain for it.
 
 use std::{ffi::CStr, io};
 
@@ -108,7 +108,7 @@ fn load_mark<P: Pusher>(rule: PushExprListAttrs<P>, mask: u32) -> PushExprListAt
     rule.nested_xor().push_value(&[0; 4]).end_nested().end_nested().end_nested()
 }
 
-/// Sends a batch, of which the kernel applies all or nothing.
+/// Sends a batch. The kernel applies all of it or nothing.
 fn send(socket: &mut NetlinkSocket, mut batch: Chained<'_>) -> io::Result<()> {
     batch.request().op_batch_end_do(&of_batch());
     Ok(socket.request_chained(&batch.finalize())?.recv_all()?)

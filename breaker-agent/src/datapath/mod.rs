@@ -2,18 +2,19 @@
 //!
 //! | module | one concern |
 //! |---|---|
-//! | [`options`] | what the configuration chooses: attach mode, order, XDP |
-//! | [`sizes`] | how large the maps are |
-//! | [`preflight`] | what the datapath needs of a machine |
-//! | [`sys`] | what the kernel can do, and where its file systems are |
-//! | [`pins`] | the pin directory: whole or refused, one agent at a time |
+//! | [`options`] | the options that the configuration sets: attach mode, order, XDP |
+//! | [`sizes`] | the sizes of the maps |
+//! | [`preflight`] | checks whether a machine can run the datapath |
+//! | [`sys`] | the kernel's features, and the mount points of its file systems |
+//! | [`pins`] | the pin directory: adopted, created or refused; one agent at a time |
 //! | [`programs`] | loading the programs on the maps |
+//! | [`tail_calls`] | the map of the full-path programs |
 //! | [`attach`] | attaching programs to interfaces, cgroups and drivers |
 //! | [`maps`] | the maps, typed |
-//! | [`apply`] | from a plan to map writes, in an order that is whole at every moment |
-//! | [`sweep`] | walking the flow tables: finished flows, live flows |
+//! | [`apply`] | writing a plan to the maps, in an order in which every packet sees a consistent state |
+//! | [`sweep`] | walking the flow tables: removing finished flows, counting live ones |
 //! | [`flow_list`] | the flows of one service, for people |
-//! | [`interfaces`], [`neighbors`] | which interfaces there are, and which pods are behind them |
+//! | [`interfaces`], [`neighbors`] | the node's interfaces, and the pods behind them |
 //! | [`masquerade`] | the nftables rule for the masquerade mark |
 //! | [`offline`] | reading the maps without an agent |
 //! | [`cleanup`] | removing everything that an agent left |
@@ -64,12 +65,12 @@ pub struct KernelDatapath {
     backends: HashMap<Destination, u32>,
     /// Backends in a service's tables, by service.
     table_backends: BTreeMap<ServiceName, BTreeSet<Destination>>,
-    /// Frontends that have the all-packets bit ([`FilterBit::AllPackets`]) in the filter, by service.
+    /// Frontends that have the all-packets bit ([`maps::filter::FilterBit::AllPackets`]) in the filter, by service.
     full_path_frontends: BTreeMap<ServiceName, BTreeSet<Frontend>>,
     /// Services with limits.
     limited: BTreeMap<ServiceName, Limited>,
-    /// Whether flows on the fast path (which bypasses the host network stack), or services that use it, were there
-    /// at the last sweep or came since.
+    /// Whether the last sweep found a flow on the fast path (which bypasses the host network stack) or a service that
+    /// allows it, or whether such a service was applied since.
     fast_path_seen: bool,
     /// Interface index of each pod on this node, by the pod's address.
     local_pods: LocalPods,
@@ -123,10 +124,10 @@ impl KernelDatapath {
         }
     }
 
-    /// Returns the packets that failed open, by reason; only reasons that happened.
+    /// Returns the number of packets that failed open, by reason. Reasons with 0 packets are left out.
     ///
     /// # Errors
-    /// Maps that cannot be read.
+    /// The map cannot be read.
     pub fn reasons(&self) -> anyhow::Result<Vec<(PassReason, u64)>> {
         self.maps.reasons()
     }

@@ -23,9 +23,9 @@ use rtnetlink::{
 };
 use tokio::sync::{mpsc, watch};
 
-/// How often the tables are read while somebody needs them. The kernel sends notifications, too, but one for every
-/// entry that it confirms again, and processing those is more work than reading the tables.
-const EVERY: Duration = Duration::from_secs(1);
+/// Interval between two reads of the tables. The kernel sends notifications, too, but one for every entry that it
+/// confirms again, and processing those is more work than reading the tables.
+const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Interface index of each pod, by the pod's address.
 pub type LocalPods = HashMap<IpAddr, u32>;
@@ -42,7 +42,7 @@ pub fn watch_pods(mut wanted: watch::Receiver<bool>) -> Result<mpsc::Receiver<Lo
     tokio::spawn(async move {
         let mut last = None;
         while wanted.wait_for(|wanted| *wanted).await.is_ok() {
-            match look(&handle).await {
+            match read_tables(&handle).await {
                 Ok(found) if last.as_ref() == Some(&found) => {}
                 Ok(found) => {
                     last = Some(found.clone());
@@ -52,13 +52,13 @@ pub fn watch_pods(mut wanted: watch::Receiver<bool>) -> Result<mpsc::Receiver<Lo
                 }
                 Err(error) => tracing::warn!("cannot find the interfaces of this node's pods: {error:#}"),
             }
-            tokio::time::sleep(EVERY).await;
+            tokio::time::sleep(INTERVAL).await;
         }
     });
     Ok(receiver)
 }
 
-async fn look(handle: &Handle) -> Result<LocalPods> {
+async fn read_tables(handle: &Handle) -> Result<LocalPods> {
     let mut neighbors = dump(handle, AddressFamily::Inet).await?;
     neighbors.extend(dump(handle, AddressFamily::Inet6).await?);
     Ok(locate(&neighbors, &dump(handle, AddressFamily::Bridge).await?))
@@ -70,8 +70,8 @@ async fn dump(handle: &Handle, family: AddressFamily) -> Result<Vec<NeighbourMes
     request.execute().try_collect().await.with_context(|| format!("list the neighbors ({family:?})"))
 }
 
-/// Joins the two kinds of tables. An address is behind the interface of its neighbor entry or, if that interface is
-/// a bridge, behind the bridge port that has the entry's MAC address.
+/// Joins the neighbor tables and the forwarding tables. An address is behind the interface of its neighbor entry or, if
+/// that interface is a bridge, behind the bridge port that has the entry's MAC address.
 fn locate(neighbors: &[NeighbourMessage], forwarding: &[NeighbourMessage]) -> LocalPods {
     let mac = |message: &NeighbourMessage| {
         message.attributes.iter().find_map(|attribute| match attribute {

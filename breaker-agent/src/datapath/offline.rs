@@ -30,7 +30,7 @@ pub struct PinnedState {
 /// A service in the pinned maps.
 #[derive(Clone, Debug)]
 pub struct MappedService {
-    /// As the programs see it.
+    /// The service's state, as the programs see it.
     pub service: Adopted,
     /// Its counters.
     pub counters: ServiceCounters,
@@ -43,7 +43,7 @@ pub struct MappedService {
 pub struct MappedLimits {
     /// Limits that the programs enforce.
     pub limits: ServiceLimits,
-    /// What the limits did.
+    /// Counters of the limits, and the most refused clients.
     pub report: LimitReport,
 }
 

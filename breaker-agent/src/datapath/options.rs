@@ -1,4 +1,4 @@
-//! What the configuration chooses for the datapath.
+//! Options of the datapath that the configuration sets.
 
 /// How programs are attached to tc hooks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,7 +11,7 @@ pub enum AttachMode {
     Clsact,
 }
 
-/// Position of breaker's programs among those that are on a hook when breaker's are attached.
+/// Position of breaker's programs among the programs that are already on a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachOrder {
     /// breaker's programs get packets before all others.

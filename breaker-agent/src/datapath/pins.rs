@@ -1,7 +1,8 @@
 //! The pin directory: `<pinPath>/v<ABI>/{maps,links,clsact}`.
 //!
-//! An agent adopts the directory if every map is there and has the right sizes, creates it if there is none, and
-//! refuses anything else without touching it. One agent at a time holds the lock on the directory.
+//! An agent adopts the directory if every map is there and has the right sizes, and creates it if there is none. Maps
+//! that an interrupted first start left are removed. Any other state is refused and stays unchanged. One agent at a
+//! time holds the lock on the directory.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! Checks whether this machine can run the datapath, before anything is loaded. Every finding says what to do.
+//! Checks whether this machine can run the datapath, before anything is loaded. Every problem comes with a remedy.
 
 use std::{fs, path::Path};
 
@@ -12,7 +12,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 
 use super::sys::{has_helper, has_tcx, is_on_bpffs};
 
-/// The youngest helpers that every program needs, and what else came with the same version of the kernel.
+/// The newest helpers that every program needs. Each text names a needed feature of the same kernel version.
 const HELPERS: [(BpfHelper, &str); 2] = [
     (BpfHelper::BPF_FUNC_ktime_get_coarse_ns, "the coarse clock, Linux 5.11"),
     (BpfHelper::BPF_FUNC_check_mtu, "BPF atomics, Linux 5.12"),
@@ -20,7 +20,7 @@ const HELPERS: [(BpfHelper, &str); 2] = [
 
 /// Tests everything and returns all findings. `pin_path` is where maps and links will be pinned.
 #[must_use]
-pub fn look(pin_path: &Path) -> Vec<Finding> {
+pub fn check_all(pin_path: &Path) -> Vec<Finding> {
     vec![kernel(), attach(), tc_programs(), caps(), bpffs(pin_path), btf(), bridge(), socket_lb()]
 }
 
@@ -29,7 +29,7 @@ pub fn look(pin_path: &Path) -> Vec<Finding> {
 /// # Errors
 /// All findings that keep the agent from running, each with its remedy.
 pub fn require(pin_path: &Path) -> Result<()> {
-    let bad: Vec<String> = look(pin_path)
+    let bad: Vec<String> = check_all(pin_path)
         .into_iter()
         .filter(|finding| finding.verdict == Verdict::Bad)
         .map(|finding| format!("{}: {}; {}", finding.name, finding.found, finding.remedy))
@@ -139,7 +139,7 @@ fn btf() -> Finding {
     )
 }
 
-/// How the program names of a socket load balancer begin. Such a load balancer (Cilium's kube-proxy replacement)
+/// Prefixes of the program names of a socket load balancer. Such a load balancer (Cilium's kube-proxy replacement)
 /// translates Services' addresses in connect(2), so that packets never carry them. Program names in the kernel have
 /// up to 15 bytes (bpf(2), `BPF_OBJ_NAME_LEN`).
 const SOCKET_LB: &[&str] = &["cil_sock4_conn", "cil_sock6_conn", "sock4_connect", "sock6_connect"];

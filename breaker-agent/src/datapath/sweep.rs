@@ -17,7 +17,7 @@ use super::{
     maps::{
         Maps,
         family::{FamilyMaps, IpFamily, protocol},
-        is_not_there,
+        is_not_found,
     },
     sizes::Sizes,
 };
@@ -208,7 +208,7 @@ fn remove_reverse<A: IpFamily>(family: &mut FamilyMaps<A>, key: &ReverseKey<A>) 
 
 fn remove<K: aya::Pod, V: aya::Pod>(table: &mut BpfMap<MapData, K, V>, key: &K) -> Result<(), MapError> {
     match table.remove(key) {
-        Err(error) if is_not_there(&error) => Ok(()),
+        Err(error) if is_not_found(&error) => Ok(()),
         other => other,
     }
 }

@@ -1,4 +1,4 @@
-//! What the kernel can do, and where its file systems are.
+//! Features of the kernel, and the mount points of its file systems.
 
 use std::{
     fs,
@@ -19,17 +19,18 @@ use rustix::{
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
-/// Whether the kernel has tcx (Linux 6.6, commit e420bed02507). It is asked for the programs of the loopback interface, which
-/// every network namespace has; a kernel without tcx does not know the question.
+/// Whether the kernel has tcx (Linux 6.6, commit e420bed02507). The function queries the tcx programs of the loopback
+/// interface, which every network namespace has. A kernel without tcx refuses this query.
 #[must_use]
 pub fn has_tcx() -> bool {
     SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
 }
 
-/// Whether the kernel lets programs of a type call a helper. A version number does not tell: distributions backport.
+/// Whether the kernel lets programs of a type call a helper. The kernel's version is not enough to know, because
+/// distributions backport helpers.
 ///
 /// # Errors
-/// The kernel cannot be asked, for want of a capability.
+/// The kernel cannot be asked: the process lacks a capability.
 pub fn has_helper(program_type: ProgramType, helper: BpfHelper) -> Result<bool> {
     is_helper_supported(program_type, helper).with_context(|| format!("ask the kernel for {helper:?}"))
 }
@@ -37,7 +38,7 @@ pub fn has_helper(program_type: ProgramType, helper: BpfHelper) -> Result<bool> 
 /// Whether a path is on a BPF file system. If it does not exist, its closest existing parent decides.
 ///
 /// # Errors
-/// The file system of the path cannot be found out.
+/// The file system of the path cannot be determined.
 pub fn is_on_bpffs(path: &Path) -> Result<bool> {
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     let kind = statfs(existing).with_context(|| format!("find the file system of {}", existing.display()))?;

@@ -1,5 +1,5 @@
-//! Sources of the services to protect: a configuration file, or Kubernetes. Each source produces [`crate::model`]
-//! values.
+//! Sources of the services to protect: a configuration file, or Kubernetes. Each source produces
+//! [`breaker_core::model`] values.
 
 pub mod file;
 pub mod kube;

@@ -10,7 +10,7 @@ macro_rules! words {
         pub enum $name { $($(#[$attr])* $word),+ }
 
         impl $name {
-            /// As it is written.
+            /// The name in JSON and in output.
             #[must_use]
             pub const fn label(self) -> &'static str {
                 match self { $(Self::$word => stringify!($word)),+ }

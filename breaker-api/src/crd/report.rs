@@ -132,7 +132,7 @@ pub enum OwnerKind {
 }
 
 impl OwnerKind {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -191,7 +191,7 @@ pub enum AttachMode {
 }
 
 impl AttachMode {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {

@@ -82,7 +82,7 @@ pub enum ReportedState {
 }
 
 impl ReportedState {
-    /// As it is written.
+    /// The name in JSON and in output.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -94,7 +94,7 @@ impl ReportedState {
         }
     }
 
-    /// How far it is from closed, to find the most open state: 0 for one that is not known.
+    /// Rank of the state, to find the most open state of several: 0 if it is not the state of a breaker.
     #[must_use]
     pub const fn openness(self) -> u8 {
         match self {

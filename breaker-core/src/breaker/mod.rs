@@ -217,9 +217,9 @@ impl Breaker {
         self.step(now)
     }
 
-    /// Sets the override. A forced transition has the reason `Operator`. `expired` says that an operator override
-    /// reached its end; its removal then has the reason `OverrideExpired`. With `Auto`, the measurements decide
-    /// again.
+    /// Sets the override. A forced transition has the reason `Operator`. With `Auto`, the measurements decide again.
+    /// `expired`: whether the time limit of an operator override ran out; the transition then has the reason
+    /// `OverrideExpired`.
     pub fn set_override(&mut self, now: Instant, wanted: Override, expired: bool) -> Option<Transition> {
         let before = self.override_;
         self.override_ = wanted;
@@ -313,7 +313,7 @@ impl Breaker {
                 if !self.policy.ramp.is_zero() {
                     self.ramp_from = Some(now);
                 }
-                // Earlier observations say nothing about the primary as it is now.
+                // Observations from before the transition do not describe the primary as it is now.
                 if let Some(window) = &mut self.window {
                     window.clear();
                 }

@@ -13,7 +13,7 @@ pub(super) struct Window {
 
 /// Largest number of observations that the window holds, whatever their rate: it bounds the memory. The oldest are
 /// dropped first, so at a high rate the window covers less time than `rule.length`.
-const MOST: usize = 10_000;
+const MAX_OBSERVATIONS: usize = 10_000;
 
 impl Window {
     pub(super) fn new(rule: FailureWindow) -> Self {
@@ -29,7 +29,7 @@ impl Window {
     pub(super) fn observe(&mut self, now: Instant, pass: bool) -> bool {
         self.seen.push_back((now, pass));
         self.failures += usize::from(!pass);
-        while self.seen.len() > MOST
+        while self.seen.len() > MAX_OBSERVATIONS
             || self.seen.front().is_some_and(|(at, _)| now.saturating_sub(*at) > self.rule.length)
         {
             if let Some((_, passed)) = self.seen.pop_front() {

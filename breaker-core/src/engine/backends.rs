@@ -1,4 +1,4 @@
-//! What the checks said of each backend, by tier, and what follows for the tiers.
+//! The health of each backend, by tier, with the results of its checks, and the health of the tiers that follows.
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
@@ -10,11 +10,11 @@ use crate::{
     time::{Instant, Now, UnixNanos},
 };
 
-/// One backend and what its checks said.
+/// One backend and the results of its checks.
 #[derive(Clone, Debug)]
 pub(super) struct BackendState {
     pub backend: Backend,
-    /// When it became a backend; zero for one that was there from the start.
+    /// When it became a backend; zero if it was there when this agent first saw the service.
     pub added: Instant,
     pub health: Health,
     /// When it got its health; `None` before the first change.
@@ -42,8 +42,8 @@ pub(super) struct Tiers {
 }
 
 impl Tiers {
-    /// The tiers of a service that this agent sees for the first time. Backends of a backup for which `trusted` is true
-    /// start Up: an earlier agent sent connections to them.
+    /// Creates the tiers of a service that this agent sees for the first time. Backends of a backup for which
+    /// `trusted` is true start Up, because an earlier agent sent connections to them.
     pub fn new(service: &Service, trusted: impl Fn(&Backend) -> bool) -> Self {
         let state = |tier: usize, backend: &Backend| BackendState {
             health: if tier > 0 && trusted(backend) { Health::Up } else { Health::Unknown },
@@ -54,8 +54,8 @@ impl Tiers {
         Self { tiers, grace_ends: None }
     }
 
-    /// Takes over a changed service. A backend that stays in its tier keeps its health, until a changed check says
-    /// otherwise; so does one that moves from one backup to another.
+    /// Takes over a changed service. A backend that stays in its tier keeps its health until a probe changes it,
+    /// even if the check is another one. A backend that moves from one backup to another keeps its health, too.
     pub fn reconfigure(&mut self, now: Now, service: &Service) {
         let old = std::mem::take(&mut self.tiers);
         let find = |tier: &[BackendState], address: SocketAddr| {
@@ -130,7 +130,7 @@ impl Tiers {
         self.grace_ends.take_if(|at| *at <= now.mono).is_some()
     }
 
-    /// All addresses of the backups' backends that are Down, for a service with UDP frontends; empty for another.
+    /// All addresses of the backups' backends that are Down. Empty for a service without UDP frontends.
     pub fn down_for_datagrams(&self, service: &Service) -> BTreeSet<SocketAddr> {
         if !service.frontends.iter().any(|frontend| frontend.protocol == Protocol::Udp) {
             return BTreeSet::new();

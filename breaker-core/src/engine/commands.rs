@@ -1,4 +1,4 @@
-//! What an operator may ask the engine for.
+//! Commands of an operator to the engine.
 
 use std::{error::Error, fmt, time::Duration};
 
@@ -16,7 +16,7 @@ pub enum CommandError {
     UnknownService {
         /// The name in the request.
         name: String,
-        /// The names that there are.
+        /// The names of the configured services.
         known: String,
     },
     /// The configuration has an override of its own.
@@ -45,7 +45,7 @@ impl fmt::Display for CommandError {
 impl Error for CommandError {}
 
 impl Engine {
-    /// Forces a service open, for `duration` or until [`Engine::reset`]. `why` is shown to everybody who looks.
+    /// Forces a service open, for `duration` or until [`Engine::reset`]. `why` appears in the status and the events.
     ///
     /// # Errors
     /// No such service; a service whose configuration has an override.
@@ -74,7 +74,7 @@ impl Engine {
         self.snapshot(now, name.as_str(), datapath)
     }
 
-    /// Ends an operator's override and gives the service a fresh start: no backoff, closed unless the primary is Down.
+    /// Ends an operator's override and restarts the breaker: without backoff, and closed unless the primary is Down.
     ///
     /// # Errors
     /// As for [`Engine::force_open`].
@@ -94,7 +94,7 @@ impl Engine {
         self.snapshot(now, name.as_str(), datapath)
     }
 
-    /// One service.
+    /// Returns a snapshot of one service.
     ///
     /// # Errors
     /// No such service.
@@ -120,7 +120,7 @@ impl Engine {
         })
     }
 
-    /// A service that an operator may force.
+    /// Finds a service that an operator may force: its configuration sets no override.
     fn find_without_override(&self, name: &str) -> Result<ServiceName, CommandError> {
         let service = &self.find(name)?.service;
         match service.override_ {

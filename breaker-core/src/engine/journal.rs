@@ -1,4 +1,4 @@
-//! What happened: events with ids for readers that come later, and lines for the agent's log.
+//! The journal: events with ids, which readers can fetch later, and lines for the agent's log.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use crate::{
     time::{Now, UnixNanos},
 };
 
-/// Events kept for readers that come later, of each of the two kinds.
+/// Number of events that are kept, separately for events of the programs and for all others.
 const HISTORY: usize = 1000;
 
 /// What an entry is about.
@@ -65,7 +65,7 @@ pub struct Entry {
     pub service: Option<ServiceName>,
     /// What it is about.
     pub kind: EntryKind,
-    /// For a person.
+    /// The event in words.
     pub message: String,
 }
 
@@ -76,7 +76,7 @@ pub enum Level {
     Info,
     /// Something is wrong and breaker deals with it.
     Warn,
-    /// Something is wrong and an operator should look.
+    /// Something is wrong and an operator should act.
     Error,
 }
 
@@ -87,9 +87,9 @@ pub struct LogLine {
     pub level: Level,
     /// The service; `None` for a line that is not about one.
     pub service: Option<ServiceName>,
-    /// The transition that it is about, with the epoch that began with it.
+    /// The transition that the line is about, with the epoch that began with it.
     pub transition: Option<(Transition, u32)>,
-    /// For a person.
+    /// The line in words.
     pub message: String,
 }
 
@@ -97,14 +97,14 @@ pub struct LogLine {
 #[derive(Debug)]
 pub(super) struct Journal {
     events: VecDeque<Entry>,
-    /// Apart from `events`, so that a service with much traffic does not crowd out what happened to its breaker.
+    /// Events of the programs, kept apart: a service with much traffic would displace the events of its breaker.
     packet_events: VecDeque<Entry>,
     next_id: u64,
     log: Vec<LogLine>,
 }
 
 impl Journal {
-    /// No event yet.
+    /// Creates an empty journal.
     pub const fn new() -> Self {
         Self { events: VecDeque::new(), packet_events: VecDeque::new(), next_id: 1, log: Vec::new() }
     }

@@ -1,4 +1,4 @@
-//! When a limit begins to refuse connections and when it ceases: one event at the start, then one a minute.
+//! Detects when limits begin and cease to refuse connections: one event at the start, then at most one a minute.
 
 use std::{fmt, time::Duration};
 
@@ -9,8 +9,8 @@ use crate::{
     time::{Instant, Now, UnixNanos},
 };
 
-/// The shortest time between two events about one service's limits; also the time without a refusal after which the limit
-/// counts as no longer active.
+/// The shortest time between two events about one service's limits; also the time without a refusal after which no
+/// limit counts as active any more.
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// Refused connections by tier and kind of limit.
@@ -34,18 +34,18 @@ impl fmt::Display for LimitName {
 /// A limit that refuses connections now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActiveLimit {
-    /// When it began.
+    /// When limits of the service began to refuse connections.
     pub since_unix_ns: UnixNanos,
     /// The limit that refused most.
     pub limit: LimitName,
-    /// New connections over any limit of the service in the last full minute; in the first minute, so far.
+    /// New connections over any limit of the service in the last full minute, or until now in the first minute.
     pub per_minute: u64,
 }
 
 /// Follows the limit counters of one service.
 #[derive(Debug, Default)]
 pub(super) struct LimitWatch {
-    /// The counters at the last look; `None` before the first one.
+    /// The counters at the last call of [`LimitWatch::observe`]; `None` before the first one.
     last: Option<Counts>,
     /// The counters at the last event, and its time; `None` while no limit is active.
     reported: Option<(Counts, Instant)>,
@@ -58,10 +58,10 @@ impl LimitWatch {
         self.active.as_ref()
     }
 
-    /// Takes in the counters. Returns the text of an event, at most once a minute.
+    /// Processes the counters. Returns the text of an event, at most once a minute.
     pub fn observe(&mut self, now: Now, counters: &LimitCounters) -> Option<String> {
         let counts = sum(&counters.limited, &counters.dry_run);
-        // Refusals from before this agent started are no news.
+        // Refusals from before this agent started are not reported.
         let before = self.last.replace(counts).unwrap_or(counts);
         let Some((reported, reported_at)) = self.reported else {
             let per_minute = increase(&counts, &before);

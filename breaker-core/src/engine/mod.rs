@@ -1,19 +1,23 @@
-//! Joins the decisions: configuration, probe results and time in; plans out to the datapath.
+//! The engine joins the decisions about all services. Configuration, probe results and time go in; plans go out to
+//! the datapath.
 //!
-//! The engine does not wait and reads no clock. Every call is told the time and the datapath, and ends with the datapath
-//! brought to what is desired. A write that fails is shown, counted and tried again at [`Engine::next_deadline`].
+//! The engine does not wait and reads no clock: every call takes the time and the datapath as arguments. At its
+//! end, a call writes each changed plan to the datapath. A write that fails is shown, counted and tried again at
+//! [`Engine::next_deadline`].
 //!
 //! | module | one concern |
 //! |---|---|
-//! | [`service`] | one service as it runs: lifecycle, epoch, override, plan |
-//! | [`backends`] | what the checks said of each backend |
-//! | [`apply`] | desired and applied plan, retries |
-//! | [`tracking`] | flows that outlive the decision they were made by |
+//! | [`service`] | one service at run time: lifecycle, epoch, override, plan |
+//! | [`backends`] | the health of each backend |
+//! | [`applied_plan`] | desired and applied plan, retries |
+//! | [`tracking`] | flows that outlive the decision that made them |
+//! | [`sweep`] | the walk through the flow tables, and the changes that follow from it |
 //! | [`limit_watch`] | when limits begin and cease to refuse connections |
+//! | [`commands`] | commands of an operator |
 //! | [`journal`] | events with ids, lines for the log |
 //! | [`snapshot`] | read-only views |
 
-mod apply;
+mod applied_plan;
 mod backends;
 mod commands;
 pub mod journal;
@@ -92,8 +96,8 @@ impl Engine {
         self.flow_pressure
     }
 
-    /// Takes in a whole configuration. A service that did not change keeps everything. A changed one keeps its state, epoch
-    /// and flows. One that is missing leaves when its flows have ended.
+    /// Replaces the whole configuration. An unchanged service keeps everything. A changed service keeps its state,
+    /// epoch and flows. A service that is no longer configured is removed once its flows have ended.
     pub fn configure(&mut self, now: Now, services: Vec<Service>, datapath: &mut dyn Datapath) {
         self.changes += 1;
         let mut wanted: BTreeMap<ServiceName, Service> = services.into_iter().map(|s| (s.name.clone(), s)).collect();
@@ -121,7 +125,8 @@ impl Engine {
             state.drain_frontends(frontends.filter(|frontend| !claimed.contains(frontend)).collect());
             self.services.insert(name, state);
         }
-        // What an earlier agent left and no configuration asks for leaves. Only a sweep can tell whether it has flows.
+        // Services that an earlier agent left and that are not configured start to leave. Only a sweep shows
+        // whether they have flows.
         for (name, adopted) in std::mem::take(&mut self.adopted) {
             self.services.insert(name, ServiceState::orphan(now, &adopted));
         }
@@ -135,12 +140,12 @@ impl Engine {
         self.remove_flows_of_removed_backends(datapath, false);
     }
 
-    /// Takes in a probe's result. One about a backend that is not configured any more is ignored.
+    /// Processes the result of a probe. A result for a backend that is not configured any more is ignored.
     pub fn observe(&mut self, now: Now, report: &ProbeReport, datapath: &mut dyn Datapath) {
         let Target { service: name, tier, backend: address } = &report.target;
         let Some(state) = self.services.get_mut(name) else { return };
         let Some(backend) = state.tiers.get_mut(*tier, *address) else { return };
-        // A check that starts again knows less than the engine.
+        // A restarted check reports Unknown at first; the engine then keeps the health that it knows.
         let health = if report.health == Health::Unknown { backend.health } else { report.health };
         let flipped = backend.health != health;
         backend.health = health;
@@ -163,8 +168,8 @@ impl Engine {
         self.apply(now, name, datapath);
     }
 
-    /// Lets time pass. Returns whether the flow tables were swept; the caller then reports how long that took
-    /// ([`Engine::swept_in`]).
+    /// Does everything that is due at `now`. Returns whether the flow tables were swept; the caller then reports
+    /// how long the call took ([`Engine::record_sweep_duration`]).
     pub fn tick(&mut self, now: Now, datapath: &mut dyn Datapath) -> bool {
         let names: Vec<ServiceName> = self.services.keys().cloned().collect();
         for name in &names {
@@ -208,13 +213,14 @@ impl Engine {
         self.services.values().filter(|state| state.is_configured()).map(ServiceState::summary).collect()
     }
 
-    /// Counts the changes that [`Engine::summaries`] may show.
+    /// A counter that increases whenever [`Engine::summaries`] may have changed.
     pub const fn changes(&self) -> u64 {
         self.changes
     }
 
-    /// What is known of a backend's health, for a check that starts again. The primary of a breaker that an earlier agent
-    /// left open was Down and must rise.
+    /// The health with which a check of this backend starts. A primary backend of unknown health counts as Down if
+    /// the breaker is open without an override: it was Down for an earlier agent, and must reach the rise
+    /// threshold.
     pub fn known_health(&self, target: &Target) -> Health {
         let Some(state) = self.services.get(&target.service) else { return Health::Unknown };
         let health = state.tiers.get(target.tier, target.backend).map_or(Health::Unknown, |backend| backend.health);
@@ -250,7 +256,8 @@ impl Engine {
         self.react(now, name, message, |breaker, _| breaker.set_override(now.mono, wanted, expired));
     }
 
-    /// Gives the breaker an input, and takes over the transition that follows. `message` says more about its reason.
+    /// Gives the breaker an input and carries out the transition that follows, if any. `message`: details of its
+    /// reason.
     fn react(
         &mut self,
         now: Now,
@@ -285,8 +292,8 @@ impl Engine {
     }
 
     fn apply_all(&mut self, now: Now, datapath: &mut dyn Datapath) {
-        // A service that gains a frontend comes before the one that loses it: a frontend that changes hands always
-        // belongs to one of them.
+        // Services that gain frontends are written first. A frontend that moves from one service to another then
+        // always belongs to one of them.
         let (gaining, others): (Vec<_>, Vec<_>) = self.services.iter().partition(|(_, state)| state.gains_frontends());
         let names: Vec<ServiceName> = gaining.into_iter().chain(others).map(|(name, _)| name.clone()).collect();
         for name in names {
@@ -294,7 +301,7 @@ impl Engine {
         }
     }
 
-    /// Brings the datapath to the plan of one service, if it is not there already.
+    /// Writes the plan of one service to the datapath, unless the maps already match it or a retry is not due yet.
     fn apply(&mut self, now: Now, name: &ServiceName, datapath: &mut dyn Datapath) {
         let Some(state) = self.services.get_mut(name) else { return };
         if !state.sync.needs_plan(state.share(now)) {

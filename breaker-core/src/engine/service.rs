@@ -1,9 +1,9 @@
-//! One protected service as it runs: its breaker, its backends, its epoch, and the plan that follows from them.
+//! One protected service at run time: its breaker, its backends, its epoch, and the plan that follows from them.
 
 use breaker_common::{BreakerState, SHARE_ALL};
 
 use super::{
-    apply::Sync,
+    applied_plan::AppliedPlan,
     backends::{Tiers, backup_addresses},
     limit_watch::LimitWatch,
     tracking::{DrainingFrontends, RemovedBackends, Tracking},
@@ -17,7 +17,7 @@ use crate::{
     time::{Now, UnixNanos, elapsed},
 };
 
-/// Whether a service is still asked for.
+/// Whether a service is still configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lifecycle {
     /// It is in the configuration.
@@ -26,16 +26,16 @@ pub(super) enum Lifecycle {
     Leaving,
 }
 
-/// The override of the operator, besides the breaker's own knowledge of it.
+/// The facts about the override that the breaker itself does not keep.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OperatorOverride {
     /// When it ends; `None` = never, or there is none.
     pub until_unix_ns: Option<UnixNanos>,
-    /// The override in the configuration at the last look.
+    /// The configuration's override at the last call of [`ServiceState::override_change`].
     configured: Override,
 }
 
-/// What became of the override since the last look.
+/// A change of the override.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct OverrideChange {
     /// The override that holds from now on.
@@ -61,12 +61,12 @@ pub(super) struct ServiceState {
     pub flows: usize,
     pub draining_frontends: DrainingFrontends,
     pub removed_backends: RemovedBackends,
-    pub sync: Sync,
+    pub sync: AppliedPlan,
     pub limit_watch: LimitWatch,
 }
 
 impl ServiceState {
-    /// A service that enters the configuration; `adopted` is what an earlier agent left of it.
+    /// Creates a service that enters the configuration. `adopted`: its state as an earlier agent left it in the maps.
     pub fn new(now: Now, service: Service, adopted: Option<&Adopted>) -> Self {
         // FNV-1a: a seed of its own for each service, the same after a restart.
         let seed = service.name.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
@@ -84,8 +84,8 @@ impl ServiceState {
                 (breaker, was.epoch, was.since_unix_ns, Some(was.override_.1).filter(|until| *until > 0))
             }
         };
-        // Backends that an earlier agent sent connections to count as Up until a probe says otherwise: to send new
-        // connections back to a failed primary meanwhile would be worse.
+        // Backends to which an earlier agent sent connections count as Up until a probe decides. Otherwise new
+        // connections would go back to a failed primary in the meantime.
         let tiers = Tiers::new(&service, |backend| {
             adopted.is_some_and(|a| service.addresses(backend.address).any(|b| a.backup.contains(&b)))
         });
@@ -102,13 +102,14 @@ impl ServiceState {
             flows: 0,
             draining_frontends: DrainingFrontends::default(),
             removed_backends: RemovedBackends::new(adopted.is_some()),
-            sync: Sync::new(),
+            sync: AppliedPlan::new(),
             limit_watch: LimitWatch::default(),
             service,
         }
     }
 
-    /// What an earlier agent left of a service that is not configured any more: it leaves at once.
+    /// Creates a service that an earlier agent left in the maps and that is not configured any more. It leaves at
+    /// once.
     pub fn orphan(now: Now, adopted: &Adopted) -> Self {
         let service = Service { frontends: adopted.frontends.clone(), ..Service::empty(adopted.name.clone()) };
         let mut state = Self {
@@ -130,7 +131,7 @@ impl ServiceState {
         self.breaker.set_policy(service.breaker.clone());
         self.tiers.reconfigure(now, &service);
         self.removed_backends.update(&backup_addresses(&self.service), &backup_addresses(&service));
-        // Flows that the new rules would not look for must still end in peace.
+        // Flows that the new configuration would not track must still be translated until they end.
         self.tracking = Tracking::Active { since: Some(now.mono) };
         let before = std::mem::replace(&mut self.service, service).frontends;
         self.drain_frontends(before);
@@ -144,14 +145,14 @@ impl ServiceState {
         self.tracking = Tracking::Active { since: Some(now.mono) };
     }
 
-    /// Is in the configuration again, before it had left.
+    /// Marks the service as configured. If it was leaving, it stays.
     pub fn stay(&mut self) {
         self.sync.outdate_if(self.lifecycle == Lifecycle::Leaving);
         self.lifecycle = Lifecycle::Configured;
     }
 
-    /// Lets connections to frontends of an earlier configuration go on, except to those that are still configured. UDP has
-    /// no connections: the next datagram to a frontend that went is left to kube-proxy.
+    /// Lets connections to the frontends of an earlier configuration (`before`) continue, except to those that are
+    /// still configured. UDP has no connections: the next datagram to a removed frontend is left to kube-proxy.
     pub fn drain_frontends(&mut self, before: Vec<Frontend>) {
         let configured = &self.service.frontends;
         let removed = |frontend: &Frontend| !configured.contains(frontend);
@@ -162,8 +163,8 @@ impl ServiceState {
         }
     }
 
-    /// Tells later decisions from earlier ones: UDP flows of an earlier epoch are decided again, and the policies for
-    /// established connections hold for flows of earlier epochs.
+    /// Begins a new epoch, which separates later decisions from earlier ones. UDP flows of an earlier epoch are
+    /// decided again, and the policies for established connections apply to flows of earlier epochs.
     pub const fn new_epoch(&mut self) {
         self.epoch = self.epoch.wrapping_add(1);
     }
@@ -177,8 +178,8 @@ impl ServiceState {
         self.tracking = Tracking::Active { since: (transition.to == BreakerState::Closed).then_some(now.mono) };
     }
 
-    /// The override that holds now, if it is another than the breaker's: the configuration's goes before the operator's,
-    /// and the operator's may have a time limit.
+    /// Returns the override that holds from now on, if it differs from the breaker's. The configuration's override
+    /// takes precedence over the operator's, which may have a time limit.
     pub fn override_change(&mut self, now: Now) -> Option<OverrideChange> {
         let expired = self.operator.until_unix_ns.take_if(|until| *until <= now.unix_ns).is_some();
         self.sync.outdate_if(expired);
@@ -194,7 +195,7 @@ impl ServiceState {
         (wanted != current).then_some(OverrideChange { wanted, expired })
     }
 
-    /// Whether the maps are to get frontends that they do not have.
+    /// Whether the next plan adds frontends to the maps.
     pub fn gains_frontends(&self) -> bool {
         let known = |frontend| self.sync.applied().is_some_and(|plan| plan.frontends().any(|f| f == frontend));
         self.sync.is_outdated() && self.lifecycle == Lifecycle::Configured && !self.service.frontends.iter().all(known)
@@ -230,7 +231,8 @@ impl ServiceState {
             reason: self.breaker.reason(),
             since_unix_ns: self.since_unix_ns,
             trips: self.breaker.trips(),
-            // The next agent reads the configuration's override from the configuration; the operator's is in the maps only.
+            // The next agent finds the configuration's override in the configuration. The operator's is in the maps
+            // only.
             override_: match self.service.override_ {
                 Override::Auto => (self.breaker.operator(), self.operator.until_unix_ns.unwrap_or(0)),
                 Override::ForceOpen | Override::ForceClosed => (Override::Auto, 0),

@@ -1,4 +1,4 @@
-//! Read-only views of the services: the whole of one, and the short form that other nodes are told.
+//! Read-only views of the services: the full view of one service, and the summary that is published to other nodes.
 
 use std::net::SocketAddr;
 
@@ -31,13 +31,13 @@ pub struct ServiceSnapshot {
     pub state: BreakerState,
     /// When it entered its state.
     pub since_unix_ns: UnixNanos,
-    /// Why.
+    /// The reason for the state.
     pub reason: StateReason,
-    /// More about why, in words: the last failed probe, the operator's reason.
+    /// Details of the reason in words: the last failed probe, or the operator's text.
     pub message: String,
     /// The primary's share of new connections, permille.
     pub share: u16,
-    /// Counts the changes of state.
+    /// Counter of decisions.
     pub epoch: u32,
     /// Trips in a row.
     pub trips: u32,
@@ -63,13 +63,13 @@ pub struct ServiceSnapshot {
     pub failed_writes: u64,
     /// Live flows on a backup at the last sweep.
     pub flows: usize,
-    /// Counters since the service is in the maps.
+    /// Counters since the service was added to the maps.
     pub counters: ServiceCounters,
     /// Its limits, if it has any.
     pub limits: Option<LimitsSnapshot>,
 }
 
-/// The part of a plan that people compare.
+/// The part of a plan that the status shows, to compare the desired with the applied plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecisionSnapshot {
     /// The state.
@@ -91,7 +91,7 @@ impl From<&ServicePlan> for DecisionSnapshot {
 pub struct TierSnapshot {
     /// Its name.
     pub name: String,
-    /// What it is for.
+    /// Its role.
     pub role: TierRole,
     /// Whether new connections go to it now (during a ramp: also to it).
     pub active: bool,
@@ -112,30 +112,30 @@ pub struct BackendSnapshot {
     pub last: Option<ProbeResult>,
     /// Its weight.
     pub weight: u16,
-    /// Whether it is known to be a pod of this node; false where that does not matter.
+    /// Whether it is known to be a pod of this node. Always false for a service that does not need to know.
     pub local: bool,
 }
 
-/// The limits of a service, and what they did.
+/// The limits of a service, and their effect.
 #[derive(Clone, Debug)]
 pub struct LimitsSnapshot {
     /// As configured.
     pub configured: Limits,
-    /// What they did.
+    /// Counters, and the clients that the limits refuse.
     pub report: LimitReport,
     /// The limit that refuses connections now.
     pub active: Option<ActiveLimit>,
 }
 
-/// A service in short: what the programs act on, and how many backends are Up. Two summaries are equal as long as nothing
-/// changed that other nodes should know.
+/// A service in short: what the programs act on, and how many backends are Up. Two summaries are equal as long as
+/// nothing changed that other nodes should know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
     /// Its name.
     pub name: ServiceName,
     /// The decision in the maps; `None` before the first write.
     pub applied: Option<AppliedSummary>,
-    /// More about the reason.
+    /// Details of the reason.
     pub message: String,
     /// Whether the maps hold exactly the applied plan.
     pub in_force: bool,
@@ -156,7 +156,7 @@ pub struct AppliedSummary {
     pub state: BreakerState,
     /// When it was entered.
     pub since_unix_ns: UnixNanos,
-    /// Why.
+    /// The reason for the state.
     pub reason: StateReason,
     /// The primary's share, permille.
     pub share: u16,
@@ -167,13 +167,13 @@ pub struct AppliedSummary {
 pub struct TierSummary {
     /// Its name.
     pub name: String,
-    /// Backends that may get connections.
+    /// Number of backends that are Up; all of them in a tier without a check.
     pub up: usize,
-    /// Backends.
+    /// Number of backends.
     pub total: usize,
-    /// Backends that were not checked yet.
+    /// Number of backends whose health is still unknown.
     pub checking: usize,
-    /// For a backup: whether it is the one that would take over.
+    /// Whether this is the backup that would take over; false for the primary.
     pub active: bool,
 }
 
@@ -260,7 +260,7 @@ impl ServiceState {
         }
     }
 
-    /// Whether it is in the configuration, and so shown.
+    /// Whether the service is configured. Only configured services are shown.
     pub(super) fn is_configured(&self) -> bool {
         self.lifecycle == Lifecycle::Configured
     }
@@ -279,7 +279,7 @@ impl BackendState {
     }
 }
 
-/// Whether a backend is known to be a pod of this node, for a service to which that matters.
+/// Whether a backend is known to be a pod of this node. Always false for a service that does not need to know.
 fn is_local(service: &Service, backend: SocketAddr, datapath: &dyn Datapath) -> bool {
     let protocols = || service.frontends.iter().map(|frontend| frontend.protocol);
     service.needs_local_backends()

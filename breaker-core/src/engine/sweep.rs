@@ -1,4 +1,5 @@
-//! What follows from a walk through the flow tables: flows that drain, services that leave, limits that refuse.
+//! The sweep: a walk through the flow tables, and the changes that follow from it. Tracking ends, services that left
+//! the configuration are removed, flows to removed backends are removed, and limits that refuse are reported.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -15,17 +16,18 @@ use crate::{
     time::Now,
 };
 
-/// After a sweep, the next one waits for this many times as long as the sweep took.
-const SWEEP_SHARE: u32 = 10;
+/// A sweep delays the next one by this many times its own duration.
+const SWEEP_DELAY_FACTOR: u32 = 10;
 /// An established flow without packets for this long is removed.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
 /// From this fill level on, the tables of established flows are reported to be filling up, percent.
 const CROWDED: u8 = 80;
 
 impl Engine {
-    /// Reports how long the last sweep took. However full the tables are, probes and transitions get most of the time.
-    pub fn swept_in(&mut self, duration: Duration) {
-        self.next_sweep += duration * SWEEP_SHARE;
+    /// Records how long the last sweep took, and delays the next one accordingly: probes and transitions get most
+    /// of the main loop's time, however full the tables are.
+    pub fn record_sweep_duration(&mut self, duration: Duration) {
+        self.next_sweep += duration * SWEEP_DELAY_FACTOR;
     }
 
     pub(super) fn sweep(&mut self, now: Now, datapath: &mut dyn Datapath) {
@@ -84,7 +86,8 @@ impl Engine {
 
     /// Ends the tracking of services without flows on backups. Returns the services that left and can be removed.
     fn finish_draining(&mut self, now: Now) -> Vec<ServiceName> {
-        // A frontend may have passed to another service while flows of the old one live: the new one tracks them, too.
+        // A frontend may have moved to another service while flows of the old service live. The new service then
+        // tracks them, too.
         let leaving = self.services.values().filter(|state| state.lifecycle == Lifecycle::Leaving && state.flows > 0);
         let busy: Vec<Frontend> = leaving.flat_map(|state| state.service.frontends.clone()).collect();
         let mut left = Vec::new();
@@ -125,14 +128,15 @@ impl Engine {
         }
     }
 
-    /// Removes the flows to backends that left the configuration, so that the next pod with such an address does not get
-    /// their connections.
+    /// Removes the flows to backends that left the configuration, so that the next pod with such an address does not
+    /// get their connections.
     ///
-    /// A packet that read the old tables may pin one more flow a moment after they were replaced. The list is therefore kept
-    /// until a sweep has removed their flows once more (`final_pass`).
+    /// A packet that read the old tables may pin one more flow a moment after they were replaced. The list of removed
+    /// backends is therefore kept until a sweep has removed their flows once more (`final_pass`).
     ///
-    /// UDP has no connection that could break: at every sweep, flows of datagrams to a backup's backend that is Down are
-    /// removed as well and decided again. Otherwise a client whose socket lives long would stay there.
+    /// With `final_pass`, UDP flows to a backup's backend that is Down are removed as well and decided again. UDP
+    /// has no connection that this could break, and a client with a long-lived socket would otherwise stay on that
+    /// backend.
     pub(super) fn remove_flows_of_removed_backends(&mut self, datapath: &mut dyn Datapath, final_pass: bool) {
         for (name, state) in &mut self.services {
             let down = if final_pass { state.tiers.down_for_datagrams(&state.service) } else { BTreeSet::new() };

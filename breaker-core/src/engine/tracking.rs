@@ -1,21 +1,22 @@
-//! Flows that outlive the decision they were made by: whether the programs must look for flows of a service on its
-//! backups, and which flows end with their backend.
+//! Flows that outlive the decision that made them: whether the programs must look for flows of a service on its
+//! backups, and which flows end when their backend is removed.
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use crate::{model::Frontend, time::Instant};
 
-/// How often the flow tables are walked while something in them matters.
+/// Shortest time from one sweep of the flow tables to the next.
 pub(super) const SWEEP: Duration = Duration::from_secs(2);
 
 /// Whether flows on backups may be alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tracking {
-    /// There are none: established connections of a closed service pass the prefilter.
+    /// No: established connections of a closed service pass the prefilter.
     Idle,
-    /// There may be: the programs look up all packets to the service's frontends.
+    /// Possibly: the programs look up all packets to the service's frontends.
     Active {
-        /// When the last change was made after which new flows stay on the primary; `None` while the breaker is not closed.
+        /// When the latest event happened that may have left flows on backups; `None` after a transition to open or
+        /// half-open.
         since: Option<Instant>,
     },
 }
@@ -26,8 +27,9 @@ impl Tracking {
         matches!(self, Self::Active { .. })
     }
 
-    /// Whether a sweep at `now` sees all flows that the last change left behind. A packet that read the old switch may
-    /// pin one more flow a moment after the new switch was written, so the first sweep period after a change does not count.
+    /// Whether a sweep at `now` sees all flows that the latest event left behind. A packet that read the old switch
+    /// may pin one more flow a moment after the new switch was written, so the first sweep period after the event
+    /// does not count.
     pub fn is_settled(self, now: Instant) -> bool {
         match self {
             Self::Idle | Self::Active { since: None } => true,
@@ -36,25 +38,26 @@ impl Tracking {
     }
 }
 
-/// Backends that left the configuration, and whose flows end with them: their addresses may soon be another pod's.
+/// Backends that left the configuration. Their flows are removed, because another pod may soon get their addresses.
 #[derive(Debug)]
 pub(super) struct RemovedBackends {
     addresses: BTreeSet<SocketAddr>,
     scope: Scope,
 }
 
-/// Which flows end besides those to the listed addresses.
+/// Which flows are removed besides those to the listed addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
     /// None.
     Listed,
-    /// Flows to any address that the configuration does not name: an earlier agent may have known backends that this one
-    /// never saw.
+    /// Flows to any address that the configuration does not name: an earlier agent may have known backends that this
+    /// agent never saw.
     Unknown,
 }
 
 impl RemovedBackends {
-    /// None removed. `adopted`: flows of an earlier agent to backends that are not configured end, too.
+    /// Creates an empty list. `adopted`: flows of an earlier agent to backends that are not configured are removed,
+    /// too.
     pub const fn new(adopted: bool) -> Self {
         Self { addresses: BTreeSet::new(), scope: if adopted { Scope::Unknown } else { Scope::Listed } }
     }
@@ -65,12 +68,12 @@ impl RemovedBackends {
         self.addresses.retain(|address| !after.contains(address));
     }
 
-    /// Whether no flow has to end.
+    /// Whether there are no flows to remove.
     pub fn is_empty(&self) -> bool {
         self.addresses.is_empty() && self.scope == Scope::Listed
     }
 
-    /// Whether flows to `backend` end; `known` are the configured addresses.
+    /// Whether flows to `backend` are to be removed; `known` are the configured addresses.
     pub fn contains(&self, backend: SocketAddr, known: &BTreeSet<SocketAddr>) -> bool {
         self.addresses.contains(&backend) || self.scope == Scope::Unknown && !known.contains(&backend)
     }
@@ -82,7 +85,7 @@ impl RemovedBackends {
     }
 }
 
-/// Frontends that are not configured any more, and whose connections go on until they end.
+/// Frontends that are not configured any more. Their connections continue until they end.
 #[derive(Debug, Default)]
 pub(super) struct DrainingFrontends(Vec<Frontend>);
 
@@ -93,14 +96,14 @@ impl DrainingFrontends {
         self.0.retain(|frontend| !configured.contains(frontend));
     }
 
-    /// Drops those that `claimed` has. Returns whether there were any.
+    /// Drops the frontends that are in `claimed`. Returns whether there were any.
     pub fn release(&mut self, claimed: &BTreeSet<Frontend>) -> bool {
         let before = self.0.len();
         self.0.retain(|frontend| !claimed.contains(frontend));
         self.0.len() != before
     }
 
-    /// Drops all, once no flow is left. Returns whether there were any.
+    /// Drops all frontends. The caller has found that no flow is left. Returns whether there were any.
     pub fn clear(&mut self) -> bool {
         !std::mem::take(&mut self.0).is_empty()
     }

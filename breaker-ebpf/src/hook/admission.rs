@@ -17,7 +17,7 @@ use crate::{
     family::{Family, V6},
     flow,
     limit::{
-        self, Request, connections, limiter,
+        self, Request, connection_table, limiter,
         settings::{self, BACKUP, PRIMARY},
     },
     packet::Packet,
@@ -156,7 +156,7 @@ pub fn record_client_segment<A: Family>(segment: &Segment<A>, service: u32) {
     }
     let tag = tag(&flow::key(segment), limits);
     let bit = if segment.flags & flags::FIN != 0 { connection_state::CLIENT_FIN } else { 0 };
-    connections::record(tag, bit, segment.is_rst());
+    connection_table::record(tag, bit, segment.is_rst());
 }
 
 /// Records a segment of a server whose source is the frontend's address, because kube-proxy has already translated
@@ -198,5 +198,5 @@ fn record_server_segment_of<A: Family>(segment: &Segment<A>, service: u32, key: 
     let Some(limits) = settings::limits_of(service) else { return };
     let fin = if segment.flags & flags::FIN != 0 { connection_state::SERVER_FIN } else { 0 };
     let bits = connection_state::ANSWERED | fin;
-    connections::record(tag(key, limits), bits, segment.is_rst());
+    connection_table::record(tag(key, limits), bits, segment.is_rst());
 }

@@ -1,12 +1,12 @@
-//! What the stages for a packet from a client hand to each other.
+//! The context of a packet from a client.
 
 use crate::flow::Peer;
 
-/// Context of a packet from a client, handed from one step to the next.
+/// Context of a packet from a client, which the stages hand to each other.
 pub struct PacketContext<A> {
     pub service: u32,
     pub route: u32,
-    /// Id of the backend, if the packet is for a backend's own address; [`NONE`] otherwise.
+    /// Id of the backend, if the packet is for a backend's own address; [`breaker_common::NONE`] otherwise.
     pub backend: u32,
     /// The decision for the first packet of a flow: the content of a slot.
     pub slot: u32,
@@ -14,7 +14,7 @@ pub struct PacketContext<A> {
     pub permit: u32,
     /// Time of the decision, ns of `CLOCK_MONOTONIC`.
     pub now_ns: u64,
-    /// The service's switch, packed into one word ([`Switch::to_word`]).
+    /// The service's switch, packed into one word (`Switch::to_word` in [`breaker_common`]).
     pub switch: u64,
     /// Destination of the packet: the backend, or the other end of a connection that is reset.
     pub peer: Peer<A>,

@@ -55,10 +55,10 @@ pub fn from_uplink(ctx: &TcContext) -> i32 {
     by_family::<true>(ctx, from_client::<V4, true>, from_client::<V6, true>)
 }
 
-/// Runs the steps for a packet from a client, in order.
+/// Runs the stages for a packet from a client, in order.
 ///
-/// `classify` is not inlined, for IPv4 either, although its frame is smaller there. This function's frame stays on the
-/// stack while every step runs; with `classify` inlined, kernel 6.1 counted 576 bytes, and the limit is 512.
+/// `classify` is not inlined, for IPv4 either, although its frame is smaller there. This function's frame stays on
+/// the stack while every stage runs; with `classify` inlined, kernel 6.1 counted 576 bytes, and the limit is 512.
 ///
 /// `UPLINK`: the hook is on an uplink, so replies must be made to come back through it.
 #[inline(always)]
@@ -149,8 +149,9 @@ fn try_classify<A: Family, const UPLINK: bool>(
             None => already_missed = true,
         }
     }
-    let counts = filter_match.matches(segment.may_start_flow()) || filter_match.frontend && segment.is_fin_or_rst();
-    let role = if counts { endpoint::look_up(addr, port, proto) } else { None };
+    let may_have_role =
+        filter_match.matches(segment.may_start_flow()) || filter_match.frontend && segment.is_fin_or_rst();
+    let role = if may_have_role { endpoint::look_up(addr, port, proto) } else { None };
     let role = role.unwrap_or(EndpointRole::NOTHING);
     if let Some(service) = endpoint::index(role.service) {
         (context.service, context.route) = (service, role.route);
@@ -163,8 +164,8 @@ fn try_classify<A: Family, const UPLINK: bool>(
         return Ok(Verdict::Continue(Stage::FastPathReply));
     }
     // On an uplink, packets to a pod's own address are left alone: they are the traffic of other nodes, above all
-    // their probes. (Where pods can be reached from outside, a client that uses one source port both for a backup's
-    // own address and for a frontend is not told apart.)
+    // their probes. (Consequence: where pods can be reached from outside, the programs cannot distinguish two
+    // connections of a client that uses one source port both for a backup's own address and for a frontend.)
     if UPLINK {
         return Ok(Verdict::Next);
     }
@@ -190,7 +191,8 @@ fn is_current<A: Family>(flow: &Flow<A>, segment: &Segment<A>, switch: &Switch<u
     segment.is_tcp() || flow.epoch == switch.epoch
 }
 
-/// Handles a packet to a frontend. `already_missed`: the flow tables were already searched and have no entry for the packet.
+/// Handles a packet to a frontend. `already_missed`: the flow tables were already searched and have no entry for the
+/// packet.
 #[inline(always)]
 fn to_frontend<A: Family, const UPLINK: bool>(
     packet: &Packet<'_>,
@@ -243,7 +245,7 @@ fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) ->
 }
 
 /// Handles a packet of a decided flow: the flow keeps its destination, unless it was decided in an older epoch and
-/// the policy for its tier says reset.
+/// the policy for its tier demands a reset.
 #[inline(always)]
 fn established<A: Family, const UPLINK: bool>(
     packet: &Packet<'_>,

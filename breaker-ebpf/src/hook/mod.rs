@@ -1,4 +1,6 @@
-//! The hooks, one module for each. Read each module from top to bottom to follow a packet.
+//! The hooks. [`prefilter`], [`from_client`] and [`to_client`] serve tc, [`socket`] serves the cgroup hooks, [`xdp`]
+//! serves XDP; the private modules contain the stages that they share. To follow a packet, read a module from top to
+//! bottom.
 
 mod admission;
 mod context;

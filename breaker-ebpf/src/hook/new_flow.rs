@@ -32,7 +32,7 @@ pub(super) fn decide<A: Family>(segment: &Segment<A>, context: &mut PacketContex
     verdict::into_action(Ok(Verdict::Continue(choose(segment, context))))
 }
 
-/// Chooses the destination and returns the next step: to apply the decision, or, for a service with limits, to ask
+/// Chooses the destination and returns the next stage: to apply the decision, or, for a service with limits, to ask
 /// whether they admit the packet.
 #[inline(always)]
 fn choose<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>) -> Stage {
@@ -102,7 +102,7 @@ fn try_apply_decision<A: Family, const UPLINK: bool>(
     }
 }
 
-/// Pins a new connection to backend `id`. The next step translates its first packet.
+/// Pins a new connection to backend `id`. The next stage translates its first packet.
 #[inline(always)]
 fn redirect<A: Family, const UPLINK: bool>(
     packet: &Packet<'_>,
@@ -119,7 +119,7 @@ fn redirect<A: Family, const UPLINK: bool>(
     };
     let mut flow = pin::new_flow(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
     let hairpin = key.client == flow.backend;
-    // The path is decided once: for netfilter a connection that it has not seen from the start is INVALID.
+    // The path is decided once: netfilter classifies a connection that it has not seen from the start as INVALID.
     let mut uses = backend_use::REDIRECTED;
     let mut reply_egress = egress::STACK;
     if backend.ifindex != 0 && !hairpin {
@@ -151,6 +151,7 @@ fn redirect<A: Family, const UPLINK: bool>(
     Ok(Verdict::Continue(Stage::Translate))
 }
 
+/// Translates the first packet of a redirected flow. BPF subprogram (not inlined), for a stack frame of its own.
 #[inline(never)]
 pub(super) fn translate_first<A: Family, const UPLINK: bool>(
     packet: &Packet<'_>,
@@ -181,8 +182,9 @@ pub(super) fn translate<A: Family, const UPLINK: bool>(
     Ok(forward_to(packet, to.egress))
 }
 
-/// Leaves a new connection to kube-proxy because it could not be moved to a backend. This is pinned, too, if there
-/// is room: otherwise its next segment would look like one of a connection from before the trip.
+/// Leaves a new connection to kube-proxy because it could not be moved to a backend. This decision is pinned, too, if
+/// there is room. Otherwise the connection's next segment would look like a segment of a connection from before the
+/// trip.
 #[inline(always)]
 fn fail_open<A: Family>(
     service: u32,

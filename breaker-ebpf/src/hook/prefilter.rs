@@ -1,4 +1,4 @@
-//! The prefilter: the first program on every tc hook. It judges a packet by its source and destination alone and
+//! The prefilter: the first program on every tc hook. It decides by a packet's source and destination alone and
 //! passes most packets. The others go on to the full path ([`super::from_client`], [`super::to_client`]).
 //!
 //! The full path is a separate program, called by tail call, because it writes into packets and the prefilter does
@@ -68,10 +68,10 @@ fn to_client_needs_full_path<A: Family>(packet: &Packet<'_>, l3: usize) -> bool 
         || tuple.is_control() && endpoint::may_count_connections(tuple.source, tuple.ports.source)
 }
 
-/// Passes the packet to the next program on the hook, or tail-calls the full path if `counts` is set.
+/// Passes the packet to the next program on the hook, or tail-calls the full path if `needs_full_path` is set.
 #[inline(always)]
-fn tail_call(ctx: &TcContext, hook: TcHook, counts: bool) -> i32 {
-    if !counts {
+fn tail_call(ctx: &TcContext, hook: TcHook, needs_full_path: bool) -> i32 {
+    if !needs_full_path {
         return verdict::into_action(Ok(Verdict::Next));
     }
     // SAFETY: a successful tail call does not return; this function has nothing left to do and no value to drop.

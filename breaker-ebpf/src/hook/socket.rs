@@ -27,7 +27,7 @@ use super::socket_admission::{Over, SocketRequest, ask, fails_over, is_at_backup
 use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
-    limit::{connections, settings},
+    limit::{connection_table, settings},
     select, service,
     wire::Wire as _,
 };
@@ -47,8 +47,8 @@ type Origin = SocketOrigin<V6>;
 
 #[inline(always)]
 fn sockets() -> &'static LruHashMap<Key, Origin, { DEFAULT_SOCKETS as usize }> {
-    // SAFETY: the two types have the same layout and differ only in whether an address is words or bytes. As
-    // `family` explains, a map definition contains only pointers that are never followed.
+    // SAFETY: the two types have the same layout and differ only in whether an address is words or bytes. As in
+    // `tables.rs`, a map definition contains only pointers that are never followed.
     unsafe { &*(&raw const SOCKETS).cast() }
 }
 
@@ -233,7 +233,7 @@ pub fn on_release(ctx: &SockContext) -> i32 {
     }
     // SAFETY: as above: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some(entry) = connections::find(tag_of(cookie), true) {
+    if let Some(entry) = connection_table::find(tag_of(cookie), true) {
         entry.release();
     }
     PROCEED
@@ -249,7 +249,7 @@ fn refuse() -> i32 {
 
 /// Records the socket's original destination, and counts the redirect. Addresses and ports are in wire order.
 #[inline(always)]
-fn note<A: Family>(
+fn record_redirect<A: Family>(
     cookie: u64,
     vip: A,
     vip_port: [u8; 2],
@@ -287,7 +287,7 @@ fn redirect<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
         Choice::Refused => refuse(),
         Choice::Backend(id) => {
             let Some(backend) = select::backend::<A>(id) else { return PROCEED };
-            note(cookie, vip, port, backend.addr.mapped(), backend.port, proto, service);
+            record_redirect(cookie, vip, port, backend.addr.mapped(), backend.port, proto, service);
             set(backend.addr);
             sock.set_port(backend.port);
             PROCEED

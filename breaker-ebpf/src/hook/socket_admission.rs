@@ -5,7 +5,7 @@ use breaker_common::{Address as _, LimitAction, PROTO_TCP, Switch, connection_st
 
 use crate::{
     family::V6,
-    limit::{Request, connections, refusing_limit, settings},
+    limit::{Request, connection_table, refusing_limit, settings},
 };
 
 /// A socket's connection or datagram that asks its service's limits for admission.
@@ -56,7 +56,7 @@ pub(super) fn ask(request: &SocketRequest, backup: bool) -> Over {
 /// Returns whether the backup admitted this flow of datagrams.
 #[inline(always)]
 pub(super) fn is_at_backup(request: &SocketRequest) -> bool {
-    let entry = connections::find(tag_of_flow(request), true);
+    let entry = connection_table::find(tag_of_flow(request), true);
     entry.is_some_and(|entry| entry.is_of(request.service * 2 + settings::BACKUP))
 }
 

@@ -1,8 +1,9 @@
-//! The full path for packets to a client: tc egress on the host side of a pod's veth, and on an uplink; and replies on the
-//! fast path, which pass tc ingress of the backend's own veth.
+//! The full path for packets to a client: tc egress on the host side of a pod's veth, and on an uplink. Also
+//! replies on the fast path, which pass tc ingress of the backend's own veth.
 //!
-//! A packet from a backend that has flows in the tables is translated back. The program runs on the client's own veth:
-//! on a bridge CNI a reply between two pods of one node is bridged and never routed, so only this veth sees every reply.
+//! A packet from a backend that has flows in the tables is translated back. The program runs on the client's own
+//! veth: on a bridge CNI, a reply between two pods of one node is bridged and never routed, so only this veth sees
+//! every reply.
 //!
 //! # Fast path (`fastPath: PeerRedirect`)
 //!

@@ -4,8 +4,8 @@
 //!
 //! Every other packet is left to tc. A packet to a backup of another node must be masqueraded, by a mark that only
 //! a packet in the network stack can carry. A packet to a backup of this node goes through the stack in any case.
-//! It could not be translated here either: XDP does not tell whether a checksum is complete, and on an uplink that
-//! is a veth many are partial.
+//! It could not be translated here either: an XDP program cannot find out whether a checksum is complete, and on an
+//! uplink that is a veth many are partial.
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_PASS, XDP_TX},
@@ -37,7 +37,7 @@ pub fn from_uplink(ctx: &XdpContext) -> u32 {
 
 #[inline(always)]
 fn refuse<A: Family>(packet: &XdpPacket<'_>, l3: usize) -> u32 {
-    if parse::peek::<A>(packet, l3).is_some_and(|glance| !may_be_refused(&glance)) {
+    if parse::peek::<A>(packet, l3).is_some_and(|tuple| !may_be_refused(&tuple)) {
         return XDP_PASS;
     }
     let Some(segment) = Segment::<A>::scratch(Direction::Ingress) else { return XDP_PASS };
@@ -56,8 +56,8 @@ fn refuse<A: Family>(packet: &XdpPacket<'_>, l3: usize) -> u32 {
 
 /// Whether the packet may be the first of a flow to a frontend.
 #[inline(always)]
-fn may_be_refused<A: Family>(glance: &Peek<A>) -> bool {
-    glance.may_start_flow && endpoint::filter_match(glance.destination, glance.ports.destination, glance.proto).frontend
+fn may_be_refused<A: Family>(tuple: &Peek<A>) -> bool {
+    tuple.may_start_flow && endpoint::filter_match(tuple.destination, tuple.ports.destination, tuple.proto).frontend
 }
 
 /// Whether the packet is the first of a connection that is to be refused; sets `service` if so. A packet that

@@ -1,4 +1,4 @@
-//! The decision about one new connection: all limits of its tier, or none of them, take it.
+//! The decision about one new connection. It is charged to all limits of its tier or to none of them.
 
 use breaker_common::{
     LimitKind, PassReason, ServiceLimits, TierLimits, connection_state,
@@ -6,7 +6,7 @@ use breaker_common::{
 };
 
 use super::{
-    ADMITTED, OVER, REPEATED, UnpackedRequest, clients, connections,
+    ADMITTED, OVER, REPEATED, UnpackedRequest, client_table, connection_table,
     limiter::{
         Arrival, CONTENDED, Owner, REFUSED, breaker_count, breaker_rate, full_count_refuses, give_back, state_of,
     },
@@ -14,14 +14,17 @@ use super::{
 };
 use crate::{agent, atomic, count};
 
+/// Decides whether the limits of a connection's tier admit it, and remembers an admitted connection. Returns
+/// [`ADMITTED`], [`REPEATED`], or [`OVER`] plus the number of the limit that refuses it.
 #[inline(always)]
 pub fn admit(request: &UnpackedRequest, limits: &ServiceLimits) -> u32 {
     let limit = tier_limits(limits, request.tier);
     let index = request.service * 2 + request.tier;
     let counts = limit.counts_connections();
-    if let Some(entry) =
-        connections::find(request.tag, limits.tiers[0].counts_connections() || limits.tiers[1].counts_connections())
-    {
+    if let Some(entry) = connection_table::find(
+        request.tag,
+        limits.tiers[0].counts_connections() || limits.tiers[1].counts_connections(),
+    ) {
         if entry.is_same_connection(request, index) {
             entry.touch(agent::tick(request.now_ns));
             counters(request.service, |c| c.repeated += 1);
@@ -34,7 +37,7 @@ pub fn admit(request: &UnpackedRequest, limits: &ServiceLimits) -> u32 {
         return ADMITTED;
     }
     let client = if limit.has_client_limits() {
-        clients::entry(clients::tag(request.client, index, limits.hash_key), request.now_ns)
+        client_table::entry(client_table::tag(request.client, index, limits.hash_key), request.now_ns)
     } else {
         0
     };
@@ -44,9 +47,9 @@ pub fn admit(request: &UnpackedRequest, limits: &ServiceLimits) -> u32 {
     }
     let bits = if counts { request.bits | connection_state::COUNTED } else { request.bits };
     let remembered =
-        connections::insert(request.tag, index, request.sequence, bits, client, agent::tick(request.now_ns));
+        connection_table::insert(request.tag, index, request.sequence, bits, client, agent::tick(request.now_ns));
     if !remembered && counts {
-        connections::count_down(index, client);
+        connection_table::count_down(index, client);
     }
     let untracked = !remembered || limit.has_client_limits() && client == 0;
     if untracked {
@@ -72,23 +75,22 @@ fn take_all(
     contended: &mut bool,
 ) -> Result<(), LimitKind> {
     let Some((arrival, concurrent)) = state_of(Owner::Limiter(limiter_index).word()) else { return Ok(()) };
-    let client = clients::at(client_number);
+    let client = client_table::at(client_number);
     let now = request.now_ns;
 
     // First check all limits without taking anything, so that a refusal by one of them changes no other.
     let over = |at: &Arrival, interval: u64, tolerance: u64| {
         interval != 0 && gcra::next(at.load(), now, interval, tolerance).is_none()
     };
-    // SAFETY: the pointers are to aligned 4-byte fields of map values.
     let full = |at: *mut u32, most: u32| {
-        // SAFETY: as above.
+        // SAFETY: the pointers are to aligned 4-byte fields of map values.
         most != 0 && unsafe { atomic::load32(at) } >= most && full_count_refuses(request.holds)
     };
     if let Some(client) = client {
-        if over(&Arrival(clients::arrival(client)), limit.client_interval_ns, limit.client_tolerance_ns) {
+        if over(&Arrival(client_table::arrival(client)), limit.client_interval_ns, limit.client_tolerance_ns) {
             return Err(LimitKind::ClientNewConnections);
         }
-        if full(clients::concurrent(client), limit.client_concurrent) {
+        if full(client_table::concurrent(client), limit.client_concurrent) {
             return Err(LimitKind::ClientConcurrent);
         }
     }
@@ -134,7 +136,7 @@ fn take_all(
     if refused.is_none() {
         let counted = breaker_count(of_limiter.word(), limit.concurrent as u64, request.holds as u64);
         if counted == REFUSED {
-            clients::count_down(client_number);
+            client_table::count_down(client_number);
             refused = Some(LimitKind::Concurrent);
         }
         *contended |= counted == CONTENDED;

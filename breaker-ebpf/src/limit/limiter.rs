@@ -1,4 +1,4 @@
-//! Token buckets and connection counts: what a limit takes a connection from.
+//! Token buckets and connection counts, of limiters and of clients.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
 use breaker_common::{
@@ -6,7 +6,7 @@ use breaker_common::{
     gcra::{self, Taken, Word},
 };
 
-use super::clients;
+use super::client_table;
 use crate::{agent, atomic};
 
 /// Token buckets and connection counts of the limiters, two per service (see [`breaker_common::Limiter`]).
@@ -14,9 +14,9 @@ use crate::{agent, atomic};
 pub(super) static LIMITERS: Array<Limiter, { 2 * DEFAULT_SERVICES as usize }, { BPF_F_MMAPABLE as usize }> =
     Array::new();
 
-/// Records that a connection to a service's primary was sent to the backup because of a limit. From then on, packets
-/// of the service are looked up in the flow tables. The agent sets [`switch_flags::TRACK`] in its next sweep and
-/// then clears this record.
+/// Records that a connection to a service's primary was sent to the backup because of a limit. From then on,
+/// packets of the service are looked up in the flow tables. The agent sets [`breaker_common::switch_flags::TRACK`]
+/// in its next sweep and then clears this record.
 #[inline(always)]
 pub fn mark_overflowed(service: u32) {
     let Some(limiter) = LIMITERS.get_ptr_mut(service * 2) else { return };
@@ -59,15 +59,15 @@ impl Word for Arrival {
 /// Result of [`breaker_rate`] and [`breaker_count`]: over the limit, nothing was taken.
 pub const REFUSED: u64 = 0;
 /// Result of [`breaker_rate`] and [`breaker_count`]: admitted, but the limit was not enforced. The rate was not
-/// charged, or the count may now exceed its limit, because every compare-and-swap lost its race or because the agent
-/// is gone.
+/// charged, or the count may now exceed its limit, because every compare-and-swap lost its race or because the
+/// agent's lease has run out.
 pub const CONTENDED: u64 = 1;
 /// Result of [`breaker_count`]: counted. From [`breaker_rate`], a number above this one is the new theoretical
 /// arrival time.
 pub const COUNTED: u64 = 2;
 
 /// Owner of a token bucket and a connection count: a limiter by its index, or a client by its entry number (see
-/// [`bucket::number`]).
+/// [`super::bucket::number`]).
 #[derive(Clone, Copy)]
 pub enum Owner {
     Limiter(u32),
@@ -87,21 +87,21 @@ impl Owner {
 
 /// Returns the theoretical arrival time and the connection count of the owner that [`Owner::word`] packed.
 #[inline(always)]
-pub fn state_of(whose: u64) -> Option<(Arrival, *mut u32)> {
-    if whose >> 32 != 0 {
-        let client = clients::at(whose as u32)?;
-        return Some((Arrival(clients::arrival(client)), clients::concurrent(client)));
+pub fn state_of(owner: u64) -> Option<(Arrival, *mut u32)> {
+    if owner >> 32 != 0 {
+        let client = client_table::at(owner as u32)?;
+        return Some((Arrival(client_table::arrival(client)), client_table::concurrent(client)));
     }
-    let limiter = LIMITERS.get_ptr_mut(whose as u32)?;
+    let limiter = LIMITERS.get_ptr_mut(owner as u32)?;
     // SAFETY: the kernel returned a pointer to a value of this map.
     Some(unsafe { (Arrival(&raw mut (*limiter).arrival_ns), &raw mut (*limiter).concurrent) })
 }
 
-/// Takes one connection from a rate limit. Times are in nanoseconds. A global function: see [`breaker_admit`].
+/// Takes one connection from a rate limit. Times are in nanoseconds. A global function: see [`super::breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> u64 {
-    let Some((arrival, _)) = state_of(whose) else { return CONTENDED };
+pub extern "C" fn breaker_rate(owner: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> u64 {
+    let Some((arrival, _)) = state_of(owner) else { return CONTENDED };
     match gcra::take(&arrival, now_ns, interval_ns, tolerance_ns) {
         Taken::Refused => REFUSED,
         Taken::Contended => CONTENDED,
@@ -112,20 +112,20 @@ pub extern "C" fn breaker_rate(whose: u64, now_ns: u64, interval_ns: u64, tolera
 /// Undoes [`breaker_rate`], whose result was `after`. The bucket is then as full as before; if it had been full, it
 /// is full as of now.
 #[inline(always)]
-pub fn give_back(whose: Owner, after: u64, interval_ns: u64) {
+pub fn give_back(owner: Owner, after: u64, interval_ns: u64) {
     if after > COUNTED
-        && let Some((arrival, _)) = state_of(whose.word())
+        && let Some((arrival, _)) = state_of(owner.word())
     {
         gcra::give_back(&arrival, Taken::Admitted(after.wrapping_sub(interval_ns), after));
     }
 }
 
 /// Counts one more connection, up to `most` (0 = no limit). `holds` is 1 if the service has `onAgentLoss: Hold`. A
-/// global function: see [`breaker_admit`].
+/// global function: see [`super::breaker_admit`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
-    let Some((_, at)) = state_of(whose) else { return CONTENDED };
+pub extern "C" fn breaker_count(owner: u64, most: u64, holds: u64) -> u64 {
+    let Some((_, at)) = state_of(owner) else { return CONTENDED };
     if most != 0 {
         for _ in 0..gcra::TRIES {
             // SAFETY: the pointer is to an aligned 4-byte field of a map value, which is changed by atomics only.
@@ -150,7 +150,7 @@ pub extern "C" fn breaker_count(whose: u64, most: u64, holds: u64) -> u64 {
 /// Returns whether a connection count that is at its limit refuses new connections.
 ///
 /// The agent removes connections that ended without FIN or RST from the count. After its lease has run out the count
-/// may be too high, so it refuses nobody unless the service has `onAgentLoss: Hold`.
+/// may be too high, so it refuses no connection unless the service has `onAgentLoss: Hold`.
 #[inline(always)]
 pub fn full_count_refuses(holds: bool) -> bool {
     holds || agent::lease_is_valid(agent::now_ns())

@@ -1,7 +1,7 @@
 //! Limits on new connections per second and on concurrent connections, per tier and per client of a tier.
 //!
 //! [`Request::admit`] decides about one new connection. Rates use GCRA ([`breaker_common::gcra`]). Concurrent
-//! connections are counted up here and counted down where the connection ends ([`connections`]). All limits are
+//! connections are counted up here and counted down where the connection ends ([`connection_table`]). All limits are
 //! checked before anything is taken from one of them, so a connection that one limit refuses takes nothing from the
 //! others.
 //!
@@ -11,13 +11,13 @@
 //! | [`limiter`] | token buckets and connection counts |
 //! | [`admit`] | the decision about one new connection |
 //! | [`bucket`] | finding and claiming the entry of a tag |
-//! | [`connections`] | which connections were admitted, and which of them are counted |
-//! | [`clients`] | rate and connection count per client; the clients that are refused most often |
+//! | [`connection_table`] | which connections were admitted, and which of them are counted |
+//! | [`client_table`] | rate and connection count per client; the clients that are refused most often |
 
 mod admit;
 mod bucket;
-mod clients;
-pub mod connections;
+mod client_table;
+pub mod connection_table;
 pub mod limiter;
 pub mod settings;
 
@@ -33,11 +33,11 @@ use settings::{limits_of, tier_limits};
 pub const ADMITTED: u32 = 0;
 /// Result of [`Request::admit`]: the connection was admitted before.
 pub const REPEATED: u32 = 1;
-/// Base of the results that mean "over a limit": the number of the [`LimitKind`] is added to it.
+/// Base of the results that mean "over a limit": the number of the [`breaker_common::LimitKind`] is added to it.
 const OVER: u32 = 16;
 
-/// Returns the number of the [`LimitKind`] that the connection is over, or `None` if `answer` means that it is
-/// admitted.
+/// Returns the number of the [`breaker_common::LimitKind`] that the connection is over, or `None` if `answer` means
+/// that it is admitted.
 #[inline(always)]
 pub fn refusing_limit(answer: u32) -> Option<u32> {
     let mut answer = answer;
@@ -53,17 +53,17 @@ pub fn refusing_limit(answer: u32) -> Option<u32> {
 pub struct Request {
     /// Tag of the connection.
     pub tag: u64,
-    /// The client as limits identify it: see [`Family::client`](crate::family::Family::client). Zero for the
-    /// processes in the host network namespace.
+    /// The client as limits identify it: see [`crate::wire::Wire::client`]. Zero for the processes in the host network
+    /// namespace.
     pub client: V6,
     pub service: u32,
     /// The service's switch as a word (see [`Switch::to_word`]).
     pub switch: u64,
-    /// [`PRIMARY`] or [`BACKUP`].
+    /// [`settings::PRIMARY`] or [`settings::BACKUP`].
     pub tier: u32,
     /// Sequence number of the SYN as it is in memory; 0 for datagrams and sockets.
     pub sequence: u32,
-    /// Bits of [`connection_state`] that describe the connection: `DATAGRAMS`, `SOCKET`.
+    /// Bits of [`breaker_common::connection_state`] that describe the connection: `DATAGRAMS`, `SOCKET`.
     pub bits: u32,
 }
 
@@ -78,7 +78,7 @@ impl Request {
         let words = |high: u32, low: u32| (high as u64) << 32 | low as u64;
         let answer = breaker_admit(self.tag, words(a, b), words(c, d), packed, self.sequence as u64);
         if answer >= OVER {
-            clients::note_refused(self.client, self.service, self.tier);
+            client_table::record_refused(self.client, self.service, self.tier);
         }
         answer
     }
@@ -140,7 +140,7 @@ pub struct UnpackedRequest {
     holds: bool,
 }
 
-/// Current time in nanoseconds from the precise clock, which can tell a million connections per second apart.
+/// Current time in nanoseconds from the precise clock, fine enough for a rate of a million connections per second.
 /// (`bpf_ktime_get_coarse_ns` advances every 1 to 10 ms.)
 #[inline(always)]
 fn now_ns() -> u64 {

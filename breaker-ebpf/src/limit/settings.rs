@@ -14,6 +14,7 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 #[btf_map]
 static LIMITS: Array<ServiceLimits, SERVICES, MMAPABLE> = Array::new();
 
+/// Counters of each service's limits, one set for each CPU.
 #[btf_map]
 static LIMIT_COUNTERS: PerCpuArray<LimitCounters, SERVICES> = PerCpuArray::new();
 
@@ -43,7 +44,7 @@ pub fn counters(service: u32, change: impl FnOnce(&mut LimitCounters)) {
     }
 }
 
-/// Selects the counter of a tier and of the limit with the number `kind` (a [`LimitKind`]).
+/// Selects the counter of a tier and of the limit with the number `kind` (a [`breaker_common::LimitKind`]).
 #[inline(always)]
 pub fn counter_of(counters: &mut [[u64; 4]; 2], tier: u32, kind: u32) -> &mut u64 {
     let tier = if tier == PRIMARY { &mut counters[0] } else { &mut counters[1] };

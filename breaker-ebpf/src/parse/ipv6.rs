@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{packet::Frame, wire::V6};
 
-/// An IPv6 header (RFC 8200, section 3), divided as [`Ipv4`] is.
+/// An IPv6 header (RFC 8200, section 3), divided into fields that are cheap to read. Integers are in wire order.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Ipv6 {
@@ -29,7 +29,7 @@ impl Parse for V6 {
     #[inline(always)]
     fn parse(packet: &impl Frame, l3: usize, segment: &mut Segment<V6>) -> Result<Kind, PassReason> {
         let Some(ip) = packet.at::<Ipv6>(l3) else { return Err(PassReason::Truncated) };
-        // SAFETY: as in `ipv4`.
+        // SAFETY: `at` checked the bounds; any bytes are a valid value; see `Frame::read` on alignment.
         let ip = unsafe { &*ip };
         if ip.version[0] >> 4 != 6 {
             return Err(PassReason::Truncated);
@@ -82,7 +82,7 @@ impl Parse for V6 {
     #[inline(always)]
     fn read_basic(packet: &impl Frame, l3: usize) -> Option<BasicHeader<V6>> {
         let ip = packet.at::<Ipv6>(l3)?;
-        // SAFETY: as in `plain4`.
+        // SAFETY: as in `parse`.
         let ip = unsafe { &*ip };
         if ip.version[0] >> 4 != 6 {
             return None;

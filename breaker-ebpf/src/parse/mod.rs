@@ -98,10 +98,10 @@ impl<A: Parse> Segment<A> {
     /// the map has a value for each hook.)
     #[inline(always)]
     pub fn scratch(direction: Direction) -> Option<&'static mut Self> {
-        let place = A::segments().get_ptr_mut(direction as u32)?;
+        let segment = A::segments().get_ptr_mut(direction as u32)?;
         // SAFETY: the value is this CPU's own, and programs of one hook do not interrupt each other (they run with
         // softirqs off).
-        Some(unsafe { &mut *place })
+        Some(unsafe { &mut *segment })
     }
 
     /// Offset of the IP header in the frame: 14 without VLAN tags in the packet.
@@ -223,8 +223,8 @@ pub fn headers<A: Parse>(packet: &impl Frame, l3: usize, segment: &mut Segment<A
     match A::parse(packet, l3, segment) {
         // The headers may lie outside of the linear part of the packet: pull them in and try once more.
         Err(PassReason::Truncated) => {
-            let want = if packet.len() < MAX_HEADERS_LEN { packet.len() } else { MAX_HEADERS_LEN };
-            packet.pull(want).ok_or(PassReason::Truncated)?;
+            let needed = if packet.len() < MAX_HEADERS_LEN { packet.len() } else { MAX_HEADERS_LEN };
+            packet.pull(needed).ok_or(PassReason::Truncated)?;
             A::parse(packet, l3, segment)
         }
         outcome => outcome,

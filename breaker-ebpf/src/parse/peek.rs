@@ -8,27 +8,27 @@ use super::{
 };
 use crate::packet::Frame;
 
-/// Tuple and flags of a packet of the most common kind, for the prefilter: see [`glance`].
+/// Tuple and flags of a packet of the most common kind, for the prefilter: see [`peek`].
 #[derive(Clone, Copy)]
 pub struct Peek<A> {
     pub source: A,
     pub destination: A,
     pub ports: Ports,
     pub proto: u8,
-    /// As [`Segment::may_start_flow`].
+    /// As [`super::Segment::may_start_flow`].
     pub may_start_flow: bool,
     /// TCP flags; 0 for UDP.
     flags: u8,
 }
 
 impl<A> Peek<A> {
-    /// As [`Segment::tuple`].
+    /// As [`super::Segment::is_fin_or_rst`].
     #[inline(always)]
     pub fn is_fin_or_rst(&self) -> bool {
         is_fin_or_rst(self.flags)
     }
 
-    /// As [`Segment::is_control`].
+    /// As [`super::Segment::is_control`].
     #[inline(always)]
     pub fn is_control(&self) -> bool {
         is_control(self.flags)
@@ -38,8 +38,8 @@ impl<A> Peek<A> {
 /// The prefilter's parser: reads the tuple of a TCP segment or UDP datagram that has neither IP options nor
 /// extension headers, is no fragment, and has its headers in the linear part. `None` for every other packet.
 ///
-/// It stores nothing, because most packets then pass unchanged. The full parser ([`at`]) handles all other packets,
-/// and those that need the full path.
+/// It stores nothing, because most packets then pass unchanged. The full parser ([`super::headers`]) handles all
+/// other packets, and those that need the full path.
 #[inline(always)]
 pub fn peek<A: Parse>(packet: &impl Frame, l3: usize) -> Option<Peek<A>> {
     let ip = A::read_basic(packet, l3)?;

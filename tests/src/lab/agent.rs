@@ -230,7 +230,7 @@ impl Agent {
         self.wait_all_up(limit)
     }
 
-    /// Waits until a service is in a state and the maps say so: the applied plan equals the desired one.
+    /// Waits until a service is in a state and the maps contain that state: the applied plan equals the desired one.
     ///
     /// # Errors
     /// Fails after `limit`; the error contains the last status and the agent's log.

@@ -262,7 +262,7 @@ impl Node {
         Ok(Pod { ns, address, address6, veth })
     }
 
-    /// Removes a pod's veth and namespace. The pod's processes must be stopped by whoever started them.
+    /// Removes a pod's veth and namespace. The caller must stop the pod's processes first.
     ///
     /// # Errors
     /// Fails if a command fails; the error contains the command and its output.

@@ -1,5 +1,5 @@
-//! Fragments after the first of a packet. They have no ports, so the datapath does to them what it did to the first one
-//! in the same direction.
+//! Fragments after the first of a packet. They have no ports, so the datapath translates them as it translated the
+//! first fragment in the same direction.
 
 use std::{collections::BTreeMap, net::IpAddr};
 

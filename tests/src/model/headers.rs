@@ -1,4 +1,4 @@
-//! Parses a frame into what the datapath decides by: addresses, ports, flags.
+//! Parses a frame into the fields on which the datapath decides: addresses, ports, flags.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -24,7 +24,7 @@ pub mod proto {
     pub const SCTP: u8 = 132;
 }
 
-/// What a frame contains, as the datapath distinguishes it.
+/// Content of a frame, as the datapath distinguishes it.
 #[derive(Clone, Debug)]
 pub enum Frame {
     /// Nothing that the datapath handles.

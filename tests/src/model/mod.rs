@@ -213,7 +213,7 @@ impl Model {
             return Outcome::untouched(frame, None);
         };
         self.book.hear_client(&side, headers);
-        // A flow keeps its backend, unless the policy for flows of its tier says reset.
+        // A flow keeps its backend, unless the policy for flows of its tier is Reset.
         let redirected = flow.kind == FlowKind::Redirected;
         let resets = if redirected { service.resets_backup() } else { service.resets_primary() };
         if resets && flow.epoch != service.epoch && !headers.is_rst() {

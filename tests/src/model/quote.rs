@@ -1,5 +1,5 @@
-//! Packets that ICMP errors quote. An error quotes the packet as the datapath translated it; the datapath translates
-//! the quote back, with the checksums inside it and the one over it, so that the receiver recognizes its own packet.
+//! Packets that ICMP errors quote. An error quotes the packet as the datapath translated it. The datapath translates
+//! the quote back and adjusts the checksums in the quote and over it, so that the receiver recognizes its own packet.
 
 use std::net::{IpAddr, SocketAddr};
 

@@ -6,7 +6,7 @@ use breaker_common::BreakerState;
 
 use super::limit::Limits;
 
-/// What the agent decided for a service, and the policies from its configuration.
+/// A service: the agent's decision, and the policies from its configuration.
 #[derive(Clone, Debug)]
 pub struct Service {
     /// Addresses and ports that clients connect to, by TCP and UDP; one for each IP family.
@@ -80,7 +80,7 @@ impl Service {
     }
 
     /// Where a new connection to a frontend may go. While half-open, exactly `half_open_limit` connections per epoch go
-    /// to the primary first; the second value says whether this connection is one of them.
+    /// to the primary first; the second value is true if this connection is one of them.
     pub fn choices(&mut self, frontend: SocketAddr) -> (Vec<Choice>, bool) {
         if self.state == BreakerState::HalfOpen && self.half_open_taken < self.half_open_limit {
             self.half_open_taken += 1;

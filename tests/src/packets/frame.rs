@@ -281,7 +281,7 @@ impl Ip {
             let length = ip.payload_len().context("the IPv4 total length is too short")?;
             (Self::V4(ip), rest, length)
         };
-        ensure!(rest.len() == usize::from(length), "{} bytes follow the IP header, which says {length}", rest.len());
+        ensure!(rest.len() == usize::from(length), "{} bytes follow the IP header, not {length}", rest.len());
         Ok(((eth.source, eth.destination), ip, rest))
     }
 

@@ -33,7 +33,7 @@ fn limits(lab: &Lab) -> Result<LimitsStatus> {
     lab.agent.service(SERVICE)?.limits.context("the service has no limits")
 }
 
-/// Counted connections to the primary; `u32::MAX` if the agent does not tell.
+/// Counted connections to the primary; `u32::MAX` if the agent does not report them.
 fn counted(lab: &Lab) -> u32 {
     limits(lab).map_or(u32::MAX, |limits| limits.primary.concurrent)
 }

@@ -71,7 +71,7 @@ fn the_driver_refuses_and_nothing_is_left_behind() -> Result<()> {
     wait_for("the kernel to detach the program", LONG, || link(&lab).is_ok_and(|link| !link.contains("xdp")))
 }
 
-/// Where XDP cannot be attached, the tc program refuses the packets, and the status says why.
+/// Where XDP cannot be attached, the tc program refuses the packets, and the status gives the reason.
 #[test]
 fn where_it_cannot_be_tc_refuses() -> Result<()> {
     let lab = lab_with_all_down("Auto")?;

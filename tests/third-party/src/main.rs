@@ -162,7 +162,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// The kernel provides GPL-only helpers to GPL programs only; see `main.rs`.
+/// The kernel provides GPL-only helpers to GPL programs only; see breaker-ebpf/src/main.rs.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

@@ -17,7 +17,7 @@ pub const NAMESPACE: &str = "breaker-e2e";
 /// Namespace of breaker.
 pub const SYSTEM: &str = "breaker-system";
 
-/// Commands for what kubectl cannot do.
+/// Commands for actions that kubectl cannot carry out; `None` for commands that were not given.
 pub struct Hooks {
     pub load_image: String,
     pub lan: Option<String>,
@@ -266,7 +266,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts what a scenario may have left stopped: the API server, and nodes.
+    /// Restarts the API server and nodes that a failed scenario may have left stopped.
     pub fn mend(&self) {
         if self.hooks.api.is_some() && self.kubectl(&["get", "--raw", "/readyz"]).is_err() {
             let _ = self.api(true);

@@ -1,6 +1,6 @@
-//! End-to-end tests on a real cluster, with kubectl only: installs breaker, plays the lab and the failures around it,
-//! and uninstalls breaker. Any cluster will do. What kubectl cannot do (power a node off) is done by commands given
-//! as options; without them, the scenarios that need them are skipped and reported as such.
+//! End-to-end tests on a real cluster. The program installs breaker and the lab, runs the scenarios, and uninstalls
+//! both. It uses kubectl only, so any cluster will do. For actions that kubectl cannot carry out (power a node off),
+//! commands are given as options; without them, the scenarios that need them are skipped and reported as such.
 
 mod cluster;
 mod load;

@@ -1,4 +1,4 @@
-//! The demo: injects faults and prints what happens.
+//! The demo: injects faults and prints their effects.
 
 mod limits;
 
@@ -17,7 +17,7 @@ use serde_json::json;
 
 /// Injects every fault, once with the default checks and once with fast ones; then shows limits.
 pub fn demo(json: bool, keep: bool) -> Result<()> {
-    let mut teller = Teller::new(!json);
+    let mut teller = Printer::new(!json);
     teller.say("Setting up the lab: a node like one of k3s, in network namespaces of its own.");
     let mut lab = Lab::new(Checks::Default)?;
     lab.agent.start()?;
@@ -74,7 +74,7 @@ pub fn demo(json: bool, keep: bool) -> Result<()> {
 }
 
 /// Prints the demo's progress for people.
-struct Teller {
+struct Printer {
     talk: bool,
     colour: bool,
     injected: Instant,
@@ -82,7 +82,7 @@ struct Teller {
     column: usize,
 }
 
-impl Teller {
+impl Printer {
     fn new(talk: bool) -> Self {
         let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         Self { talk, colour, injected: Instant::now(), from: Instant::now(), column: 0 }

@@ -1,4 +1,4 @@
-//! Checks who imports whom.
+//! Checks which modules import each other.
 //!
 //! The rules of `breaker-agent` are data: the block marked `imports` in docs/ARCHITECTURE.md, one line per module,
 //! `module -> modules that it may import`. In addition, in every crate, modules that lie side by side must not import
@@ -21,7 +21,7 @@ const RULED: (&str, &str) = ("breaker-agent", "docs/ARCHITECTURE.md");
 
 /// Path of a module below the crate, such as `["datapath", "maps"]`; empty for the crate itself.
 type Module = Vec<String>;
-/// For each name the names that it leads to.
+/// For each name, the names that it has an edge to.
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
 /// Checks the crates.
@@ -37,7 +37,7 @@ pub fn check() -> Result<()> {
         if name == RULED.0 {
             let text = fs::read_to_string(workspace.join(RULED.1)).with_context(|| format!("read {}", RULED.1))?;
             let rules = rules(&text).with_context(|| format!("the rules in {}", RULED.1))?;
-            faults.extend(imports.against(&rules).into_iter().map(|fault| format!("{name}: {fault}")));
+            faults.extend(imports.violations(&rules).into_iter().map(|fault| format!("{name}: {fault}")));
         }
     }
     ensure!(faults.is_empty(), "imports that are not allowed (rules: {}):\n  {}", RULED.1, faults.join("\n  "));
@@ -85,7 +85,7 @@ impl Imports {
         imports
     }
 
-    /// The module that a path leads to: the longest part of it that is a module.
+    /// The module that a path names: its longest prefix that is a module.
     fn module_of(&self, path: &[String]) -> Module {
         let lengths = (0..=path.len()).rev();
         lengths.map(|length| path[..length].to_vec()).find(|part| self.modules.contains(part)).unwrap_or_default()
@@ -114,8 +114,8 @@ impl Imports {
             .collect()
     }
 
-    /// What differs from the rules, which hold for the modules at the top.
-    fn against(&self, rules: &Graph) -> Vec<String> {
+    /// Returns the imports between top-level modules that the rules do not allow, and the faults of the rules.
+    fn violations(&self, rules: &Graph) -> Vec<String> {
         let mut faults = Vec::new();
         let tops: BTreeSet<&String> = self.modules.iter().filter_map(|module| module.first()).collect();
         for name in rules.iter().flat_map(|(from, to)| to.iter().chain([from])) {
@@ -223,29 +223,29 @@ impl<'ast> Visit<'ast> for Finder<'_> {
 
 /// A cycle of the graph, with its first name repeated at the end.
 fn cycle(graph: &Graph) -> Option<Vec<String>> {
-    fn follow<'a>(graph: &'a Graph, name: &'a str, way: &mut Vec<&'a str>, done: &mut BTreeSet<&'a str>) -> bool {
-        if let Some(start) = way.iter().position(|other| *other == name) {
-            way.drain(..start);
-            way.push(name);
+    fn follow<'a>(graph: &'a Graph, name: &'a str, path: &mut Vec<&'a str>, done: &mut BTreeSet<&'a str>) -> bool {
+        if let Some(start) = path.iter().position(|other| *other == name) {
+            path.drain(..start);
+            path.push(name);
             return true;
         }
         if done.contains(name) {
             return false;
         }
-        way.push(name);
+        path.push(name);
         for next in graph.get(name).into_iter().flatten() {
-            if follow(graph, next, way, done) {
+            if follow(graph, next, path, done) {
                 return true;
             }
         }
-        way.pop();
+        path.pop();
         done.insert(name);
         false
     }
     let mut done = BTreeSet::new();
     graph.keys().find_map(|name| {
-        let mut way = Vec::new();
-        follow(graph, name, &mut way, &mut done).then(|| way.into_iter().map(str::to_owned).collect())
+        let mut path = Vec::new();
+        follow(graph, name, &mut path, &mut done).then(|| path.into_iter().map(str::to_owned).collect())
     })
 }
 
@@ -287,11 +287,11 @@ mod tests {
     fn what_the_rules_do_not_allow_is_named() {
         let found = imports(&[("a", "use crate::b::X;"), ("b", "use crate::c::Y;"), ("c", "")]);
         let rules = |text: &str| rules(&format!("text\n```imports\n{text}\n```\n")).unwrap();
-        assert!(found.against(&rules("a -> b\nb -> c\nc ->")).is_empty());
-        assert_eq!(found.against(&rules("a -> b\nb ->\nc ->")), ["b imports c"]);
-        assert_eq!(found.against(&rules("a -> b\nb -> c")), ["no rule for c"]);
-        assert_eq!(found.against(&rules("a -> b\nb -> c, x\nc ->")), ["the rules name x, which is no module"]);
-        let cyclic = found.against(&rules("a -> b\nb -> c\nc -> a"));
+        assert!(found.violations(&rules("a -> b\nb -> c\nc ->")).is_empty());
+        assert_eq!(found.violations(&rules("a -> b\nb ->\nc ->")), ["b imports c"]);
+        assert_eq!(found.violations(&rules("a -> b\nb -> c")), ["no rule for c"]);
+        assert_eq!(found.violations(&rules("a -> b\nb -> c, x\nc ->")), ["the rules name x, which is no module"]);
+        let cyclic = found.violations(&rules("a -> b\nb -> c\nc -> a"));
         assert_eq!(cyclic, ["the rules allow a cycle: a -> b -> c -> a"]);
     }
 

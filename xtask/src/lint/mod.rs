@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: formatting, clippy, and the rules that neither of them knows.
+//! `cargo xtask lint`: formatting, clippy, and this repository's own rules (imports, portability).
 
 mod imports;
 mod portable;
@@ -14,7 +14,7 @@ use crate::{
 /// Runs all checks.
 ///
 /// # Errors
-/// A check failed; its output or the error says where.
+/// A check failed. Its output or the error names the place.
 pub fn lint() -> Result<()> {
     step("check the formatting", || {
         run(cargo().args(["fmt", "--all", "--check"]))?;

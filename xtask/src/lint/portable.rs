@@ -38,7 +38,7 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// Says whether the standard library for the target is installed, after an attempt to install it.
+/// Installs the standard library for the target if necessary. Returns whether it is installed.
 fn has_std(target: &str) -> bool {
     let add = Command::new("rustup").args(["target", "add", target]).stdout(Stdio::null()).status();
     add.is_ok_and(|status| status.success())

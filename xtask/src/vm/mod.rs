@@ -189,7 +189,7 @@ fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
     boot(&image.vmlinuz, &initramfs)
 }
 
-/// Builds a binary and returns its path. `test` says whether it is a test binary.
+/// Builds a binary and returns its path. `test`: whether it is a test binary.
 fn built(args: &[&str], name: &str, test: bool) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(args).args(["--message-format", "json-render-diagnostics"]);

@@ -1,4 +1,4 @@
-//! What an earlier agent left in the maps.
+//! Reads the state that an earlier agent left in the maps.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

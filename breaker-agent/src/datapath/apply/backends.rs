@@ -12,7 +12,7 @@ use crate::datapath::{
         family::{IpFamily, number},
         filter::{bits_for, position_of},
         index_allocator::IndexAllocator,
-        is_not_there,
+        is_not_found,
     },
 };
 
@@ -104,7 +104,7 @@ impl KernelDatapath {
             endpoints.insert(key, role, 0).with_context(|| format!("write the endpoint {address}"))
         } else {
             match endpoints.remove(&key) {
-                Err(error) if is_not_there(&error) => Ok(()),
+                Err(error) if is_not_found(&error) => Ok(()),
                 removed => removed.with_context(|| format!("remove the endpoint {address}")),
             }
         };

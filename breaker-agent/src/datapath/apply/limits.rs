@@ -47,7 +47,7 @@ impl KernelDatapath {
         self.set_counted_frontends(&plan.name, wanted.union(&before).copied().collect());
     }
 
-    /// Removes what a plan's limits no longer need. Called after the plan is in force.
+    /// Removes limits, counts and filter bits that the plan does not need. Called after the plan is in force.
     pub(crate) fn trim_limits(&mut self, plan: &ServicePlan, index: u32) -> Result<()> {
         let Some(limits) = plan.limits else { return self.remove_limits(&plan.name, index) };
         let counts = |f: &&Frontend| limits.counts() && f.protocol == Protocol::Tcp;
@@ -71,7 +71,8 @@ impl KernelDatapath {
         self.maps.limits.clear(index)
     }
 
-    /// Sets the filter's counted-connections bits ([`COUNTED`]) for exactly these frontends of a service.
+    /// Sets the filter's counted-connections bits ([`breaker_common::COUNTED`]) for exactly these frontends of a
+    /// service.
     pub(crate) fn set_counted_frontends(&mut self, name: &ServiceName, wanted: BTreeSet<Frontend>) {
         let Some(limited) = self.limited.get_mut(name) else { return };
         let before = std::mem::take(&mut limited.counted);
@@ -84,7 +85,7 @@ impl KernelDatapath {
         limited.counted = wanted;
     }
 
-    /// Tells the programs whether any service counts connections.
+    /// Writes to the maps whether any service counts connections. If none does, the programs ignore closing sockets.
     pub(crate) fn update_socket_counting(&self) {
         let counts = |limited: &Limited| limited.limits.is_none_or(|limits| limits.counts());
         self.maps.set_counts_sockets(self.limited.values().any(counts));

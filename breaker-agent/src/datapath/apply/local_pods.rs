@@ -1,12 +1,12 @@
-//! Where the pods of this node are: the interface of each local backend.
+//! Writes the interface of each local backend to the maps.
 
 use std::net::SocketAddr;
 
 use crate::datapath::{KernelDatapath, neighbors::LocalPods};
 
 impl KernelDatapath {
-    /// Tells the programs where the pods of this node are. `pods` contains, by pod address, the index of the
-    /// host-side interface; only interfaces with breaker's programs may be in it.
+    /// Sets the pods of this node, and updates the interface of every backend in the maps. `pods` contains, by pod
+    /// address, the index of the host-side interface; only interfaces with breaker's programs may be in it.
     pub fn set_local_pods(&mut self, pods: LocalPods) {
         self.local_pods = pods;
         for ((address, _), id) in &self.backends {

@@ -1,4 +1,4 @@
-//! From a plan to map writes.
+//! Converts a plan to map writes.
 //!
 //! # Order of writes
 //!
@@ -7,12 +7,13 @@
 //! 1. backends, before the slots that name them ([`backends`]);
 //! 2. slots, into the buffer that is not in force ([`routes`]);
 //! 3. the bits of the filter ([`full_path`]) and the limits ([`limits`]);
-//! 4. the switch ([`switch`]): one 64-bit store, which puts the above in force;
+//! 4. the switch ([`switch`]): one 64-bit store, which puts all of these in force;
 //! 5. new frontends.
 //!
 //! It removes in the opposite order. A backend stays in the maps as long as a flow to it is alive.
 //!
-//! [`adopt`] reads what an earlier agent wrote.
+//! [`adopt`] reads the state of an earlier agent, [`record`] encodes the service's record for the next one, and
+//! [`local_pods`] writes the interfaces of local backends.
 
 pub(crate) mod adopt;
 mod backends;
@@ -60,7 +61,7 @@ impl Installed {
 pub(crate) struct InstalledRoute {
     index: u32,
     frontends: Vec<Frontend>,
-    /// Returns a route's bits of [`route_flags`].
+    /// The route's flags: bits of [`breaker_common::route_flags`].
     flags: u32,
     /// Content of the tables in force; `None` after adoption, when it is not known.
     slots: Option<[SlotTable; 2]>,

@@ -1,4 +1,4 @@
-//! The record of a service in the maps: what the next agent and bpftool read of it.
+//! The record of a service in the maps, which the next agent and bpftool read.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,6 @@
 //! Attaches the programs for the node's own sockets. They are attached to the root of the cgroup2 tree, so that
-//! they run for every process. The loader tells them which network namespace is the node's.
+//! they run for every process. They find the node's sockets by the cookie of the node's network namespace, which the
+//! loader writes into them (`NODE_NETNS`).
 //!
 //! The links are pinned and outlive the agent. A new agent attaches its programs before it detaches those of the
 //! earlier agent. In between both run for a socket. That is harmless: a destination that one of them has replaced
@@ -58,7 +59,7 @@ pub(crate) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
     links::repin(link, &pins.links().join(RELEASE))?;
     for name in PROGRAMS {
         let program = program(programs, name)?;
-        // A link allows other programs on the same hook, whatever the mode says.
+        // A link allows other programs on the same hook in any mode.
         let id = program
             .attach(&root, CgroupAttachMode::Single)
             .with_context(|| format!("attach {name} to {}", path.display()))?;

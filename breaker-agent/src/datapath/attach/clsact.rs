@@ -30,7 +30,7 @@ pub(crate) fn attach(
     order: AttachOrder,
     markers: &Path,
 ) -> Result<()> {
-    // The marker says that the qdisc is ours. It is a directory, because bpffs has no regular files.
+    // The marker records that the agent created the qdisc. It is a directory, because bpffs has no regular files.
     let marker = markers.join(index.to_string());
     match tc::qdisc_add_clsact(name) {
         Ok(()) => fs::create_dir_all(&marker).with_context(|| format!("create {}", marker.display()))?,

@@ -5,8 +5,8 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 use aya::programs::links::{FdLink, PinnedLink};
 
-/// Attaches a program. If a usable link is pinned at `pin`, the program replaces the one behind it without a gap
-/// (`replace`). Otherwise a new link is created (`attach`) and pinned. Both functions return the link.
+/// Attaches a program. If a usable link is pinned at `pin`, `replace` puts the program behind that link without a gap.
+/// Otherwise `attach` creates a new link, which is then pinned. Both functions return the link.
 ///
 /// # Errors
 /// The kernel refused the program, the link or the pin.

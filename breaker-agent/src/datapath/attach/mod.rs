@@ -1,16 +1,18 @@
-//! Attaches the programs to interfaces, and removes them so that the interfaces are as they were before.
+//! Attaches the programs to their hooks. [`super::cleanup`] removes them again.
 //!
-//! * tcx (kernel 6.6): one pinned link for each direction. A restarted agent replaces the program behind the link
+//! * [`tcx`] (kernel 6.6): one pinned link for each direction. A restarted agent replaces the program behind the link
 //!   atomically, and the link keeps its position. breaker's program comes first, unless [`AttachOrder::Last`] is
 //!   configured. It returns `TCX_NEXT`, so that the programs behind it run, too.
-//! * clsact: one filter for each direction on the shared qdisc, with a priority and handle of its own. A restarted
-//!   agent replaces the filter in place. The qdisc is removed only if the agent created it and no other filter is
-//!   left on it.
+//! * [`clsact`]: one filter for each direction on the shared qdisc, with a priority and handle of its own. A restarted
+//!   agent replaces the filter in place. A cleanup removes the qdisc only if the agent created it and no other filter
+//!   is left on it ([`qdisc_removal`]).
+//! * [`xdp`]: one pinned link on each uplink, in the driver's native mode.
+//! * [`cgroup`]: pinned links at the root of the cgroup2 tree, for the node's own sockets.
 
 pub(super) mod cgroup;
 pub(super) mod clsact;
 mod links;
-pub(super) mod qdisc;
+pub(super) mod qdisc_removal;
 mod tcx;
 pub(super) mod xdp;
 
@@ -60,7 +62,7 @@ pub struct Attached {
     pub xdp: Option<Result<(), String>>,
 }
 
-/// Attaches the programs to interfaces, and knows which interfaces have them.
+/// Attaches the programs to interfaces, and records which interfaces have them.
 #[derive(Debug)]
 pub struct Attacher {
     programs: Ebpf,

@@ -48,8 +48,6 @@ pub(crate) fn attach(programs: &mut Ebpf, index: u32, virtual_: bool, policy: Xd
 }
 
 /// Translates the kernel's error to a reason for the operator.
-/// Translates the kernel's error to a reason for the operator.
-/// Translates the kernel's error to a reason for the operator.
 fn why(error: ProgramError) -> anyhow::Error {
     let number = match &error {
         ProgramError::SyscallError(error) => error.io_error.raw_os_error(),

@@ -1,4 +1,4 @@
-//! The maps of limits: the agent writes what is configured, reads what the programs counted, and takes connections
+//! Connections that count against limits. The agent reads the connections that the programs counted, and takes those
 //! that ended without a FIN or RST out of the counts.
 //!
 //! | connection | counts until |
@@ -47,7 +47,7 @@ const REMEMBERED: Duration = Duration::from_secs(130);
 /// How long a connection is kept whose service has no limits any more.
 const LEFTOVER: Duration = Duration::from_secs(10);
 
-/// What a sweep needs to know about a service.
+/// Input of a sweep for one service.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Rule {
     /// How long an established connection may be without packets; `None` until all packets have been seen for that
@@ -55,7 +55,7 @@ pub(crate) struct Rule {
     pub idle: Option<Duration>,
 }
 
-/// What a sweep found out about a service.
+/// Result of a sweep for one service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Use {
     /// Whether a limit on concurrent connections is nearly reached.
@@ -138,9 +138,9 @@ impl LimitMaps {
         Some((tag, seen))
     }
 
-    /// Frees an entry, and counts its connection down if it was counted. Like the programs (`Place::release`
-    /// there), it clears the COUNTED bit by compare-and-swap, so that only one side counts down. If the state
-    /// changes meanwhile, the entry stays until the next sweep.
+    /// Frees an entry, and counts its connection down if it was counted. Like the programs
+    /// (`ConnectionEntry::release` there), it clears the COUNTED bit by compare-and-swap, so that only one side counts
+    /// down. If the state changes meanwhile, the entry stays until the next sweep.
     fn release(&self, entry: u32) {
         let Some((tag, seen)) = self.connection(entry) else { return };
         if seen.state & bits::COUNTED != 0 {
@@ -239,7 +239,6 @@ impl LimitMaps {
     }
 }
 
-#[cfg(test)]
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,4 +1,4 @@
-//! The ring buffer: what the programs report as it happens.
+//! The ring buffer with the events of the programs.
 
 use std::{
     collections::HashMap,

@@ -14,6 +14,7 @@ use breaker_core::model::Protocol;
 
 use super::{Maps, array, entries, mmap::SharedArray, shared, typed};
 
+/// Name, key size and value size (in bytes) of the maps of one IP family. `names` has the order of [`V4_NAMES`].
 pub(super) const fn of_family<A: Address>(names: [&'static str; 7]) -> [(&'static str, usize, usize); 7] {
     [
         (names[0], size_of::<EndpointKey<A>>(), size_of::<EndpointRole>()),

@@ -1,5 +1,5 @@
-//! The filter that lets the prefilter pass most packets: two bits for every endpoint. Several endpoints may share a
-//! bit.
+//! The filter that lets the prefilter pass most packets: two bits for every endpoint, and a third one for a frontend
+//! whose service counts connections. Several endpoints may share a bit.
 //!
 //! If a bit were missing, the programs would pass packets that need the full path. Therefore the agent sets a bit
 //! before the endpoint is in the maps, and clears it after the endpoint is gone. A bit too many only costs a
@@ -25,9 +25,10 @@ pub(crate) type BitPosition = (u32, u64);
 /// Meaning of a bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum FilterBit {
-    /// A frontend is there, see [`FilterWords::frontend`].
+    /// A frontend is at this position, see [`FilterWords::frontend`]; at a [`counted_position`], a frontend whose
+    /// service counts connections.
     Frontend,
-    /// All packets to or from the endpoint take the full path, see [`FilterWords::every`].
+    /// All packets to or from the endpoint take the full path, see [`FilterWords::all_packets`].
     AllPackets,
 }
 
@@ -44,7 +45,7 @@ impl FilterBit {
 #[derive(Debug)]
 pub(crate) struct Filter {
     words: SharedArray,
-    /// Number of endpoints that share a bit. Bits without one are absent.
+    /// Number of endpoints that use a bit. Bits that no endpoint uses are absent.
     counts: HashMap<(FilterBit, BitPosition), u32>,
 }
 
@@ -60,12 +61,12 @@ pub(crate) fn position_of<A: Address>(key: &EndpointKey<A>) -> BitPosition {
     filter_bit(key.addr, key.port, key.proto)
 }
 
-/// Position of a frontend's bit in the filter.
+/// Returns the position of a frontend's bit.
 pub(crate) fn frontend_position(frontend: &Frontend) -> BitPosition {
     position_with(frontend, number(frontend.protocol))
 }
 
-/// Position of the bit in the filter that bit that a frontend's service counts connections.
+/// Returns the position of a frontend's second bit, which is set if its service counts connections ([`COUNTED`]).
 pub(crate) fn counted_position(frontend: &Frontend) -> BitPosition {
     position_with(frontend, number(frontend.protocol) | COUNTED)
 }

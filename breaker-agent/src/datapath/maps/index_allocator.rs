@@ -60,12 +60,13 @@ impl IndexAllocator {
         }
     }
 
-    /// Releases an index that packets may still use for a moment. It is free after two calls of [`IndexAllocator::end_grace_period`].
+    /// Releases an index that packets may still use for a moment. It is free after two calls of
+    /// [`IndexAllocator::end_grace_period`].
     pub(crate) fn release_later(&mut self, index: u32) {
         self.later[0].push(index);
     }
 
-    /// Moves the grace period on: indices that were released before the previous call become free.
+    /// Ends one of the two steps of the grace period: indices that were released before the previous call become free.
     pub(crate) fn end_grace_period(&mut self) {
         let [young, old] = &mut self.later;
         for index in std::mem::replace(old, std::mem::take(young)) {

@@ -1,4 +1,4 @@
-//! The maps of limits: the configured limits, and what they did.
+//! The maps of limits: the configured limits, the counters of refused connections, and the most refused clients.
 
 use std::{
     collections::HashMap,
@@ -113,7 +113,7 @@ impl LimitMaps {
         self.counters.set(index, zeros, 0).context("clear the counters of limits")
     }
 
-    /// Returns what a service's limits did, with up to `clients` of its most refused clients.
+    /// Returns the counters of a service's limits, with up to `clients` of its most refused clients.
     ///
     /// # Errors
     /// The counters cannot be read.
@@ -134,7 +134,7 @@ impl LimitMaps {
         self.limiters.word32(limiter, offset_of!(Limiter, concurrent))
     }
 
-    /// Returns the mark that says that new connections went from the primary to the backup because of a limit.
+    /// Returns the overflow mark: it is 1 after new connections went from the primary to the backup because of a limit.
     /// Programs set it to 1, the agent clears it.
     pub(crate) fn overflowed(&self, index: u32) -> &AtomicU32 {
         self.limiters.word32(index * 2, offset_of!(Limiter, overflowed))

@@ -26,6 +26,7 @@ use self::{
 use super::sizes::Sizes;
 use crate::clock;
 
+/// Name, key size and value size (in bytes) of the maps that both IP families share, without the maps of limits.
 const SHARED: [(&str, usize, usize); 12] = [
     ("FILTER", 4, size_of::<FilterWords>()),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
@@ -168,8 +169,6 @@ impl Maps {
 
     /// Writes the heartbeat, with the time of `CLOCK_MONOTONIC` last. `lease` is 0 if the last decision holds for
     /// ever.
-    /// Writes the heartbeat, with the time of `CLOCK_MONOTONIC` last. `lease` is 0 if the last decision holds for
-    /// ever.
     pub(crate) fn write_heartbeat(&self, lease: Duration, unix_ns: u64) {
         let lease = u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX);
         let abi = u64::from(ABI_VERSION) << 32 | u64::from(std::process::id());
@@ -215,12 +214,12 @@ impl Maps {
         self.heartbeat.word32(0, std::mem::offset_of!(Heartbeat, fast)).load(Ordering::SeqCst) != 0
     }
 
-    /// Tells the programs whether to look for flows on the fast path.
+    /// Sets whether the programs look for flows on the fast path.
     pub(crate) fn set_fast_path_in_use(&self, any: bool) {
         self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, fast), u32::from(any));
     }
 
-    /// Tells the programs whether to process the close of the node's own sockets.
+    /// Sets whether the programs process the close of the node's own sockets.
     pub(crate) fn set_counts_sockets(&self, any: bool) {
         self.heartbeat.store32(0, std::mem::offset_of!(Heartbeat, counts_sockets), u32::from(any));
     }
@@ -275,8 +274,8 @@ fn add(a: ServiceCounters, b: &ServiceCounters) -> ServiceCounters {
     }
 }
 
-/// Whether a map error says that the entry does not exist.
-pub(crate) fn is_not_there(error: &MapError) -> bool {
+/// Whether a map error means that the entry does not exist.
+pub(crate) fn is_not_found(error: &MapError) -> bool {
     match error {
         MapError::KeyNotFound => true,
         MapError::SyscallError(error) => error.io_error.kind() == std::io::ErrorKind::NotFound,

@@ -59,8 +59,8 @@ const OWN: &[&str] = &["backup", "check", "ports"];
 /// The spec that a Service's annotations describe; `None` if the Service has no annotation of breaker.
 ///
 /// # Errors
-/// The annotation that is wrong, its value, and what is allowed. Numbers out of range are found later, by the
-/// validation that configuration files go through, too.
+/// The wrong annotation, its value, and what is allowed. Numbers out of range are found later, by the same validation
+/// that configuration files go through.
 pub fn spec(service: &str, annotations: &BTreeMap<String, String>) -> Option<Result<CircuitBreakerSpec, String>> {
     let ours: BTreeMap<&str, &str> =
         annotations.iter().filter_map(|(name, value)| Some((name.strip_prefix(PREFIX)?, value.trim()))).collect();
@@ -109,7 +109,7 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
             }
         };
         if field.starts_with("check.") && !ours.contains_key("check") {
-            return Err(format!("annotation {PREFIX}{name} needs {PREFIX}check, which says how pods are checked"));
+            return Err(format!("annotation {PREFIX}{name} needs {PREFIX}check, which configures the health check"));
         }
         put(&mut spec, field, value);
     }

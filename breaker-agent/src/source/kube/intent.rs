@@ -36,7 +36,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// The object that asks for protection.
+/// The object that requests protection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Owner {
     /// Its kind.
@@ -54,7 +54,7 @@ impl fmt::Display for Owner {
 /// A request for protection.
 #[derive(Clone, Debug)]
 pub struct Intent {
-    /// The object that asks.
+    /// The object that makes the request.
     pub owner: Owner,
     /// Its uid.
     pub uid: String,

@@ -27,7 +27,7 @@ const DURATION: Duration = Duration::from_secs(10);
 /// How often the holder renews the Lease, and how often the other agents read it.
 const RENEW: Duration = Duration::from_secs(3);
 /// Limit on reads per second by all agents together: with many nodes, each agent reads less often.
-const LOOKS_PER_SECOND: f64 = 10.0;
+const READS_PER_SECOND: f64 = 10.0;
 /// Annotation of the Lease with the number of agents. Only the holder counts them; the others read the number here.
 const AGENTS: &str = "breaker.dev/agents";
 
@@ -39,7 +39,7 @@ pub struct Election {
     seen: Option<(String, Instant)>,
     /// When this agent last renewed the Lease.
     renewed: Option<Instant>,
-    /// Number of agents, as the Lease says.
+    /// Number of agents, as read from the Lease; 0 if unknown.
     agents: usize,
 }
 
@@ -62,20 +62,20 @@ impl Election {
         self.renewed.is_some_and(|at| clock::since(at) < DURATION)
     }
 
-    /// Number of agents, as the Lease said at the last [`Election::look`]; 0 if unknown.
+    /// Number of agents, as read from the Lease by the last [`Election::acquire_or_renew`]; 0 if unknown.
     #[must_use]
     pub const fn agents(&self) -> usize {
         self.agents
     }
 
-    /// How long to wait until the next [`Election::look`].
+    /// How long to wait until the next [`Election::acquire_or_renew`].
     #[must_use]
     pub fn pause(&self) -> Duration {
         if self.is_held() {
             return RENEW;
         }
         #[expect(clippy::cast_precision_loss, reason = "a count of agents")]
-        let spread = Duration::from_secs_f64(self.agents as f64 / LOOKS_PER_SECOND);
+        let spread = Duration::from_secs_f64(self.agents as f64 / READS_PER_SECOND);
         RENEW.max(spread).mul_f64(0.75 + 0.5 * fastrand::f64())
     }
 
@@ -84,7 +84,7 @@ impl Election {
     ///
     /// # Errors
     /// The API server's error. A holder stays the holder until the Lease expires.
-    pub async fn look(&mut self, agents: usize) -> Result<(), kube::Error> {
+    pub async fn acquire_or_renew(&mut self, agents: usize) -> Result<(), kube::Error> {
         let found = self.api.get_opt(NAME).await?;
         let Some(mut lease) = found else {
             let lease = Lease {
@@ -93,8 +93,8 @@ impl Election {
             };
             return self.take(self.api.create(&PostParams::default(), &lease).await);
         };
-        let told = |of: &BTreeMap<String, String>| of.get(AGENTS).and_then(|count| count.parse().ok());
-        self.agents = lease.metadata.annotations.as_ref().and_then(told).unwrap_or_default();
+        let parse_count = |of: &BTreeMap<String, String>| of.get(AGENTS).and_then(|count| count.parse().ok());
+        self.agents = lease.metadata.annotations.as_ref().and_then(parse_count).unwrap_or_default();
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.clone().unwrap_or_default();
         let mark = format!("{holder} {:?}", spec.renew_time);

@@ -10,11 +10,11 @@
 //!                                    └─▶ aggregate (pure) ◀────┘ ──▶ statuses, Events
 //! ```
 //!
-//! The agent keeps its last state whatever the API server does: without an update, the datapath and the checks
-//! continue unchanged, and reports and statuses are written once the server answers again. Only this module uses the
-//! kube crate.
+//! Without an answer from the API server, the agent keeps its last state: the datapath and the checks continue
+//! unchanged, and reports and statuses are written once the server answers again. Only this module uses the kube
+//! crate.
 
-pub mod aggregate;
+pub mod aggregate_reports;
 pub mod annotations;
 pub mod endpoints;
 pub mod intent;
@@ -22,8 +22,8 @@ pub mod lease;
 pub mod network_policy;
 pub mod node_report;
 pub mod objects;
-pub mod policy;
 pub mod resolve;
+pub mod spec_policies;
 mod status_writer;
 mod watch;
 mod watches;
@@ -48,8 +48,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     intent::Owner,
-    policy::Policies,
     resolve::{LastValidSpecs, NodeView, ResolvedBreaker, resolve},
+    spec_policies::Policies,
     status_writer::Published,
     watches::Watches,
 };
@@ -58,9 +58,9 @@ use crate::clock;
 /// Delay between a change and the resolution. Changes come in bursts (a rolling update, the first list); one
 /// resolution covers the whole burst.
 const BATCH_DELAY: Duration = Duration::from_millis(50);
-/// How often the number of nodes is compared with the number in use, while any limit is divided by it (`scope:
-/// Cluster`).
-const NODES: Duration = Duration::from_secs(1);
+/// Interval at which the number of nodes is compared with the number in use. Only needed while a limit is divided by
+/// the number of nodes (`scope: Cluster`).
+const NODE_COUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the agent waits for the release of the Lease when it ends.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -85,7 +85,7 @@ impl Update {
     }
 }
 
-/// What the agent's loop reports about this node. The NodeReport is made from it.
+/// State of this node, as reported by the agent's loop. The NodeReport is made from it.
 #[derive(Clone, Debug)]
 pub struct NodeState {
     /// The update that the engine works with.
@@ -163,14 +163,14 @@ impl KubeSource {
     #[must_use]
     pub fn start(client: &Client, identity: &NodeIdentity) -> Self {
         let (updates_in, updates) = channel::channel(Arc::new(Update::default()));
-        let (state, facts_out) = channel::channel(None);
+        let (state, state_out) = channel::channel(None);
         let changed = Arc::new(Notify::new());
         let watches = Watches::start(client, &identity.node, &changed);
         let published = Published::new(watches.breakers());
         let ending = CancellationToken::new();
         let tasks = vec![
             tokio::spawn(follow(watches, changed, updates_in, identity.room, published.clone())),
-            tokio::spawn(node_report::run(client.clone(), facts_out, published.clone())),
+            tokio::spawn(node_report::run(client.clone(), state_out, published.clone())),
         ];
         let (namespace, node) = (identity.namespace.clone(), identity.node.clone());
         let publisher = tokio::spawn(status_writer::run(
@@ -201,7 +201,8 @@ impl KubeSource {
         self.state.send_replace(Some(Arc::new(state)));
     }
 
-    /// Stops publishing and releases the Lease, so that another agent takes over at once. Takes at most `SHUTDOWN_TIMEOUT`.
+    /// Stops publishing and releases the Lease, so that another agent takes over at once. Takes at most
+    /// `SHUTDOWN_TIMEOUT`.
     pub async fn shutdown(&self) {
         self.ending.cancel();
         let publisher = self.publisher.lock().ok().and_then(|mut publisher| publisher.take());
@@ -232,7 +233,7 @@ async fn follow(
         tokio::select! {
             () = changed.notified() => {}
             () = wait_until(due) => {}
-            () = sleep(NODES), if shares && published.agents() == nodes => continue,
+            () = sleep(NODE_COUNT_INTERVAL), if shares && published.agents() == nodes => continue,
             () = std::future::ready(()), if shares && published.agents() != nodes => {}
         }
         sleep(BATCH_DELAY).await;

@@ -3,8 +3,8 @@
 //! primary.
 //!
 //! The agent knows pods by the labels that their Service selects, and namespaces by their names. It does not know the
-//! clients. So this module compares policies: whoever may reach the primary must be able to reach the backup.
-//! Whatever cannot be decided counts as allowed, because a false warning is worse than none.
+//! clients. So this module compares policies: every client that may reach the primary must be able to reach the
+//! backup. If a rule cannot be decided, the connection counts as allowed, because a false warning is worse than none.
 
 use std::{
     collections::{BTreeMap, HashMap},

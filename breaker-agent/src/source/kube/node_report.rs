@@ -1,4 +1,4 @@
-//! This node's NodeReport: makes it from the agent's state, and writes it when it changed.
+//! This node's NodeReport. The module makes it from the agent's state, and writes it when it changed.
 
 use breaker_api::crd::{
     NodeReport, NodeReportSpec, ReportedAgent, ReportedLimit, ReportedService, ReportedState, ReportedTier,
@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     NodeState,
-    aggregate::short,
+    aggregate_reports::short,
     status_writer::Published,
     watch::{Backoff, error_text},
 };
@@ -26,13 +26,13 @@ use crate::clock;
 use breaker_core::engine::snapshot::{Summary, TierSummary};
 
 /// Shortest time between two writes.
-const PAUSE: Duration = Duration::from_millis(200);
+const MIN_INTERVAL: Duration = Duration::from_millis(200);
 /// Limit on writes per second by all nodes together, when something happens to all of them at once.
 const WRITES_PER_SECOND: f64 = 100.0;
 /// In clusters of up to this many nodes, writes have no random delay.
-const SMALL: usize = 20;
+const SMALL_CLUSTER_NODES: usize = 20;
 /// Shortest time between two writes of changes that are not urgent, in a small cluster.
-const CALM: Duration = Duration::from_secs(1);
+const MIN_CALM_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the report is written without a change.
 const REFRESH: Duration = Duration::from_secs(300);
 /// Timeout of one write.
@@ -41,7 +41,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// the other agents.
 const REFRESH_NOT_READY: Duration = Duration::from_secs(10);
 /// Longest random delay of a write.
-const LONGEST: Duration = Duration::from_secs(30);
+const MAX_DELAY: Duration = Duration::from_secs(30);
 
 /// Makes the report. `applied` holds the generation that was in force last, by service name, and is updated.
 #[must_use]
@@ -194,7 +194,7 @@ pub(super) async fn run(client: Client, mut state: watch::Receiver<Option<Arc<No
                     lost = true;
                     tracing::warn!("cannot write this node's NodeReport, trying again: {error}");
                 }
-                sleep(backoff.next().unwrap_or(PAUSE)).await;
+                sleep(backoff.next().unwrap_or(MIN_INTERVAL)).await;
             }
         }
     }
@@ -202,12 +202,12 @@ pub(super) async fn run(client: Client, mut state: watch::Receiver<Option<Arc<No
 
 /// Shortest time between two writes, such that all nodes together stay below [`WRITES_PER_SECOND`].
 fn pause(nodes: usize) -> Duration {
-    PAUSE.max(seconds(nodes, WRITES_PER_SECOND))
+    MIN_INTERVAL.max(seconds(nodes, WRITES_PER_SECOND))
 }
 
 /// Shortest time between two writes of changes that are not urgent.
 fn calm(nodes: usize) -> Duration {
-    seconds(nodes, WRITES_PER_SECOND / 10.0).clamp(CALM, Duration::from_secs(60))
+    seconds(nodes, WRITES_PER_SECOND / 10.0).clamp(MIN_CALM_INTERVAL, Duration::from_secs(60))
 }
 
 fn seconds(nodes: usize, per_second: f64) -> Duration {
@@ -217,10 +217,10 @@ fn seconds(nodes: usize, per_second: f64) -> Duration {
 
 /// A random delay, such that all nodes together stay below [`WRITES_PER_SECOND`]; zero in small clusters.
 fn spread(nodes: usize) -> Duration {
-    if nodes <= SMALL {
+    if nodes <= SMALL_CLUSTER_NODES {
         return Duration::ZERO;
     }
-    seconds(nodes, WRITES_PER_SECOND).min(LONGEST).mul_f64(fastrand::f64())
+    seconds(nodes, WRITES_PER_SECOND).min(MAX_DELAY).mul_f64(fastrand::f64())
 }
 
 async fn write(api: &Api<NodeReport>, state: &NodeState, report: &NodeReportSpec) -> Result<(), kube::Error> {
@@ -256,7 +256,7 @@ async fn write(api: &Api<NodeReport>, state: &NodeState, report: &NodeReportSpec
 fn nulled(report: &NodeReportSpec) -> Result<serde_json::Value, kube::Error> {
     let mut spec = serde_json::to_value(report).map_err(kube::Error::SerdeError)?;
     if let Some(agent) = spec["agent"].as_object_mut() {
-        for field in ["failedInterfaces", "incompatible"] {
+        for field in ["failedInterfaces", "incompatible", "nodeSockets"] {
             agent.entry(field).or_insert(serde_json::Value::Null);
         }
     }

@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Update,
-    aggregate::{self, EventRecord, NodeReportView, NodeReports},
+    aggregate_reports::{self, EventRecord, NodeReportView, NodeReports},
     intent::Owner,
     lease::Election,
     objects::Node,
@@ -61,7 +61,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between rounds without a change, in which a write that failed is tried again.
 const ROUND: Duration = Duration::from_secs(5);
 
-/// What is known about all agents and statuses; shared by the tasks of this agent.
+/// Facts about all agents and statuses, shared by the tasks of this agent.
 #[derive(Clone)]
 pub(super) struct Published {
     /// The CircuitBreakers with their published statuses, without `status.nodes`.
@@ -101,7 +101,7 @@ pub(super) async fn run(
     let mut work: Option<tokio::task::JoinHandle<()>> = None;
     let mut lost = false;
     loop {
-        let outcome = match timeout(TIMEOUT, election.look(published.agents())).await {
+        let outcome = match timeout(TIMEOUT, election.acquire_or_renew(published.agents())).await {
             Ok(outcome) => outcome.map_err(|error| error_text(&error)),
             Err(_) => Err("no answer in time".into()),
         };
@@ -195,7 +195,7 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
         }
         let now = clock::wall();
         let ready: HashMap<String, bool> = nodes.iter().map(|node| (node.name_any(), node.is_ready())).collect();
-        let news: Vec<NodeReportView> = reports
+        let reports: Vec<NodeReportView> = reports
             .into_iter()
             .filter_map(|report| {
                 let node = report.name_any();
@@ -206,8 +206,8 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
                 Some(NodeReportView { node, ready: said.is_some_and(|age| age < limit), report })
             })
             .collect();
-        publisher.published.agents.store(news.len(), Ordering::Relaxed);
-        publisher.round(&update, &NodeReports::new(&news), quiet).await;
+        publisher.published.agents.store(reports.len(), Ordering::Relaxed);
+        publisher.round(&update, &NodeReports::new(&reports), quiet).await;
         tokio::time::sleep(PAUSE).await;
     }
 }
@@ -219,7 +219,7 @@ fn trim(node: &mut Node) {
 }
 
 impl Publisher {
-    async fn round(&mut self, update: &Update, news: &NodeReports<'_>, quiet: bool) {
+    async fn round(&mut self, update: &Update, reports: &NodeReports<'_>, quiet: bool) {
         let asked: HashSet<&Owner> = update.results.iter().map(|result| &result.owner).collect();
         self.written.retain(|owner, _| asked.contains(owner));
         self.repaired.retain(|owner, _| asked.contains(owner));
@@ -230,7 +230,7 @@ impl Publisher {
             let written = self.written.get(owner).filter(|(uid, _)| *uid == result.uid).map(|(_, status)| status);
             let published = self.published.get(owner);
             let old = written.or(published.as_ref());
-            let new = aggregate::status(result, news, old, now);
+            let new = aggregate_reports::status(result, reports, old, now);
             // In a round without a change: the published status differs from the one that this agent wrote.
             let found = match (&published, written) {
                 (Some(found), Some(written)) if quiet => {
@@ -247,23 +247,23 @@ impl Publisher {
             }
         }
         let tell = EventPublisher { client: &self.client, recorder: &self.recorder, reporter: &self.reporter };
-        let jobs: Vec<BoxFuture<'_, _>> = due.into_iter().map(|job| one(&tell, job).boxed()).collect();
+        let jobs: Vec<BoxFuture<'_, _>> = due.into_iter().map(|job| write_and_emit(&tell, job).boxed()).collect();
         let outcomes: Vec<Option<(Owner, String, CircuitBreakerStatus)>> =
             stream::iter(jobs).buffer_unordered(AT_ONCE).collect().await;
         self.written.extend(outcomes.into_iter().flatten().map(|(owner, uid, status)| (owner, (uid, status))));
     }
 }
 
-/// What is needed to write a status and to emit its Events.
+/// The clients that write a status and emit its Events.
 struct EventPublisher<'a> {
     client: &'a Client,
     recorder: &'a Recorder,
     reporter: &'a Reporter,
 }
 
-/// Writes one status and emits the Events for what changed. Returns `None` if the status could not be written and
+/// Writes one status, and emits the Events for its changes. Returns `None` if the status could not be written and
 /// must be written again; a lost Event is not repeated.
-async fn one(
+async fn write_and_emit(
     publisher: &EventPublisher<'_>,
     (result, new, old): Due<'_>,
 ) -> Option<(Owner, String, CircuitBreakerStatus)> {
@@ -281,7 +281,7 @@ async fn one(
         }
     }
     let why = new.reason.map_or("Protect", StateReason::label);
-    for record in aggregate::event_records(old.as_ref(), &new) {
+    for record in aggregate_reports::event_records(old.as_ref(), &new) {
         let outcome = timeout(TIMEOUT, publish_event(publisher, result, why, &record)).await;
         let error = match outcome {
             Ok(Ok(())) => continue,

@@ -1,5 +1,4 @@
-//! One watch on the API server: fills a store (reflector), restarts after errors for ever, and asks for as little as the
-//! API allows.
+//! One watch on the API server: fills a store (reflector), reads long lists in pages, and restarts after every error.
 
 use std::{
     fmt::Debug,
@@ -23,8 +22,8 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, task::JoinHandle};
 
-/// Longest duration of a watch, after which it continues from the same version. So a connection that died without a
-/// sign (the server lost power) is noticed within this time. Shorter than the client's read timeout.
+/// Longest duration of a watch, after which it continues from the same version. A connection that died without a FIN
+/// or RST (the server lost power) is noticed within this time. Shorter than the client's read timeout.
 const WATCH_SECONDS: u32 = 120;
 
 /// Number of objects per request when everything is listed.
@@ -47,6 +46,9 @@ impl<K> Watch<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
+    /// Starts the watch. `what` names the objects in log messages. `trim` removes fields that are not needed before an
+    /// object is stored. `changed` is notified when an object is deleted, when a list is complete, and when an object
+    /// changes such that `matters(old, new)` returns true.
     pub(super) fn start(
         api: Api<K>,
         config: watcher::Config,

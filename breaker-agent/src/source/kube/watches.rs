@@ -3,8 +3,8 @@
 //! The agent watches all Services, as kube-proxy does, because no selector can match annotations. It also watches all
 //! CircuitBreakers, ReferenceGrants and NetworkPolicies. EndpointSlices are the most numerous and change most often,
 //! so it watches only those of referenced Services: one watch per namespace, by label. Of the Nodes it watches only
-//! its own. It does not watch pods, because EndpointSlices have what is needed. All objects are trimmed before they
-//! are stored.
+//! its own. It does not watch pods, because EndpointSlices contain all that it needs about pods. All objects are
+//! trimmed before they are stored.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -53,7 +53,7 @@ pub(super) struct Watches {
     policies: Watch<NetworkPolicy>,
     slices: BTreeMap<String, NamespaceSlices>,
     /// Each CircuitBreaker in the last version that could be parsed.
-    understood: HashMap<ObjectRef<Guarded>, Arc<CircuitBreaker>>,
+    last_parsed: HashMap<ObjectRef<Guarded>, Arc<CircuitBreaker>>,
 }
 
 /// The watch on the EndpointSlices of one namespace.
@@ -135,7 +135,7 @@ impl Watches {
                 |old, new| old.spec != new.spec,
             ),
             slices: BTreeMap::new(),
-            understood: HashMap::new(),
+            last_parsed: HashMap::new(),
             client: client.clone(),
             changed,
             node_name: node_name.to_owned(),
@@ -193,7 +193,7 @@ impl Watches {
     pub(super) fn world(&mut self) -> Option<World> {
         let services = self.services.get()?;
         let node = self.nodes.get()?;
-        let before = std::mem::take(&mut self.understood);
+        let before = std::mem::take(&mut self.last_parsed);
         for guarded in self.breakers.get()? {
             let key = ObjectRef::from_obj(&*guarded);
             let known = before.get(&key);
@@ -204,11 +204,11 @@ impl Watches {
                 }),
                 Err(_) => known.cloned(),
             };
-            self.understood.extend(breaker.map(|breaker| (key, breaker)));
+            self.last_parsed.extend(breaker.map(|breaker| (key, breaker)));
         }
         let mut world = World {
             node: node_view(&self.node_name, node.first().map(|node| &**node)),
-            breakers: self.understood.values().cloned().collect(),
+            breakers: self.last_parsed.values().cloned().collect(),
             grants: self.grants.get()?,
             services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
             endpoints: HashMap::new(),

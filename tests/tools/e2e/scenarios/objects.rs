@@ -1,4 +1,4 @@
-//! Scenarios of Kubernetes objects: what is written, refused, edited and reported.
+//! Scenarios of Kubernetes objects: objects that are applied, refused, edited and deleted, and the reports about them.
 
 use std::{thread::sleep, time::Duration};
 
@@ -285,7 +285,7 @@ pub fn manifest_of_many(count: usize, first: usize) -> String {
     json!({ "apiVersion": "v1", "kind": "List", "items": items }).to_string()
 }
 
-/// How many CircuitBreakers made by [`many`] are programmed.
+/// Number of CircuitBreakers of [`manifest_of_many`] that are programmed.
 pub fn many_programmed(cluster: &Cluster) -> Result<usize> {
     let breakers = cluster.get(NAMESPACE, "cb", "many=yes")?;
     let done = |b: &&serde_json::Value| {

@@ -30,7 +30,7 @@ pub(super) fn lab(cluster: &Cluster) -> Result<String> {
     cluster.wait_state("dummy", "Open")?;
     cluster.wait_event("CircuitBreaker", "dummy", "Opened")?;
     cluster.wait_condition("dummy", "Degraded", "True", "TrafficOnBackup")?;
-    // The state is Open as soon as one node is open. SHARE is what all nodes together send to the primary.
+    // The state is Open as soon as one node is open. SHARE is the primary's part of the connections of all nodes.
     wait_for("kubectl get cb to show the open breaker", Duration::from_secs(20), || {
         let table = cluster.lab(&["get", "cb", "dummy"])?;
         let words = ["SERVICE", "STATE", "SINCE", "REASON", "BACKUP", "SHARE", "AGE", "Open", "2/2", " 0%"];

@@ -44,8 +44,8 @@ pub(super) fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// No limits.
-fn all() -> TierLimits {
+/// The absence of limits: all connections are admitted.
+fn no_limits() -> TierLimits {
     TierLimits::default()
 }
 
@@ -67,10 +67,10 @@ pub(super) fn packets() -> Result<Vec<Row>> {
     let close = |service: &Service| plan_with(service, Closed, 1, 1000, false, &service.backups[0].backends);
     bench.rig.apply(&close(&plain))?;
     let limits = [
-        ("newConnectionsPerSecond", TierLimits { rate: Some(PLENTY), ..all() }),
-        ("concurrentConnections", TierLimits { concurrent: Some(u32::MAX), ..all() }),
-        ("perClient.newConnectionsPerSecond", TierLimits { client_rate: Some(PLENTY), ..all() }),
-        ("perClient.concurrentConnections", TierLimits { client_concurrent: Some(u32::MAX), ..all() }),
+        ("newConnectionsPerSecond", TierLimits { rate: Some(PLENTY), ..no_limits() }),
+        ("concurrentConnections", TierLimits { concurrent: Some(u32::MAX), ..no_limits() }),
+        ("perClient.newConnectionsPerSecond", TierLimits { client_rate: Some(PLENTY), ..no_limits() }),
+        ("perClient.concurrentConnections", TierLimits { client_concurrent: Some(u32::MAX), ..no_limits() }),
     ];
     let mut rows = Vec::new();
     for (host, (name, limits)) in (20..).zip(limits) {
@@ -91,7 +91,7 @@ pub(super) fn packets() -> Result<Vec<Row>> {
         rows.push(row("data", ACK, 1, 0, "0 to 1")?);
     }
     let nobody = Rate { per_second: 1, burst: 1 };
-    bench.rig.apply(&close(&with("refused", 30, TierLimits { rate: Some(nobody), ..all() })?))?;
+    bench.rig.apply(&close(&with("refused", 30, TierLimits { rate: Some(nobody), ..no_limits() })?))?;
     rows.push(difference(&mut bench, "limits: a SYN that is refused".into(), (30, 10), SYN, 1, packets::NEW, "")?);
     Ok(rows)
 }

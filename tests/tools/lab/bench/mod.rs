@@ -16,13 +16,13 @@ use serde::Serialize;
 /// One line of the result.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
-    /// Group, and what is measured.
+    /// Name of the group and of the measurement.
     name: String,
     /// The measured value; the median of several.
     value: f64,
     /// Unit of the value.
     unit: &'static str,
-    /// What the value is compared with.
+    /// The alternative that the value is compared with.
     base: String,
     /// Ratio of the value to the base's value.
     ratio: Option<f64>,

@@ -16,7 +16,7 @@ use breaker_tests::lab::{
 };
 use serde::Serialize;
 
-use super::Teller;
+use super::Printer;
 
 /// Duration of each part, in seconds.
 const SECONDS: u32 = 4;
@@ -44,7 +44,7 @@ pub(super) struct Part {
 }
 
 /// Runs both parts.
-pub(super) fn play(lab: &mut Lab, teller: &mut Teller) -> Result<Vec<Part>> {
+pub(super) fn play(lab: &mut Lab, teller: &mut Printer) -> Result<Vec<Part>> {
     teller.say(&format!("\nNow limits, with {ASKED} new connections a second:"));
     let (primary, backup) = (lab.primary.address().to_string(), lab.backup.address().to_string());
     let limits = "limits: {newConnectionsPerSecond: 50, burst: 10}";
@@ -77,7 +77,7 @@ fn configure(lab: &Lab, limits: &str, in_force: fn(&LimitsStatus) -> bool) -> Re
 }
 
 /// Runs clients for a while, and prints the outcomes second by second.
-fn part(lab: &Lab, teller: &Teller, limits: &'static str, (rate, burst): (f64, f64), tier: &str) -> Result<Part> {
+fn part(lab: &Lab, teller: &Printer, limits: &'static str, (rate, burst): (f64, f64), tier: &str) -> Result<Part> {
     let load = lab.load(Plan { per_second: ASKED, keep_alive: 0, ..Plan::usual(lab.vip) })?;
     let started = Instant::now();
     teller.say("     second   answered   refused");

@@ -1,4 +1,4 @@
-//! One service for the engine of all ports and IP families of a Service.
+//! Merges the ports and IP families of a Service into one service for the engine.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -7,12 +7,13 @@ use std::{
 
 use breaker_core::model;
 
-use super::{Resolver, engine_name, port_plan::PortPlan};
+use super::{Resolver, engine_name, port::PortPlan};
 use crate::source::kube::intent::Key;
 
 impl Resolver<'_> {
-    /// Merges one [`PortPlan`] per port and IP family into one service; `None` if there are none. Backends are identified
-    /// by their address in the first plan whose primary has backends; the addresses in the other plans go to `routes`.
+    /// Merges one [`PortPlan`] per port and IP family into one service; `None` if there are none. Backends are
+    /// identified by their address in the first plan whose primary has backends; the addresses in the other plans go
+    /// to `routes`.
     pub(super) fn merge(&mut self, key: &Key, mut plans: Vec<PortPlan>) -> Option<(i32, model::Service)> {
         if plans.is_empty() {
             self.note(format!("Service {key} has no address yet"));

@@ -5,16 +5,16 @@
 //! |---|---|
 //! | this one | which object protects which Service: conflicts, order, the last valid spec |
 //! | [`references`] | the Service's ports, the backups, ReferenceGrants |
-//! | [`port_plan`] | one protected port in one IP family |
+//! | [`port`] | one protected port in one IP family |
 //! | [`frontends`] | the addresses that clients connect to |
 //! | [`checks`] | port names in checks |
 //! | [`topology`] | which backup pods are preferred, and the weight of each |
-//! | [`merge`] | one service of all ports and families |
+//! | [`merge`] | merging all ports and families into one service |
 
 mod checks;
 mod frontends;
 mod merge;
-mod port_plan;
+mod port;
 mod references;
 mod topology;
 
@@ -34,7 +34,7 @@ use super::{
     intent::{self, Intent, Key, Owner},
     network_policy,
     objects::{EndpointSlice, Service},
-    policy::Policies,
+    spec_policies::Policies,
 };
 
 /// The Node that this agent runs on.
@@ -92,7 +92,7 @@ fn refuse<T>(reason: &'static str, message: impl Into<String>) -> Result<T, Refu
 /// Result of the resolution for one CircuitBreaker or annotated Service.
 #[derive(Clone, Debug)]
 pub struct ResolvedBreaker {
-    /// The object that asks for protection.
+    /// The object that requests protection.
     pub owner: Owner,
     /// Uid of that object.
     pub uid: String,
@@ -109,10 +109,10 @@ pub struct ResolvedBreaker {
     /// The service for the engine, by the Service's port. There is at most one entry: all ports of a Service form one
     /// service, under the port that stands for all of them. Empty if nothing is protected.
     pub ports: BTreeMap<i32, model::Service>,
-    /// What is requested but not done, and side effects of the request, in words for people.
+    /// Parts of the request that are not carried out, and side effects of the request, in words for people.
     pub notes: Vec<String>,
-    /// The requested spec is not in force: endpoints are not known yet, or the spec is invalid. What was in force
-    /// before stays in force.
+    /// The requested spec is not in force: endpoints are not known yet, or the spec is invalid. The previous services
+    /// stay in force.
     pub hold: bool,
     /// The endpoints of the Service or of a backup are not known yet.
     pub pending: bool,
@@ -130,7 +130,7 @@ pub struct Resolution {
 }
 
 /// The engine's name for a protected port. The name depends only on the Service and the port, so that the state
-/// survives when the object that asks for protection is replaced. It has at most `NAME_LEN - 1` bytes.
+/// survives when the object that requests protection is replaced. It has at most `NAME_LEN - 1` bytes.
 #[must_use]
 pub fn engine_name(service: &Key, port: i32) -> ServiceName {
     let full = format!("{service}:{port}");

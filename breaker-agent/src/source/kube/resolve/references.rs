@@ -1,4 +1,4 @@
-//! What a spec refers to: the Service's ports, the backups, and the ReferenceGrants that they need.
+//! Resolves the references of a spec: the Service's ports, the backups, and the ReferenceGrants that they need.
 
 use breaker_api::crd::{Backup, GROUP, Port};
 use breaker_core::model::Protocol;
@@ -25,13 +25,13 @@ impl<'a> Resolver<'a> {
         let spec = &service.spec;
         if spec.r#type == "ExternalName" {
             let message = format!(
-                "Service {key} is an ExternalName: its clients connect to another host, there is no address to redirect"
+                "Service {key} is an ExternalName: its clients connect to another host, so no address can be redirected"
             );
             return refuse("ExternalName", message);
         }
         if spec.cluster_ip.is_empty() || spec.cluster_ip == "None" {
             let message = format!(
-                "Service {key} is headless: its clients connect to the pods directly, there is no address to redirect"
+                "Service {key} is headless: its clients connect to the pods directly, so no address can be redirected"
             );
             return refuse("Headless", message);
         }
@@ -72,8 +72,8 @@ impl<'a> Resolver<'a> {
         Ok(chosen)
     }
 
-    /// The backups that exist and may be used, by priority. The problem of any other backup goes to `resolved` (of
-    /// several, the last one).
+    /// The backups that exist and may be used, by priority. If others cannot be used, `resolved` is set to the refusal
+    /// of the last of them.
     pub(super) fn backups(&mut self) -> Vec<ResolvedBackup<'a>> {
         let from = self.result.owner.key.namespace.clone();
         let mut found = Vec::new();

@@ -12,7 +12,7 @@ use crate::{
     source::kube::{
         intent::Key,
         objects::{EndpointSlice, Service},
-        policy::Policies,
+        spec_policies::Policies,
     },
 };
 use breaker_core::model;
@@ -200,13 +200,13 @@ fn what_refers_to_nothing_is_named() {
             "no TCP or UDP port",
         ),
     ];
-    for (reason, change, spec, error_text) in rows {
+    for (reason, change, spec, expected) in rows {
         let mut lab = Lab::new().with_breaker(spec);
         change(&mut lab);
         let result = lab.only();
         let (is, message) = refusal(&result);
         assert_eq!(is, reason, "{message}");
-        assert!(message.contains(error_text), "{message}");
+        assert!(message.contains(expected), "{message}");
         assert!(result.ports.is_empty() && !result.hold, "{reason}: nothing is redirected");
     }
 }
@@ -241,11 +241,11 @@ fn a_grant_opens_another_namespace_and_only_that() {
         let mut lab = Lab::new().with_breaker(with(|s| s["backups"][0]["namespace"] = json!("spare")));
         lab.service("spare", "backup", json!({ "clusterIP": "10.43.0.9", "ports": [{ "port": 8080 }] }), json!({}));
         lab.slice("spare", "backup", "", 80, json!([{ "addresses": ["10.42.0.9"] }]));
-        let error_text = format!("{:?}", grant.spec);
+        let expected = format!("{:?}", grant.spec);
         lab.0.grants.push(grant);
         let result = lab.only();
-        assert_eq!(result.resolved.is_ok(), permitted, "{error_text}");
-        assert_eq!(result.ports.len(), usize::from(permitted), "{error_text}");
+        assert_eq!(result.resolved.is_ok(), permitted, "{expected}");
+        assert_eq!(result.ports.len(), usize::from(permitted), "{expected}");
     }
 }
 
@@ -374,9 +374,9 @@ fn the_older_one_wins_and_a_circuit_breaker_goes_before_annotations() {
     let names: Vec<(&str, bool)> =
         resolution.results.iter().map(|s| (s.owner.key.name.as_str(), s.accepted.is_ok())).collect();
     assert_eq!(names, [("old", true), ("young", false), ("dummy", false)]);
-    let error_text: Vec<String> = resolution.results[1..].iter().map(|s| refusal(s).1).collect();
-    assert!(error_text[0].contains("already protected by CircuitBreaker lab/old, which is older"), "{error_text:?}");
-    assert!(error_text[1].contains("which takes precedence over annotations"), "{error_text:?}");
+    let expected: Vec<String> = resolution.results[1..].iter().map(|s| refusal(s).1).collect();
+    assert!(expected[0].contains("already protected by CircuitBreaker lab/old, which is older"), "{expected:?}");
+    assert!(expected[1].contains("which takes precedence over annotations"), "{expected:?}");
 }
 
 #[test]
@@ -393,13 +393,13 @@ fn annotations_are_a_spec_too_and_a_bad_one_holds_what_is() {
     };
     let good = annotated("3");
     assert_eq!(good.ports[&8080], Lab::new().with_breaker(spec()).only().ports[&8080]);
-    for (bad, error_text) in
+    for (bad, expected) in
         [("0", "spec.primary.check.periodSeconds: 0 is not allowed; allowed: 1 to 86400"), ("soon", "\"soon\"")]
     {
         let result = annotated(bad);
         assert!(result.hold);
         let (reason, message) = refusal(&result);
-        assert!(reason == "Invalid" && message.contains(error_text), "{message}");
+        assert!(reason == "Invalid" && message.contains(expected), "{message}");
     }
 }
 

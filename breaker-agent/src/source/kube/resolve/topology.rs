@@ -41,7 +41,7 @@ impl Resolver<'_> {
             }
         }
         let draining: Vec<SocketAddr> = pools.iter().flat_map(|(_, e)| e.draining()).map(|e| e.address).collect();
-        // A backup without endpoints stays a tier: it is short_name, and it is used again as soon as it has endpoints.
+        // A backup without endpoints stays a tier: the status names it, and it is used again once it has endpoints.
         let last = tiers.len().checked_sub(1);
         let mut tiers: Vec<Tier> = tiers.into_values().collect();
         match last.and_then(|last| tiers.get_mut(last)) {
@@ -52,7 +52,8 @@ impl Resolver<'_> {
     }
 }
 
-/// The backends of several Services. Each Service gets connections by its weight, whatever the number of its pods.
+/// The backends of several Services. A Service's part of the connections depends on its weight, not on its number of
+/// pods.
 fn weighted_backends(pools: &[(&&ResolvedBackup<'_>, Endpoints)], wanted: impl Fn(&Endpoint) -> bool) -> Vec<Backend> {
     let members: Vec<(u64, Vec<&Endpoint>)> = pools
         .iter()

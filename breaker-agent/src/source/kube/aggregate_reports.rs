@@ -1,4 +1,4 @@
-//! From the nodes' reports to the status of a CircuitBreaker and to its Events. All functions are pure.
+//! Merges the nodes' reports into the status of a CircuitBreaker, and derives its Events. All functions are pure.
 
 use breaker_api::crd::{
     CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, OwnerKind, PortStatus, ReportedService, ReportedState,
@@ -24,7 +24,7 @@ const MAX_MESSAGE_BYTES: usize = 256;
 pub struct NodeReportView {
     /// The node.
     pub node: String,
-    /// Whether the report is recent enough. The limit depends on whether the Node is Ready: see `publish.rs`.
+    /// Whether the report is recent enough. The limit depends on whether the Node is Ready: see `status_writer.rs`.
     pub ready: bool,
     /// The report.
     pub report: std::sync::Arc<NodeReport>,
@@ -44,14 +44,14 @@ impl<'a> NodeReports<'a> {
     /// Indexes the reports by owner.
     #[must_use]
     pub fn new(nodes: &'a [NodeReportView]) -> Self {
-        let mut news = Self { nodes: nodes.iter().collect(), ..Self::default() };
+        let mut reports = Self { nodes: nodes.iter().collect(), ..Self::default() };
         for (index, node) in nodes.iter().enumerate() {
             for service in &node.report.spec.services {
                 let key = (service.kind, service.namespace.as_str(), service.name.as_str());
-                news.by_owner.entry(key).or_default().push((index, service));
+                reports.by_owner.entry(key).or_default().push((index, service));
             }
         }
-        news
+        reports
     }
 
     /// The reports about one owner, by the index of the node. A report about an earlier object with the same name is
@@ -76,15 +76,15 @@ pub(super) fn short(text: &str) -> String {
 }
 
 /// Merges one node's reports about an owner's ports: the most open port gives the state.
-fn node_status(news: &NodeReportView, ports: &[&ReportedService]) -> NodeStatus {
+fn node_status(reports: &NodeReportView, ports: &[&ReportedService]) -> NodeStatus {
     let Some(worst) = ports.iter().max_by_key(|s| (s.state.openness(), s.since)) else { return NodeStatus::default() };
     let backup = |s: &ReportedService| {
         let tier = s.backups.iter().find(|t| t.active).or_else(|| s.backups.first());
         tier.map(|t| format!("{}/{}", t.up, t.total)).unwrap_or_default()
     };
     NodeStatus {
-        node: news.node.clone(),
-        state: if news.ready { worst.state } else { ReportedState::Unknown },
+        node: reports.node.clone(),
+        state: if reports.ready { worst.state } else { ReportedState::Unknown },
         since: worst.since,
         reason: worst.reason,
         message: short(&worst.message),
@@ -109,17 +109,17 @@ fn node_status(news: &NodeReportView, ports: &[&ReportedService]) -> NodeStatus 
 #[must_use]
 pub fn status(
     result: &ResolvedBreaker,
-    news: &NodeReports<'_>,
+    reports: &NodeReports<'_>,
     old: Option<&CircuitBreakerStatus>,
     now: Timestamp,
 ) -> CircuitBreakerStatus {
-    let by_node = news.of(&result.owner, &result.uid);
+    let by_node = reports.of(&result.owner, &result.uid);
     let mut nodes: Vec<(NodeStatus, &Vec<&ReportedService>)> =
-        by_node.iter().map(|(index, ports)| (node_status(news.nodes[*index], ports), ports)).collect();
+        by_node.iter().map(|(index, ports)| (node_status(reports.nodes[*index], ports), ports)).collect();
     let live = || nodes.iter().filter(|(node, _)| node.state.is_known());
     let count =
         |state: ReportedState| i32::try_from(live().filter(|(n, _)| n.state == state).count()).unwrap_or(i32::MAX);
-    let expected = news.nodes.iter().filter(|n| n.ready).count();
+    let expected = reports.nodes.iter().filter(|n| n.ready).count();
     let programmed = live()
         .filter(|(n, _)| {
             n.error.is_none()
@@ -133,7 +133,7 @@ pub fn status(
         half_open: count(ReportedState::HalfOpen),
         open: count(ReportedState::Open),
         programmed: i32::try_from(programmed).unwrap_or(i32::MAX),
-        silent: i32::try_from(by_node.keys().filter(|i| !news.nodes[**i].ready).count()).unwrap_or(i32::MAX),
+        silent: i32::try_from(by_node.keys().filter(|i| !reports.nodes[**i].ready).count()).unwrap_or(i32::MAX),
     };
     let worst = live()
         .map(|(n, _)| n)
@@ -162,8 +162,8 @@ pub fn status(
         conditions: Vec::new(),
         nodes: Vec::new(),
     };
-    let degraded = degraded(&nodes, backup.as_ref().is_some_and(|b| b.1), news);
-    status.conditions = conditions(result, news, expected, programmed, degraded)
+    let degraded = degraded(&nodes, backup.as_ref().is_some_and(|b| b.1), reports);
+    status.conditions = conditions(result, reports, expected, programmed, degraded)
         .into_iter()
         .map(|new| condition(new, result.generation, old, now))
         .collect();
@@ -209,7 +209,7 @@ type NewCondition = (&'static str, &'static str, String, String);
 fn degraded(
     nodes: &[(NodeStatus, &Vec<&ReportedService>)],
     backup_usable: bool,
-    news: &NodeReports<'_>,
+    reports: &NodeReports<'_>,
 ) -> Option<(&'static str, String)> {
     let live = || nodes.iter().map(|(node, _)| node).filter(|node| node.state.is_known());
     if let Some(node) = live().find(|node| node.error.is_some()) {
@@ -217,7 +217,7 @@ fn degraded(
         return Some(("WriteFailed", format!("{}: {error}", node.node)));
     }
     let failed = |n: &&&NodeReportView| n.ready && !n.report.spec.agent.failed_interfaces.is_empty();
-    if let Some(node) = news.nodes.iter().find(failed) {
+    if let Some(node) = reports.nodes.iter().find(failed) {
         return Some((
             "NotAttached",
             format!("{}: {}", node.node, short(&node.report.spec.agent.failed_interfaces.join("; "))),
@@ -239,7 +239,7 @@ fn degraded(
 
 fn conditions(
     result: &ResolvedBreaker,
-    news: &NodeReports<'_>,
+    reports: &NodeReports<'_>,
     expected: usize,
     programmed: usize,
     degraded: Option<(&'static str, String)>,
@@ -272,7 +272,7 @@ fn conditions(
         || ("Degraded", "False", "Whole".to_owned(), "primary and backup can answer".to_owned()),
         |(reason, text)| ("Degraded", "True", reason.to_owned(), text),
     );
-    let live = || news.nodes.iter().filter(|n| n.ready);
+    let live = || reports.nodes.iter().filter(|n| n.ready);
     let hidden = live().find_map(|n| Some((n.node.as_str(), n.report.spec.agent.incompatible.as_deref()?)));
     let compatible = match hidden {
         Some((node, why)) => {
@@ -392,5 +392,5 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
 }
 
 #[cfg(test)]
-#[path = "aggregate_tests.rs"]
+#[path = "aggregate_reports_tests.rs"]
 mod tests;

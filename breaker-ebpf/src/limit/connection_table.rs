@@ -11,7 +11,7 @@ use breaker_common::{
     Bucket, ConnectionState, DEFAULT_CONNECTION_BUCKETS, ENTRY_GENERATION, WAYS, connection_state as bits, gcra,
 };
 
-use super::{UnpackedRequest, bucket, clients, limiter::LIMITERS};
+use super::{UnpackedRequest, bucket, client_table, limiter::LIMITERS};
 use crate::{agent, atomic};
 
 type Buckets = Bucket<ConnectionState>;
@@ -34,7 +34,7 @@ pub struct ConnectionEntry {
     way: usize,
 }
 
-/// Finds the entry of a connection. `second` says whether to search the second bucket too, which holds counted
+/// Finds the entry of a connection. `second`: whether to search the second bucket too, which holds counted
 /// connections only.
 #[inline(always)]
 pub fn find(tag: u64, second: bool) -> Option<ConnectionEntry> {
@@ -74,12 +74,12 @@ pub fn insert(tag: u64, limiter: u32, sequence: u32, connection_bits: u32, clien
     // SAFETY: this CPU owns the entry since it swapped the tag in. A CPU that finds the tag before the fields are
     // written sees the fields of an earlier connection and treats this one as not yet there.
     unsafe {
-        let turn = atomic::load32(&raw const (*state).state) & !(ENTRY_GENERATION - 1);
+        let generation = atomic::load32(&raw const (*state).state) & !(ENTRY_GENERATION - 1);
         (&raw mut (*state).limiter).write_volatile(limiter);
         (&raw mut (*state).number).write_volatile(sequence);
         (&raw mut (*state).last_seen_tick).write_volatile(tick);
         (&raw mut (*state).client).write_volatile(client);
-        (&raw mut (*state).state).write_volatile(turn.wrapping_add(ENTRY_GENERATION) | connection_bits);
+        (&raw mut (*state).state).write_volatile(generation.wrapping_add(ENTRY_GENERATION) | connection_bits);
     }
     true
 }
@@ -118,18 +118,18 @@ pub fn count_down(limiter: u32, client: u32) {
         // SAFETY: the kernel returned a pointer to a value of this map; the field is 4 bytes, aligned.
         unsafe { atomic::decrement(&raw mut (*limiter).concurrent) };
     }
-    clients::count_down(client);
+    client_table::count_down(client);
 }
 
 /// Records a segment that changes the state of a counted connection. `over` is true for a RST, which ends the
-/// connection at once; otherwise `bit` is [`bits::CLIENT_FIN`], [`bits::SERVER_FIN`], [`bits::ANSWERED`], a
-/// combination of these, or 0 for a mere sign that the connection is alive.
+/// connection at once. Otherwise `bit` is [`bits::CLIENT_FIN`], [`bits::SERVER_FIN`], [`bits::ANSWERED`] or a
+/// combination of these; 0 records only that the connection is alive.
 #[inline(always)]
 pub fn record(tag: u64, bit: u32, over: bool) {
     let _ = breaker_record(tag, bit as u64 | (over as u64) << 32);
 }
 
-/// Implements [`note`]. A global function: see [`super::breaker_admit`]. Global functions must return a number, so
+/// Implements [`record`]. A global function: see [`super::breaker_admit`]. Global functions must return a number, so
 /// the result is always 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -206,7 +206,8 @@ impl ConnectionEntry {
     #[inline(always)]
     pub fn touch(&self, tick: u32) {
         let state = self.state();
-        // SAFETY: as in `is_same_connection`. Read first: an unconditional write would dirty the cache line for every packet.
+        // SAFETY: as in `is_same_connection`. Read first: an unconditional write would dirty the cache line for every
+        // packet.
         unsafe {
             let at = &raw mut (*state).last_seen_tick;
             if atomic::load32(at) != tick {

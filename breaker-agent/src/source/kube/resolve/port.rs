@@ -34,9 +34,9 @@ const GRACE_PERIOD: Duration = Duration::from_secs(2);
 /// A protected port of a Service in one IP family.
 pub(super) struct PortPlan {
     pub(super) port: i32,
-    /// The service as if this port and family were the only ones; without a name.
+    /// The service that this port and family alone would make; it has no name.
     pub(super) service: model::Service,
-    /// The pod behind each address, for all pods of the primary and the backups, terminating ones included.
+    /// The pod behind each address, for all pods of the primary and the backups, including terminating ones.
     pub(super) pods: BTreeMap<SocketAddr, String>,
 }
 
@@ -49,8 +49,8 @@ enum Problem {
 }
 
 impl<'a> Resolver<'a> {
-    /// Makes a `PortPlan` for every port in every IP family. TCP ports come first, because a check that names no port uses
-    /// the first one.
+    /// Makes a `PortPlan` for every port in every IP family. TCP ports come first, because a check that names no port
+    /// uses the first one.
     pub(super) fn port_plans(
         &mut self,
         now: Timestamp,

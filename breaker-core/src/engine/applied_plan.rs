@@ -1,4 +1,4 @@
-//! What the maps should have and what they have, for one service: when to make a plan, when to write it, when to retry.
+//! The desired and the applied plan of one service: when to make a plan, when to write it, and when to retry.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ pub(super) const RETRY: Duration = Duration::from_millis(200);
 /// Whether the inputs of the plan have changed since it was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PlanState {
-    /// They have not: making it again would give the same plan.
+    /// No input has changed: the same plan would result.
     Current,
-    /// They have.
+    /// An input has changed.
     Outdated,
 }
 
@@ -29,7 +29,7 @@ enum LastWrite {
 
 /// Desired and applied plan of one service.
 #[derive(Debug)]
-pub(super) struct Sync {
+pub(super) struct AppliedPlan {
     applied: Option<ServicePlan>,
     plan: PlanState,
     last_write: LastWrite,
@@ -37,7 +37,7 @@ pub(super) struct Sync {
     pub failed_writes: u64,
 }
 
-impl Sync {
+impl AppliedPlan {
     /// Nothing was written yet.
     pub const fn new() -> Self {
         Self { applied: None, plan: PlanState::Outdated, last_write: LastWrite::Succeeded, failed_writes: 0 }
@@ -48,7 +48,7 @@ impl Sync {
         self.plan = PlanState::Outdated;
     }
 
-    /// As [`Sync::outdate`], if `changed`.
+    /// As [`AppliedPlan::outdate`], if `changed`.
     pub fn outdate_if(&mut self, changed: bool) {
         if changed {
             self.outdate();
@@ -65,8 +65,9 @@ impl Sync {
         self.plan == PlanState::Outdated
     }
 
-    /// Whether `plan` replaces decisions of the same epoch that must not go on: with a backup again, those that went to
-    /// the primary because there was none; at the end of a ramp, those that went to the backup because of the ramp.
+    /// Whether `plan` needs a new epoch, so that flows that were decided in the current epoch do not keep their
+    /// decision. While open, a backup is usable again, and the flows went to the primary because there was none.
+    /// While closed, the ramp ends, and the flows went to the backup because of the ramp.
     pub fn needs_new_epoch(&self, plan: &ServicePlan) -> bool {
         let Some(before) = self.applied.as_ref().filter(|before| before.decision.epoch == plan.decision.epoch) else {
             return false;
@@ -131,7 +132,7 @@ impl Sync {
         }
     }
 
-    /// Whether the programs act on a closed breaker.
+    /// Whether the breaker is closed in the plan that was written last.
     pub fn is_closed_in_maps(&self) -> bool {
         self.applied.as_ref().is_some_and(|plan| plan.decision.state == BreakerState::Closed)
     }

@@ -112,13 +112,13 @@ pub fn count_down(number: u32) {
 /// Records in `LIMITED` that a client was refused. Two CPUs that write at once may lose one of the two refusals,
 /// which is acceptable because the list is for display only.
 #[inline(always)]
-pub fn note_refused(client: V6, service: u32, tier: u32) {
+pub fn record_refused(client: V6, service: u32, tier: u32) {
     let [a, b, c, d] = client.in_words();
     let words = |high: u32, low: u32| (high as u64) << 32 | low as u64;
     let _ = breaker_refused(words(a, b), words(c, d), (service * 2 + tier) as u64);
 }
 
-/// Implements [`note_refused`]. A global function: see [`super::breaker_admit`]. Global functions must return a
+/// Implements [`record_refused`]. A global function: see [`super::breaker_admit`]. Global functions must return a
 /// number, so the result is always 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -129,8 +129,8 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
     let Some(limits) = settings::limits_of(limiter / 2) else { return 0 };
     let first = (tag(client, limiter, limits.hash_key) >> 20) as u32 & (LIMITED_CLIENTS - LIMITED_WAYS);
     let window = (now_ns >> LIMITED_WINDOW_SHIFT) as u32;
-    for near in 0..LIMITED_WAYS {
-        let Some(entry) = LIMITED.get_ptr_mut(first + near) else { return 0 };
+    for way in 0..LIMITED_WAYS {
+        let Some(entry) = LIMITED.get_ptr_mut(first + way) else { return 0 };
         // SAFETY: the kernel returned a pointer to a value of this map, which has the size, alignment and fields of
         // `Entry`.
         let entry = unsafe { &mut *entry.cast::<Entry>() };
@@ -148,7 +148,7 @@ pub extern "C" fn breaker_refused(client_high: u64, client_low: u64, limiter: u6
             return 0;
         }
         // Other clients occupy all entries: decrement the last one until it can be taken over.
-        if near == LIMITED_WAYS - 1 {
+        if way == LIMITED_WAYS - 1 {
             entry.count -= 1;
         }
     }

@@ -1,3 +1,5 @@
+//! Tests of the aggregation of the nodes' reports: status, conditions and Events.
+
 use std::sync::Arc;
 
 use super::{super::intent::Key, *};
@@ -61,8 +63,8 @@ fn pair(status: &str, reason: &str) -> (String, String) {
 
 #[test]
 fn the_most_open_node_is_the_state_and_the_share_is_of_all() {
-    let news = [node("a", true, vec![port(Closed, 0)]), node("b", true, vec![port(Open, 5)])];
-    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    let reports = [node("a", true, vec![port(Closed, 0)]), node("b", true, vec![port(Open, 5)])];
+    let status = status(&result(), &NodeReports::new(&reports), None, at(9));
     assert_eq!(status.state, Some(Open));
     assert_eq!((status.share.as_deref(), status.open.as_deref()), (Some("50%"), Some("1/2")));
     assert_eq!((status.since, status.backup.as_deref()), (Some(at(5)), Some("backup 2/2")));
@@ -72,8 +74,8 @@ fn the_most_open_node_is_the_state_and_the_share_is_of_all() {
 
 #[test]
 fn a_node_that_is_silent_counts_as_that_and_nothing_else() {
-    let news = [node("a", true, vec![port(Closed, 0)]), node("b", false, vec![port(Open, 5)])];
-    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    let reports = [node("a", true, vec![port(Closed, 0)]), node("b", false, vec![port(Open, 5)])];
+    let status = status(&result(), &NodeReports::new(&reports), None, at(9));
     assert_eq!((status.state, status.counts.nodes, status.counts.silent), (Some(Closed), 1, 1));
     assert_eq!(status.nodes[1].state, ReportedState::Unknown);
     assert_eq!(condition_of(&status, "Programmed"), pair("True", "Programmed"));
@@ -82,8 +84,8 @@ fn a_node_that_is_silent_counts_as_that_and_nothing_else() {
 #[test]
 fn programmed_means_this_generation_on_every_node() {
     let old = ReportedService { applied_generation: 1, ..port(Closed, 0) };
-    let news = [node("a", true, vec![port(Closed, 0)]), node("b", true, vec![old]), node("c", true, vec![])];
-    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    let reports = [node("a", true, vec![port(Closed, 0)]), node("b", true, vec![old]), node("c", true, vec![])];
+    let status = status(&result(), &NodeReports::new(&reports), None, at(9));
     assert_eq!(condition_of(&status, "Programmed"), pair("False", "Pending"));
     let message = &status.conditions.iter().find(|c| c.type_ == "Programmed").unwrap().message;
     assert_eq!(message, "on 1 of 3 nodes");
@@ -93,26 +95,26 @@ fn programmed_means_this_generation_on_every_node() {
 #[test]
 fn an_object_that_is_made_again_is_another() {
     let before = ReportedService { uid: "its predecessor".into(), ..port(Open, 0) };
-    let news = [node("a", true, vec![before])];
-    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    let reports = [node("a", true, vec![before])];
+    let status = status(&result(), &NodeReports::new(&reports), None, at(9));
     assert_eq!((status.state, status.counts.programmed), (None, 0));
 }
 
 #[test]
 fn ports_of_a_node_are_shown_as_one() {
     let second = ReportedService { port: 8443, ..port(Open, 7) };
-    let news = [node("a", true, vec![port(Closed, 0), second])];
-    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    let reports = [node("a", true, vec![port(Closed, 0), second])];
+    let status = status(&result(), &NodeReports::new(&reports), None, at(9));
     assert_eq!(status.state, Some(Open));
     assert_eq!(status.nodes[0].ports.len(), 2);
 }
 
 #[test]
 fn the_object_stays_small_however_many_nodes_there_are() {
-    let mut news: Vec<NodeReportView> =
+    let mut reports: Vec<NodeReportView> =
         (0..2000).map(|i| node(&format!("node{i:04}"), true, vec![port(Closed, 0)])).collect();
-    news[1234] = node("node1234", true, vec![ReportedService { message: "x".repeat(5000), ..port(Open, 5) }]);
-    let status = status(&result(), &NodeReports::new(&news), None, at(9));
+    reports[1234] = node("node1234", true, vec![ReportedService { message: "x".repeat(5000), ..port(Open, 5) }]);
+    let status = status(&result(), &NodeReports::new(&reports), None, at(9));
     assert_eq!((status.counts.nodes, status.counts.open, status.nodes.len()), (2000, 1, MOST_NODES));
     assert!(status.nodes.iter().any(|n| n.node == "node1234"), "the node that differs must be listed");
     let size = serde_json::to_string(&status).unwrap().len();

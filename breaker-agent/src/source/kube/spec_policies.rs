@@ -22,11 +22,11 @@ impl Policies {
         self.known = std::mem::take(&mut self.used);
     }
 
-    /// The spec's policies as a service without addresses and names. It has one tier for each of `backups`, with that
-    /// check; `primary` is the primary's check.
+    /// Converts the spec's policies to a service without addresses and names. `primary` is the primary's check.
+    /// `backups` has one element for each backup tier: its check, if it has one.
     ///
     /// # Errors
-    /// What is wrong: the field, its value and what is allowed.
+    /// The wrong field, its value and what is allowed.
     pub fn get(
         &mut self,
         spec: &CircuitBreakerSpec,
