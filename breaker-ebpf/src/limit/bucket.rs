@@ -74,9 +74,9 @@ pub fn take_over<S>(
     None
 }
 
-/// Frees an entry.
+/// Frees an entry if it still has this tag: meanwhile, another CPU may have freed it and a third one claimed it.
 #[inline(always)]
-pub fn free<S>(bucket: *mut Bucket<S>, way: usize) {
-    // SAFETY: as in `find`.
-    unsafe { (&raw mut (*bucket).tags[way & (WAYS - 1)]).write_volatile(0) };
+pub fn free<S>(bucket: *mut Bucket<S>, way: usize, tag: u64) {
+    // SAFETY: as in `claim`.
+    unsafe { atomic::compare_exchange(&raw mut (*bucket).tags[way & (WAYS - 1)], tag, 0) };
 }

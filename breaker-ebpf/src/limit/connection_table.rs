@@ -32,13 +32,15 @@ const DATAGRAMS_TICKS: u32 = 60;
 pub struct ConnectionEntry {
     bucket: *mut Buckets,
     way: usize,
+    /// The tag that the entry had when it was found.
+    tag: u64,
 }
 
 /// Finds the entry of a connection. `second`: whether to search the second bucket too, which holds counted
 /// connections only.
 #[inline(always)]
 pub fn find(tag: u64, second: bool) -> Option<ConnectionEntry> {
-    at(breaker_find(tag, second as u64))
+    at(breaker_find(tag, second as u64), tag)
 }
 
 /// Returns the number of a connection's entry, or 0 if there is none. A global function: see
@@ -60,16 +62,16 @@ pub extern "C" fn breaker_find(tag: u64, second: u64) -> u32 {
 
 /// Returns the entry with a number; `None` for 0.
 #[inline(always)]
-fn at(number: u32) -> Option<ConnectionEntry> {
+fn at(number: u32, tag: u64) -> Option<ConnectionEntry> {
     let (bucket, way) = bucket::of_number(number)?;
-    Some(ConnectionEntry { bucket: CONNECTIONS.get_ptr_mut(bucket)?, way })
+    Some(ConnectionEntry { bucket: CONNECTIONS.get_ptr_mut(bucket)?, way, tag })
 }
 
 /// Remembers an admitted connection. Returns false if no entry could be claimed; the caller must then undo the
 /// counting, because nothing will count the connection down later.
 #[inline(always)]
 pub fn insert(tag: u64, limiter: u32, sequence: u32, connection_bits: u32, client: u32, tick: u32) -> bool {
-    let Some(entry) = at(breaker_claim(tag, (connection_bits & bits::COUNTED != 0) as u64)) else { return false };
+    let Some(entry) = at(breaker_claim(tag, (connection_bits & bits::COUNTED != 0) as u64), tag) else { return false };
     let state = entry.state();
     // SAFETY: this CPU owns the entry since it swapped the tag in. A CPU that finds the tag before the fields are
     // written sees the fields of an earlier connection and treats this one as not yet there.
@@ -216,17 +218,21 @@ impl ConnectionEntry {
         }
     }
 
-    /// Frees the entry and, if the connection was counted, counts it down. If several CPUs do so at once, only one
-    /// counts down.
+    /// Frees the entry and, if the connection was counted, counts it down. If several CPUs do so at once, only the one
+    /// that clears the COUNTED bit counts down and frees.
+    ///
+    /// The state is read before the limiter and the client: if another connection claims the entry in between, the
+    /// compare-and-swap of the state fails, because a claimed entry has another generation. The entry is freed only if
+    /// it still has the tag that it was found by.
     #[inline(always)]
     pub fn release(&self) {
         let (state, at) = (self.state(), self.state_word());
         // SAFETY: as in `is_same_connection`.
-        let (limiter, client, first) = unsafe {
+        let (first, limiter, client) = unsafe {
             (
+                atomic::load32(at),
                 atomic::load32(&raw const (*state).limiter),
                 atomic::load32(&raw const (*state).client),
-                atomic::load32(at),
             )
         };
         let mut before = first;
@@ -241,11 +247,11 @@ impl ConnectionEntry {
             }
             // SAFETY: as in `is_same_connection`.
             before = unsafe { atomic::load32(at) };
-            if (before ^ first) >= ENTRY_GENERATION {
-                // Another connection has claimed the entry in the meantime.
+            if (before ^ first) >= ENTRY_GENERATION || before & bits::COUNTED == 0 {
+                // Another connection has claimed the entry in the meantime, or another CPU releases it.
                 return;
             }
         }
-        bucket::free(self.bucket, self.way);
+        bucket::free(self.bucket, self.way, self.tag);
     }
 }

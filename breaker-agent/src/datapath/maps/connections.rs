@@ -128,10 +128,12 @@ impl LimitMaps {
             return None;
         }
         let field = |offset| self.field(entry, offset).load(Ordering::SeqCst);
+        // First the state: see `ConnectionEntry::release` in the programs.
+        let state = field(offset_of!(ConnectionState, state));
         let last = u64::from(field(offset_of!(ConnectionState, last_seen_tick)));
         let seen = Seen {
             limiter: field(offset_of!(ConnectionState, limiter)),
-            state: field(offset_of!(ConnectionState, state)),
+            state,
             client: field(offset_of!(ConnectionState, client)),
             age: Duration::from_nanos(clock::monotonic_ns().saturating_sub((last + 1) << TICK_SHIFT)),
         };
