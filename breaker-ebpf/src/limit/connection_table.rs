@@ -25,7 +25,7 @@ static CONNECTION_MASK: Global<u32> = Global::new(DEFAULT_CONNECTION_BUCKETS - 1
 
 /// How long a flow of datagrams without packets is remembered, in ticks (60 ticks are 64 s). The agent removes it
 /// after 60 s.
-const DATAGRAMS_TICKS: u32 = 60;
+const DATAGRAMS_TICKS: i32 = 60;
 
 /// The entry of a connection.
 #[derive(Clone, Copy)]
@@ -190,8 +190,9 @@ impl ConnectionEntry {
                 atomic::load32(&raw const (*state).last_seen_tick),
             )
         };
-        let fresh =
-            request.bits & bits::DATAGRAMS == 0 || agent::tick(request.now_ns).wrapping_sub(last) <= DATAGRAMS_TICKS;
+        // Signed: `request.now_ns` may be the time of the last heartbeat, which is before the last packet.
+        let age = agent::tick(request.now_ns).wrapping_sub(last) as i32;
+        let fresh = request.bits & bits::DATAGRAMS == 0 || age <= DATAGRAMS_TICKS;
         // For a socket in the host network namespace, each connect() is a new connection.
         let socket = request.bits & (bits::SOCKET | bits::DATAGRAMS) == bits::SOCKET;
         of == limiter && sequence == request.sequence && fresh && !socket

@@ -416,6 +416,25 @@ fn flows_of_datagrams_are_limited() -> Result<()> {
     Ok(())
 }
 
+/// A flow of datagrams stays known when its limits change from a rate, which reads the clock, to a count, which reads
+/// the time of the last heartbeat: that time may be before the flow's last datagram.
+#[test]
+fn a_flow_of_datagrams_is_known_by_an_older_clock_too() -> Result<()> {
+    let service = |limits: &str| {
+        let text = expand_limits(&format!("limits: {{{limits}}},"));
+        share_by_nodes(service_with("dummy", &[(vip(10), "UDP")], &[pod(BACKUP, 53)], &text)?)
+    };
+    let mut rig = rig(&service("newConnectionsPerSecond: 1, burst: @2")?, Closed)?;
+    // The heartbeat is as old as the rig. Times of flows are counted in ticks of 2^30 ns.
+    std::thread::sleep(std::time::Duration::from_nanos(1 << breaker_common::TICK_SHIFT));
+    let question = Datagram::new(pod(CLIENT, 1), vip(10), b"again").bytes();
+    assert_untouched(&rig.raw_from_pod(&question)?, &question, "the first of its flow");
+    rig.apply(&plan_in_state(&service("concurrentConnections: @2")?, Closed, 6))?;
+    assert_untouched(&rig.raw_from_pod(&question)?, &question, "the same flow");
+    assert_eq!(report(&rig).counters.repeated, 1);
+    Ok(())
+}
+
 /// After the agent's lease has expired, rate limits still refuse, but counts do not (unless `onAgentLoss` is `Hold`):
 /// no agent corrects them.
 #[test]
