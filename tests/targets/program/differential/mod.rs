@@ -34,6 +34,7 @@ use breaker_tests::{
     tables::Tables,
 };
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+use rustix::time::{ClockId, clock_gettime};
 
 use steps::{BACKUPS, Decision, SERVICES, Step, backend, frontend, sequences};
 
@@ -219,7 +220,11 @@ impl Bench {
         service.when_all_unhealthy =
             if decision.reject { WhenAllUnhealthy::Reject } else { WhenAllUnhealthy::PassThrough };
         service.breaker.half_open_connections = decision.half_open_limit;
-        service.limits = decision.limits.map(|limits| configured(&limits));
+        let limits = decision.limits.map(|limits| configured(&limits));
+        if limits.is_some() && service.limits.is_some() && limits != service.limits {
+            wait_for_coarse_clock();
+        }
+        service.limits = limits;
         service.fast_path = if decision.fast { FastPath::PeerRedirect } else { FastPath::Off };
         service.keep_client.frontends =
             if decision.keeps_client { service.frontends.iter().copied().collect() } else { BTreeSet::new() };
@@ -303,6 +308,16 @@ impl Bench {
         let counted = new.next().map(|(reason, _)| *reason);
         ensure!(new.next().is_none(), "counted twice: {before:?}, {:?}", self.reasons);
         Ok(counted)
+    }
+}
+
+/// Waits until the coarse clock shows what the precise clock shows now. The programs read the clock that a tier's
+/// limits need (`now_for` in breaker-ebpf/src/limit/mod.rs): after a change of limits, the coarse clock could show a time
+/// before the last take, and a bucket that was charged by the precise clock would seem fuller than it is.
+fn wait_for_coarse_clock() {
+    let now = clock_gettime(ClockId::Monotonic);
+    while clock_gettime(ClockId::MonotonicCoarse) < now {
+        std::thread::sleep(std::time::Duration::from_micros(200));
     }
 }
 
