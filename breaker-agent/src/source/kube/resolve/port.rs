@@ -80,15 +80,14 @@ impl<'a> Resolver<'a> {
         }
         if is_local(service) {
             self.note(
-                "externalTrafficPolicy: Local: external clients keep their address toward backups on the node where \
-                 they enter the cluster; if that node has no backup, they are masqueraded"
+                "externalTrafficPolicy: Local: on nodes with a backup, external clients keep their address; on others \
+                 they are masqueraded"
                     .into(),
             );
         }
         if self.spec.fast_path == FastPath::PeerRedirect {
             self.note(
-                "fastPath: PeerRedirect: connections to a backup on the node where they start or enter the cluster \
-                 bypass netfilter and its NetworkPolicies; external clients keep their address there"
+                "fastPath: PeerRedirect: connections to a backup of the same node bypass netfilter and NetworkPolicies"
                     .into(),
             );
         }
