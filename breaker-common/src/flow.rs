@@ -20,6 +20,22 @@ pub struct FlowKey<A> {
     pub pad: [u8; 3],
 }
 
+impl<A: Copy> FlowKey<A> {
+    /// The reverse key of the flow with this key.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reverse_key<K>(&self, flow: &Flow<A, K>) -> ReverseKey<A> {
+        ReverseKey {
+            backend: flow.backend,
+            client: self.client,
+            backend_port: flow.backend_port,
+            client_port: flow.source_port,
+            proto: self.proto,
+            pad: [0; 3],
+        }
+    }
+}
+
 /// A tick is 2^30 ns (about 1.07 s) of `CLOCK_MONOTONIC`. That resolution is enough for flows, and a tick counter
 /// takes half the space of a time in nanoseconds.
 pub const TICK_SHIFT: u32 = 30;
@@ -85,6 +101,14 @@ pub mod seen {
     pub const RST: u8 = 2;
     /// The backend answered: any packet except a RST. Usually a SYN-ACK or a datagram.
     pub const ANSWERED: u8 = 4;
+
+    /// Whether a connection was reset, or closed from both sides. `client` and `backend`: bits that were seen of each
+    /// side. Without `both_sides`, the backend's packets are not seen, and the client's FIN is enough.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_ended(client: u8, backend: u8, both_sides: bool) -> bool {
+        (client | backend) & RST != 0 || client & FIN != 0 && (!both_sides || backend & FIN != 0)
+    }
 }
 
 /// A connection as the backend sees it: key of `REVERSE*` and `PENDING_REVERSE*`.
@@ -126,6 +150,14 @@ pub struct Reverse<A> {
     /// Egress of replies, encoded as in [`egress`]: the client's interface on the fast path ([`flow_path::FAST`]),
     /// else [`egress::STACK`].
     pub egress: u32,
+}
+
+impl<A: PartialEq> Reverse<A> {
+    /// Whether the entry belongs to the flow with this key.
+    #[inline(always)]
+    pub fn belongs_to(&self, key: &FlowKey<A>) -> bool {
+        self.vip == key.vip && self.vip_port == key.vip_port && self.client_port == key.client_port
+    }
 }
 
 /// A fragmented packet: key of `FRAGMENTS4` and `FRAGMENTS6` (RFC 791, section 3.2; RFC 8200, section 4.5).

@@ -2,11 +2,11 @@
 //! toward the backend.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use breaker_common::{Flow, FlowKey, FlowKind, Reverse, ReverseKey, seen};
+use breaker_common::{FlowKey, FlowKind, Reverse, ReverseKey, seen};
 
 use crate::{
     family::Family,
-    flow::{belongs_to, find, find_reverse, is_passed},
+    flow::{find, find_reverse, is_passed},
 };
 
 /// Number of source ports to try for a flow that needs another one than the client's.
@@ -28,7 +28,7 @@ pub fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: 
         // The entry was removed between the two calls, or the table is full: a second attempt shows which.
         return A::pending_reverse().insert(reverse_key, reverse, BPF_NOEXIST as u64).is_ok();
     };
-    if !belongs_to(other, key) && is_live(reverse_key, other) {
+    if !other.belongs_to(key) && is_live(reverse_key, other) {
         return false;
     }
     if kept {
@@ -53,17 +53,8 @@ fn is_live<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool
             && flow.backend == reverse_key.backend
             && flow.backend_port == reverse_key.backend_port
             && flow.source_port == reverse_key.client_port
-            && !is_over(flow, reverse)
+            && !seen::has_ended(flow.seen, reverse.seen, flow.kind as u8 != FlowKind::Direct as u8)
     })
-}
-
-/// Whether a connection is over: reset, or closed from both sides. The programs see only the client's side of a
-/// direct connection, so the client's FIN suffices there.
-#[inline(always)]
-fn is_over<A: Family>(flow: &Flow<A>, reverse: &Reverse<A>) -> bool {
-    let direct = flow.kind as u8 == FlowKind::Direct as u8;
-    (flow.seen | reverse.seen) & seen::RST != 0
-        || flow.seen & seen::FIN != 0 && (direct || reverse.seen & seen::FIN != 0)
 }
 
 /// Claims a free source port from `first` to `last` (host byte order). Tries [`PORT_TRIES`] ports, at positions in

@@ -95,25 +95,6 @@ pub fn reverse_key<A: Family>(segment: &Segment<A>) -> ReverseKey<A> {
     unsafe { (&raw const words).cast::<ReverseKey<A>>().read() }
 }
 
-/// The reverse key of a flow.
-#[inline(always)]
-pub fn reverse_key_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> ReverseKey<A> {
-    ReverseKey {
-        backend: flow.backend,
-        client: key.client,
-        backend_port: flow.backend_port,
-        client_port: flow.source_port,
-        proto: key.proto,
-        pad: [0; 3],
-    }
-}
-
-/// Whether a reverse entry belongs to the flow with this key.
-#[inline(always)]
-pub fn belongs_to<A: Family>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
-    reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
-}
-
 #[inline(always)]
 pub fn is_passed<A: Family>(flow: &Flow<A>) -> bool {
     flow.kind as u8 == FlowKind::Passed as u8
@@ -154,7 +135,7 @@ fn promote<A: Family>(key: &FlowKey<A>) {
     if is_passed(flow) {
         return;
     }
-    let reverse_key = reverse_key_of(key, flow);
+    let reverse_key = key.reverse_key(flow);
     // A direct connection with its own port has no translation, so it can be evicted without harm.
     if flow.kind as u8 == FlowKind::Direct as u8 && flow.source_port == key.client_port {
         return;
@@ -169,7 +150,7 @@ fn promote<A: Family>(key: &FlowKey<A>) {
     // SAFETY: as in `find`.
     let reverse = unsafe { &*reverse };
     // If this flow has ended, another flow may have taken the reverse key, and the answer was for that one.
-    if reverse.seen & seen::ANSWERED == 0 || !belongs_to(reverse, key) {
+    if reverse.seen & seen::ANSWERED == 0 || !reverse.belongs_to(key) {
         return;
     }
     if A::reverse().insert(&reverse_key, reverse, BPF_ANY as u64).is_err() {
@@ -240,8 +221,8 @@ fn ended_by<A: Family>(segment: &Segment<A>) -> u8 {
 pub fn remove<A: Family>(key: &FlowKey<A>) {
     let Some(old) = find(key) else { return };
     if !is_passed(old) {
-        let reverse_key = reverse_key_of(key, old);
-        if find_reverse(&reverse_key).is_some_and(|reverse| belongs_to(reverse, key)) {
+        let reverse_key = key.reverse_key(old);
+        if find_reverse(&reverse_key).is_some_and(|reverse| reverse.belongs_to(key)) {
             let _ = A::reverse().remove(&reverse_key);
             let _ = A::pending_reverse().remove(&reverse_key);
         }

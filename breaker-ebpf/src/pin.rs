@@ -7,7 +7,6 @@ use crate::{
     agent,
     claim::{EPHEMERAL_FIRST, PORT_FIRST, claim, claim_other_port},
     family::Family,
-    flow::reverse_key_of,
 };
 
 /// The entry of a new flow to a backend, through the stack and with the client's own port. `now_ns`: ns of
@@ -98,7 +97,7 @@ const TABLE_FULL: u32 = 2;
 /// [`pin`] as a BPF subprogram (not inlined), which can return only a number.
 #[inline(never)]
 fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> u32 {
-    let mut reverse_key = reverse_key_of(key, flow);
+    let mut reverse_key = key.reverse_key(flow);
     let reverse = reverse_of(key, flow, reply_egress);
     let fast = reply_egress != egress::STACK;
     if fast || !claim(key, &reverse_key, &reverse) {

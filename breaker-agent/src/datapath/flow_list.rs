@@ -9,7 +9,7 @@ use super::{
         Maps,
         family::{IpFamily, protocol},
     },
-    sweep::{age, belongs_to, ended, reverse_key, reverse_of},
+    sweep::{age, has_ended, reverse_of},
 };
 use crate::clock;
 
@@ -27,7 +27,7 @@ fn list_family<A: IpFamily>(maps: &Maps, service: u32) -> Vec<FlowSnapshot> {
     let family = A::of(maps);
     let entries = family.flows.iter().chain(family.pending.iter()).flatten();
     let view = |(key, flow): (FlowKey<A>, Flow<A, u8>)| {
-        let reverse = reverse_of(family, &reverse_key(&key, &flow)).filter(|r| belongs_to(r, &key));
+        let reverse = reverse_of(family, &key.reverse_key(&flow)).filter(|r| r.belongs_to(&key));
         let back = reverse.map_or(0, |r| r.seen);
         Some(FlowSnapshot {
             client: key.client.socket(key.client_port),
@@ -39,7 +39,7 @@ fn list_family<A: IpFamily>(maps: &Maps, service: u32) -> Vec<FlowSnapshot> {
             epoch: flow.epoch,
             path: if flow.path & flow_path::FAST == 0 { FlowPath::Stack } else { FlowPath::Veth },
             age: age(now, flow.created_tick),
-            phase: if ended(flow.seen, back, flow.kind) {
+            phase: if has_ended(&flow, back) {
                 FlowPhase::Ended
             } else if flow.kind == FlowKind::Passed as u8 {
                 FlowPhase::Passed

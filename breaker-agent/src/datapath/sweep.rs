@@ -69,11 +69,11 @@ fn sweep_family<A: IpFamily>(
     for (kept, table) in [(false, &family.pending), (true, &family.flows)] {
         for entry in walk(table, &maps.sizes) {
             let Some((key, flow)) = entry_of(entry).context("read the flows")? else { continue };
-            let reverse_key = reverse_key(&key, &flow);
+            let reverse_key = key.reverse_key(&flow);
             let redirected = flow.kind == FlowKind::Redirected as u8;
             let passed = flow.kind == FlowKind::Passed as u8;
             let theirs = if passed { None } else { reverse_of(family, &reverse_key) };
-            let reverse = theirs.filter(|reverse| belongs_to(reverse, &key));
+            let reverse = theirs.filter(|reverse| reverse.belongs_to(&key));
             // Another flow has the reverse key now. It came later, so this flow has ended.
             let superseded = theirs.is_some() && reverse.is_none();
             if superseded
@@ -109,7 +109,7 @@ fn sweep_family<A: IpFamily>(
         }
         remove_flow(family, &key)?;
         if let Some(reverse_key) = reverse_key
-            && reverse_of(family, &reverse_key).is_some_and(|reverse| belongs_to(&reverse, &key))
+            && reverse_of(family, &reverse_key).is_some_and(|reverse| reverse.belongs_to(&key))
         {
             remove_reverse(family, &reverse_key)?;
         }
@@ -145,8 +145,8 @@ fn remove_flows_of_family<A: IpFamily>(
         {
             remove_flow(family, key)?;
         }
-        let reverse_key = reverse_key(key, flow);
-        if reverse_of(family, &reverse_key).is_some_and(|reverse| belongs_to(&reverse, key)) {
+        let reverse_key = key.reverse_key(flow);
+        if reverse_of(family, &reverse_key).is_some_and(|reverse| reverse.belongs_to(key)) {
             remove_reverse(family, &reverse_key)?;
         }
     }
@@ -213,22 +213,6 @@ fn remove<K: aya::Pod, V: aya::Pod>(table: &mut BpfMap<MapData, K, V>, key: &K) 
     }
 }
 
-pub(super) fn reverse_key<A: IpFamily>(key: &FlowKey<A>, flow: &Flow<A, u8>) -> ReverseKey<A> {
-    ReverseKey {
-        backend: flow.backend,
-        client: key.client,
-        backend_port: flow.backend_port,
-        client_port: flow.source_port,
-        proto: key.proto,
-        pad: [0; 3],
-    }
-}
-
-/// Whether a reverse entry belongs to the flow with this key.
-pub(super) fn belongs_to<A: IpFamily>(reverse: &Reverse<A>, key: &FlowKey<A>) -> bool {
-    reverse.vip == key.vip && reverse.vip_port == key.vip_port && reverse.client_port == key.client_port
-}
-
 /// Returns the time since the end of a tick (see [`TICK_SHIFT`]); 0 if the tick has not ended.
 pub(super) fn age(now_ns: u64, tick: u32) -> Duration {
     Duration::from_nanos(now_ns.saturating_sub((u64::from(tick) + 1) << TICK_SHIFT))
@@ -249,7 +233,7 @@ fn is_over<A: IpFamily>(
     if key.proto == PROTO_UDP {
         return age > DATAGRAM[usize::from(answered)];
     }
-    if ended(flow.seen, back, flow.kind) {
+    if has_ended(flow, back) {
         return age > LINGER;
     }
     if reverse.is_some() && !answered && flow.kind == FlowKind::Redirected as u8 {
@@ -260,9 +244,8 @@ fn is_over<A: IpFamily>(
     idle.is_some_and(|idle| age > idle)
 }
 
-/// Whether a connection was reset, or closed from both sides. Of a passed or direct flow only the client's side is
-/// seen, so its FIN is enough.
-pub(super) fn ended(forward: u8, back: u8, kind: u8) -> bool {
-    let fin = forward & seen::FIN != 0;
-    (forward | back) & seen::RST != 0 || fin && (back & seen::FIN != 0 || kind != FlowKind::Redirected as u8)
+/// Whether a connection was reset, or closed from both sides. `back`: bits of [`seen`] from packets of the backend, which
+/// are seen of redirected flows only.
+pub(super) fn has_ended<A>(flow: &Flow<A, u8>, back: u8) -> bool {
+    seen::has_ended(flow.seen, back, flow.kind == FlowKind::Redirected as u8)
 }
