@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result};
 use breaker_api::{
     events::EventLine,
     status::{AgentStatus, DatapathStatus, ServiceStatus},
@@ -19,19 +18,20 @@ use breaker_core::{
 };
 use tokio::{
     io::unix::AsyncFd,
-    signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
 };
 
 use crate::{
-    check::Checkers,
+    check::{Checkers, Known},
     clock::{self, Clock},
     command::Command,
     config::{AgentConfig, ConfigError},
     datapath::{KernelDatapath, interfaces::InterfaceChange, neighbors::LocalPods, preflight},
     heartbeat::{self, Lease},
     interfaces::Interfaces,
+    logging::Incidents,
     process,
+    signals::Signals,
     source::{
         file::FileSource,
         kube::{KubeSource, NodeState, Update},
@@ -61,6 +61,8 @@ pub struct Inputs {
     pub events: AsyncFd<OwnedFd>,
     /// Where the services are configured.
     pub source: Source,
+    /// The operator's signals.
+    pub signals: Signals,
 }
 
 /// The source of the services.
@@ -104,6 +106,8 @@ pub struct Agent {
     pub interfaces: Interfaces,
     /// The running checks.
     pub checkers: Checkers,
+    /// What went wrong without ending the process.
+    pub incidents: Incidents,
     /// Id of the latest event, for readers that wait.
     pub latest_event: watch::Sender<u64>,
     /// The section `agent` of the configuration, as it was at the start.
@@ -134,13 +138,7 @@ pub struct Agent {
 
 impl Agent {
     /// Runs until SIGTERM or SIGINT.
-    ///
-    /// # Errors
-    /// The signals cannot be listened for.
-    pub async fn run(&mut self, mut inputs: Inputs) -> Result<()> {
-        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-        let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
+    pub async fn run(&mut self, mut inputs: Inputs) {
         let mut heartbeat = tokio::time::interval(heartbeat::INTERVAL);
         let mut last_tick = self.clock.now().mono;
         loop {
@@ -152,10 +150,10 @@ impl Agent {
             }
             let due = self.clock.instant_of(due);
             tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-                _ = hangup.recv() => if let Source::File(file) = &inputs.source {
-                    self.reload(file, "SIGHUP");
+                hangup = inputs.signals.next_is_hangup() => match &inputs.source {
+                    _ if !hangup => break,
+                    Source::File(file) => self.reload(file, "SIGHUP"),
+                    Source::Kubernetes(_) => {}
                 },
                 event = inputs.source.changed() => match (event, &inputs.source) {
                     (SourceEvent::FileChanged, Source::File(file)) => self.reload(file, "the file changed"),
@@ -187,6 +185,9 @@ impl Agent {
                     self.tick();
                 }
             }
+            for (service, epoch) in self.engine.take_transitions() {
+                self.checkers.begin_epoch(&service, epoch);
+            }
             self.engine.take_log().iter().for_each(log);
             let latest = self.engine.last_event();
             self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);
@@ -197,7 +198,6 @@ impl Agent {
         if let Source::Kubernetes(kube) = &inputs.source {
             kube.shutdown().await;
         }
-        Ok(())
     }
 
     fn tick(&mut self) {
@@ -262,7 +262,10 @@ impl Agent {
         let targets = targets(&services);
         self.engine.configure(self.clock.now(), services, &mut self.datapath);
         let engine = &self.engine;
-        self.checkers.set_targets(targets, |target| engine.known_health(target));
+        self.checkers.set_targets(targets, |target| Known {
+            health: engine.known_health(target),
+            epoch: engine.state_epoch(&target.service),
+        });
     }
 
     /// Switches the search for pods on while a service needs local pods or a flow may use the fast path, otherwise off.
@@ -348,7 +351,11 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             running: true,
+            hung: false,
             process: process::own(),
+            probes: Some(view::probes(self.checkers.load())),
+            lost_log_lines: self.incidents.lost_log_lines(),
+            panics: self.incidents.panics(),
             last_beat: Some(clock::timestamp(now.unix_ns)),
             lease_seconds: self.config.lease.as_secs(),
             datapath: DatapathStatus {

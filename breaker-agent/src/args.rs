@@ -3,7 +3,6 @@
 
 use std::{
     ffi::OsString,
-    io::{self, IsTerminal as _},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -12,14 +11,16 @@ use anyhow::{Context as _, Result, bail};
 use breaker_api::{DEFAULT_PIN_PATH, preflight::Verdict};
 use breaker_cli::{
     args::{Command as CliCommand, Global, TableOutput},
-    run::{self, is_closed_pipe, out},
+    run::{self, complain, exit_code, out},
 };
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use crate::{
-    config::{self, Config, ConfigError},
+    config::{self, AgentConfig, Config, ConfigError},
     datapath::{cleanup, preflight},
+    logging::{Incidents, Log},
     offline,
+    signals::Signals,
     source::kube::NodeIdentity,
     start::{self, Options, Origin},
 };
@@ -56,32 +57,7 @@ enum Command {
 The file is read again on SIGHUP and when it changes. A file with errors is logged and changes nothing.
 SIGTERM leaves the datapath in place for the next agent; established connections are not interrupted."
     )]
-    Agent {
-        /// Configuration file, see docs/CONFIGURATION.md. With --kubernetes, only its section `agent` is used.
-        #[arg(long, value_name = "FILE", required_unless_present = "kubernetes")]
-        config: Option<PathBuf>,
-        /// Read the services from Kubernetes: CircuitBreakers and annotated Services.
-        #[arg(long)]
-        kubernetes: bool,
-        /// Name of this Node.
-        #[arg(long, env = "NODE_NAME", requires = "kubernetes", value_name = "NAME")]
-        node_name: Option<String>,
-        /// Namespace of the agents. A Lease in it says which agent writes the statuses.
-        #[arg(long, env = "POD_NAMESPACE", default_value = "breaker-system", value_name = "NAME")]
-        namespace: String,
-        /// Kubeconfig for the API server; default: KUBECONFIG, ~/.kube/config or the pod's service account.
-        #[arg(long, requires = "kubernetes", value_name = "FILE")]
-        kubeconfig: Option<PathBuf>,
-        /// Remove programs and maps when the agent ends.
-        #[arg(long)]
-        detach: bool,
-        /// Only check the configuration, and exit.
-        #[arg(long)]
-        check: bool,
-        /// Log level of the eBPF programs; without this option, they do not log.
-        #[arg(long, value_name = "LEVEL")]
-        program_log: Option<log::Level>,
-    },
+    Agent(AgentArgs),
     #[command(flatten)]
     Cli(CliCommand),
     /// Check whether this machine can run the datapath. Every problem comes with a remedy.
@@ -100,6 +76,34 @@ SIGTERM leaves the datapath in place for the next agent; established connections
     },
 }
 
+#[derive(Debug, Args)]
+struct AgentArgs {
+    /// Configuration file, see docs/CONFIGURATION.md. With --kubernetes, only its section `agent` is used.
+    #[arg(long, value_name = "FILE", required_unless_present = "kubernetes")]
+    config: Option<PathBuf>,
+    /// Read the services from Kubernetes: CircuitBreakers and annotated Services.
+    #[arg(long)]
+    kubernetes: bool,
+    /// Name of this Node.
+    #[arg(long, env = "NODE_NAME", requires = "kubernetes", value_name = "NAME")]
+    node_name: Option<String>,
+    /// Namespace of the agents. A Lease in it says which agent writes the statuses.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "breaker-system", value_name = "NAME")]
+    namespace: String,
+    /// Kubeconfig for the API server; default: KUBECONFIG, ~/.kube/config or the pod's service account.
+    #[arg(long, requires = "kubernetes", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// Remove programs and maps when the agent ends.
+    #[arg(long)]
+    detach: bool,
+    /// Only check the configuration, and exit.
+    #[arg(long)]
+    check: bool,
+    /// Log level of the eBPF programs; without this option, they do not log.
+    #[arg(long, value_name = "LEVEL")]
+    program_log: Option<log::Level>,
+}
+
 /// Exit code for invalid input, the same as clap's.
 const BAD_INPUT: u8 = 2;
 
@@ -107,45 +111,70 @@ const BAD_INPUT: u8 = 2;
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(arguments(std::env::args_os()));
-    if let Command::Agent { config, kubernetes, node_name, namespace, kubeconfig, detach, check, program_log } =
-        cli.command
-    {
-        let identity = kubernetes.then_some((node_name, namespace, kubeconfig));
-        let started = match identity {
-            None => options_of_file(config.unwrap_or_default(), detach, program_log),
-            Some((Some(node), namespace, kubeconfig)) if !node.is_empty() => {
-                options_of_cluster(config, NodeIdentity { node, namespace, kubeconfig, room: 0 }, detach, program_log)
-            }
-            Some(_) => Err(vec!["--node-name is missing (in a pod, set NODE_NAME from spec.nodeName)".into()]),
-        };
-        return match started {
-            Ok(options) if check => {
-                let services = match &options.origin {
-                    Origin::File { services, .. } => format!(", {} services", services.len()),
-                    Origin::Kubernetes(_) => String::new(),
-                };
-                println!("the configuration is valid{services}");
-                ExitCode::SUCCESS
-            }
-            Ok(options) => agent(options),
-            Err(problems) => {
-                for problem in problems {
-                    eprintln!("{problem}");
-                }
-                ExitCode::from(BAD_INPUT)
-            }
-        };
+    if let Command::Agent(args) = cli.command {
+        return if args.check { check(args) } else { agent(args) };
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = runtime.context("start").and_then(|runtime| runtime.block_on(execute(cli)));
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("breaker: {error:#}");
-            ExitCode::FAILURE
+    exit_code("breaker", outcome)
+}
+
+/// Checks the configuration. Reports every problem.
+fn check(args: AgentArgs) -> ExitCode {
+    match options(args) {
+        Ok(Options { origin, .. }) => {
+            let services = match &origin {
+                Origin::File { services, .. } => format!(", {} services", services.len()),
+                Origin::Kubernetes(_) => String::new(),
+            };
+            exit_code("breaker", out(&format!("the configuration is valid{services}\n")))
         }
+        Err(problems) => refuse(&problems),
     }
+}
+
+/// Runs the agent. It listens for signals first, because the rest of the start may take a while.
+fn agent(args: AgentArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return exit_code("breaker", Err(error).context("start")),
+    };
+    runtime.block_on(async {
+        let signals = match Signals::listen() {
+            Ok(signals) => signals,
+            Err(error) => return exit_code("breaker", Err(error).context("listen for signals")),
+        };
+        let mut options = match options(args) {
+            Ok(options) => options,
+            Err(problems) => return refuse(&problems),
+        };
+        let log = Log::start();
+        options.incidents = log.incidents();
+        let outcome = match preflight::require(&options.agent.pin_path) {
+            Ok(()) => start::run(options, signals).await,
+            error => error,
+        };
+        // The last lines of the log come before the error.
+        drop(log);
+        exit_code("breaker", outcome)
+    })
+}
+
+fn refuse(problems: &[String]) -> ExitCode {
+    for problem in problems {
+        complain(problem);
+    }
+    ExitCode::from(BAD_INPUT)
+}
+
+fn options(args: AgentArgs) -> Result<Options, Vec<String>> {
+    let AgentArgs { config, kubernetes, node_name, namespace, kubeconfig, detach, program_log, check: _ } = args;
+    let (agent, origin) = match node_name {
+        _ if !kubernetes => of_file(config.unwrap_or_default())?,
+        Some(node) if !node.is_empty() => of_cluster(config, NodeIdentity { node, namespace, kubeconfig, room: 0 })?,
+        _ => return Err(vec!["--node-name is missing (in a pod, set NODE_NAME from spec.nodeName)".into()]),
+    };
+    Ok(Options { agent, origin, detach, incidents: Incidents::default(), program_log })
 }
 
 /// Returns the arguments for clap. kubectl runs the binary as a plugin under the name `kubectl-breaker`; under that
@@ -160,55 +189,19 @@ fn lines(errors: &[ConfigError]) -> Vec<String> {
     errors.iter().map(ToString::to_string).collect()
 }
 
-fn options_of_file(path: PathBuf, detach: bool, program_log: Option<log::Level>) -> Result<Options, Vec<String>> {
+fn of_file(path: PathBuf) -> Result<(AgentConfig, Origin), Vec<String>> {
     let text = config::read(&path).map_err(|errors| lines(&errors))?;
     let Config { agent, services } = config::parse(&path, &text).map_err(|errors| lines(&errors))?;
-    Ok(Options { agent, origin: Origin::File { path, text, services }, detach, program_log })
+    Ok((agent, Origin::File { path, text, services }))
 }
 
-fn options_of_cluster(
-    config: Option<PathBuf>,
-    identity: NodeIdentity,
-    detach: bool,
-    program_log: Option<log::Level>,
-) -> Result<Options, Vec<String>> {
+fn of_cluster(config: Option<PathBuf>, identity: NodeIdentity) -> Result<(AgentConfig, Origin), Vec<String>> {
     let (path, text) = match config {
         Some(path) => (path.clone(), config::read(&path).map_err(|errors| lines(&errors))?),
         None => (PathBuf::new(), String::new()),
     };
     let agent = config::parse_agent(&path, &text).map_err(|errors| lines(&errors))?;
-    Ok(Options { agent, origin: Origin::Kubernetes(identity), detach, program_log })
-}
-
-fn agent(options: Options) -> ExitCode {
-    start_log();
-    if let Err(error) = preflight::require(&options.agent.pin_path) {
-        eprintln!("breaker: {error:#}");
-        return ExitCode::FAILURE;
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.context("start").and_then(|runtime| runtime.block_on(start::run(options))) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("breaker: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// The default log filter. The netlink crate warns about every attribute that a newer kernel has made longer, and
-/// kube's client about every failed attempt. The agent itself reports, once, if an attempt's failure has
-/// consequences.
-const DEFAULT_LOG: &str = "info,netlink_packet_route=error,kube_client=off";
-
-/// Starts the log on standard error. The level comes from `BREAKER_LOG` (default: info).
-fn start_log() {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("BREAKER_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_LOG));
-    let ansi = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).with_target(false).init();
-    // The messages of the eBPF programs come through the `log` crate.
-    let _ = tracing_log::LogTracer::init();
+    Ok((agent, Origin::Kubernetes(identity)))
 }
 
 async fn execute(cli: Cli) -> Result<()> {
@@ -243,7 +236,7 @@ async fn execute(cli: Cli) -> Result<()> {
             Ok(())
         }
         // `main` handles this command.
-        Command::Agent { .. } => Ok(()),
+        Command::Agent(_) => Ok(()),
     }
 }
 

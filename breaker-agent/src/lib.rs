@@ -18,6 +18,7 @@
 //! | [`heartbeat`] | the lease: how long the programs trust the agent |
 //! | [`interfaces`] | the interfaces with programs, and the pods behind them |
 //! | [`view`] | conversion of the engine's values to JSON |
+//! | [`logging`], [`supervise`], [`signals`] | the log, tasks that panic, signals: nothing but the operator ends the agent |
 //! | [`process`] | CPU time and memory of a process |
 //! | [`config`] | the configuration file |
 //! | [`source`] | where services come from: a file, or Kubernetes |
@@ -26,6 +27,9 @@
 //! | [`datapath`] | programs and maps; the only module that uses aya |
 //!
 //! docs/ARCHITECTURE.md lists which module may import which, and `cargo xtask lint` checks the imports.
+
+// They panic where the output cannot be written.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod agent_loop;
 pub mod args;
@@ -37,8 +41,11 @@ pub mod control;
 pub mod datapath;
 pub mod heartbeat;
 pub mod interfaces;
+pub mod logging;
 pub mod offline;
 pub mod process;
+pub mod signals;
 pub mod source;
 pub mod start;
+pub mod supervise;
 pub mod view;

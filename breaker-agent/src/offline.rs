@@ -29,7 +29,11 @@ pub fn status(pin_path: &Path, socket: &Path) -> Result<AgentStatus> {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: maps.heartbeat.pid,
         running: false,
+        hung: false,
         process: None,
+        probes: None,
+        lost_log_lines: 0,
+        panics: 0,
         last_beat: view::timestamp_unless_zero(maps.heartbeat.beat_unix_ns),
         lease_seconds: maps.heartbeat.lease_ns / 1_000_000_000,
         datapath: DatapathStatus {
@@ -64,6 +68,7 @@ fn service(MappedService { service, counters, limits }: MappedService) -> Servic
         error: None,
         failed_writes: 0,
         flows: 0,
+        local_errors: 0,
         counters: counters.into(),
         limits: limits.map(|limits| view::limits_in_maps(&limits.limits, limits.report)),
     }

@@ -25,10 +25,13 @@ use crate::{
     },
     heartbeat::Lease,
     interfaces::Interfaces,
+    logging::Incidents,
+    signals::Signals,
     source::{
         file::FileSource,
         kube::{self, KubeSource, NodeIdentity},
     },
+    supervise,
 };
 
 /// Where the services are configured.
@@ -56,6 +59,8 @@ pub struct Options {
     pub origin: Origin,
     /// Remove programs and maps at the end, instead of leaving them to the next agent.
     pub detach: bool,
+    /// What went wrong without ending the process.
+    pub incidents: Incidents,
     /// Log level of the eBPF programs. With `None`, they are loaded with logging disabled.
     pub program_log: Option<log::Level>,
 }
@@ -65,7 +70,7 @@ pub struct Options {
 /// # Errors
 /// The agent cannot start. An error before the first configuration is applied leaves the decisions and programs of
 /// an earlier agent as they are.
-pub async fn run(options: Options) -> Result<()> {
+pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     breaker_cli::install_crypto();
     let config = options.agent;
     anyhow::ensure!(
@@ -114,7 +119,10 @@ pub async fn run(options: Options) -> Result<()> {
         Origin::Kubernetes(mut identity) => {
             // Leave room for services that are no longer configured but still have flows.
             identity.room = (datapath.sizes().services as usize).saturating_sub(16).max(1);
-            let client = kube::client(identity.kubeconfig.as_deref()).await?;
+            let client = tokio::select! {
+                () = signals.end() => return Ok(()),
+                client = kube::client(identity.kubeconfig.as_deref()) => client?,
+            };
             (Source::Kubernetes(Box::new(KubeSource::start(&client, &identity))), None)
         }
     };
@@ -139,6 +147,7 @@ pub async fn run(options: Options) -> Result<()> {
         reported_changes: 0,
         reported_at: Duration::ZERO,
         config: config.clone(),
+        incidents: options.incidents,
     };
     // The heartbeat comes first, then the decisions, then the programs that act on them. With Kubernetes as the
     // source, the decisions of an earlier agent stay in force until the source has delivered the first
@@ -153,7 +162,7 @@ pub async fn run(options: Options) -> Result<()> {
     let (pid, attach, count) = (std::process::id(), agent.interfaces.attach_mode(), agent.interfaces.count());
     let services = agent.service_count;
     tracing::info!(pid, adopted, attach = attach.label(), interfaces = count, services, "ready");
-    agent.run(Inputs { reports, commands, interfaces, pods, events, source }).await?;
+    agent.run(Inputs { reports, commands, interfaces, pods, events, source, signals }).await;
     if options.detach {
         drop(agent);
         let cleaned = pins.remove()?;
@@ -195,7 +204,7 @@ fn forward_log(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) {
         let mut interval = tokio::time::interval(INTERVAL);
         loop {
             interval.tick().await;
-            logger.flush();
+            let _ = supervise::contained_call(|| logger.flush());
         }
     });
 }

@@ -7,7 +7,7 @@ use breaker_api::{
     events::{EventLine, EventType},
     flows::{FlowPath, FlowPhase, FlowView, Protocol},
     limits::{ActiveLimit, LimitsStatus, RefusedClient, TierLimitsStatus},
-    status::{Applied, BackendStatus, CheckCode, Health, ServiceStatus, TierStatus},
+    status::{Applied, BackendStatus, CheckCode, Health, LocalErrors, ProbesStatus, ServiceStatus, TierStatus},
     tier::TierRole,
 };
 use breaker_common::{EventKind, LimitAction, LimitKind, ServiceLimits};
@@ -50,6 +50,7 @@ pub fn service(snapshot: ServiceSnapshot) -> ServiceStatus {
         error: snapshot.error,
         failed_writes: snapshot.failed_writes,
         flows: snapshot.flows,
+        local_errors: snapshot.local_errors,
         counters: snapshot.counters.into(),
         limits: snapshot.limits.map(limits_status),
     }
@@ -74,7 +75,12 @@ fn backend(backend: BackendSnapshot) -> BackendStatus {
         address: backend.address,
         health: backend.health.map_or(Health::Unchecked, health),
         since: backend.since_unix_ns.map(timestamp),
-        last_check: last.map(|last| code(last.code)),
+        last_check: last.and_then(|last| code(last.code)),
+        local_errors: backend.local_errors.map(|errors| LocalErrors {
+            count: errors.count,
+            since: timestamp(errors.since.unix_ns),
+            detail: errors.detail,
+        }),
         detail: last.map(|last| last.detail.clone()),
         // Milliseconds with two decimals.
         check_millis: last.map(|last| (last.duration.as_secs_f64() * 100_000.0).round() / 100.0),
@@ -126,6 +132,8 @@ pub fn event(entry: &Entry) -> EventLine {
         kind: match entry.kind {
             EntryKind::Transition(_) => EventType::Transition,
             EntryKind::Health => EventType::Health,
+            EntryKind::LocalError => EventType::LocalError,
+            EntryKind::LeftOut => EventType::LeftOut,
             EntryKind::Limited => EventType::Limited,
             EntryKind::WriteFailed => EventType::WriteFailed,
             EntryKind::WriteRecovered => EventType::WriteRecovered,
@@ -299,15 +307,30 @@ const fn health(health: health::Health) -> Health {
     }
 }
 
-const fn code(code: probe::CheckCode) -> CheckCode {
-    match code {
+/// The code of a result; `None` for a probe without one.
+const fn code(code: probe::CheckCode) -> Option<CheckCode> {
+    Some(match code {
         probe::CheckCode::L4Ok => CheckCode::L4Ok,
         probe::CheckCode::L4Con => CheckCode::L4Con,
         probe::CheckCode::L4Tout => CheckCode::L4Tout,
+        probe::CheckCode::L6Tout => CheckCode::L6Tout,
         probe::CheckCode::L6Rsp => CheckCode::L6Rsp,
         probe::CheckCode::L7Ok => CheckCode::L7Ok,
         probe::CheckCode::L7Sts => CheckCode::L7Sts,
         probe::CheckCode::L7Tout => CheckCode::L7Tout,
         probe::CheckCode::L7Rsp => CheckCode::L7Rsp,
+        probe::CheckCode::LocalError => return None,
+    })
+}
+
+/// How busy the probes are.
+#[must_use]
+pub const fn probes(load: probe::ProbeLoad) -> ProbesStatus {
+    ProbesStatus {
+        limit: load.most,
+        running: load.running,
+        waiting: load.waiting,
+        late: load.late,
+        local_errors: load.local_errors,
     }
 }

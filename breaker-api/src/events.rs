@@ -11,6 +11,10 @@ pub enum EventType {
     Transition,
     /// A backend's health changed.
     Health,
+    /// Probes have had no result for some time, because of an error of this node; or they have results again.
+    LocalError,
+    /// Events of a service were left out, because there were too many.
+    LeftOut,
     /// A limit refuses new connections.
     Limited,
     /// The programs met a new epoch.
@@ -43,6 +47,8 @@ impl EventType {
         match self {
             Self::Transition => "Transition",
             Self::Health => "Health",
+            Self::LocalError => "LocalError",
+            Self::LeftOut => "LeftOut",
             Self::Limited => "Limited",
             Self::StateAdopted => "StateAdopted",
             Self::FlowMoved => "FlowMoved",

@@ -22,9 +22,22 @@ pub struct AgentStatus {
     pub pid: u32,
     /// Whether this status comes from a running agent; otherwise it was read from the maps.
     pub running: bool,
+    /// Whether an agent has its control socket open, but does not answer. The status then comes from the maps.
+    #[serde(default)]
+    pub hung: bool,
     /// The CPU time and memory that the agent uses; absent without a running agent.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub process: Option<ProcessStatus>,
+    /// Number of log lines that were lost since the agent started: its log could not be written, or was not read fast
+    /// enough.
+    #[serde(default)]
+    pub lost_log_lines: u64,
+    /// Number of faults (panics) in the agent since it started. Each ended one attempt of one task.
+    #[serde(default)]
+    pub panics: u64,
+    /// How busy the probes are; absent without a running agent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub probes: Option<ProbesStatus>,
     /// Time of the agent's last heartbeat.
     pub last_beat: Option<Timestamp>,
     /// The lease in seconds: how long the programs trust the agent's decisions after its last heartbeat. 0: for ever.
@@ -33,6 +46,22 @@ pub struct AgentStatus {
     pub datapath: DatapathStatus,
     /// The services, by name.
     pub services: Vec<ServiceStatus>,
+}
+
+/// How busy the probes are.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProbesStatus {
+    /// Probes at the same time, at most. It follows from the limit of descriptors (`RLIMIT_NOFILE`).
+    pub limit: usize,
+    /// Probes that run now.
+    pub running: usize,
+    /// Probes that wait for their turn.
+    pub waiting: u64,
+    /// Probes that began late because too many others were running, since the agent started.
+    pub late: u64,
+    /// Probes without a result because of an error of this node, since the agent started.
+    pub local_errors: u64,
 }
 
 /// The CPU time and memory that the agent uses.
@@ -121,6 +150,9 @@ pub struct ServiceStatus {
     pub failed_writes: u64,
     /// Number of live flows on backups at the last sweep.
     pub flows: usize,
+    /// Probes without a result, because of an error of this node, since the agent first saw the service.
+    #[serde(default)]
+    pub local_errors: u64,
     /// Counters since the service was added to the maps.
     pub counters: Counters,
     /// The service's limits, if it has any.
@@ -193,6 +225,9 @@ pub enum CheckCode {
     /// Not connected in time.
     #[serde(rename = "L4TOUT")]
     L4Tout,
+    /// The TLS handshake did not end in time.
+    #[serde(rename = "L6TOUT")]
+    L6Tout,
     /// The TLS handshake failed.
     #[serde(rename = "L6RSP")]
     L6Rsp,
@@ -218,6 +253,7 @@ impl CheckCode {
             Self::L4Ok => "L4OK",
             Self::L4Con => "L4CON",
             Self::L4Tout => "L4TOUT",
+            Self::L6Tout => "L6TOUT",
             Self::L6Rsp => "L6RSP",
             Self::L7Ok => "L7OK",
             Self::L7Sts => "L7STS",
@@ -237,12 +273,15 @@ pub struct BackendStatus {
     pub health: Health,
     /// Since when it has this health.
     pub since: Option<Timestamp>,
-    /// Code of the last probe, in HAProxy's vocabulary.
+    /// Code of the last probe with a result, in HAProxy's vocabulary.
     pub last_check: Option<CheckCode>,
     /// Details of the last probe: the HTTP status or the error.
     pub detail: Option<String>,
     /// Duration of the last probe, in milliseconds.
     pub check_millis: Option<f64>,
+    /// The probes since then, if they had no result because of an error of this node.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub local_errors: Option<LocalErrors>,
     /// Relative weight.
     pub weight: u16,
     /// Whether the backend is known to be a pod on this node. Determined only for services that need it
@@ -250,6 +289,19 @@ pub struct BackendStatus {
     #[serde(default)]
     #[serde(rename = "near")]
     pub local: bool,
+}
+
+/// Probes in a row without a result. Something on this node kept them from asking, so they say nothing about the
+/// backend.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LocalErrors {
+    /// How many.
+    pub count: u64,
+    /// When the first of them ended.
+    pub since: Timestamp,
+    /// Why the last of them had no result.
+    pub detail: String,
 }
 
 /// [`ServiceCounters`] as JSON.

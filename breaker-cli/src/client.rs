@@ -10,6 +10,7 @@ use breaker_api::{
     status::{AgentStatus, ServiceStatus},
 };
 use bytes::BytesMut;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::{Client as Http, Method, Response};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -28,6 +29,13 @@ impl Client {
         Ok(http(socket)?.map(|http| Self { http }))
     }
 
+    /// Whether the agent answers at all, within a time that a user waits. A process that is stopped does not, and neither
+    /// does one whose machine is overloaded.
+    pub async fn answers(&self) -> bool {
+        let request = self.http.get("http://breaker/v1/ping").timeout(Duration::from_millis(900));
+        request.send().await.is_ok()
+    }
+
     /// The status of the agent, the datapath and all services.
     ///
     /// # Errors
@@ -41,7 +49,7 @@ impl Client {
     /// # Errors
     /// See [`Client::status`].
     pub async fn get(&self, name: &str) -> Result<ServiceStatus> {
-        self.call(Method::GET, &format!("services/{name}"), None::<&()>).await
+        self.call(Method::GET, &service(name), None::<&()>).await
     }
 
     /// Sets the operator override `ForceOpen`.
@@ -49,7 +57,7 @@ impl Client {
     /// # Errors
     /// See [`Client::status`].
     pub async fn trip(&self, name: &str, body: &TripBody) -> Result<ServiceStatus> {
-        self.call(Method::POST, &format!("services/{name}/trip"), Some(body)).await
+        self.call(Method::POST, &format!("{}/trip", service(name)), Some(body)).await
     }
 
     /// Removes the operator override and restarts the breaker.
@@ -57,7 +65,7 @@ impl Client {
     /// # Errors
     /// See [`Client::status`].
     pub async fn reset(&self, name: &str) -> Result<ServiceStatus> {
-        self.call(Method::POST, &format!("services/{name}/reset"), None::<&()>).await
+        self.call(Method::POST, &format!("{}/reset", service(name)), None::<&()>).await
     }
 
     /// Announces that the agent is about to be replaced. Its last decision then stays in force for `duration`, even
@@ -75,7 +83,7 @@ impl Client {
     /// # Errors
     /// See [`Client::status`].
     pub async fn flows(&self, name: &str, limit: usize) -> Result<Vec<FlowView>> {
-        self.call(Method::GET, &format!("services/{name}/flows?limit={limit}"), None::<&()>).await
+        self.call(Method::GET, &format!("{}/flows?limit={limit}", service(name)), None::<&()>).await
     }
 
     /// Calls `each` for every recorded event; with `follow` also for new ones, until the agent ends.
@@ -110,6 +118,13 @@ impl Client {
         let response = check_status(request.send().await.context("send the request to the agent")?).await?;
         response.json().await.context("cannot parse the agent's answer (does the agent have another version?)")
     }
+}
+
+/// The path of a service. The name is encoded, so that one that ends in `/flows` is not taken for a request for flows.
+fn service(name: &str) -> String {
+    // Everything but the unreserved characters (RFC 3986, section 2.3).
+    const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+    format!("services/{}", utf8_percent_encode(name, ENCODED))
 }
 
 /// An HTTP client over the control socket; `None` where no agent listens.

@@ -13,6 +13,8 @@
 //! | [`duration`] | times as people write them |
 //! | `show`, `cluster`, `table` | text output |
 
+// They panic where the output cannot be written.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 #![forbid(unsafe_code)]
 
 pub mod args;
@@ -24,6 +26,7 @@ pub mod overview;
 pub mod run;
 mod show;
 mod table;
+mod visible;
 
 /// Chooses the TLS implementation of the whole process; calling it again does nothing.
 pub fn install_crypto() {

@@ -24,12 +24,5 @@ struct Cli {
 async fn main() -> ExitCode {
     let cli = Cli::parse_from(run::as_plugin(std::env::args_os(), &Cli::command()));
     let context = Context { socket: &cli.global.socket, command: &Cli::command, offline: None };
-    match run::run(cli.command, &context).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if run::is_closed_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("kubectl-breaker: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    run::exit_code("kubectl-breaker", run::run(cli.command, &context).await)
 }

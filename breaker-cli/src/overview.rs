@@ -3,10 +3,10 @@
 use anyhow::{Context as _, Result};
 use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, CircuitBreakerStatus, NodeReport, NodeReportSpec};
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// All CircuitBreakers and NodeReports of the cluster.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Overview {
     /// All CircuitBreakers.
@@ -16,7 +16,7 @@ pub struct Overview {
 }
 
 /// A CircuitBreaker.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BreakerView {
     /// Its namespace.
@@ -30,7 +30,7 @@ pub struct BreakerView {
 }
 
 /// A node's report.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeView {
     /// Name of the node.

@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     io::{self, Write as _},
     path::Path,
+    process::ExitCode,
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -15,6 +16,7 @@ use crate::{
     client::Client,
     cluster, kubernetes, overview, show,
     table::Paint,
+    visible::visible,
 };
 
 /// What a command needs from the binary that it is part of.
@@ -40,6 +42,11 @@ impl Context<'_> {
 
     async fn status(&self) -> Result<AgentStatus> {
         match (Client::connect(self.socket)?, self.offline) {
+            (Some(client), Some(offline)) if !client.answers().await => {
+                let mut status = offline()?;
+                status.hung = true;
+                Ok(status)
+            }
             (Some(client), _) => client.status().await,
             (None, Some(offline)) => offline(),
             (None, None) => self.client()?.status().await,
@@ -56,16 +63,16 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
     match command {
         Command::Status { output } => {
             let status = context.status().await?;
-            print_as(output, &status, || show::status(&status, paint))
+            print_as(output, &status, || Ok(show::status(&visible(&status)?, paint)))
         }
         Command::Get { name, output } => print(output, &context.client()?.get(&name).await?),
         Command::Trip { name, duration, reason } => {
             let body = TripBody { seconds: duration.map(|d| d.as_secs()), reason };
-            let service = context.client()?.trip(&name, &body).await?;
+            let service = visible(&context.client()?.trip(&name, &body).await?)?;
             out(&show::services(std::slice::from_ref(&service), paint))
         }
         Command::Reset { name } => {
-            let service = context.client()?.reset(&name).await?;
+            let service = visible(&context.client()?.reset(&name).await?)?;
             out(&show::services(std::slice::from_ref(&service), paint))?;
             if service.state == BreakerState::Open {
                 out("the primary is Down, so it stays open until its checks pass\n")?;
@@ -77,7 +84,7 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
         }
         Command::Flows { name, limit, output } => {
             let flows = context.client()?.flows(&name, limit).await?;
-            print_as(output, &flows, || show::flows(&flows, paint))
+            print_as(output, &flows, || Ok(show::flows(&visible(&flows)?, paint)))
         }
         Command::Cluster { kubeconfig, namespace, output } => {
             let config = kubernetes::config(kubeconfig.as_deref()).await?;
@@ -89,7 +96,7 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
                     node.report.services.retain(|service| service.namespace == namespace);
                 }
             }
-            print_as(output, &overview, || cluster::overview(&overview, paint))
+            print_as(output, &overview, || Ok(cluster::overview(&visible(&overview)?, paint)))
         }
         Command::Crds => out(&crd::definitions().context("write the definitions")?),
         Command::Handover { duration } => {
@@ -101,7 +108,7 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
             let mut command = (context.command)();
             let name = command.get_name().to_owned();
             clap_complete::generate(shell, &mut command, name, &mut script);
-            Ok(io::stdout().write_all(&script)?)
+            out(&String::from_utf8_lossy(&script))
         }
     }
 }
@@ -111,7 +118,7 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
 /// # Errors
 /// A closed standard output.
 pub fn print_findings(output: TableOutput, findings: &[Finding]) -> Result<()> {
-    print_as(output, &findings, || show::preflight(findings, Paint::for_stdout()))
+    print_as(output, &findings, || Ok(show::preflight(findings, Paint::for_stdout())))
 }
 
 /// Writes to standard output. Unlike `print!`, it returns an error if the reader has closed the pipe.
@@ -119,12 +126,31 @@ pub fn print_findings(output: TableOutput, findings: &[Finding]) -> Result<()> {
 /// # Errors
 /// A closed standard output.
 pub fn out(text: &str) -> Result<()> {
-    Ok(io::stdout().write_all(text.as_bytes())?)
+    let mut stdout = io::stdout();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("write to standard output")
 }
 
-/// Whether an error means only that the reader has closed the pipe, as in `breaker events | head`.
+/// Writes a line to standard error. Unlike `eprintln!`, it does not panic where standard error cannot be written: there
+/// is nobody to tell.
+pub fn complain(line: &str) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// The exit code for the outcome of a command. An error is reported on standard error, in the name of `program`. If it
+/// means only that the reader of the output has closed the pipe, as in `breaker events | head`, it is no error.
 #[must_use]
-pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+pub fn exit_code(program: &str, outcome: Result<()>) -> ExitCode {
+    match outcome {
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("{program}: {error:#}"));
+            ExitCode::FAILURE
+        }
+        Ok(()) => ExitCode::SUCCESS,
+    }
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
@@ -143,15 +169,14 @@ pub fn as_plugin(args: impl Iterator<Item = OsString>, own: &clap::Command) -> V
 fn event_line(output: EventOutput, event: &EventLine, paint: Paint) -> Result<()> {
     let text = match output {
         EventOutput::Json => format!("{}\n", serde_json::to_string(event)?),
-        EventOutput::Text => show::event(event, paint),
+        EventOutput::Text => show::event(&visible(event)?, paint),
     };
-    out(&text)?;
-    Ok(io::stdout().flush()?)
+    out(&text)
 }
 
-fn print_as(output: TableOutput, value: &impl Serialize, table: impl FnOnce() -> String) -> Result<()> {
+fn print_as(output: TableOutput, value: &impl Serialize, table: impl FnOnce() -> Result<String>) -> Result<()> {
     match output {
-        TableOutput::Table => out(&table()),
+        TableOutput::Table => out(&table()?),
         TableOutput::Json => print(Output::Json, value),
         TableOutput::Yaml => print(Output::Yaml, value),
     }

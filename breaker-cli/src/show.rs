@@ -58,13 +58,32 @@ pub(crate) fn status(status: &AgentStatus, paint: Paint) -> String {
             let words = format!("the node's own processes are not protected: {why}");
             let _ = writeln!(text, "{}", paint.with(YELLOW, &words));
         }
+        if let Some(probes) = status.probes.filter(|probes| probes.waiting > 0) {
+            let words = format!(
+                "{} checks wait for their turn: this process can make {} at a time (its limit of descriptors)",
+                probes.waiting, probes.limit
+            );
+            let _ = writeln!(text, "{}", paint.with(RED, &words));
+        }
+        if status.lost_log_lines > 0 {
+            let words = format!("{} lines of the agent's log are lost: it could not be written", status.lost_log_lines);
+            let _ = writeln!(text, "{}", paint.with(YELLOW, &words));
+        }
+        if status.panics > 0 {
+            let words = format!("{} faults (panics) in the agent, please report them: see its log", status.panics);
+            let _ = writeln!(text, "{}", paint.with(RED, &words));
+        }
         if status.datapath.flow_pressure >= 80 {
             let words = format!("the table of established flows is {} % full", status.datapath.flow_pressure);
             let _ = writeln!(text, "{}", paint.with(RED, &words));
         }
     } else {
         let since = status.last_beat.map_or_else(|| "an unknown time".to_owned(), ago);
-        let gone = format!("the agent has been gone for {since} (its pid was {})", status.pid);
+        let gone = if status.hung {
+            format!("the agent (pid {}) does not answer; its last heartbeat was {since} ago", status.pid)
+        } else {
+            format!("the agent has been gone for {since} (its pid was {})", status.pid)
+        };
         let _ = writeln!(text, "{}", paint.with(RED, &gone));
         let lease = Duration::from_secs(status.lease_seconds);
         let silent = status
@@ -254,10 +273,16 @@ fn backend_row(tier: &TierStatus, backend: &BackendStatus) -> Vec<Cell> {
         plain(backend.address.to_string()),
         (backend.health.label().into(), Some(colour)),
         plain(backend.since.map(ago).unwrap_or_default()),
-        plain(backend.last_check.map_or("", CheckCode::label)),
+        match backend.local_errors {
+            Some(_) => ("LocalError".into(), Some(YELLOW)),
+            None => plain(backend.last_check.map_or("", CheckCode::label)),
+        },
         plain(if backend.local { "this node" } else { "" }),
         plain(backend.check_millis.map(|ms| format!("{ms:.1} ms")).unwrap_or_default()),
-        plain(backend.detail.clone().unwrap_or_default()),
+        plain(match &backend.local_errors {
+            Some(errors) => format!("no result for {}: {}", ago(errors.since), errors.detail),
+            None => backend.detail.clone().unwrap_or_default(),
+        }),
     ]
 }
 

@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     sync::Arc,
     time::Duration,
@@ -161,25 +161,32 @@ pub struct Check {
 pub enum CheckAction {
     /// An HTTP GET request. It passes if the status is expected and the body contains the given text, if any.
     HttpGet {
-        /// The path, with a leading slash.
-        path: String,
         /// The port, if it differs from the backend's.
         port: Option<u16>,
-        /// Whether to use TLS. The certificate is not verified, as in kubelet's probes.
-        https: bool,
-        /// Host header and SNI; the backend's address if not set.
-        host: Option<String>,
-        /// Additional headers: name and value.
-        headers: Vec<(String, String)>,
-        /// Status codes that pass.
-        expected_statuses: Vec<RangeInclusive<u16>>,
-        /// Text that the first 64 KiB of the body must contain.
-        body_contains: Option<String>,
+        /// The request.
+        get: HttpGet,
     },
     /// A TCP connection. It passes if it is established.
     TcpSocket {
         /// The port, if it differs from the backend's.
         port: Option<u16>,
+        /// Whether the connection is completed, so that the server's process accepts it. Otherwise the agent resets it
+        /// before it is complete, and the process never sees it.
+        accept: bool,
+    },
+    /// A request and an answer in a protocol of the user's choice.
+    Exchange {
+        /// The port, if it differs from the backend's.
+        port: Option<u16>,
+        /// The request.
+        exchange: Exchange,
+    },
+    /// A DNS question over UDP.
+    Dns {
+        /// The port, if it differs from the backend's.
+        port: Option<u16>,
+        /// The question.
+        question: DnsQuestion,
     },
     /// The gRPC health checking protocol v1.
     Grpc {
@@ -188,6 +195,91 @@ pub enum CheckAction {
         /// Name of the gRPC service that is asked about; empty for the server as a whole.
         service: String,
     },
+}
+
+/// An HTTP GET request, and what is expected of the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HttpGet {
+    /// The path, with a leading slash.
+    pub path: String,
+    /// Whether to use TLS. The certificate is not verified, as in kubelet's probes.
+    pub https: bool,
+    /// Host header and SNI; the backend's address if not set.
+    pub host: Option<String>,
+    /// Additional headers: name and value.
+    pub headers: Vec<(String, String)>,
+    /// Status codes that pass.
+    pub expected_statuses: Vec<RangeInclusive<u16>>,
+    /// Text that the first 64 KiB of the body must contain.
+    pub body_contains: Option<String>,
+}
+
+/// A request and an answer. It passes if the answer contains the expected bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Exchange {
+    /// What carries the bytes.
+    pub transport: Transport,
+    /// What the probe sends first. If it is empty, the server speaks first.
+    pub send: Vec<u8>,
+    /// What the answer must contain. If it is empty, any answer passes.
+    pub expect: Vec<u8>,
+    /// What the probe sends after the answer, before it closes the connection.
+    pub quit: Vec<u8>,
+}
+
+/// What carries the bytes of an exchange.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// A TCP connection.
+    Tcp,
+    /// TLS on a TCP connection, with the server name that is sent (SNI), if any. The certificate is not verified.
+    Tls {
+        /// The server name.
+        host: Option<String>,
+    },
+    /// Datagrams.
+    Udp,
+}
+
+/// A DNS question. It passes if the response code and the addresses match.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DnsQuestion {
+    /// The name to ask for, absolute.
+    pub name: String,
+    /// The type of record to ask for.
+    pub record: DnsRecord,
+    /// The response code that passes; `None`: any.
+    pub rcode: Option<DnsRcode>,
+    /// Addresses that must all be in the answer.
+    pub expected_addresses: Vec<IpAddr>,
+}
+
+/// A type of DNS record (RFC 1035, section 3.2.2; RFC 3596 for AAAA; RFC 2782 for SRV).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "the names are the RFCs'")]
+pub enum DnsRecord {
+    A,
+    Aaaa,
+    Cname,
+    Mx,
+    Ns,
+    Ptr,
+    Soa,
+    Srv,
+    Txt,
+}
+
+/// A response code of DNS (RFC 1035, section 4.1.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DnsRcode {
+    /// The name exists.
+    NoError,
+    /// The server cannot find out.
+    ServFail,
+    /// The name does not exist.
+    NxDomain,
+    /// The server does not answer this client.
+    Refused,
 }
 
 /// What happens to a tier's established flows when a change of state sends new connections to another tier.

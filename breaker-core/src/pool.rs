@@ -82,7 +82,7 @@ mod tests {
                 .collect(),
             draining: Vec::new(),
             check: Some(Check {
-                action: CheckAction::TcpSocket { port: None },
+                action: CheckAction::TcpSocket { port: None, accept: false },
                 period: second,
                 fast_period: second,
                 timeout: second,

@@ -15,6 +15,8 @@ pub enum CheckCode {
     L4Con,
     /// Not connected in time.
     L4Tout,
+    /// The TLS handshake did not end in time.
+    L6Tout,
     /// The TLS handshake failed.
     L6Rsp,
     /// The answer passes the check.
@@ -25,6 +27,10 @@ pub enum CheckCode {
     L7Tout,
     /// The answer is not valid for the protocol, or its content does not match.
     L7Rsp,
+    /// The probe has no result, because something on this node kept it from asking: no free descriptor, no memory, no
+    /// local port, a local firewall, no route, or an agent that did not get to run. It says nothing about the backend.
+    /// HAProxy has no such code: its `SOCKERR` counts as a failure.
+    LocalError,
 }
 
 impl CheckCode {
@@ -35,12 +41,20 @@ impl CheckCode {
             Self::L4Ok => "L4OK",
             Self::L4Con => "L4CON",
             Self::L4Tout => "L4TOUT",
+            Self::L6Tout => "L6TOUT",
             Self::L6Rsp => "L6RSP",
             Self::L7Ok => "L7OK",
             Self::L7Sts => "L7STS",
             Self::L7Tout => "L7TOUT",
             Self::L7Rsp => "L7RSP",
+            Self::LocalError => "LocalError",
         }
+    }
+
+    /// Whether the probe has a result: it passed or failed. Without one, nothing is known about the backend.
+    #[must_use]
+    pub const fn is_result(self) -> bool {
+        !matches!(self, Self::LocalError)
     }
 
     /// Whether the probe passed.
@@ -49,14 +63,14 @@ impl CheckCode {
         matches!(self, Self::L4Ok | Self::L7Ok)
     }
 
-    /// The reason of a transition that a probe with this code causes.
+    /// The reason of a transition that a probe with this code causes. A probe without a result causes none.
     #[must_use]
     pub const fn reason(self) -> StateReason {
         match self {
-            Self::L4Ok | Self::L7Ok => StateReason::Recovered,
+            Self::L4Ok | Self::L7Ok | Self::LocalError => StateReason::Recovered,
             Self::L4Con => StateReason::ConnectFailed,
             Self::L4Tout => StateReason::ConnectTimeout,
-            Self::L6Rsp => StateReason::TlsFailed,
+            Self::L6Tout | Self::L6Rsp => StateReason::TlsFailed,
             Self::L7Sts => StateReason::HttpStatus,
             Self::L7Tout => StateReason::ResponseTimeout,
             Self::L7Rsp => StateReason::BadResponse,
@@ -95,4 +109,22 @@ pub struct ProbeReport {
     pub result: ProbeResult,
     /// Health of the backend after the probe.
     pub health: Health,
+    /// The epoch of the breaker's state in which the probe began (see `Engine::state_epoch`). A probe counts only in
+    /// the state in which it began.
+    pub began: u32,
+}
+
+/// How busy the probes are. `breaker status` shows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProbeLoad {
+    /// Probes at the same time, at most. It follows from the limit of descriptors.
+    pub most: usize,
+    /// Probes that run now.
+    pub running: usize,
+    /// Probes that wait for their turn.
+    pub waiting: u64,
+    /// Probes that began late because too many others were running, since the start.
+    pub late: u64,
+    /// Probes without a result because of an error of this node, since the start.
+    pub local_errors: u64,
 }

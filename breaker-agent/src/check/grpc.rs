@@ -1,32 +1,37 @@
 //! `grpc`: the gRPC health checking protocol, grpc.health.v1.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Mutex};
 
-use tokio::time::timeout;
+use hyper_util::rt::TokioIo;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tower::service_fn;
 
-use super::{CheckCode, Outcome, tcp};
+use super::{
+    CheckCode,
+    connect::{self, End},
+    outcome::{Outcome, Progress, Stage},
+};
 
-pub(super) async fn probe(at: SocketAddr, service: &str, limit: Duration) -> Outcome {
-    let (code, detail) = tcp::probe(at, limit).await;
-    if !code.passes() {
-        return (code, detail);
-    }
-    match timeout(limit, ask(at, service, limit)).await {
-        Ok(outcome) => outcome,
-        Err(_) => (CheckCode::L7Tout, format!("no answer within {limit:?}")),
-    }
-}
-
-async fn ask(at: SocketAddr, service: &str, limit: Duration) -> Outcome {
-    let endpoint = match Endpoint::from_shared(format!("http://{at}")) {
-        Ok(endpoint) => endpoint.connect_timeout(limit),
-        Err(error) => return (CheckCode::L7Rsp, error.to_string()),
+pub(super) async fn probe(at: SocketAddr, service: &str, progress: &Progress) -> Outcome {
+    let stream = match connect::tcp(at, End::Reset).await {
+        Ok(stream) => stream,
+        Err(outcome) => return outcome,
     };
-    let channel = match endpoint.connect().await {
+    progress.reached(Stage::Answer);
+    let endpoint = match Endpoint::from_shared(format!("http://{at}")) {
+        Ok(endpoint) => endpoint,
+        Err(error) => return (CheckCode::LocalError, error.to_string()),
+    };
+    // The library asks for a connection once, and gets the one that is there.
+    let stream = Mutex::new(Some(TokioIo::new(stream)));
+    let connector = service_fn(move |_| {
+        let stream = stream.lock().ok().and_then(|mut stream| stream.take());
+        std::future::ready(stream.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotConnected)))
+    });
+    let channel = match endpoint.connect_with_connector(connector).await {
         Ok(channel) => channel,
-        Err(error) => return (CheckCode::L4Con, error.to_string()),
+        Err(error) => return (CheckCode::L7Rsp, last_cause(&error)),
     };
     let request = HealthCheckRequest { service: service.to_owned() };
     match HealthClient::new(channel).check(request).await {
@@ -34,8 +39,24 @@ async fn ask(at: SocketAddr, service: &str, limit: Duration) -> Outcome {
             ServingStatus::Serving => (CheckCode::L7Ok, "SERVING".into()),
             other => (CheckCode::L7Sts, other.as_str_name().into()),
         },
-        // NOT_FOUND is a valid answer of the protocol: the server does not know the service.
-        Err(status) if status.code() == tonic::Code::NotFound => (CheckCode::L7Sts, "NOT_FOUND".into()),
-        Err(status) => (CheckCode::L7Rsp, status.to_string()),
+        Err(status) => refusal(&status, service),
     }
+}
+
+/// The outcome of an answer that is no health. The server's own text is left out: it is not trusted.
+fn refusal(status: &tonic::Status, service: &str) -> Outcome {
+    match status.code() {
+        // A valid answer of the protocol: the server does not know the service.
+        tonic::Code::NotFound => {
+            (CheckCode::L7Sts, format!("NOT_FOUND: the server does not know the service {service:?}"))
+        }
+        tonic::Code::Unimplemented => {
+            (CheckCode::L7Rsp, "UNIMPLEMENTED: the server does not speak grpc.health.v1".into())
+        }
+        code => (CheckCode::L7Rsp, format!("{code:?}: {}", code.description())),
+    }
+}
+
+fn last_cause(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |cause| cause.source()).last().map_or_else(String::new, ToString::to_string)
 }

@@ -2,45 +2,133 @@
 //!
 //! A probe goes from the node directly to the address of a backend. The programs do not redirect it, because they
 //! redirect only connections to addresses of frontends.
+//!
+//! | module | one concern |
+//! |---|---|
+//! | [`schedule`] | when each probe is made |
+//! | [`capacity`] | how many probes at the same time |
+//! | [`stalls`] | when the agent itself did not run |
+//! | [`outcome`] | errors of the target, and errors of this node |
+//! | [`connect`], [`tls`] | connections, and how they end |
+//! | [`tcp`], [`http`] ([`http1`], [`http2`]), [`grpc`], [`exchange`], [`dns`] | one kind of check each |
 
+mod capacity;
+mod connect;
+mod dns;
+mod exchange;
 mod grpc;
 mod http;
+mod http1;
+mod http2;
+mod outcome;
 mod schedule;
+mod stalls;
 mod tcp;
+mod tls;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use breaker_core::{
     model::{Check, CheckAction},
-    probe::{CheckCode, ProbeResult},
+    probe::{CheckCode, ProbeLoad, ProbeResult},
 };
+use tokio::time::timeout_at;
 
-use crate::clock;
+use crate::{clock, supervise};
+use capacity::Capacity;
+use outcome::{Outcome, Progress, local};
+use stalls::{Lost, Stalls};
 
-pub use schedule::Checkers;
+pub use schedule::{Checkers, Known};
 
-/// The code of a probe's outcome and a description of it.
-type Outcome = (CheckCode, String);
-
-/// Executes probes. All probes share its HTTP clients.
-#[derive(Clone, Debug, Default)]
+/// Executes probes. All probes share its TLS configuration and its capacity.
+#[derive(Clone, Debug)]
 pub struct Prober {
-    clients: http::Clients,
+    tls: tls::Tls,
+    capacity: Capacity,
+    stalls: Arc<Stalls>,
 }
 
+/// How often the time limit of one probe is extended, because the agent did not run.
+const EXTENSIONS: u32 = 10;
+
 impl Prober {
-    /// Probes a backend once. A probe takes little longer than the check's timeout (for gRPC, twice that).
+    /// Makes a prober. Raises this process's limit of descriptors, and needs a runtime.
+    #[must_use]
+    pub fn start() -> Self {
+        Self { tls: tls::Tls::new(), capacity: Capacity::of_process(), stalls: Arc::new(Stalls::watch()) }
+    }
+
+    /// How busy the probes are.
+    #[must_use]
+    pub fn load(&self) -> ProbeLoad {
+        self.capacity.load()
+    }
+
+    /// Probes a backend once, when it is the probe's turn. The time limit counts time in which the agent ran.
     pub async fn probe(&self, check: &Check, backend: SocketAddr) -> ProbeResult {
-        let started = clock::stopwatch();
-        let at = |port: Option<u16>| SocketAddr::new(backend.ip(), port.unwrap_or(backend.port()));
-        let (code, detail) = match &check.action {
-            CheckAction::TcpSocket { port } => tcp::probe(at(*port), check.timeout).await,
-            CheckAction::Grpc { port, service } => grpc::probe(at(*port), service, check.timeout).await,
-            CheckAction::HttpGet { port, .. } => {
-                http::probe(&self.clients, &check.action, at(*port), check.timeout).await
-            }
+        let Some(_turn) = self.capacity.turn().await else {
+            let (code, detail) = (CheckCode::LocalError, "the agent ends".into());
+            return ProbeResult { code, detail, duration: Duration::ZERO };
         };
+        let (started, began) = (clock::stopwatch(), clock::boot_time());
+        let (code, detail) = self.judge(self.within_limit(check, backend).await, began, check.timeout);
+        if !code.is_result() {
+            self.capacity.count_local_error();
+        }
         ProbeResult { code, detail, duration: clock::since(started) }
+    }
+
+    /// Makes the probe, and ends it after the check's time limit.
+    async fn within_limit(&self, check: &Check, backend: SocketAddr) -> Outcome {
+        let progress = Progress::default();
+        let began = clock::boot_time();
+        let mut attempt = pin!(supervise::contained(self.attempt(check, backend, &progress)));
+        let mut deadline = clock::instant() + check.timeout;
+        for _ in 0..EXTENSIONS {
+            // What lies in the socket is read before the time limit is looked at.
+            match timeout_at(deadline, &mut attempt).await {
+                Ok(Ok(outcome)) => return outcome,
+                Ok(Err(panic)) => return local("a fault in breaker", std::io::Error::other(panic)),
+                Err(_) => {
+                    let missing = self.stalls.since(began).total.min(check.timeout);
+                    let ran = (clock::boot_time() - began).saturating_sub(missing);
+                    let left = check.timeout.saturating_sub(ran);
+                    if left < Duration::from_millis(1) {
+                        break;
+                    }
+                    deadline = clock::instant() + left;
+                }
+            }
+        }
+        match &check.action {
+            CheckAction::HttpGet { get, .. } => http::timed_out(get, &progress),
+            _ => progress.timed_out(),
+        }
+    }
+
+    /// Takes away a failure that may come from a stall of the agent: meanwhile a server may have given up.
+    fn judge(&self, (code, detail): Outcome, began: Duration, limit: Duration) -> Outcome {
+        if code.passes() || !code.is_result() {
+            return (code, detail);
+        }
+        let Lost { longest, .. } = self.stalls.since(began);
+        if longest < limit / 2 {
+            return (code, detail);
+        }
+        let late = format!("the agent did not run for {} ms during the probe", longest.as_millis());
+        (CheckCode::LocalError, format!("{late}, which then ended with {}: {detail}", code.label()))
+    }
+
+    async fn attempt(&self, check: &Check, backend: SocketAddr, progress: &Progress) -> Outcome {
+        let at = |port: Option<u16>| SocketAddr::new(backend.ip(), port.unwrap_or(backend.port()));
+        match &check.action {
+            CheckAction::TcpSocket { port, accept } => tcp::probe(at(*port), *accept).await,
+            CheckAction::Exchange { port, exchange } => exchange::probe(at(*port), exchange, &self.tls, progress).await,
+            CheckAction::Dns { port, question } => dns::probe(at(*port), question, progress).await,
+            CheckAction::Grpc { port, service } => grpc::probe(at(*port), service, progress).await,
+            CheckAction::HttpGet { port, get } => http::probe(at(*port), get, &self.tls, progress).await,
+        }
     }
 }
 

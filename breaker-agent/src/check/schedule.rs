@@ -5,15 +5,19 @@
 //! every target, and reports each result together with the resulting health.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
 use breaker_core::{
     health::{Health, RiseFall},
-    model::Check,
-    probe::{ProbeReport, Target},
+    model::{Check, ServiceName},
+    probe::{ProbeLoad, ProbeReport, Target},
 };
 use tokio::{sync::mpsc, task::JoinHandle, time::sleep_until};
 
@@ -34,18 +38,50 @@ pub struct Checkers {
     reports: mpsc::Sender<ProbeReport>,
     running: HashMap<Probe, Checker>,
     targets: BTreeMap<Target, Probe>,
+    epochs: BTreeMap<ServiceName, Epoch>,
+}
+
+/// The epoch of a service's current state, for its probes to note when they begin.
+type Epoch = Arc<AtomicU32>;
+
+/// What the engine knows of a target when its check starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// Its health.
+    pub health: Health,
+    /// The epoch of its service's state.
+    pub epoch: u32,
 }
 
 impl Checkers {
     /// Creates an empty set of checks. Results are sent to `reports`.
     #[must_use]
     pub fn new(reports: mpsc::Sender<ProbeReport>) -> Self {
-        Self { prober: Prober::default(), reports, running: HashMap::new(), targets: BTreeMap::new() }
+        Self {
+            prober: Prober::start(),
+            reports,
+            running: HashMap::new(),
+            targets: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+        }
     }
 
-    /// Starts checks that are new or changed, and stops checks that are not in `wanted`. `known` returns the health
-    /// with which a new target starts.
-    pub fn set_targets(&mut self, wanted: BTreeMap<Target, Check>, known: impl Fn(&Target) -> Health) {
+    /// How busy the probes are.
+    #[must_use]
+    pub fn load(&self) -> ProbeLoad {
+        self.prober.load()
+    }
+
+    /// Tells the probes of a service that its breaker has made a transition. Those under way do not count any more.
+    pub fn begin_epoch(&self, service: &ServiceName, epoch: u32) {
+        if let Some(known) = self.epochs.get(service) {
+            known.store(epoch, Ordering::Relaxed);
+        }
+    }
+
+    /// Starts checks that are new or changed, and stops checks that are not in `wanted`. `known` returns with what a new
+    /// target starts.
+    pub fn set_targets(&mut self, wanted: BTreeMap<Target, Check>, known: impl Fn(&Target) -> Known) {
         let old = std::mem::take(&mut self.targets);
         for (target, probe) in old {
             let stays = wanted.get(&target) == Some(&probe.check);
@@ -62,22 +98,28 @@ impl Checkers {
                 continue;
             }
             let probe = Probe { backend: target.backend, check };
+            let spread = start_spread(self.running.len(), &probe.check);
             let checker = self
                 .running
                 .entry(probe.clone())
-                .or_insert_with(|| Checker::start(probe.clone(), self.prober.clone(), self.reports.clone()));
+                .or_insert_with(|| Checker::start(probe.clone(), spread, self.prober.clone(), self.reports.clone()));
             checker.members += 1;
-            let _ = checker.changes.send(Change::Join(target.clone(), known(&target)));
+            let known = known(&target);
+            let epoch = self.epochs.entry(target.service.clone()).or_default();
+            epoch.store(known.epoch, Ordering::Relaxed);
+            let _ = checker.changes.send(Change::Join(target.clone(), known.health, epoch.clone()));
             self.targets.insert(target, probe);
         }
         self.running.retain(|_, checker| checker.members > 0);
+        let services: BTreeSet<&ServiceName> = self.targets.keys().map(|target| &target.service).collect();
+        self.epochs.retain(|service, _| services.contains(service));
     }
 }
 
 /// A change of the targets that get a task's results.
 #[derive(Debug)]
 enum Change {
-    Join(Target, Health),
+    Join(Target, Health, Epoch),
     Leave(Target),
 }
 
@@ -90,9 +132,9 @@ struct Checker {
 }
 
 impl Checker {
-    fn start(probe: Probe, prober: Prober, reports: mpsc::Sender<ProbeReport>) -> Self {
+    fn start(probe: Probe, spread: Duration, prober: Prober, reports: mpsc::Sender<ProbeReport>) -> Self {
         let (changes, changes_out) = mpsc::unbounded_channel();
-        let task = tokio::spawn(run(probe, changes_out, prober, reports));
+        let task = tokio::spawn(run(probe, spread, changes_out, prober, reports));
         Self { members: 0, changes, task }
     }
 }
@@ -103,24 +145,39 @@ impl Drop for Checker {
     }
 }
 
-/// Longest delay of a first probe. It spreads the start of many checks.
-const START_SPREAD: Duration = Duration::from_millis(100);
+/// Longest delay of a first probe. It spreads the start of many checks: up to a hundred in the first 100 ms, more over
+/// a longer time, but never over more than a period.
+fn start_spread(running: usize, check: &Check) -> Duration {
+    let by_number = Duration::from_micros(100).saturating_mul(u32::try_from(running).unwrap_or(u32::MAX));
+    let short = Duration::from_millis(100).min(check.fast_period);
+    short.max(by_number).min(check.period)
+}
+
+/// One target of a task's results.
+struct Member {
+    health: RiseFall,
+    epoch: Epoch,
+    /// The epoch in which the probe that is under way began.
+    began: u32,
+}
 
 async fn run(
     Probe { backend, check }: Probe,
+    spread: Duration,
     mut changes: mpsc::UnboundedReceiver<Change>,
     prober: Prober,
     reports: mpsc::Sender<ProbeReport>,
 ) {
-    let mut members: BTreeMap<Target, RiseFall> = BTreeMap::new();
-    let soon = || clock::instant() + START_SPREAD.min(check.fast_period).mul_f64(fastrand::f64());
+    let mut members: BTreeMap<Target, Member> = BTreeMap::new();
+    let soon = || clock::instant() + spread.mul_f64(fastrand::f64());
     let mut due = soon();
     loop {
         tokio::select! {
             change = changes.recv() => match change {
                 None => return,
-                Some(Change::Join(target, known)) => {
-                    members.insert(target, RiseFall::starting(check.success_threshold, check.failure_threshold, known));
+                Some(Change::Join(target, known, epoch)) => {
+                    let health = RiseFall::starting(check.success_threshold, check.failure_threshold, known);
+                    members.insert(target, Member { health, epoch, began: 0 });
                     // A target that joins later need not wait for a whole period.
                     due = due.min(soon());
                     continue;
@@ -133,15 +190,22 @@ async fn run(
             () = sleep_until(due) => {}
         }
         let started = clock::instant();
+        for member in members.values_mut() {
+            member.began = member.epoch.load(Ordering::Relaxed);
+        }
         let result = prober.probe(&check, backend).await;
-        for (target, health) in &mut members {
-            health.observe(result.code.passes());
-            let report = ProbeReport { target: target.clone(), result: result.clone(), health: health.health() };
+        for (target, Member { health, epoch, began }) in &mut members {
+            // A probe counts only in the state in which it began.
+            if result.code.is_result() && epoch.load(Ordering::Relaxed) == *began {
+                health.observe(result.code.passes());
+            }
+            let report =
+                ProbeReport { target: target.clone(), result: result.clone(), health: health.health(), began: *began };
             if reports.send(report).await.is_err() {
                 return;
             }
         }
-        let fast = members.values().any(RiseFall::in_transition);
+        let fast = members.values().any(|member| member.health.in_transition());
         let period = if fast { check.fast_period } else { check.period };
         // The period counts from the start of the last probe: a slow answer does not lengthen it, and a probe that
         // took longer than the period is followed by the next one at once.

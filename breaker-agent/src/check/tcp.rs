@@ -1,16 +1,19 @@
-//! `tcpSocket` probes: an established connection passes.
+//! `tcpSocket` probes without an exchange: an established connection passes.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
-use tokio::{net::TcpStream, time::timeout};
+use super::{
+    CheckCode,
+    connect::{self, End},
+    outcome::Outcome,
+};
 
-use super::{CheckCode, Outcome};
-
-pub(super) async fn probe(at: SocketAddr, limit: Duration) -> Outcome {
-    match timeout(limit, TcpStream::connect(at)).await {
-        Ok(Ok(_stream)) => (CheckCode::L4Ok, "connected".into()),
-        Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => (CheckCode::L4Tout, error.to_string()),
-        Ok(Err(error)) => (CheckCode::L4Con, error.to_string()),
-        Err(_) => (CheckCode::L4Tout, format!("not connected within {limit:?}")),
+/// `accept`: whether the server's process is to see the connection. Otherwise the probe sees only whether the kernel of
+/// the server's host knows a listening socket with that port.
+pub(super) async fn probe(at: SocketAddr, accept: bool) -> Outcome {
+    let end = if accept { End::Fin } else { End::BeforeAccept };
+    match connect::tcp(at, end).await {
+        Ok(_) => (CheckCode::L4Ok, "connected".into()),
+        Err(outcome) => outcome,
     }
 }

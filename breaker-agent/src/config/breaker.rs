@@ -1,6 +1,7 @@
 //! Validates the breaker's policy.
 
-use breaker_core::model::{BreakerPolicy, FailureWindow};
+use breaker_core::model::{BreakerPolicy, FailureWindow, Tier};
+use serde_saphyr::Location;
 
 use super::{
     format,
@@ -59,5 +60,35 @@ pub(super) fn breaker(problems: &mut Problems<'_>, path: &str, raw: format::Brea
                 ),
             }
         }),
+    }
+}
+
+/// Refuses a window that can never trip: it holds one observation for each probe of each backend of the primary.
+pub(super) fn window_can_trip(
+    problems: &mut Problems<'_>,
+    path: &str,
+    policy: &BreakerPolicy,
+    primary: &Tier,
+    at: Location,
+) {
+    let Some(window) = policy.window else { return };
+    let Some(check) = &primary.check else {
+        let problem = "needs a check of the primary: the window counts its probes; allowed: with primary.check";
+        problems.add(at, path, problem.into());
+        return;
+    };
+    // A probe at the begin and at the end of the window count both.
+    let probes = window.length.as_nanos() / check.fast_period.as_nanos().max(1) + 1;
+    let most = probes.saturating_mul(primary.backends.len() as u128);
+    if most > 0 && u128::from(window.minimum_volume) > most {
+        let problem = format!(
+            "{} is not allowed: {} backend(s), checked every {:?}, give at most {most} observations in {:?}; allowed: 1 to \
+             {most}, or a longer lengthMillis, or a shorter period of the check",
+            window.minimum_volume,
+            primary.backends.len(),
+            check.fast_period,
+            window.length,
+        );
+        problems.add(at, &format!("{path}.minimumVolume"), problem);
     }
 }

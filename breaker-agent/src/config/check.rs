@@ -1,12 +1,12 @@
 //! Validates a health check.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::{net::IpAddr, ops::RangeInclusive, time::Duration};
 
-use breaker_core::model::{Check, CheckAction};
+use breaker_core::model::{Check, CheckAction, DnsQuestion, DnsRcode, DnsRecord, HttpGet};
 use serde_saphyr::{Location, Spanned};
 
 use super::{
-    format,
+    exchange, format,
     problems::{DAY, Problems},
 };
 
@@ -16,11 +16,14 @@ pub(super) fn check(problems: &mut Problems<'_>, path: &str, raw: format::Check)
         raw.http_get.as_ref().map(|a| a.referenced),
         raw.tcp_socket.as_ref().map(|a| a.referenced),
         raw.grpc.as_ref().map(|a| a.referenced),
+        raw.dns.as_ref().map(|a| a.referenced),
+        raw.udp.as_ref().map(|a| a.referenced),
     ];
     let actions: Vec<Location> = given.into_iter().flatten().collect();
     if actions.len() != 1 {
         let at = actions.get(1).copied().unwrap_or(Location::UNKNOWN);
-        let problem = format!("has {} actions; allowed: exactly one of httpGet, tcpSocket, grpc", actions.len());
+        let problem =
+            format!("has {} actions; allowed: exactly one of httpGet, tcpSocket, grpc, dns, udp", actions.len());
         problems.add(at, path, problem);
     }
     let action = if let Some(http) = raw.http_get {
@@ -30,9 +33,14 @@ pub(super) fn check(problems: &mut Problems<'_>, path: &str, raw: format::Check)
             port: problems.optional_port(grpc.value.port.as_ref(), &field("grpc.port")),
             service: grpc.value.service.unwrap_or_default(),
         }
+    } else if let Some(dns) = raw.dns {
+        dns_question(problems, &field("dns"), dns.value)
+    } else if let Some(udp) = raw.udp {
+        exchange::udp(problems, &field("udp"), udp)
+    } else if let Some(tcp) = raw.tcp_socket {
+        exchange::tcp_socket(problems, &field("tcpSocket"), tcp)
     } else {
-        let port = raw.tcp_socket.and_then(|tcp| tcp.value.port);
-        CheckAction::TcpSocket { port: problems.optional_port(port.as_ref(), &field("tcpSocket.port")) }
+        CheckAction::TcpSocket { port: None, accept: false }
     };
     let period = either(problems, path, "period", (raw.period_seconds, 86_400), (raw.period_millis, DAY), 10, 3000);
     let timeout =
@@ -83,41 +91,138 @@ fn either(
 
 fn http_get(problems: &mut Problems<'_>, path: &str, raw: format::HttpGet) -> CheckAction {
     let field = |name: &str| format!("{path}.{name}");
-    if let Some(given) = &raw.path
-        && !given.value.starts_with('/')
-    {
-        let problem = format!("{:?} is not allowed; allowed: a path that starts with '/'", given.value);
-        problems.add(given.referenced, &field("path"), problem);
+    if let Some(given) = &raw.path {
+        request_target(problems, &field("path"), given);
     }
     for (i, header) in raw.http_headers.iter().enumerate() {
-        let at = field(&format!("httpHeaders[{i}]"));
-        if header.name.value.parse::<http::HeaderName>().is_err() {
-            let problem =
-                format!("{:?} is not a header name; allowed: a token (RFC 9110, section 5.1)", header.name.value);
-            problems.add(header.name.referenced, &format!("{at}.name"), problem);
-        }
-        if header.value.value.parse::<http::HeaderValue>().is_err() {
-            let problem = format!("{:?} is not a header value; allowed: visible ASCII characters", header.value.value);
-            problems.add(header.value.referenced, &format!("{at}.value"), problem);
-        }
+        self::header(problems, &field(&format!("httpHeaders[{i}]")), header, raw.host.is_some());
     }
-    if let Some(host) = &raw.host
-        && host.value.parse::<http::uri::Authority>().is_err()
-    {
-        let problem = format!("{:?} is not allowed; allowed: a host name, optionally with a port", host.value);
-        problems.add(host.referenced, &field("host"), problem);
+    if let Some(host) = &raw.host {
+        self::host(problems, &field("host"), host);
     }
     let https = problems.word(raw.scheme.as_ref(), &field("scheme"), &[("HTTP", false), ("HTTPS", true)], false);
     CheckAction::HttpGet {
-        path: raw.path.map_or_else(|| "/".into(), |path| path.value),
         port: problems.optional_port(raw.port.as_ref(), &field("port")),
-        https,
-        host: raw.host.map(|host| host.value),
-        headers: raw.http_headers.into_iter().map(|h| (h.name.value, h.value.value)).collect(),
-        expected_statuses: raw
-            .expected_statuses
-            .map_or_else(|| vec![200..=399], |given| statuses(problems, &field("expectedStatuses"), &given)),
-        body_contains: raw.body_contains,
+        get: HttpGet {
+            path: raw.path.map_or_else(|| "/".into(), |path| path.value),
+            https,
+            host: raw.host.map(|host| host.value),
+            headers: raw.http_headers.into_iter().map(|h| (h.name.value, h.value.value)).collect(),
+            expected_statuses: raw
+                .expected_statuses
+                .map_or_else(|| vec![200..=399], |given| statuses(problems, &field("expectedStatuses"), &given)),
+            body_contains: raw.body_contains,
+        },
+    }
+}
+
+/// Checks a path. It goes on the wire as it is written, so it may contain only what a request target may (RFC 9112,
+/// section 3.2.1; RFC 3986, section 3.3), and the brackets that many queries have.
+fn request_target(problems: &mut Problems<'_>, field: &str, given: &Spanned<String>) {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?%[]".contains(&c);
+    let path = given.value.as_bytes();
+    let wrong = path.iter().position(|c| !allowed(*c));
+    let percent = path.iter().enumerate().find(|(i, c)| {
+        let digit = |n: usize| path.get(i + n).is_some_and(u8::is_ascii_hexdigit);
+        **c == b'%' && !(digit(1) && digit(2))
+    });
+    let why = if path.first() != Some(&b'/') {
+        "it does not start with '/'".to_owned()
+    } else if let Some(at) = wrong {
+        format!("it has {:?}, which a request cannot carry", given.value[at..].chars().next().unwrap_or_default())
+    } else if percent.is_some() {
+        "it has a '%' without two hexadecimal digits".to_owned()
+    } else {
+        return;
+    };
+    let problem = format!(
+        "{:?} is not allowed: {why}; allowed: a path that starts with '/', with letters, digits, -._~!$&'()*+,;=:@/?[] and %XX",
+        given.value
+    );
+    problems.add(given.referenced, field, problem);
+}
+
+/// Checks a header of the request. Those that say where the request ends are the agent's own.
+fn header(problems: &mut Problems<'_>, path: &str, header: &format::Header, has_host: bool) {
+    let name = header.name.value.as_str();
+    if name.parse::<http::HeaderName>().is_err() {
+        let problem = format!("{name:?} is not a header name; allowed: a token (RFC 9110, section 5.1)");
+        problems.add(header.name.referenced, &format!("{path}.name"), problem);
+    }
+    if ["content-length", "transfer-encoding"].iter().any(|other| name.eq_ignore_ascii_case(other)) {
+        let problem = format!("{name:?} is not allowed, because a GET request has no body; allowed: any other header");
+        problems.add(header.name.referenced, &format!("{path}.name"), problem);
+    }
+    if has_host && name.eq_ignore_ascii_case("host") {
+        let problem = format!("{name:?} is not allowed beside `host`, which sets this header; allowed: one of the two");
+        problems.add(header.name.referenced, &format!("{path}.name"), problem);
+    }
+    let visible = |c: char| c == '\t' || (' '..='~').contains(&c);
+    if !header.value.value.chars().all(visible) {
+        let problem = format!("{:?} is not a header value; allowed: visible ASCII characters", header.value.value);
+        problems.add(header.value.referenced, &format!("{path}.value"), problem);
+    }
+}
+
+/// Checks a host name, which may have a port.
+pub(super) fn host(problems: &mut Problems<'_>, field: &str, host: &Spanned<String>) {
+    if host.value.contains('@') || host.value.parse::<http::uri::Authority>().is_err() {
+        let problem = format!("{:?} is not allowed; allowed: a host name, optionally with a port", host.value);
+        problems.add(host.referenced, field, problem);
+    }
+}
+
+fn dns_question(problems: &mut Problems<'_>, path: &str, raw: format::Dns) -> CheckAction {
+    let field = |name: &str| format!("{path}.{name}");
+    let label = |label: &str| {
+        let allowed = |c: u8| c.is_ascii_alphanumeric() || b"-_".contains(&c);
+        (1..=63).contains(&label.len()) && label.bytes().all(allowed)
+    };
+    let name = raw.name.value.strip_suffix('.').unwrap_or(&raw.name.value);
+    if name.len() > 253 || !(raw.name.value == "." || name.split('.').all(label)) {
+        let problem =
+            format!("{:?} is not a name; allowed: labels of letters, digits, '-' and '_', with dots", raw.name.value);
+        problems.add(raw.name.referenced, &field("name"), problem);
+    }
+    let records = [
+        ("A", DnsRecord::A),
+        ("AAAA", DnsRecord::Aaaa),
+        ("CNAME", DnsRecord::Cname),
+        ("MX", DnsRecord::Mx),
+        ("NS", DnsRecord::Ns),
+        ("PTR", DnsRecord::Ptr),
+        ("SOA", DnsRecord::Soa),
+        ("SRV", DnsRecord::Srv),
+        ("TXT", DnsRecord::Txt),
+    ];
+    let rcodes = [
+        ("NOERROR", Some(DnsRcode::NoError)),
+        ("SERVFAIL", Some(DnsRcode::ServFail)),
+        ("NXDOMAIN", Some(DnsRcode::NxDomain)),
+        ("REFUSED", Some(DnsRcode::Refused)),
+        ("ANY", None),
+    ];
+    let record = problems.word(raw.record.as_ref(), &field("type"), &records, DnsRecord::A);
+    let mut expected_addresses = Vec::new();
+    for (i, given) in raw.expected_addresses.iter().enumerate() {
+        match given.value.parse::<IpAddr>() {
+            Ok(ip) if (ip.is_ipv4() && record == DnsRecord::A) || (ip.is_ipv6() && record == DnsRecord::Aaaa) => {
+                expected_addresses.push(ip);
+            }
+            _ => {
+                let problem = format!("{:?} is not allowed; allowed: an address of the type asked for", given.value);
+                problems.add(given.referenced, &field(&format!("expectedAddresses[{i}]")), problem);
+            }
+        }
+    }
+    CheckAction::Dns {
+        port: problems.optional_port(raw.port.as_ref(), &field("port")),
+        question: DnsQuestion {
+            name: format!("{}.", name.trim_end_matches('.')),
+            record,
+            rcode: problems.word(raw.rcode.as_ref(), &field("rcode"), &rcodes, Some(DnsRcode::NoError)),
+            expected_addresses,
+        },
     }
 }
 

@@ -139,6 +139,8 @@ pub(super) struct Check {
     pub http_get: Option<Spanned<HttpGet>>,
     pub tcp_socket: Option<Spanned<TcpSocket>>,
     pub grpc: Option<Spanned<Grpc>>,
+    pub dns: Option<Spanned<Dns>>,
+    pub udp: Option<Spanned<Udp>>,
     pub period_seconds: Option<Spanned<u64>>,
     pub period_millis: Option<Spanned<u64>>,
     pub fast_period_millis: Option<Spanned<u64>>,
@@ -173,6 +175,36 @@ pub(super) struct Header {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub(super) struct TcpSocket {
     pub port: Option<Spanned<u64>>,
+    pub accept: Option<Spanned<bool>>,
+    pub send: Option<Spanned<String>>,
+    pub send_hex: Option<Spanned<String>>,
+    pub expect: Option<Spanned<String>>,
+    pub expect_hex: Option<Spanned<String>>,
+    pub quit: Option<Spanned<String>>,
+    pub tls: Option<Spanned<bool>>,
+    pub host: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Udp {
+    pub port: Option<Spanned<u64>>,
+    pub send: Option<Spanned<String>>,
+    pub send_hex: Option<Spanned<String>>,
+    pub expect: Option<Spanned<String>>,
+    pub expect_hex: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Dns {
+    pub port: Option<Spanned<u64>>,
+    pub name: Spanned<String>,
+    #[serde(rename = "type")]
+    pub record: Option<Spanned<String>>,
+    pub rcode: Option<Spanned<String>>,
+    #[serde(default)]
+    pub expected_addresses: Vec<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -5,10 +5,12 @@
 mod agent;
 mod breaker;
 mod check;
+mod exchange;
 mod format;
 mod limits;
 mod problems;
 mod service;
+mod syntax;
 mod validate;
 
 use std::{
@@ -103,7 +105,7 @@ pub struct ConfigError {
     pub file: PathBuf,
     /// Line number, from 1; 0 if the problem does not belong to a line.
     pub line: u64,
-    /// Path of the field, e.g. `services[0].primary.check.periodSeconds`; empty for a syntax error.
+    /// Path of the field, e.g. `services[0].primary.check.periodSeconds`; empty if the text is no YAML.
     pub field: String,
     /// The wrong value and what is allowed, or the parser's message.
     pub problem: String,
@@ -152,8 +154,7 @@ pub fn read(file: &Path) -> Result<String, Vec<ConfigError>> {
 /// # Errors
 /// The text has a syntax error (one problem), or wrong values (all of them at once).
 pub fn parse(file: &Path, text: &str) -> Result<Config, Vec<ConfigError>> {
-    let raw: format::File = serde_saphyr::from_str(text).map_err(|error| syntax(file, &error))?;
-    validate::validate(file, raw)
+    validate::validate(file, syntax::parse(file, text)?)
 }
 
 /// Parses the file of an agent whose services come from another source. It may contain the section `agent` only. An
@@ -163,7 +164,7 @@ pub fn parse(file: &Path, text: &str) -> Result<Config, Vec<ConfigError>> {
 /// As for [`parse`].
 pub fn parse_agent(file: &Path, text: &str) -> Result<AgentConfig, Vec<ConfigError>> {
     let text = if text.trim().is_empty() { "{}" } else { text };
-    let raw: format::AgentFile = serde_saphyr::from_str(text).map_err(|error| syntax(file, &error))?;
+    let raw: format::AgentFile = syntax::parse(file, text)?;
     validate::validate_agent(file, raw.agent)
 }
 
@@ -180,13 +181,6 @@ pub fn policies(value: &serde_json::Value) -> Result<Service, String> {
             errors.into_iter().map(|error| format!("{}: {}", error.field, error.problem)).collect();
         lines.join("; ")
     })
-}
-
-fn syntax(file: &Path, error: &serde_saphyr::Error) -> Vec<ConfigError> {
-    let line = error.location().map_or(0, |location| location.line());
-    // Without the snippet that shows the position in the text, because the line number is enough.
-    let problem = error.without_snippet().to_string();
-    vec![ConfigError { file: file.to_owned(), line, field: String::new(), problem }]
 }
 
 #[cfg(test)]

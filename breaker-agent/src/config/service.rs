@@ -13,7 +13,13 @@ use breaker_core::model::{
 };
 use serde_saphyr::Spanned;
 
-use super::{breaker::breaker, check::check, format, limits::limits, problems::Problems};
+use super::{
+    breaker::{self, breaker},
+    check::check,
+    format,
+    limits::limits,
+    problems::Problems,
+};
 
 /// Converts a service. `complete` is false if the caller fills in the addresses later; then there may be none.
 pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Service, complete: bool) -> Service {
@@ -99,6 +105,11 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
     let modes = [("Enforce", Mode::Enforce), ("DryRun", Mode::DryRun)];
     let overrides =
         [("Auto", Override::Auto), ("ForceOpen", Override::ForceOpen), ("ForceClosed", Override::ForceClosed)];
+    let breaker = breaker(problems, &field("breaker"), raw.breaker);
+    if complete {
+        breaker::window_can_trip(problems, &field("breaker.window"), &breaker, &primary, raw.name.referenced);
+        families_have_backups(problems, &field("backups"), &frontends, &backups, raw.backups.referenced);
+    }
     Service {
         name: ServiceName::new(&raw.name.value),
         frontends,
@@ -106,7 +117,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         primary,
         backups,
         grace_period: Duration::ZERO,
-        breaker: breaker(problems, &field("breaker"), raw.breaker),
+        breaker,
         mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
         on_open: problems.word(raw.on_open.as_ref(), &field("onOpen"), &established, EstablishedPolicy::Reset),
@@ -129,11 +140,41 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
     }
 }
 
+/// Each IP family with a frontend needs a backup of that family: an address is not translated to the other family.
+fn families_have_backups(
+    problems: &mut Problems<'_>,
+    field: &str,
+    frontends: &[Frontend],
+    backups: &[Tier],
+    at: serde_saphyr::Location,
+) {
+    let families: BTreeSet<bool> =
+        backups.iter().flat_map(|tier| &tier.backends).map(|backend| backend.address.is_ipv4()).collect();
+    if families.is_empty() {
+        return;
+    }
+    for (is_ipv4, family) in [(true, "IPv4"), (false, "IPv6")] {
+        let of_family = frontends.iter().find(|frontend| frontend.address.is_ipv4() == is_ipv4);
+        if let (Some(frontend), false) = (of_family, families.contains(&is_ipv4)) {
+            let address = frontend.address;
+            let problem = format!("have no {family} backend for the frontend {address}; allowed: at least one");
+            problems.add(at, field, problem);
+        }
+    }
+}
+
 fn name(problems: &mut Problems<'_>, path: &str, name: &Spanned<String>) {
-    let good = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
-    if name.value.is_empty() || name.value.len() >= NAME_LEN || !name.value.chars().all(good) {
+    // As Kubernetes names objects, with a namespace or without, but letters may be upper case.
+    let good = |part: &str| {
+        let inner = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        let edge = |c: char| c.is_ascii_alphanumeric();
+        part.starts_with(edge) && part.ends_with(edge) && part.chars().all(inner)
+    };
+    let parts: Vec<&str> = name.value.split('/').collect();
+    if parts.len() > 2 || name.value.len() >= NAME_LEN || !parts.into_iter().all(good) {
         let problem = format!(
-            "{:?} is not allowed; allowed: 1 to {} letters, digits, '-', '.', '_' and '/'",
+            "{:?} is not allowed; allowed: [NAMESPACE/]NAME, both of letters, digits, '-', '.' and '_' with a letter or \
+             digit at both ends, {} characters in all",
             name.value,
             NAME_LEN - 1
         );

@@ -29,8 +29,8 @@ fn the_defaults_are_the_labs() {
     let check = service.primary.check.as_ref().unwrap();
     assert_eq!((check.period, check.timeout), (Duration::from_secs(3), Duration::from_secs(1)));
     assert_eq!((check.failure_threshold, check.success_threshold), (1, 1));
-    let CheckAction::HttpGet { expected_statuses, .. } = &check.action else { panic!("{check:?}") };
-    assert_eq!(expected_statuses, &[200..=399]);
+    let CheckAction::HttpGet { get, .. } = &check.action else { panic!("{check:?}") };
+    assert_eq!(get.expected_statuses, [200..=399]);
     assert_eq!(service.breaker.half_open_connections, 0);
     assert_eq!((service.on_open, service.on_close), (EstablishedPolicy::Reset, EstablishedPolicy::Keep));
 }
@@ -132,6 +132,72 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
             "services[0].primary.check.httpGet.expectedStatuses: \"200-\" is not allowed; allowed: statuses",
         ),
         (
+            "{path: /ready}",
+            "{path: '/a#b'}",
+            "check.httpGet.path: \"/a#b\" is not allowed: it has '#', which a request cannot carry; allowed: ",
+        ),
+        ("{path: /ready}", "{path: '/a%2'}", "is not allowed: it has a '%' without two hexadecimal digits"),
+        ("{path: /ready}", "{path: '/a\\b'}", "it has '\\\\', which a request cannot carry"),
+        (
+            "{path: /ready}",
+            "{host: a.test, httpHeaders: [{name: hOst, value: b}]}",
+            "httpHeaders[0].name: \"hOst\" is not allowed beside `host`",
+        ),
+        (
+            "{path: /ready}",
+            "{httpHeaders: [{name: Transfer-Encoding, value: chunked}]}",
+            "httpHeaders[0].name: \"Transfer-Encoding\" is not allowed, because a GET request has no body",
+        ),
+        ("{path: /ready}", "{host: 'a@b'}", "check.httpGet.host: \"a@b\" is not allowed; allowed: a host name"),
+        (
+            "httpGet: {path: /ready}",
+            "tcpSocket: {sendHex: 'abc', expect: x}",
+            "check.tcpSocket.sendHex: \"abc\" is not allowed; allowed: pairs of hexadecimal digits",
+        ),
+        (
+            "httpGet: {path: /ready}",
+            "tcpSocket: {send: a, sendHex: '61'}",
+            "check.tcpSocket.send: is set together with sendHex; allowed: only one of the two",
+        ),
+        (
+            "httpGet: {path: /ready}",
+            "tcpSocket: {tls: true}",
+            "check.tcpSocket.tls: needs an exchange; allowed: together",
+        ),
+        (
+            "httpGet: {path: /ready}",
+            "tcpSocket: {send: a, accept: false}",
+            "check.tcpSocket.accept: false is not allowed beside send or expect",
+        ),
+        (
+            "httpGet: {path: /ready}",
+            "tcpSocket: {send: ''}",
+            "check.tcpSocket.send: is empty; allowed: at least one byte",
+        ),
+        (
+            "httpGet: {path: /ready}",
+            "udp: {expect: x}",
+            "check.udp.send: is missing: a server answers only to a datagram",
+        ),
+        ("httpGet: {path: /ready}", "dns: {name: 'a b'}", "check.dns.name: \"a b\" is not a name; allowed: labels"),
+        (
+            "httpGet: {path: /ready}",
+            "dns: {name: a.test, expectedAddresses: ['::1']}",
+            "check.dns.expectedAddresses[0]: \"::1\" is not allowed; allowed: an address of the type asked for",
+        ),
+        // G3: a window that can never trip.
+        (
+            "    primary:\n",
+            "    breaker: {window: {}}\n    primary:\n",
+            "breaker.window.minimumVolume: 20 is not allowed: 1 backend(s), checked every 3s, give at most 4 observations in 10s",
+        ),
+        // F7: nowhere to go for one of the two families.
+        (
+            "port: 8080}",
+            "port: 8080}\n      - {address: 'fd43::10', port: 8080}",
+            "backups: have no IPv6 backend for the frontend [fd43::10]:8080; allowed: at least one",
+        ),
+        (
             "services:\n",
             "agent: {pinPath: pins}\nservices:\n",
             "agent.pinPath: \"pins\" is not allowed; allowed: an abs",
@@ -143,6 +209,66 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
         let errors = errors(&text);
         assert!(errors.iter().any(|e| e.contains(expected)), "{to:?} gave {errors:#?}, expected {expected:?}");
     }
+}
+
+/// HARDENING F5: what the parser refuses has a field, a value, and what is allowed.
+#[test]
+fn a_wrong_type_is_named_with_its_field_and_value() {
+    let rows = [
+        (
+            "port: 8080",
+            "port: 8e3",
+            "lab.yaml:4: services[0].frontends[0].port: \"8e3\" is not allowed; allowed: a whole number, 0 or more",
+        ),
+        (
+            "port: 8080",
+            "port: -1",
+            "lab.yaml:4: services[0].frontends[0].port: \"-1\" is not allowed; allowed: a whole number",
+        ),
+        ("port: 8080", "port: [1]", "lab.yaml:4: services[0].frontends[0].port: \"[1\" is not allowed; allowed: "),
+        (
+            "      check:\n",
+            "      check:\n        periodSeconds: 3s\n",
+            "services[0].primary.check.periodSeconds: \"3s\" is not allowed",
+        ),
+        (
+            "services:\n",
+            "agent: {veths: perhaps}\nservices:\n",
+            "agent.veths: \"perhaps\" is not allowed; allowed: true or false",
+        ),
+        ("    primary:\n", "    onOpn: Keep\n    primary:\n", "services[0].onOpn: is not known; allowed: "),
+        ("name: dummy", "nmae: dummy", "services[0].nmae: is not known; allowed: "),
+        (
+            "    primary:\n",
+            "    onOpen: Keep\n    onOpen: Reset\n    primary:\n",
+            "services[0].onOpen: is given twice; allowed: once",
+        ),
+        ("services:\n", "services: 7\nservice:\n", "lab.yaml:1: services: \"7\" is not allowed; allowed: a list"),
+    ];
+    let mut wrong = Vec::new();
+    for (from, to, expected) in rows {
+        let text = GOOD.replacen(from, to, 1);
+        assert_ne!(text, GOOD, "{from:?} is not in the good file");
+        let errors = errors(&text);
+        if !errors.iter().any(|error| error.contains(expected)) {
+            wrong.push(format!("{to:?} gave {errors:#?}, expected {expected:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// HARDENING F1: the number of services is bounded by `agent.maxServices`, not by the YAML library.
+#[test]
+fn ten_thousand_services_are_one_valid_file() {
+    let mut text = String::from("services:\n");
+    for n in 0..10_000_u32 {
+        let [_, a, b, c] = n.to_be_bytes();
+        text.push_str(&format!(
+            "- {{name: s{n}, frontends: [{{address: 10.{a}.{b}.{c}, port: 80}}], primary: {{backends: []}}, \
+             backups: [{{backends: [{{address: 10.200.{b}.{c}, port: 80}}]}}]}}\n"
+        ));
+    }
+    assert_eq!(parse(Path::new("many.yaml"), &text).map(|config| config.services.len()), Ok(10_000));
 }
 
 /// A service without a backup is refused. The problem of its limits is reported, too.
@@ -251,8 +377,24 @@ mod documented {
                     &format!("{{path: /ready, {name}: {value}}}").replace("path: /ready, path", "path"),
                 )
             }
+            // These need another field beside them.
+            "check" if field.name.starts_with("dns.") => {
+                let name = &field.name["dns.".len()..];
+                GOOD.replace("httpGet: {path: /ready}", &format!("dns: {{name: a.test, {name}: {value}}}"))
+            }
+            "check" if field.name.starts_with("udp.") => {
+                let name = &field.name["udp.".len()..];
+                GOOD.replace("httpGet: {path: /ready}", &format!("udp: {{send: x, {name}: {value}}}"))
+            }
+            "check" if field.name == "tcpSocket.tls" => {
+                GOOD.replace("httpGet: {path: /ready}", &format!("tcpSocket: {{send: x, tls: {value}}}"))
+            }
             "check" if field.name.contains('.') => GOOD.replace("httpGet: {path: /ready}", &leaf(&field.name)),
             "check" => GOOD.replace("      check:\n", &format!("      check:\n        {}\n", leaf(&field.name))),
+            "breaker" if field.name.starts_with("window.") => {
+                let name = &field.name["window.".len()..];
+                format!("{GOOD}    breaker: {{window: {{{}, {name}: {value}}}}}\n", beside(name))
+            }
             "breaker" => format!("{GOOD}    breaker: {{{}}}\n", leaf(&field.name)),
             "limits" => {
                 let (outer, name) = field.name.rsplit_once('.').unwrap_or(("", &field.name));
@@ -285,6 +427,11 @@ mod documented {
         }
     }
 
+    /// What the window needs beside one of its fields, to be one that can trip.
+    fn beside(name: &str) -> &'static str {
+        if name == "minimumVolume" { "lengthMillis: 86400000" } else { "minimumVolume: 1" }
+    }
+
     fn accepts(text: &str) -> bool {
         parse(Path::new("t"), text).is_ok()
     }
@@ -303,6 +450,8 @@ mod documented {
             "httpGet",
             "tcpSocket",
             "grpc",
+            "dns",
+            "udp",
             "agent",
             "limits",
             "backup",
@@ -315,8 +464,12 @@ mod documented {
                 camel.push_str(&word[..1].to_uppercase());
                 camel.push_str(&word[1..]);
             }
-            // The name of this one field does not follow from the Rust name.
-            let camel = if camel == "clientPrefixLength" { "clientPrefixLengthIPv6".to_owned() } else { camel };
+            // The names of these fields do not follow from the Rust name.
+            let camel = match camel.as_str() {
+                "clientPrefixLength" => "clientPrefixLengthIPv6".to_owned(),
+                "record" => "type".to_owned(),
+                _ => camel,
+            };
             let found = documented.iter().any(|d| d.rsplit('.').next() == Some(camel.as_str()));
             assert!(found || structural.contains(&camel.as_str()), "{camel} is not in docs/CONFIGURATION.md");
         }
@@ -372,7 +525,8 @@ mod documented {
             } else if field.section == "limits" {
                 format!("{GOOD}    limits: {{concurrentConnections: 1}}\n")
             } else if field.name.starts_with("window.") {
-                format!("{GOOD}    breaker: {{window: {{}}}}\n")
+                let name = &field.name["window.".len()..];
+                format!("{GOOD}    breaker: {{window: {{{}}}}}\n", beside(name))
             } else {
                 GOOD.into()
             };

@@ -3,8 +3,11 @@
 use std::{
     convert::Infallible,
     fs, io,
-    os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    path::{Path as FsPath, PathBuf},
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -12,8 +15,8 @@ use anyhow::{Context as _, Result, bail};
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path, Query, State},
-    http::{StatusCode, header},
+    extract::{Query, State},
+    http::{StatusCode, Uri, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -23,6 +26,7 @@ use breaker_api::{
 };
 use breaker_core::engine::CommandError;
 use bytes::Bytes;
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 use tokio::{
     net::UnixListener,
@@ -46,22 +50,24 @@ impl Drop for Socket {
     }
 }
 
-/// Serves the control socket. A socket file that no process listens on is replaced.
+/// Serves the control socket. A socket file that no process listens on is replaced; a file of another kind is not.
 ///
 /// # Errors
-/// Another process listens on the socket, or the path cannot be bound.
-pub fn serve(path: &FsPath, commands: mpsc::Sender<Command>, latest: watch::Receiver<u64>) -> Result<Socket> {
+/// Another process listens on the socket, something else is there, or the path cannot be bound.
+pub fn serve(path: &Path, commands: mpsc::Sender<Command>, latest: watch::Receiver<u64>) -> Result<Socket> {
     if UnixStream::connect(path).is_ok() {
         bail!("another process already listens on the control socket {}", path.display());
     }
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).with_context(|| format!("create the directory {}", dir.display()))?;
     }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("remove the old socket {}", path.display()));
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => {
+            fs::remove_file(path).with_context(|| format!("remove the old socket {}", path.display()))?;
         }
-        _ => {}
+        Ok(_) => bail!("agent.socket: {} is no socket; allowed: a path where nothing is, or a socket", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("look at the control socket {}", path.display())),
     }
     // The umask keeps other users out between bind and chmod.
     let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
@@ -84,6 +90,9 @@ struct Shared {
     commands: mpsc::Sender<Command>,
     latest: watch::Receiver<u64>,
 }
+
+/// The common prefix of all paths of services.
+const SERVICES: &str = "/v1/services/";
 
 fn router(shared: Shared) -> Router {
     Router::new()
@@ -133,26 +142,33 @@ struct FlowsQuery {
     limit: Option<usize>,
 }
 
-/// Answers GET /v1/services/NAME and /v1/services/NAME/flows. A name may contain a slash (namespace/name), so only
-/// the part after the last slash can be the verb.
-async fn service_get(
-    State(shared): State<Shared>,
-    Path(rest): Path<String>,
-    Query(query): Query<FlowsQuery>,
-) -> Result<Response, Failure> {
-    if let Some(name) = rest.strip_suffix("/flows") {
-        let (name, limit) = (name.to_owned(), query.limit.unwrap_or(100));
-        return json(ask(&shared, |reply| Command::Flows { name, limit, reply }).await?);
-    }
-    json(ask(&shared, |reply| Command::Get(rest, reply)).await?)
+/// The name in the path of a request, decoded, and the verb behind it, if it is one of `verbs`. A name may contain a
+/// slash (namespace/name). The client encodes it, so that a name that ends like a verb is not taken for one.
+fn name_and_verb(uri: &Uri, verbs: &[&'static str]) -> (String, Option<&'static str>) {
+    let path = uri.path();
+    let rest = path.strip_prefix(SERVICES).unwrap_or(path);
+    let verb = verbs.iter().find_map(|verb| Some((rest.strip_suffix(verb)?.strip_suffix('/')?, *verb)));
+    let (name, verb) = verb.map_or((rest, None), |(name, verb)| (name, Some(verb)));
+    (percent_decode_str(name).decode_utf8_lossy().into_owned(), verb)
 }
 
-async fn service_post(
+/// Answers GET /v1/services/NAME and /v1/services/NAME/flows.
+async fn service_get(
     State(shared): State<Shared>,
-    Path(rest): Path<String>,
-    body: Bytes,
+    uri: Uri,
+    Query(query): Query<FlowsQuery>,
 ) -> Result<Response, Failure> {
-    if let Some(name) = rest.strip_suffix("/trip") {
+    let (name, verb) = name_and_verb(&uri, &["flows"]);
+    if verb.is_some() {
+        let limit = query.limit.unwrap_or(100);
+        return json(ask(&shared, |reply| Command::Flows { name, limit, reply }).await?);
+    }
+    json(ask(&shared, |reply| Command::Get(name, reply)).await?)
+}
+
+async fn service_post(State(shared): State<Shared>, uri: Uri, body: Bytes) -> Result<Response, Failure> {
+    let (name, verb) = name_and_verb(&uri, &["trip", "reset"]);
+    if verb == Some("trip") {
         let body: TripBody = if body.is_empty() {
             TripBody::default()
         } else {
@@ -166,11 +182,10 @@ async fn service_post(
         if body.seconds == Some(0) {
             return Err(Failure(StatusCode::BAD_REQUEST, "seconds: 0 is not allowed; allowed: at least 1".into()));
         }
-        let (name, duration) = (name.to_owned(), body.seconds.map(Duration::from_secs));
+        let duration = body.seconds.map(Duration::from_secs);
         return json(ask(&shared, |reply| Command::Trip { name, duration, reason: body.reason, reply }).await?);
     }
-    if let Some(name) = rest.strip_suffix("/reset") {
-        let name = name.to_owned();
+    if verb == Some("reset") {
         return json(ask(&shared, |reply| Command::Reset(name, reply)).await?);
     }
     Err(Failure(StatusCode::NOT_FOUND, "POST allows only /v1/services/NAME/trip and /v1/services/NAME/reset".into()))
@@ -230,4 +245,43 @@ fn lines(events: &[EventLine]) -> Bytes {
         text.push(b'\n');
     }
     text.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// HARDENING F4.
+    #[test]
+    fn a_name_that_ends_like_a_verb_is_a_name() {
+        let rows = [
+            ("/v1/services/dummy", "dummy", None),
+            ("/v1/services/prod/shop:80", "prod/shop:80", None),
+            ("/v1/services/prod/shop/flows", "prod/shop", Some("flows")),
+            ("/v1/services/prod%2Fflows", "prod/flows", None),
+            ("/v1/services/prod%2fflows/flows", "prod/flows", Some("flows")),
+            ("/v1/services/flows", "flows", None),
+        ];
+        for (path, name, verb) in rows {
+            let uri: Uri = path.parse().unwrap();
+            assert_eq!(name_and_verb(&uri, &["flows"]), (name.to_owned(), verb), "{path}");
+        }
+    }
+
+    /// HARDENING F3.
+    #[tokio::test]
+    async fn only_a_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link, socket) = (dir.path().join("file"), dir.path().join("link"), dir.path().join("socket"));
+        fs::write(&file, "precious").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let serve = |path: &Path| super::serve(path, mpsc::channel(1).0, watch::channel(0).1);
+        for path in [&file, &link] {
+            let error = serve(path).unwrap_err().to_string();
+            assert!(error.contains("is no socket; allowed: "), "{error}");
+        }
+        assert_eq!(fs::read_to_string(&link).unwrap(), "precious");
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        assert!(serve(&socket).is_ok(), "a socket without a process is replaced");
+    }
 }

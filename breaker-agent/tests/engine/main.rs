@@ -89,6 +89,11 @@ impl Harness {
         self.engine.reset(now, name, &mut self.datapath)
     }
 
+    /// The epoch that a probe which begins now carries.
+    fn state_epoch(&self) -> u32 {
+        self.engine.state_epoch(&ServiceName::new("dummy"))
+    }
+
     fn events(&self, label: &str) -> Vec<&Entry> {
         self.engine.events_after(0).into_iter().filter(|event| event.kind.label() == label).collect()
     }
@@ -135,7 +140,8 @@ fn probe(engine: &mut Harness, ms: u64, tier: usize, code: CheckCode) {
     let target = Target { service: ServiceName::new("dummy"), tier, backend: backend.parse().unwrap() };
     let health = if code.passes() { Health::Up } else { Health::Down };
     let result = ProbeResult { code, detail: "scripted".into(), duration: Duration::from_millis(1) };
-    engine.observe(at(ms), &ProbeReport { target, result, health });
+    let began = engine.state_epoch();
+    engine.observe(at(ms), &ProbeReport { target, result, health, began });
 }
 
 fn applied(engine: &Harness) -> &ServicePlan {
@@ -146,7 +152,7 @@ fn state(engine: &Harness) -> (BreakerState, u32) {
     (applied(engine).decision.state, applied(engine).decision.epoch)
 }
 
-use BreakerState::{Closed, Open};
+use BreakerState::{Closed, HalfOpen, Open};
 
 #[test]
 fn the_lab_fails_over_and_comes_back() {
@@ -430,7 +436,8 @@ fn a_rate_that_tripped_stays_tripped_for_a_while() {
     for ms in 1..=4 {
         let code = if ms % 2 == 0 { CheckCode::L7Sts } else { CheckCode::L7Ok };
         let result = ProbeResult { code, detail: String::new(), duration: Duration::ZERO };
-        e.observe(at(100 * ms), &ProbeReport { target: target.clone(), result, health: Health::Up });
+        let began = e.state_epoch();
+        e.observe(at(100 * ms), &ProbeReport { target: target.clone(), result, health: Health::Up, began });
     }
     assert_eq!(applied(&e).decision.reason, StateReason::FailureRate);
     e.tick(at(9000));
@@ -552,4 +559,94 @@ fn a_new_pod_of_an_unchecked_primary_has_to_settle_too() {
     assert_eq!(state(&e).0, Open);
     e.tick(at(7000));
     assert_eq!(state(&e).0, Closed);
+}
+
+/// HARDENING L2: a probe that this node could not make says nothing about the backend.
+#[test]
+fn local_errors_move_nothing_and_are_told_when_they_last() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Ok);
+    for second in 1..=9 {
+        probe(&mut e, second * 1000, 0, CheckCode::LocalError);
+    }
+    assert_eq!((state(&e).0, e.events("LocalError").len()), (Closed, 0));
+    for second in 10..=20 {
+        probe(&mut e, second * 1000, 0, CheckCode::LocalError);
+    }
+    assert_eq!(state(&e).0, Closed);
+    assert_eq!(e.events("LocalError").len(), 1, "one event, however long it lasts");
+    let snapshot = e.get(at(20_000), "dummy").unwrap();
+    let backend = &snapshot.tiers[0].backends[0];
+    assert_eq!(backend.local_errors.as_ref().map(|errors| errors.count), Some(20));
+    assert_eq!(backend.last.as_ref().map(|last| last.code), Some(CheckCode::L7Ok), "the last result stays");
+    assert_eq!((backend.health, snapshot.local_errors), (Some(Health::Up), 20));
+    probe(&mut e, 21_000, 0, CheckCode::L7Sts);
+    assert_eq!((state(&e).0, e.events("LocalError").len()), (Open, 2));
+    assert_eq!(e.get(at(21_000), "dummy").unwrap().tiers[0].backends[0].local_errors, None);
+}
+
+/// TRIALS F5: a result that comes late moves nothing.
+#[test]
+fn a_probe_counts_only_in_the_state_in_which_it_began() {
+    let extra = "breaker: {openMillis: 1000, halfOpenConnections: 5, halfOpenPasses: 2, halfOpenTimeoutMillis: 60000},";
+    let mut e = engine(extra, FakeDatapath::default());
+    let target = Target { service: ServiceName::new("dummy"), tier: 0, backend: "10.42.0.2:80".parse().unwrap() };
+    let late = |e: &mut Harness, ms: u64, code: CheckCode, began: u32| {
+        let result = ProbeResult { code, detail: "late".into(), duration: Duration::from_millis(1) };
+        let health = if code.passes() { Health::Up } else { Health::Down };
+        e.observe(at(ms), &ProbeReport { target: target.clone(), result, health, began });
+    };
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Ok);
+    let closed = e.state_epoch();
+    probe(&mut e, 1000, 0, CheckCode::L7Sts);
+    assert_eq!(state(&e).0, Open);
+    // A pass that began before the breaker opened does not bring the primary back.
+    late(&mut e, 3000, CheckCode::L7Ok, closed);
+    assert_eq!(state(&e).0, Open);
+    let open = e.state_epoch();
+    probe(&mut e, 4000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, HalfOpen);
+    // Passes that began while open are none of the two that half-open asks for; a late failure trips nothing either.
+    for ms in 4001..4010 {
+        late(&mut e, ms, CheckCode::L7Ok, open);
+    }
+    late(&mut e, 4010, CheckCode::L7Sts, open);
+    assert_eq!(state(&e).0, HalfOpen);
+    probe(&mut e, 5000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, HalfOpen);
+    probe(&mut e, 6000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Closed);
+}
+
+/// HARDENING L3: a step of the wall clock, in either direction, moves nothing. Only an override with an end follows it.
+#[test]
+fn a_step_of_the_clock_moves_nothing() {
+    let mut e = engine("breaker: {openMillis: 1000},", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 20, 0, CheckCode::L7Ok);
+    for unix_ns in [0, 1, u64::MAX] {
+        e.tick(Now { unix_ns, ..at(3000) });
+        assert_eq!(state(&e).0, Closed);
+    }
+}
+
+/// HARDENING L5: a breaker that flaps fills neither the log nor the events.
+#[test]
+fn a_flapping_breaker_writes_a_bounded_number_of_lines() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 5, 1, CheckCode::L7Ok);
+    let mut lines = 0;
+    for step in 1..6000 {
+        let code = if step % 2 == 0 { CheckCode::L7Ok } else { CheckCode::L7Sts };
+        probe(&mut e, step * 10, 0, code);
+        e.tick(at(step * 10));
+        lines += e.engine.take_log().len();
+    }
+    assert!(lines < 150, "{lines} lines in a minute");
+    let events = e.engine.events_after(0);
+    let counted = events.iter().filter(|event| !matches!(event.kind, EntryKind::Packet(_))).count();
+    assert!(counted < 150, "{counted} events in a minute");
+    assert!(!e.events("LeftOut").is_empty());
 }

@@ -10,6 +10,22 @@ use crate::{
     time::{Instant, Now, UnixNanos},
 };
 
+/// How long a backend must be without results before an event tells it.
+const LOCAL_ERRORS_LAST: Duration = Duration::from_secs(10);
+
+/// Probes in a row that had no result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalErrors {
+    /// How many.
+    pub count: u64,
+    /// When the first of them ended.
+    pub since: Now,
+    /// Why the last of them had no result.
+    pub detail: String,
+    /// Whether an event has told it.
+    pub reported: bool,
+}
+
 /// One backend and the results of its checks.
 #[derive(Clone, Debug)]
 pub(super) struct BackendState {
@@ -19,12 +35,38 @@ pub(super) struct BackendState {
     pub health: Health,
     /// When it got its health; `None` before the first change.
     pub since_unix_ns: Option<UnixNanos>,
+    /// The last probe with a result.
     pub last: Option<ProbeResult>,
+    /// The probes since then, if they had no result.
+    pub local_errors: Option<LocalErrors>,
 }
 
 impl BackendState {
     const fn new(backend: Backend) -> Self {
-        Self { backend, added: Instant::ZERO, health: Health::Unknown, since_unix_ns: None, last: None }
+        Self {
+            backend,
+            added: Instant::ZERO,
+            health: Health::Unknown,
+            since_unix_ns: None,
+            last: None,
+            local_errors: None,
+        }
+    }
+
+    /// Counts a probe without a result. Returns how long there have been none, once, when that is long enough to tell.
+    pub fn count_local_error(&mut self, now: Now, detail: &str) -> Option<Duration> {
+        let errors = self.local_errors.get_or_insert_with(|| LocalErrors {
+            count: 0,
+            since: now,
+            detail: String::new(),
+            reported: false,
+        });
+        errors.count += 1;
+        detail.clone_into(&mut errors.detail);
+        let lasting = now.mono.saturating_sub(errors.since.mono);
+        let tell = !errors.reported && lasting >= LOCAL_ERRORS_LAST;
+        errors.reported |= tell;
+        tell.then_some(lasting)
     }
 
     /// Whether it was added less than the service's grace period ago.

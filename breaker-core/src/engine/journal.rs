@@ -1,9 +1,10 @@
 //! The journal: events with ids, which readers can fetch later, and lines for the agent's log.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use breaker_common::EventKind;
 
+use super::flood::FloodGuard;
 use crate::{
     breaker::Transition,
     model::ServiceName,
@@ -20,6 +21,10 @@ pub enum EntryKind {
     Transition(Transition),
     /// A backend's health changed.
     Health,
+    /// Probes have had no result for some time, or have results again.
+    LocalError,
+    /// Events of a service were left out, because there were too many.
+    LeftOut,
     /// A limit refuses new connections.
     Limited,
     /// A write to the maps failed.
@@ -43,6 +48,8 @@ impl EntryKind {
         match self {
             Self::Transition(_) => "Transition",
             Self::Health => "Health",
+            Self::LocalError => "LocalError",
+            Self::LeftOut => "LeftOut",
             Self::Limited => "Limited",
             Self::WriteFailed => "WriteFailed",
             Self::WriteRecovered => "WriteRecovered",
@@ -96,42 +103,110 @@ pub struct LogLine {
 /// The events of a node.
 #[derive(Debug)]
 pub(super) struct Journal {
-    events: VecDeque<Entry>,
+    events: Events,
     /// Events of the programs, kept apart: a service with much traffic would displace the events of its breaker.
-    packet_events: VecDeque<Entry>,
+    packet_events: Events,
     next_id: u64,
     log: Vec<LogLine>,
+    event_guard: FloodGuard,
+    log_guard: FloodGuard,
+}
+
+/// The last [`HISTORY`] events. When it is full, the service with the most events loses its oldest one.
+#[derive(Debug)]
+struct Events {
+    entries: VecDeque<Entry>,
+    by_service: BTreeMap<Option<ServiceName>, usize>,
+}
+
+impl Events {
+    const fn new() -> Self {
+        Self { entries: VecDeque::new(), by_service: BTreeMap::new() }
+    }
+
+    fn push(&mut self, entry: Entry) {
+        *self.by_service.entry(entry.service.clone()).or_default() += 1;
+        self.entries.push_back(entry);
+        if self.entries.len() <= HISTORY {
+            return;
+        }
+        let most = self.by_service.iter().max_by_key(|(_, count)| **count).map(|(service, _)| service.clone());
+        let oldest = self.entries.iter().position(|entry| Some(&entry.service) == most.as_ref());
+        let Some(gone) = oldest.and_then(|index| self.entries.remove(index)) else { return };
+        if let Some(count) = self.by_service.get_mut(&gone.service) {
+            *count -= 1;
+            if *count == 0 {
+                self.by_service.remove(&gone.service);
+            }
+        }
+    }
 }
 
 impl Journal {
     /// Creates an empty journal.
     pub const fn new() -> Self {
-        Self { events: VecDeque::new(), packet_events: VecDeque::new(), next_id: 1, log: Vec::new() }
-    }
-
-    /// Records an event.
-    pub fn record(&mut self, now: Now, service: Option<&ServiceName>, kind: EntryKind, message: String) {
-        let entry = Entry { id: self.next_id, unix_ns: now.unix_ns, service: service.cloned(), kind, message };
-        self.next_id += 1;
-        let events = match kind {
-            EntryKind::Packet(_) => &mut self.packet_events,
-            _ => &mut self.events,
-        };
-        events.push_back(entry);
-        if events.len() > HISTORY {
-            events.pop_front();
+        Self {
+            events: Events::new(),
+            packet_events: Events::new(),
+            next_id: 1,
+            log: Vec::new(),
+            event_guard: FloodGuard::new(),
+            log_guard: FloodGuard::new(),
         }
     }
 
-    /// Adds a line to the agent's log.
-    pub fn log(&mut self, level: Level, service: Option<&ServiceName>, message: impl Into<String>) {
-        self.log.push(LogLine { level, service: service.cloned(), transition: None, message: message.into() });
+    /// Records an event. Beyond a certain rate, events of one service are left out ([`super::flood`]).
+    pub fn record(&mut self, now: Now, service: Option<&ServiceName>, kind: EntryKind, message: String) {
+        let is_packet = matches!(kind, EntryKind::Packet(_));
+        if !is_packet && service.is_some_and(|service| !self.event_guard.admit(now.mono, service)) {
+            return;
+        }
+        self.push(now, service, kind, message);
+    }
+
+    fn push(&mut self, now: Now, service: Option<&ServiceName>, kind: EntryKind, message: String) {
+        let entry = Entry { id: self.next_id, unix_ns: now.unix_ns, service: service.cloned(), kind, message };
+        self.next_id += 1;
+        match kind {
+            EntryKind::Packet(_) => self.packet_events.push(entry),
+            _ => self.events.push(entry),
+        }
+    }
+
+    /// Adds a line to the agent's log. Beyond a certain rate, lines of one service are left out.
+    pub fn log(&mut self, now: Now, level: Level, service: Option<&ServiceName>, message: impl Into<String>) {
+        self.push_line(now, LogLine { level, service: service.cloned(), transition: None, message: message.into() });
     }
 
     /// Adds a transition to the agent's log.
-    pub fn log_transition(&mut self, service: &ServiceName, transition: Transition, epoch: u32, message: &str) {
+    pub fn log_transition(
+        &mut self,
+        now: Now,
+        service: &ServiceName,
+        transition: Transition,
+        epoch: u32,
+        message: &str,
+    ) {
         let (service, transition) = (Some(service.clone()), Some((transition, epoch)));
-        self.log.push(LogLine { level: Level::Info, service, transition, message: message.to_owned() });
+        self.push_line(now, LogLine { level: Level::Info, service, transition, message: message.to_owned() });
+    }
+
+    fn push_line(&mut self, now: Now, line: LogLine) {
+        if line.service.as_ref().is_none_or(|service| self.log_guard.admit(now.mono, service)) {
+            self.log.push(line);
+        }
+    }
+
+    /// Tells how much was left out, service by service, where that is due.
+    pub fn summarize(&mut self, now: Now) {
+        for (service, left_out) in self.event_guard.summaries(now.mono) {
+            let message = format!("{} more events in {} s were left out", left_out.lines, left_out.during.as_secs());
+            self.push(now, Some(&service), EntryKind::LeftOut, message);
+        }
+        for (service, left_out) in self.log_guard.summaries(now.mono) {
+            let message = format!("{} more lines in {} s were left out", left_out.lines, left_out.during.as_secs());
+            self.log.push(LogLine { level: Level::Warn, service: Some(service), transition: None, message });
+        }
     }
 
     /// Takes the lines that were logged since the last call.
@@ -141,7 +216,7 @@ impl Journal {
 
     /// Events after `id`, oldest first.
     pub fn after(&self, id: u64) -> Vec<&Entry> {
-        let all = self.events.iter().chain(&self.packet_events);
+        let all = self.events.entries.iter().chain(&self.packet_events.entries);
         let mut events: Vec<&Entry> = all.filter(|event| event.id > id).collect();
         events.sort_by_key(|event| event.id);
         events
@@ -150,5 +225,29 @@ impl Journal {
     /// Id of the last event; 0 = none.
     pub const fn last_id(&self) -> u64 {
         self.next_id - 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_events_of_a_quiet_service_stay_when_another_flaps() {
+        let mut journal = Journal::new();
+        let (quiet, noisy) = (ServiceName::new("quiet"), ServiceName::new("noisy"));
+        let at = |seconds: u64| Now { mono: Duration::from_secs(seconds), unix_ns: seconds };
+        journal.record(at(0), Some(&quiet), EntryKind::Health, "Down".into());
+        for second in 1..5000 {
+            for _ in 0..3 {
+                journal.record(at(second), Some(&noisy), EntryKind::Health, "flaps".into());
+            }
+            journal.summarize(at(second));
+        }
+        let events = journal.after(0);
+        assert_eq!(events.len(), HISTORY);
+        assert_eq!(events[0].service, Some(quiet));
+        assert!(events.iter().any(|event| event.kind == EntryKind::LeftOut));
     }
 }

@@ -15,11 +15,13 @@
 //! | [`limit_watch`] | when limits begin and cease to refuse connections |
 //! | [`commands`] | commands of an operator |
 //! | [`journal`] | events with ids, lines for the log |
+//! | [`flood`] | how much one service can write to the journal |
 //! | [`snapshot`] | read-only views |
 
 mod applied_plan;
 mod backends;
 mod commands;
+mod flood;
 pub mod journal;
 pub mod limit_watch;
 mod service;
@@ -34,6 +36,7 @@ use std::{
 
 use breaker_common::{BreakerState, EventKind, SHARE_ALL};
 
+pub use backends::LocalErrors;
 pub use commands::CommandError;
 use journal::{Entry, EntryKind, Journal, Level, LogLine};
 use service::{Lifecycle, OverrideChange, ServiceState};
@@ -65,6 +68,7 @@ pub struct Engine {
     flow_entries: usize,
     flow_pressure: u8,
     changes: u64,
+    transitions: Vec<(ServiceName, u32)>,
 }
 
 impl Engine {
@@ -83,6 +87,7 @@ impl Engine {
             flow_entries: 0,
             flow_pressure: 0,
             changes: 0,
+            transitions: Vec::new(),
         })
     }
 
@@ -137,20 +142,38 @@ impl Engine {
             self.react(now, &name, "", |breaker, health| breaker.set_primary(now.mono, health));
         }
         self.apply_all(now, datapath);
-        self.remove_flows_of_removed_backends(datapath, false);
+        self.remove_flows_of_removed_backends(now, datapath, false);
     }
 
-    /// Processes the result of a probe. A result for a backend that is not configured any more is ignored.
+    /// Processes the result of a probe. A result for a backend that is not configured any more is ignored. A probe
+    /// without a result changes no health, and neither does one that began before the breaker's last transition.
     pub fn observe(&mut self, now: Now, report: &ProbeReport, datapath: &mut dyn Datapath) {
         let Target { service: name, tier, backend: address } = &report.target;
         let Some(state) = self.services.get_mut(name) else { return };
         let Some(backend) = state.tiers.get_mut(*tier, *address) else { return };
+        let (code, detail) = (report.result.code, &report.result.detail);
+        if !code.is_result() {
+            state.local_errors += 1;
+            if let Some(lasting) = backend.count_local_error(now, detail) {
+                self.changes += 1;
+                let message = format!("{address} has had no check result for {} s: {detail}", lasting.as_secs());
+                self.journal.log(now, Level::Warn, Some(name), message.clone());
+                self.journal.record(now, Some(name), EntryKind::LocalError, message);
+            }
+            return;
+        }
+        backend.last = Some(report.result.clone());
+        if backend.local_errors.take().is_some_and(|errors| errors.reported) {
+            self.changes += 1;
+            self.journal.record(now, Some(name), EntryKind::LocalError, format!("{address} has check results again"));
+        }
+        if report.began != state.state_epoch {
+            return;
+        }
         // A restarted check reports Unknown at first; the engine then keeps the health that it knows.
         let health = if report.health == Health::Unknown { backend.health } else { report.health };
         let flipped = backend.health != health;
         backend.health = health;
-        backend.last = Some(report.result.clone());
-        let (code, detail) = (report.result.code, &report.result.detail);
         if flipped {
             backend.since_unix_ns = Some(now.unix_ns);
             self.changes += 1;
@@ -166,6 +189,12 @@ impl Engine {
             });
         }
         self.apply(now, name, datapath);
+    }
+
+    /// The epoch that began with the last transition of a service's breaker; 0 for a service that is not known. Each
+    /// probe carries it from its begin ([`ProbeReport::began`]).
+    pub fn state_epoch(&self, name: &ServiceName) -> u32 {
+        self.services.get(name).map_or(0, |state| state.state_epoch)
     }
 
     /// Does everything that is due at `now`. Returns whether the flow tables were swept; the caller then reports
@@ -185,6 +214,7 @@ impl Engine {
         }
         self.apply_all(now, datapath);
         self.read_events(now, datapath);
+        self.journal.summarize(now);
         sweep
     }
 
@@ -243,6 +273,11 @@ impl Engine {
         self.journal.take_log()
     }
 
+    /// Takes the services whose breakers made a transition since the last call, with the epochs that began, in order.
+    pub fn take_transitions(&mut self) -> Vec<(ServiceName, u32)> {
+        std::mem::take(&mut self.transitions)
+    }
+
     /// Records an event that is not about one service.
     pub fn note(&mut self, now: Now, kind: EntryKind, message: String) {
         self.journal.record(now, None, kind, message);
@@ -269,7 +304,8 @@ impl Engine {
         let health = state.primary_health(now);
         let Some(transition) = input(&mut state.breaker, health) else { return };
         state.enter(now, transition, message);
-        self.journal.log_transition(name, transition, state.epoch, message);
+        self.transitions.push((name.clone(), state.epoch));
+        self.journal.log_transition(now, name, transition, state.epoch, message);
         let (from, to, reason) = (transition.from.label(), transition.to.label(), transition.reason.label());
         let text = match message {
             "" => format!("{from} -> {to} ({reason})"),
@@ -326,7 +362,7 @@ impl Engine {
             Err(error) => {
                 if state.sync.failed(now.mono, error.to_string()) {
                     let line = format!("cannot write the plan to the datapath, will retry: {error}");
-                    self.journal.log(Level::Error, Some(name), line);
+                    self.journal.log(now, Level::Error, Some(name), line);
                     self.journal.record(now, Some(name), EntryKind::WriteFailed, error.to_string());
                 }
             }

@@ -51,6 +51,10 @@ pub(super) struct ServiceState {
     pub breaker: Breaker,
     pub tiers: Tiers,
     pub epoch: u32,
+    /// The epoch that began with the last transition of the breaker. A probe that began in another one is late.
+    pub state_epoch: u32,
+    /// Probes without a result since the service was first seen.
+    pub local_errors: u64,
     /// When the breaker entered its state.
     pub since_unix_ns: UnixNanos,
     pub message: String,
@@ -94,6 +98,8 @@ impl ServiceState {
             breaker,
             tiers,
             epoch,
+            state_epoch: epoch,
+            local_errors: 0,
             since_unix_ns,
             message: if adopted.is_some() { "adopted from an earlier agent".into() } else { String::new() },
             lifecycle: Lifecycle::Configured,
@@ -173,6 +179,7 @@ impl ServiceState {
     pub fn enter(&mut self, now: Now, transition: Transition, message: &str) {
         self.sync.outdate();
         self.new_epoch();
+        self.state_epoch = self.epoch;
         self.since_unix_ns = now.unix_ns;
         message.clone_into(&mut self.message);
         self.tracking = Tracking::Active { since: (transition.to == BreakerState::Closed).then_some(now.mono) };

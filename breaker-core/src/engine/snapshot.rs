@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use breaker_common::{BreakerState, ServiceCounters, StateReason};
 
 use super::{
-    backends::BackendState,
+    backends::{BackendState, LocalErrors},
     limit_watch::ActiveLimit,
     service::{Lifecycle, ServiceState},
 };
@@ -63,6 +63,8 @@ pub struct ServiceSnapshot {
     pub failed_writes: u64,
     /// Live flows on a backup at the last sweep.
     pub flows: usize,
+    /// Probes without a result since the agent first saw the service.
+    pub local_errors: u64,
     /// Counters since the service was added to the maps.
     pub counters: ServiceCounters,
     /// Its limits, if it has any.
@@ -108,8 +110,10 @@ pub struct BackendSnapshot {
     pub health: Option<Health>,
     /// When it got its health.
     pub since_unix_ns: Option<UnixNanos>,
-    /// The last probe.
+    /// The last probe with a result.
     pub last: Option<ProbeResult>,
+    /// The probes since then, if they had no result.
+    pub local_errors: Option<LocalErrors>,
     /// Its weight.
     pub weight: u16,
     /// Whether it is known to be a pod of this node. Always false for a service that does not need to know.
@@ -200,6 +204,7 @@ impl ServiceState {
             error: self.sync.error().map(str::to_owned),
             failed_writes: self.sync.failed_writes,
             flows: self.flows,
+            local_errors: self.local_errors,
             counters: datapath.counters(&service.name).unwrap_or_default(),
             limits: service.limits.map(|configured| LimitsSnapshot {
                 configured,
@@ -273,6 +278,7 @@ impl BackendState {
             health: tier.check.is_some().then_some(self.health),
             since_unix_ns: self.since_unix_ns,
             last: self.last.clone(),
+            local_errors: self.local_errors.clone(),
             weight: self.backend.weight,
             local,
         }

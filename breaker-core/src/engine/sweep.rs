@@ -38,12 +38,12 @@ impl Engine {
         let found = match datapath.sweep(idle) {
             Ok(found) => found,
             Err(error) => {
-                self.journal.log(Level::Warn, None, format!("the flow tables cannot be read: {error}"));
+                self.journal.log(now, Level::Warn, None, format!("the flow tables cannot be read: {error}"));
                 return;
             }
         };
         self.report_pressure(now, &found);
-        self.remove_flows_of_removed_backends(datapath, true);
+        self.remove_flows_of_removed_backends(now, datapath, true);
         for (name, state) in &mut self.services {
             state.flows = found.redirected.get(name).copied().unwrap_or(0);
             // Connections over a limit of the primary went to the backup: track their flows until they have ended.
@@ -57,6 +57,7 @@ impl Engine {
             match datapath.remove(&name) {
                 Ok(()) => drop(self.services.remove(&name)),
                 Err(error) => self.journal.log(
+                    now,
                     Level::Warn,
                     Some(&name),
                     format!("cannot remove the service yet, will retry: {error}"),
@@ -77,7 +78,7 @@ impl Engine {
                 if crowded { "; raise agent.maxFlows to make room for more" } else { "" }
             );
             if crowded {
-                self.journal.log(Level::Warn, None, message.as_str());
+                self.journal.log(now, Level::Warn, None, message.as_str());
             }
             self.journal.record(now, None, EntryKind::FlowPressure, message);
         }
@@ -122,7 +123,7 @@ impl Engine {
             let message = state.limit_watch.observe(now, &report.counters);
             self.changes += u64::from(state.limit_watch.active() != before.as_ref());
             if let Some(message) = message {
-                self.journal.log(Level::Warn, Some(name), message.as_str());
+                self.journal.log(now, Level::Warn, Some(name), message.as_str());
                 self.journal.record(now, Some(name), EntryKind::Limited, message);
             }
         }
@@ -137,7 +138,7 @@ impl Engine {
     /// With `final_pass`, UDP flows to a backup's backend that is Down are removed as well and decided again. UDP
     /// has no connection that this could break, and a client with a long-lived socket would otherwise stay on that
     /// backend.
-    pub(super) fn remove_flows_of_removed_backends(&mut self, datapath: &mut dyn Datapath, final_pass: bool) {
+    pub(super) fn remove_flows_of_removed_backends(&mut self, now: Now, datapath: &mut dyn Datapath, final_pass: bool) {
         for (name, state) in &mut self.services {
             let down = if final_pass { state.tiers.down_for_datagrams(&state.service) } else { BTreeSet::new() };
             if state.removed_backends.is_empty() && down.is_empty() {
@@ -151,11 +152,11 @@ impl Engine {
                 Ok(0) => {}
                 Ok(count) => {
                     let line = format!("removed {count} flows to backends that are gone or down");
-                    self.journal.log(Level::Info, Some(name), line);
+                    self.journal.log(now, Level::Info, Some(name), line);
                 }
                 Err(error) => {
                     let line = format!("cannot remove flows to backends that are gone: {error}");
-                    self.journal.log(Level::Warn, Some(name), line);
+                    self.journal.log(now, Level::Warn, Some(name), line);
                     continue;
                 }
             }

@@ -53,7 +53,10 @@ use self::{
     status_writer::Published,
     watches::Watches,
 };
-use crate::clock;
+use crate::{
+    clock,
+    supervise::{self, contained_call},
+};
 
 /// Delay between a change and the resolution. Changes come in bursts (a rolling update, the first list); one
 /// resolution covers the whole burst.
@@ -170,16 +173,19 @@ impl KubeSource {
         let ending = CancellationToken::new();
         let tasks = vec![
             tokio::spawn(follow(watches, changed, updates_in, identity.room, published.clone())),
-            tokio::spawn(node_report::run(client.clone(), state_out, published.clone())),
+            supervise::spawn("the writer of the NodeReport", {
+                let (client, published) = (client.clone(), published.clone());
+                move || node_report::run(client.clone(), state_out.clone(), published.clone())
+            }),
         ];
         let (namespace, node) = (identity.namespace.clone(), identity.node.clone());
-        let publisher = tokio::spawn(status_writer::run(
-            client.clone(),
-            namespace,
-            node,
-            (updates.clone(), published),
-            ending.clone(),
-        ));
+        let publisher = supervise::spawn("the writer of statuses", {
+            let (client, updates, ending) = (client.clone(), updates.clone(), ending.clone());
+            move || {
+                let input = (updates.clone(), published.clone());
+                status_writer::run(client.clone(), namespace.clone(), node.clone(), input, ending.clone())
+            }
+        });
         Self { updates, state, ending, publisher: Mutex::new(Some(publisher)), tasks }
     }
 
@@ -238,7 +244,15 @@ async fn follow(
         }
         sleep(BATCH_DELAY).await;
         let Some(world) = watches.world() else { continue };
-        let mut resolution = resolve(&world, &mut policies, &mut last_valid, clock::wall(), room);
+        let resolved = contained_call(|| resolve(&world, &mut policies, &mut last_valid, clock::wall(), room));
+        let mut resolution = match resolved {
+            Ok(resolution) => resolution,
+            // An object that nobody thought of. The last update stays in force until the objects change.
+            Err(panic) => {
+                tracing::error!("the objects of the API server cannot be resolved, the last state is kept: {panic}");
+                continue;
+            }
+        };
         policies.evict_unused();
         next = resolution.next;
         watches.set_wanted(&resolution.wanted);

@@ -40,7 +40,7 @@ use super::{
     watch::{Watch, always, error_text},
     watches::Guarded,
 };
-use crate::clock;
+use crate::{clock, supervise};
 
 /// Name of the statuses' field manager in managedFields.
 const MANAGER: &str = "breaker";
@@ -122,7 +122,11 @@ pub(super) async fn run(
         match (election.is_held(), &work) {
             (true, None) => {
                 tracing::info!("this agent was elected: it writes the statuses of CircuitBreakers now");
-                work = Some(tokio::spawn(publish(client.clone(), node.clone(), updates.clone(), published.clone())));
+                let (client, node, updates, published) =
+                    (client.clone(), node.clone(), updates.clone(), published.clone());
+                work = Some(supervise::spawn("the writer of statuses", move || {
+                    publish(client.clone(), node.clone(), updates.clone(), published.clone())
+                }));
             }
             (false, Some(task)) => {
                 tracing::info!("this agent is no longer elected: it stops writing the statuses of CircuitBreakers");

@@ -22,6 +22,8 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, task::JoinHandle};
 
+use crate::supervise;
+
 /// Longest duration of a watch, after which it continues from the same version. A connection that died without a FIN
 /// or RST (the server lost power) is noticed within this time. Shorter than the client's read timeout.
 const WATCH_SECONDS: u32 = 120;
@@ -54,8 +56,8 @@ where
         config: watcher::Config,
         what: String,
         changed: Arc<Notify>,
-        trim: impl Fn(&mut K) + Send + 'static,
-        matters: impl Fn(&K, &K) -> bool + Send + 'static,
+        trim: impl Fn(&mut K) + Send + Sync + 'static,
+        matters: impl Fn(&K, &K) -> bool + Send + Sync + 'static,
     ) -> Self {
         let (store, mut writer) = reflector::store::<K>();
         let ready = Arc::new(AtomicBool::new(false));
@@ -63,47 +65,57 @@ where
         let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
         let known = store.clone();
         let task = tokio::spawn(async move {
-            let mut events = std::pin::pin!(watcher(api, config).modify(move |object| {
-                object.managed_fields_mut().clear();
-                trim(object);
-            }));
-            let mut lost = false;
-            let mut backoff = Backoff::default();
-            while let Some(event) = events.next().await {
-                match event {
-                    Ok(event) => {
-                        // The start of a list is not yet a success.
-                        let good = !matches!(event, watcher::Event::Init);
-                        if good && lost {
-                            tracing::info!("the watch of {what} works again");
-                        }
-                        if good {
-                            lost = false;
-                            backoff.reset();
-                        }
-                        let whole = match &event {
-                            watcher::Event::Init | watcher::Event::InitApply(_) => false,
-                            watcher::Event::InitDone | watcher::Event::Delete(_) => true,
-                            watcher::Event::Apply(new) => {
-                                known.get(&ObjectRef::from_obj(new)).is_none_or(|old| matters(&old, new))
+            loop {
+                let attempt = async {
+                    let mut events = std::pin::pin!(watcher(api.clone(), config.clone()).modify(|object: &mut K| {
+                        object.managed_fields_mut().clear();
+                        trim(object);
+                    }));
+                    let mut lost = false;
+                    let mut backoff = Backoff::default();
+                    while let Some(event) = events.next().await {
+                        match event {
+                            Ok(event) => {
+                                // The start of a list is not yet a success.
+                                let good = !matches!(event, watcher::Event::Init);
+                                if good && lost {
+                                    tracing::info!("the watch of {what} works again");
+                                }
+                                if good {
+                                    lost = false;
+                                    backoff.reset();
+                                }
+                                let whole = match &event {
+                                    watcher::Event::Init | watcher::Event::InitApply(_) => false,
+                                    watcher::Event::InitDone | watcher::Event::Delete(_) => true,
+                                    watcher::Event::Apply(new) => {
+                                        known.get(&ObjectRef::from_obj(new)).is_none_or(|old| matters(&old, new))
+                                    }
+                                };
+                                writer.apply_watcher_event(&event);
+                                if whole {
+                                    is_ready.store(true, Ordering::Release);
+                                    changed.notify_one();
+                                }
                             }
-                        };
-                        writer.apply_watcher_event(&event);
-                        if whole {
-                            is_ready.store(true, Ordering::Release);
-                            changed.notify_one();
+                            Err(error) => {
+                                // Logged once: the stored objects stay in use, and the watch restarts.
+                                if !lost && !is_expired(&error) {
+                                    lost = true;
+                                    let cause = error_text(&error);
+                                    tracing::warn!(
+                                        "the watch of {what} fails: {cause}; the last known state stays in use"
+                                    );
+                                }
+                                tokio::time::sleep(backoff.next().unwrap_or_default()).await;
+                            }
                         }
                     }
-                    Err(error) => {
-                        // Logged once: the stored objects stay in use, and the watch restarts.
-                        if !lost && !is_expired(&error) {
-                            lost = true;
-                            let cause = error_text(&error);
-                            tracing::warn!("the watch of {what} fails: {cause}; the last known state stays in use");
-                        }
-                        tokio::time::sleep(backoff.next().unwrap_or_default()).await;
-                    }
+                };
+                if supervise::contained(attempt).await.is_ok() {
+                    return;
                 }
+                supervise::pause_after_panic("a watch of the API server").await;
             }
         });
         Self { store, ready, task }

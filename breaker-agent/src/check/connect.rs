@@ -1,0 +1,82 @@
+//! Opens connections for probes, and decides how they end.
+
+use std::net::SocketAddr;
+
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, connect as connect_socket, ipproto, socket_with,
+    sockopt::{set_socket_linger, set_tcp_quickack},
+};
+use std::time::Duration;
+use tokio::net::{TcpStream, UdpSocket};
+
+use super::{
+    CheckCode,
+    outcome::{Outcome, of_connection, refused_by_this_node},
+};
+
+/// How a connection ends when it is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// With a FIN, as usual. The prober's side stays in TIME_WAIT for a minute.
+    Fin,
+    /// With a reset (`SO_LINGER` of zero): nothing stays, neither here nor at the server.
+    Reset,
+    /// With a reset that comes before the handshake is complete. `TCP_QUICKACK` is off before `connect()`, so the kernel
+    /// delays the third packet of the handshake, and the reset takes its place. The server's process never sees the
+    /// connection. HAProxy's plain check does the same.
+    BeforeAccept,
+}
+
+/// Opens a TCP connection.
+///
+/// # Errors
+/// The outcome of the probe, if there is no connection.
+pub(super) async fn tcp(at: SocketAddr, end: End) -> Result<TcpStream, Outcome> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(family(at), SocketType::STREAM, flags, Some(ipproto::TCP))
+        .map_err(|error| refused_by_this_node("open a socket", error))?;
+    // Both options only change how the connection ends. A kernel that refuses them is no reason to fail the probe.
+    if end != End::Fin {
+        let _ = set_socket_linger(&socket, Some(Duration::ZERO));
+    }
+    if end == End::BeforeAccept {
+        let _ = set_tcp_quickack(&socket, false);
+    }
+    match connect_socket(&socket, &at) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
+        Err(error) => return Err(refused_by_this_node("connect", error)),
+    }
+    let stream = TcpStream::from_std(socket.into()).map_err(|error| super::outcome::local("watch a socket", error))?;
+    let connected = match stream.writable().await {
+        Ok(()) => stream.take_error(),
+        Err(error) => Err(error),
+    };
+    match connected {
+        Ok(None) => {}
+        Ok(Some(error)) | Err(error) => return Err(of_connection(&error)),
+    }
+    // Where nobody listens on a local port, TCP may connect a socket to itself (RFC 9293, figure 8: simultaneous open).
+    if stream.local_addr().is_ok_and(|own| own == at) {
+        return Err((CheckCode::L4Con, "connected to itself: nobody listens on this port".into()));
+    }
+    Ok(stream)
+}
+
+/// Opens a UDP socket that exchanges datagrams with one address only, and gets its ICMP errors.
+///
+/// # Errors
+/// The outcome of the probe, if this node refuses it.
+pub(super) fn udp(at: SocketAddr) -> Result<UdpSocket, Outcome> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(family(at), SocketType::DGRAM, flags, Some(ipproto::UDP))
+        .map_err(|error| refused_by_this_node("open a socket", error))?;
+    connect_socket(&socket, &at).map_err(|error| refused_by_this_node("connect", error))?;
+    UdpSocket::from_std(socket.into()).map_err(|error| super::outcome::local("watch a socket", error))
+}
+
+const fn family(at: SocketAddr) -> AddressFamily {
+    match at {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    }
+}
