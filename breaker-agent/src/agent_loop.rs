@@ -26,7 +26,7 @@ use crate::{
     clock::{self, Clock},
     command::Command,
     config::{AgentConfig, ConfigError},
-    datapath::{KernelDatapath, interfaces::InterfaceChange, neighbors::LocalPods, preflight},
+    datapath::{KernelDatapath, interfaces::InterfaceChange, masquerade, neighbors::LocalPods, preflight},
     heartbeat::{self, Lease},
     interfaces::Interfaces,
     logging::Incidents,
@@ -252,6 +252,31 @@ impl Agent {
             self.incompatible = found;
         }
         self.datapath.heartbeat(lease, now.unix_ns);
+        if self.lease.is_restore_due() {
+            self.restore(now);
+        }
+    }
+
+    /// Puts back what somebody else has taken away: a firewall's reload, a CNI's restart, another agent's cleanup.
+    fn restore(&mut self, now: Now) {
+        let at = clock::timestamp(now.unix_ns);
+        let mut back = self.interfaces.restore(at);
+        if self.masquerade_rule.is_ok() {
+            match masquerade::restore(self.config.masquerade_mark) {
+                Ok(false) => {}
+                Ok(true) => {
+                    self.interfaces.count_restored("masqueradeRule", at);
+                    back.push("the masquerade rule".into());
+                }
+                Err(error) => tracing::debug!("cannot look after the masquerade rule: {error:#}"),
+            }
+        }
+        if !back.is_empty() {
+            let message = format!("somebody took away, and the agent put back: {}", back.join(", "));
+            tracing::warn!("{message}");
+            self.engine.note(now, EntryKind::Restored, message);
+            self.unreported = true;
+        }
     }
 
     /// Applies a configuration.

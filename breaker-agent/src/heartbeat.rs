@@ -6,6 +6,8 @@ use breaker_core::time::Instant;
 
 /// Interval between two heartbeats.
 pub const INTERVAL: Duration = Duration::from_secs(1);
+/// Number of heartbeats between two looks at what others may have taken away.
+const RESTORE: u32 = 5;
 /// Number of heartbeats between two searches for a socket load balancer.
 const SOCKET_LB_SCAN: u32 = 30;
 
@@ -42,6 +44,12 @@ impl Lease {
             _ => {}
         }
         self.configured
+    }
+
+    /// Whether it is time to look at what others may have taken away.
+    #[must_use]
+    pub const fn is_restore_due(&self) -> bool {
+        self.beats.is_multiple_of(RESTORE)
     }
 
     /// Whether it is time to search for a socket load balancer again.

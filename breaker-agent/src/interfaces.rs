@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use breaker_api::status::DatapathStatus;
+use breaker_api::status::{DatapathStatus, Restored};
+use jiff::Timestamp;
 
 use crate::{
     datapath::{
-        attach::Attacher,
+        attach::{Attacher, Placed},
         interfaces::{Interface, InterfaceChange, Side},
         neighbors::LocalPods,
     },
@@ -21,6 +22,8 @@ pub struct Interfaces {
     failed: BTreeMap<u32, (String, String)>,
     /// Names of the interfaces by index, from the latest message about each.
     names: HashMap<u32, String>,
+    /// What others took away and this agent put back, by interface name.
+    restored: BTreeMap<String, Restored>,
     /// Known pods on this node. `None` before the first search has ended: until then, what an earlier agent found
     /// stays in the maps.
     pods: Option<LocalPods>,
@@ -30,7 +33,7 @@ impl Interfaces {
     /// Creates the state without any interface.
     #[must_use]
     pub fn new(attacher: Attacher) -> Self {
-        Self { attacher, failed: BTreeMap::new(), names: HashMap::new(), pods: None }
+        Self { attacher, failed: BTreeMap::new(), names: HashMap::new(), restored: BTreeMap::new(), pods: None }
     }
 
     /// Lets the programs that an earlier agent attached call this agent's full-path programs. Then attaches this
@@ -90,6 +93,32 @@ impl Interfaces {
         }
     }
 
+    /// Puts back programs that somebody else has taken away. Returns the names of the interfaces that got them back.
+    pub fn restore(&mut self, now: Timestamp) -> Vec<String> {
+        let attached = self.attacher.attached().iter();
+        let all: Vec<(u32, String)> = attached
+            .map(|(index, attached)| (*index, self.names.get(index).unwrap_or(&attached.name).clone()))
+            .collect();
+        let mut back = Vec::new();
+        for (index, name) in all {
+            match self.attacher.restore(index, &name) {
+                Ok(Placed::Kept) => {}
+                Ok(Placed::New) => back.push(name),
+                // It may be on its way out; its end is reported by itself.
+                Err(error) => tracing::debug!(interface = name, "cannot look after the programs: {error:#}"),
+            }
+        }
+        for name in &back {
+            count(&mut self.restored, name, now);
+        }
+        back
+    }
+
+    /// Counts another part of the datapath that was put back.
+    pub fn count_restored(&mut self, what: &str, now: Timestamp) {
+        count(&mut self.restored, what, now);
+    }
+
     /// Adds pods that a search found to those that are known. A known pod keeps its interface until its address
     /// appears behind another one or the interface is gone: the kernel's neighbor tables forget a pod that the node
     /// does not talk to, and connections on the fast path, which bypass the host network stack, do not refresh
@@ -144,7 +173,13 @@ impl Interfaces {
             interfaces: attached.iter().map(|(index, attached)| name_of(index, &attached.name)).collect(),
             failed_interfaces: self.failed.values().cloned().collect(),
             xdp: xdp.collect(),
+            restored: self.restored.clone(),
             ..DatapathStatus::default()
         }
     }
+}
+
+fn count(restored: &mut BTreeMap<String, Restored>, what: &str, now: Timestamp) {
+    let before = restored.get(what).map_or(0, |restored| restored.count);
+    restored.insert(what.to_owned(), Restored { count: before + 1, last: now });
 }

@@ -138,6 +138,7 @@ pub fn event(entry: &Entry) -> EventLine {
             EntryKind::WriteFailed => EventType::WriteFailed,
             EntryKind::WriteRecovered => EventType::WriteRecovered,
             EntryKind::FlowPressure => EventType::FlowPressure,
+            EntryKind::Restored => EventType::Restored,
             EntryKind::Config => EventType::Config,
             EntryKind::ConfigRefused => EventType::ConfigRefused,
             EntryKind::Packet(EventKind::StateAdopted) => EventType::StateAdopted,

@@ -31,6 +31,8 @@ pub enum EventType {
     WriteRecovered,
     /// The tables of established flows fill up, or have room again.
     FlowPressure,
+    /// The agent put back a part of the datapath that somebody else had taken away.
+    Restored,
     /// The configuration was read again.
     Config,
     /// A configuration was refused; nothing changed.
@@ -57,6 +59,7 @@ impl EventType {
             Self::WriteFailed => "WriteFailed",
             Self::WriteRecovered => "WriteRecovered",
             Self::FlowPressure => "FlowPressure",
+            Self::Restored => "Restored",
             Self::Config => "Config",
             Self::ConfigRefused => "ConfigRefused",
             Self::Unknown => "Unknown",

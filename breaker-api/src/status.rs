@@ -90,6 +90,9 @@ pub struct DatapathStatus {
     /// The uplinks for which XDP is configured: `native`, or why tc does the work alone.
     #[serde(default)]
     pub xdp: BTreeMap<String, String>,
+    /// What somebody else took away and the agent put back: names of interfaces, or `masqueradeRule`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub restored: BTreeMap<String, Restored>,
     /// Why the node's own processes and pods with hostNetwork are not protected; `None` if they are.
     pub node_sockets: Option<String>,
     /// Why breaker's own rule for the masquerade mark is not installed; `None` if it is.
@@ -102,6 +105,16 @@ pub struct DatapathStatus {
     /// Packets that the programs passed untouched because of an error or an unsupported header (fail open), by
     /// reason.
     pub reasons: BTreeMap<String, u64>,
+}
+
+/// How often a part of the datapath was put back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Restored {
+    /// How often since the agent started.
+    pub count: u64,
+    /// When it happened last.
+    pub last: Timestamp,
 }
 
 /// The answer to `GET /v1/services/NAME`.

@@ -1,10 +1,10 @@
 //! The text output of `breaker cluster`, which also runs as `kubectl breaker`.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use breaker_api::{
     StateReason,
-    crd::{Override, OwnerKind, ReportedState},
+    crd::{Override, OwnerKind, RefusedService, ReportedState},
 };
 
 use crate::{
@@ -61,6 +61,12 @@ pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
     }
     for breaker in &overview.circuit_breakers {
         text.push_str(&problems(breaker, paint));
+    }
+    let refused: BTreeSet<&RefusedService> = overview.nodes.iter().flat_map(|node| &node.report.refused).collect();
+    for service in refused {
+        let name = format!("{}/svc/{}", service.namespace, service.name);
+        let line = format!("{name}: refused ({}): {}", service.reason, service.message);
+        let _ = writeln!(text, "{}", paint.with(RED, &line));
     }
     for node in &overview.nodes {
         let agent = &node.report.agent;

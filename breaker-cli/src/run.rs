@@ -94,6 +94,7 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
                 overview.circuit_breakers.retain(|breaker| breaker.namespace == namespace);
                 for node in &mut overview.nodes {
                     node.report.services.retain(|service| service.namespace == namespace);
+                    node.report.refused.retain(|service| service.namespace == namespace);
                 }
             }
             print_as(output, &overview, || Ok(cluster::overview(&visible(&overview)?, paint)))

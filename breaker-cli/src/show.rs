@@ -97,6 +97,11 @@ pub(crate) fn status(status: &AgentStatus, paint: Paint) -> String {
         };
         let _ = writeln!(text, "{words}");
     }
+    for (name, restored) in &status.datapath.restored {
+        let times = if restored.count == 1 { "once".into() } else { format!("{} times", restored.count) };
+        let words = format!("taken away by others and put back: {name} ({times}, last {} ago)", ago(restored.last));
+        let _ = writeln!(text, "{}", paint.with(YELLOW, &words));
+    }
     for (name, words) in &status.datapath.xdp {
         let _ = writeln!(text, "XDP on {name}: {words}");
     }

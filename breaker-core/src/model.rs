@@ -421,6 +421,9 @@ pub struct Service {
     pub grace_period: Duration,
     /// The rules by which the breaker decides.
     pub breaker: BreakerPolicy,
+    /// Whether the service is so young that its primary may never have been ready. Until it has been, it is starting and
+    /// has not failed.
+    pub starting: bool,
     /// Whether decisions are carried out.
     pub mode: Mode,
     /// The override that the configuration sets.
@@ -472,6 +475,7 @@ impl Service {
                 ramp_start: 0,
                 window: None,
             },
+            starting: false,
             mode: Mode::Enforce,
             override_: Override::Auto,
             on_open: EstablishedPolicy::Keep,

@@ -118,6 +118,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         backups,
         grace_period: Duration::ZERO,
         breaker,
+        starting: false,
         mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
         on_open: problems.word(raw.on_open.as_ref(), &field("onOpen"), &established, EstablishedPolicy::Reset),

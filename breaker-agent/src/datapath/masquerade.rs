@@ -47,20 +47,28 @@ pub fn install(mark: u32) -> Result<()> {
     batch.request().set_create().op_newtable_do(&of_inet()).encode().push_name(TABLE);
     batch.request().op_deltable_do(&of_inet()).encode().push_name(TABLE);
     batch.request().set_create().op_newtable_do(&of_inet()).encode().push_name(TABLE);
-    batch
-        .request()
-        .set_create()
-        .op_newchain_do(&of_inet())
-        .encode()
-        .push_table(TABLE)
-        .push_name(CHAIN)
-        .push_type(c"nat")
-        .nested_hook()
-        .push_num(POSTROUTING)
-        .push_priority(PRIORITY)
-        .end_nested();
+    push_chain(&mut batch);
     push_rule(&mut batch, mark);
     send(&mut socket, batch).context("write the rule for the masquerade mark (nftables)")
+}
+
+/// Installs the rule if there is none: somebody may have flushed all rules. Returns whether there was none.
+///
+/// # Errors
+/// The kernel refused the transaction.
+pub fn restore(mark: u32) -> Result<bool> {
+    let mut socket = NetlinkSocket::new();
+    let mut batch = Chained::new(socket.reserve_seq(16));
+    batch.request().op_batch_begin_do(&of_batch());
+    // The whole batch fails if the table exists.
+    batch.request().set_create().set_excl().op_newtable_do(&of_inet()).encode().push_name(TABLE);
+    push_chain(&mut batch);
+    push_rule(&mut batch, mark);
+    match send(&mut socket, batch) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error).context("write the rule for the masquerade mark (nftables)"),
+    }
 }
 
 /// Removes the rule with its table. Returns whether the table existed.
@@ -78,6 +86,13 @@ pub fn remove() -> Result<bool> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => Ok(false),
         Err(error) => Err(error).context("remove the table of the masquerade rule: nft delete table inet breaker"),
     }
+}
+
+/// Adds the chain to a batch.
+fn push_chain(batch: &mut Chained<'_>) {
+    let mut request = batch.request().set_create().op_newchain_do(&of_inet());
+    let chain = request.encode().push_table(TABLE).push_name(CHAIN).push_type(c"nat");
+    chain.nested_hook().push_num(POSTROUTING).push_priority(PRIORITY).end_nested();
 }
 
 /// Adds the rule to a batch. In nft's syntax:

@@ -650,3 +650,34 @@ fn a_flapping_breaker_writes_a_bounded_number_of_lines() {
     assert!(counted < 150, "{counted} events in a minute");
     assert!(!e.events("LeftOut").is_empty());
 }
+
+/// HARDENING N1: a new service whose pods have never been ready is starting. It fails when it fails after that, or when
+/// it has been starting for too long.
+#[test]
+fn a_service_that_is_starting_has_not_failed() {
+    let with = |backends: bool, starting: bool| {
+        let mut services = services("");
+        services[0].starting = starting;
+        if !backends {
+            services[0].primary.backends.clear();
+        }
+        services
+    };
+    let mut e = Harness::new(FakeDatapath::default(), at(0));
+    e.configure(at(0), with(false, true));
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Closed, "no pod yet");
+    assert!(e.get(at(10), "dummy").unwrap().message.contains("starting"));
+    e.configure(at(1000), with(true, true));
+    probe(&mut e, 1010, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Closed, "its process is not there yet");
+    probe(&mut e, 2000, 0, CheckCode::L7Ok);
+    assert_eq!(e.get(at(2000), "dummy").unwrap().message, "");
+    probe(&mut e, 3000, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Open, "it has been ready, so this is a failure");
+
+    let mut e = Harness::new(FakeDatapath::default(), at(0));
+    e.configure(at(0), with(false, true));
+    e.configure(at(1000), with(false, false));
+    assert_eq!((state(&e).0, applied(&e).decision.reason), (Open, StateReason::NoEndpoints), "not for ever");
+}

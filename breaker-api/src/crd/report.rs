@@ -34,6 +34,24 @@ pub struct NodeReportSpec {
     pub agent: ReportedAgent,
     /// State of the protected Services.
     pub services: Vec<ReportedService>,
+    /// Services whose annotations are refused, for as long as they are, up to 50. A refused CircuitBreaker says so in
+    /// its own status.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<RefusedService>,
+}
+
+/// A Service whose annotations are refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RefusedService {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The reason in one word, like Invalid or BackupNotFound.
+    pub reason: String,
+    /// The reason for people: the annotation, its value and what is allowed.
+    pub message: String,
 }
 
 /// State of an agent.

@@ -33,6 +33,8 @@ pub enum EntryKind {
     WriteRecovered,
     /// The tables of established flows fill up, or have room again.
     FlowPressure,
+    /// The agent put back a part of the datapath that somebody else had taken away.
+    Restored,
     /// The configuration was read again.
     Config,
     /// A configuration was refused.
@@ -54,6 +56,7 @@ impl EntryKind {
             Self::WriteFailed => "WriteFailed",
             Self::WriteRecovered => "WriteRecovered",
             Self::FlowPressure => "FlowPressure",
+            Self::Restored => "Restored",
             Self::Config => "Config",
             Self::ConfigRefused => "ConfigRefused",
             Self::Packet(kind) => kind.label(),

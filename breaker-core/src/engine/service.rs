@@ -1,6 +1,6 @@
 //! One protected service at run time: its breaker, its backends, its epoch, and the plan that follows from them.
 
-use breaker_common::{BreakerState, SHARE_ALL};
+use breaker_common::{BreakerState, SHARE_ALL, StateReason};
 
 use super::{
     applied_plan::AppliedPlan,
@@ -58,6 +58,8 @@ pub(super) struct ServiceState {
     /// When the breaker entered its state.
     pub since_unix_ns: UnixNanos,
     pub message: String,
+    /// Whether the primary has been Up since the service was first seen, as far as this agent knows.
+    pub was_up: bool,
     pub operator: OperatorOverride,
     pub lifecycle: Lifecycle,
     pub tracking: Tracking,
@@ -101,6 +103,7 @@ impl ServiceState {
             state_epoch: epoch,
             local_errors: 0,
             since_unix_ns,
+            was_up: adopted.is_some_and(|was| (was.state, was.reason) != (BreakerState::Closed, StateReason::Initial)),
             message: if adopted.is_some() { "adopted from an earlier agent".into() } else { String::new() },
             lifecycle: Lifecycle::Configured,
             // Flows of an earlier agent, or of a service that had these frontends before, may be alive.
@@ -208,9 +211,29 @@ impl ServiceState {
         self.sync.is_outdated() && self.lifecycle == Lifecycle::Configured && !self.service.frontends.iter().all(known)
     }
 
-    /// The primary's health as it counts for the breaker.
-    pub fn primary_health(&self, now: Now) -> TierHealth {
-        self.tiers.primary_health(now, &self.service)
+    /// The primary's health as it counts for the breaker. A primary that is starting has not failed.
+    pub fn primary_health(&mut self, now: Now) -> TierHealth {
+        let health = self.tiers.primary_health(now, &self.service);
+        self.was_up |= health == TierHealth::Up;
+        match health {
+            TierHealth::Down | TierHealth::Empty if self.is_starting() => TierHealth::Unknown,
+            health => health,
+        }
+    }
+
+    /// Whether the primary may never have been ready yet.
+    pub const fn is_starting(&self) -> bool {
+        self.service.starting && !self.was_up
+    }
+
+    /// The details of the state, for people.
+    pub fn shown_message(&self) -> String {
+        let is_initial = self.breaker.state() == BreakerState::Closed && self.message.is_empty();
+        if is_initial && self.is_starting() {
+            "starting: the primary has not been ready yet".into()
+        } else {
+            self.message.clone()
+        }
     }
 
     /// The primary's share of new connections, permille. A service that leaves is closed.

@@ -27,13 +27,34 @@ pub struct Agent {
     dir: PathBuf,
     pin_path: PathBuf,
     process: Option<Child>,
+    /// A command that runs the agent, with its arguments; empty = none.
+    launcher: Vec<String>,
+    /// Where the next start writes the log, instead of to the file.
+    log: Option<Stdio>,
 }
 
 impl Agent {
     /// Describes an agent without starting it. Its configuration, control socket and log go into `dir`.
     #[must_use]
     pub fn new(ns: &NetNs, dir: &Path, pin_path: &Path) -> Self {
-        Self { ns: ns.clone(), dir: dir.to_owned(), pin_path: pin_path.to_owned(), process: None }
+        Self {
+            ns: ns.clone(),
+            dir: dir.to_owned(),
+            pin_path: pin_path.to_owned(),
+            process: None,
+            launcher: Vec::new(),
+            log: None,
+        }
+    }
+
+    /// Lets a command run the agent, like `prlimit --nofile=128`.
+    pub fn launch_by(&mut self, command: &[&str]) {
+        self.launcher = command.iter().map(|word| (*word).to_owned()).collect();
+    }
+
+    /// Sends the log of the next start elsewhere than to the file.
+    pub fn log_to(&mut self, log: Stdio) {
+        self.log = Some(log);
     }
 
     /// Path of the control socket.
@@ -95,20 +116,31 @@ impl Agent {
     /// # Errors
     /// Fails if the agent exits or does not answer within 120 s; the error contains its log.
     pub fn start_with(&mut self, args: &[&str]) -> Result<()> {
-        let log = File::options().create(true).append(true).open(self.dir.join("agent.log")).context("open the log")?;
-        let child = self
-            .ns
-            .command(binary("breaker")?)
+        self.start_then(args, |_| Ok(()))
+    }
+
+    /// Like [`Agent::start_with`]. `meanwhile` gets the process id as soon as the process exists.
+    ///
+    /// # Errors
+    /// As for [`Agent::start_with`], or an error of `meanwhile`.
+    pub fn start_then(&mut self, args: &[&str], meanwhile: impl FnOnce(u32) -> Result<()>) -> Result<()> {
+        let file =
+            File::options().create(true).append(true).open(self.dir.join("agent.log")).context("open the log")?;
+        let mut words = self.launcher.iter().map(Into::into).chain([binary("breaker")?.into_os_string()]);
+        let mut command = self.ns.command(words.next().context("a program")?);
+        let child = command
+            .args(words)
             .args(["agent", "--config"])
             .arg(self.config())
             .args(args)
             .env("BREAKER_LOG", "info,breaker_agent=debug,netlink_packet_route=error")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
+            .stderr(self.log.take().unwrap_or_else(|| file.into()))
             .spawn()
             .context("start the agent")?;
         let child = self.process.insert(child);
+        meanwhile(child.id())?;
         let mut ended = None;
         let client = Agent::new(&self.ns, &self.dir, &self.pin_path);
         let outcome = wait_for("the agent to be ready", Duration::from_secs(120), || {

@@ -13,6 +13,7 @@ mod netfilter;
 mod policy;
 mod pressure;
 mod sockets;
+mod surroundings;
 mod third_party;
 mod xdp;
 

@@ -8,6 +8,7 @@ use aya::programs::{
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
 };
 
+use super::links::Placed;
 use crate::datapath::options::AttachOrder;
 
 /// Priority of breaker's clsact filters. `First` is early, but not among the very first numbers, which others like
@@ -29,7 +30,7 @@ pub(crate) fn attach(
     direction: TcAttachType,
     order: AttachOrder,
     markers: &Path,
-) -> Result<()> {
+) -> Result<Placed> {
     // The marker records that the agent created the qdisc. It is a directory, because bpffs has no regular files.
     let marker = markers.join(index.to_string());
     match tc::qdisc_add_clsact(name) {
@@ -43,15 +44,18 @@ pub(crate) fn attach(
         let existing = SchedClassifierLink::attached(name, direction, priority(order), HANDLE, None).ok()?;
         program.attach_to_link(existing).ok()
     });
-    let id = match replaced {
-        Some(id) => id,
-        None => program.attach_with_options(
-            name,
-            direction,
-            TcAttachOptions::Netlink(NlOptions { priority: priority(order), handle: HANDLE, classid: None }),
-        )?,
+    let (id, placed) = match replaced {
+        Some(id) => (id, Placed::Kept),
+        None => (
+            program.attach_with_options(
+                name,
+                direction,
+                TcAttachOptions::Netlink(NlOptions { priority: priority(order), handle: HANDLE, classid: None }),
+            )?,
+            Placed::New,
+        ),
     };
     // The filter must outlive the agent, but dropping the link would remove it.
     std::mem::forget(program.take_link(id)?);
-    Ok(())
+    Ok(placed)
 }

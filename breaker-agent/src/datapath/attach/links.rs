@@ -5,8 +5,29 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 use aya::programs::links::{FdLink, PinnedLink};
 
+/// What attaching a program came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// It took the place that an earlier program of breaker had.
+    Kept,
+    /// There was none.
+    New,
+}
+
+impl Placed {
+    /// New if one of the two is.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        match self {
+            Self::New => Self::New,
+            Self::Kept => other,
+        }
+    }
+}
+
 /// Attaches a program. If a usable link is pinned at `pin`, `replace` puts the program behind that link without a gap.
-/// Otherwise `attach` creates a new link, which is then pinned. Both functions return the link.
+/// Otherwise `attach` creates a new link, which is then pinned. Both functions return the link. Returns which of the two
+/// it was.
 ///
 /// # Errors
 /// The kernel refused the program, the link or the pin.
@@ -15,14 +36,14 @@ pub(crate) fn attach<P>(
     pin: &Path,
     replace: impl FnOnce(&mut P, FdLink) -> Result<FdLink>,
     attach: impl FnOnce(&mut P) -> Result<FdLink>,
-) -> Result<()> {
+) -> Result<Placed> {
     if pin.exists() {
         let link = PinnedLink::from_pin(pin).map_err(anyhow::Error::new);
         match link.and_then(|link| replace(program, link.into())) {
             // The pin keeps the link alive, so our descriptor can be closed.
             Ok(link) => {
                 drop(link);
-                return Ok(());
+                return Ok(Placed::Kept);
             }
             // The link's interface is gone and another interface has its index now, so the link is attached to
             // nothing.
@@ -32,7 +53,8 @@ pub(crate) fn attach<P>(
             }
         }
     }
-    repin(attach(program)?, pin)
+    repin(attach(program)?, pin)?;
+    Ok(Placed::New)
 }
 
 /// Pins a link. A link that is already pinned at the path loses its pin.

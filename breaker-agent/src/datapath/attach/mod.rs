@@ -16,6 +16,8 @@ pub(super) mod qdisc_removal;
 mod tcx;
 pub(super) mod xdp;
 
+pub use links::Placed;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -58,6 +60,8 @@ pub struct Attached {
     pub side: Side,
     /// How the programs are attached.
     pub mode: AttachMode,
+    /// Whether the interface is a veth.
+    pub is_veth: bool,
     /// Whether XDP is attached, or why not; `None` for a pod's interface, or if XDP is off.
     pub xdp: Option<Result<(), String>>,
 }
@@ -132,10 +136,37 @@ impl Attacher {
     /// The kernel refused a program; the interface may be gone.
     pub fn attach(&mut self, Interface { index, name, side, is_veth }: &Interface) -> Result<()> {
         let (index, side) = (*index, *side);
+        self.attach_tc(index, name, side)?;
+        let xdp = (side == Side::Uplink)
+            .then(|| self.attach_xdp(index, *is_veth).map(drop).map_err(|error| format!("{error:#}")));
+        if let Some(Err(why)) = &xdp {
+            tracing::info!(interface = name, "XDP is not attached, tc handles all packets: {why}");
+        }
+        let xdp = xdp.filter(|_| self.xdp != XdpPolicy::Off);
+        self.attached.insert(index, Attached { name: name.clone(), side, mode: self.mode, is_veth: *is_veth, xdp });
+        Ok(())
+    }
+
+    /// Looks after an interface that got programs: somebody else may have taken them away. Programs that are there stay,
+    /// without a gap. Returns [`Placed::New`] if one was missing. `name` is the interface's name now.
+    ///
+    /// # Errors
+    /// The kernel refused a program; the interface may be gone.
+    pub fn restore(&mut self, index: u32, name: &str) -> Result<Placed> {
+        let Some(Attached { side, is_veth, xdp, .. }) = self.attached.get(&index).cloned() else {
+            return Ok(Placed::Kept);
+        };
+        let tc = self.attach_tc(index, name, side)?;
+        let xdp = if xdp == Some(Ok(())) { self.attach_xdp(index, is_veth)? } else { Placed::Kept };
+        Ok(tc.or(xdp))
+    }
+
+    fn attach_tc(&mut self, index: u32, name: &str, side: Side) -> Result<Placed> {
         let programs = match side {
             Side::Pod => POD_PROGRAMS,
             Side::Uplink => UPLINK_PROGRAMS,
         };
+        let mut placed = Placed::Kept;
         for ((direction, suffix), program_name) in DIRECTIONS.into_iter().zip(programs) {
             let program: &mut SchedClassifier = self
                 .programs
@@ -143,24 +174,21 @@ impl Attacher {
                 .with_context(|| format!("the BPF object has no program {program_name}"))?
                 .try_into()
                 .with_context(|| format!("{program_name} is not a tc program"))?;
-            match self.mode {
+            let here = match self.mode {
                 AttachMode::Clsact => clsact::attach(program, name, index, direction, self.order, &self.clsact),
                 AttachMode::Tcx | AttachMode::Auto => {
                     tcx::attach(program, name, direction, self.order, &self.links.join(format!("{index}_{suffix}")))
                 }
             }
             .with_context(|| format!("attach {program_name} to {name}"))?;
+            placed = placed.or(here);
         }
-        let xdp = (side == Side::Uplink).then(|| {
-            let pin = self.links.join(format!("{index}_{XDP}"));
-            xdp::attach(&mut self.programs, index, *is_veth, self.xdp, &pin).map_err(|error| format!("{error:#}"))
-        });
-        if let Some(Err(why)) = &xdp {
-            tracing::info!(interface = name, "XDP is not attached, tc handles all packets: {why}");
-        }
-        let xdp = xdp.filter(|_| self.xdp != XdpPolicy::Off);
-        self.attached.insert(index, Attached { name: name.clone(), side, mode: self.mode, xdp });
-        Ok(())
+        Ok(placed)
+    }
+
+    fn attach_xdp(&mut self, index: u32, is_veth: bool) -> Result<Placed> {
+        let pin = self.links.join(format!("{index}_{XDP}"));
+        xdp::attach(&mut self.programs, index, is_veth, self.xdp, &pin)
     }
 
     /// Removes the pins of an interface that is gone. Returns its entry, if it had programs.

@@ -8,7 +8,7 @@ use aya::programs::{
     tc::{SchedClassifierLink, TcAttachOptions},
 };
 
-use super::links;
+use super::links::{self, Placed};
 use crate::datapath::options::AttachOrder;
 
 pub(crate) fn attach(
@@ -17,7 +17,7 @@ pub(crate) fn attach(
     direction: TcAttachType,
     order: AttachOrder,
     pin: &Path,
-) -> Result<()> {
+) -> Result<Placed> {
     let position = match order {
         AttachOrder::First => LinkOrder::first(),
         AttachOrder::Last => LinkOrder::last(),

@@ -11,7 +11,7 @@ use aya::{
     programs::{ProgramError, Xdp, XdpMode, xdp::XdpLink},
 };
 
-use super::links;
+use super::links::{self, Placed};
 use crate::datapath::options::XdpPolicy;
 
 const PROGRAM: &str = "breaker_xdp";
@@ -26,9 +26,10 @@ pub(crate) fn load(programs: &mut Ebpf) -> Result<()> {
 ///
 /// # Errors
 /// The reason why XDP is not attached, for the operator. tc then handles all packets.
-pub(crate) fn attach(programs: &mut Ebpf, index: u32, virtual_: bool, policy: XdpPolicy, pin: &Path) -> Result<()> {
+pub(crate) fn attach(programs: &mut Ebpf, index: u32, virtual_: bool, policy: XdpPolicy, pin: &Path) -> Result<Placed> {
     if policy == XdpPolicy::Off {
-        return links::unpin(pin);
+        links::unpin(pin)?;
+        return Ok(Placed::Kept);
     }
     if virtual_ && policy == XdpPolicy::Auto {
         bail!("a veth: native XDP would turn its segmentation offload off");

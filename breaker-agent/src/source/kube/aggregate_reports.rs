@@ -325,6 +325,15 @@ pub struct EventRecord {
     pub reason: String,
     /// The Event's note, for people.
     pub note: String,
+    /// Whether an earlier Event of the same kind may be counted up. It keeps its first note, so an Event whose note
+    /// matters is not counted.
+    pub counted: bool,
+}
+
+/// Whether a backup, told as `name up/total`, has a pod that is Up.
+fn answers(backup: &str) -> bool {
+    let counts = backup.rsplit(' ').next().and_then(|counts| counts.split_once('/'));
+    counts.is_some_and(|(up, _)| up.parse::<u32>().is_ok_and(|up| up > 0))
 }
 
 /// The Events for the change from status `old` to `new`. Without `old`, there are Events for problems only.
@@ -332,7 +341,8 @@ pub struct EventRecord {
 pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus) -> Vec<EventRecord> {
     let mut found = Vec::new();
     let mut tell = |warning: bool, reason: &str, note: String| {
-        found.push(EventRecord { warning, reason: reason.to_owned(), note })
+        let counted = !matches!(reason, "Invalid" | "Conflicted" | "TooMany") && !reason.ends_with("NotFound");
+        found.push(EventRecord { warning, reason: reason.to_owned(), note, counted })
     };
     let state = |status: Option<&CircuitBreakerStatus>| status.and_then(|s| s.state).unwrap_or_default();
     let (before, after) = (state(old), state(Some(new)));
@@ -340,10 +350,14 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
         let why = new.reason.map_or("", StateReason::label);
         let text = new.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default();
         let nodes = format!("{} of {} nodes", new.counts.open, new.counts.nodes);
-        let backup = new.backup.as_deref().unwrap_or("the backup");
         match (before, after) {
             (_, ReportedState::Open) => {
-                tell(true, "Opened", format!("{why}: new connections go to {backup} ({nodes}){text}"))
+                // An Event never says that a backup answers where none does.
+                let to = match new.backup.as_deref() {
+                    Some(backup) if answers(backup) => format!("go to {backup}"),
+                    _ => "meet no usable backup, so whenAllUnhealthy applies".to_owned(),
+                };
+                tell(true, "Opened", format!("{why}: new connections {to} ({nodes}){text}"))
             }
             (_, ReportedState::HalfOpen) => {
                 tell(false, "HalfOpen", format!("{why}: a few connections try the primary{text}"))
@@ -364,8 +378,12 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
     };
     for type_ in ["Accepted", "ResolvedRefs", "BackupReachable", "DatapathCompatible", "Programmed", "Degraded"] {
         let Some((status, reason, message)) = find(Some(new), type_) else { continue };
-        let was = find(old, type_).map(|(status, reason, _)| (status, reason));
-        if was.as_ref() == Some(&(status.clone(), reason.clone())) {
+        let before = find(old, type_);
+        let was = before.as_ref().map(|(status, reason, _)| (status.clone(), reason.clone()));
+        // A refusal with another cause is another Event.
+        let refused = matches!(type_, "Accepted" | "ResolvedRefs") && status == "False";
+        let same_cause = !refused || before.as_ref().is_some_and(|(_, _, text)| *text == message);
+        if was.as_ref() == Some(&(status.clone(), reason.clone())) && same_cause {
             continue;
         }
         let was_reason = was.as_ref().map(|w| w.1.as_str());
@@ -379,11 +397,9 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
             }
             ("Degraded", "True", "WriteFailed" | "NotAttached" | "BackupUnavailable") => tell(true, &reason, message),
             ("Degraded", _, _) if was_reason == Some("BackupUnavailable") => {
-                tell(
-                    false,
-                    "BackupAvailable",
-                    format!("{} can take over again", new.backup.as_deref().unwrap_or("a backup")),
-                );
+                if let Some(backup) = new.backup.as_deref().filter(|backup| answers(backup)) {
+                    tell(false, "BackupAvailable", format!("{backup} can take over again"));
+                }
             }
             _ => {}
         }

@@ -75,7 +75,10 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpec, String> {
     if let Some(unknown) = ours.keys().find(|name| !names().any(|known| known == **name)) {
         let known: Vec<&str> = names().collect();
-        return Err(format!("annotation {PREFIX}{unknown} is not known; allowed: {}", known.join(", ")));
+        let nearest = known.iter().max_by(|a, b| likeness(a, unknown).total_cmp(&likeness(b, unknown)));
+        let hint = nearest.filter(|name| likeness(name, unknown) > 0.8).map(|name| format!(" (is {name} meant?)"));
+        let hint = hint.unwrap_or_default();
+        return Err(format!("annotation {PREFIX}{unknown} is not known{hint}; allowed: {}", known.join(", ")));
     }
     let backup = ours
         .get("backup")
@@ -113,7 +116,38 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
         }
         put(&mut spec, field, value);
     }
-    serde_json::from_value(spec).map_err(|error| format!("annotations {PREFIX}*: {error}"))
+    serde_json::from_value(spec)
+        .map_err(|error| culprit(ours).unwrap_or_else(|| format!("annotations {PREFIX}*: {error}")))
+}
+
+/// How alike two words are, from 0 to 1.
+fn likeness(one: &str, other: &str) -> f64 {
+    strsim::jaro_winkler(one, other)
+}
+
+/// Describes the annotation whose value a spec cannot have. Each is tried alone.
+fn culprit(ours: &BTreeMap<&str, &str>) -> Option<String> {
+    FIELDS.iter().filter(|(_, _, form)| matches!(form, Form::Text)).find_map(|(name, field, _)| {
+        let text = ours.get(name)?;
+        let mut spec = json!({ "service": { "name": "a" }, "backups": [{ "name": "b" }] });
+        put(&mut spec, field, json!(text));
+        let error = serde_json::from_value::<CircuitBreakerSpec>(spec).err()?.to_string();
+        let allowed = error.split_once("expected one of ").or_else(|| error.split_once("expected "));
+        let allowed = allowed.map_or(error.as_str(), |(_, allowed)| allowed).replace('`', "").replace(" or ", ", ");
+        Some(format!("annotation {PREFIX}{name}: {text:?} is not allowed; allowed: {allowed}"))
+    })
+}
+
+/// A message about a spec, with the names of annotations in place of the fields that they set.
+#[must_use]
+pub fn in_words_of_annotations(message: &str) -> String {
+    let mut message = message.to_owned();
+    for (name, field, _) in FIELDS {
+        for path in [format!("spec.primary.{field}: "), format!("spec.{field}: ")] {
+            message = message.replace(&path, &format!("annotation {PREFIX}{name}: "));
+        }
+    }
+    message
 }
 
 /// Sets a field of the spec, and makes the objects on the path to it.
@@ -257,7 +291,7 @@ mod tests {
             (&[("breaker.dev/backup", "Bad_Name")], "\"Bad_Name\" is not allowed"),
             (
                 &[("breaker.dev/backup", "b"), ("breaker.dev/chekc", "/")],
-                "breaker.dev/chekc is not known; allowed: backup",
+                "breaker.dev/chekc is not known (is check meant?); allowed: backup",
             ),
             (
                 &[("breaker.dev/backup", "b"), ("breaker.dev/check", "ready")],
@@ -268,7 +302,18 @@ mod tests {
                 "\"fast\" is not allowed; allowed: a number",
             ),
             (&[("breaker.dev/backup", "b"), ("breaker.dev/period-millis", "100")], "needs breaker.dev/check"),
-            (&[("breaker.dev/backup", "b"), ("breaker.dev/mode", "Try")], "unknown variant `Try`"),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/mode", "Try")],
+                "annotation breaker.dev/mode: \"Try\" is not allowed; allowed: Enforce, DryRun",
+            ),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/topology", "near")],
+                "annotation breaker.dev/topology: \"near\" is not allowed; allowed: ",
+            ),
+            (
+                &[("breaker.dev/backup", "b"), ("breaker.dev/until", "soon")],
+                "annotation breaker.dev/until: \"soon\" is",
+            ),
             (
                 &[("breaker.dev/backup", "b"), ("breaker.dev/limit", "100")],
                 "\"100\" is not allowed; allowed: new connections a second, like 100/s",
@@ -278,6 +323,17 @@ mod tests {
             let error = parse(pairs).unwrap().unwrap_err();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_named_by_its_annotation() {
+        let message =
+            "spec.primary.check.periodMillis: 5 is not allowed; allowed: 10 to 86400000; spec.breaker.rampMillis: x";
+        assert_eq!(
+            in_words_of_annotations(message),
+            "annotation breaker.dev/period-millis: 5 is not allowed; allowed: 10 to 86400000; annotation \
+             breaker.dev/ramp-millis: x"
+        );
     }
 
     #[test]

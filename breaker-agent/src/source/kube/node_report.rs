@@ -1,7 +1,8 @@
 //! This node's NodeReport. The module makes it from the agent's state, and writes it when it changed.
 
 use breaker_api::crd::{
-    NodeReport, NodeReportSpec, ReportedAgent, ReportedLimit, ReportedService, ReportedState, ReportedTier,
+    NodeReport, NodeReportSpec, OwnerKind, RefusedService, ReportedAgent, ReportedLimit, ReportedService,
+    ReportedState, ReportedTier,
 };
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -19,6 +20,7 @@ use tokio::{
 use super::{
     NodeState,
     aggregate_reports::short,
+    resolve::ResolvedBreaker,
     status_writer::Published,
     watch::{Backoff, error_text},
 };
@@ -42,6 +44,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const REFRESH_NOT_READY: Duration = Duration::from_secs(10);
 /// Longest random delay of a write.
 const MAX_DELAY: Duration = Duration::from_secs(30);
+
+/// Number of refused Services in a report.
+const REFUSED: usize = 50;
 
 /// Makes the report. `applied` holds the generation that was in force last, by service name, and is updated.
 #[must_use]
@@ -96,7 +101,19 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
             incompatible: state.incompatible.clone(),
         },
         services,
+        refused: state.update.results.iter().filter_map(refused).take(REFUSED).collect(),
     }
+}
+
+/// The refusal of a Service's annotations.
+fn refused(result: &ResolvedBreaker) -> Option<RefusedService> {
+    let refusal = result.accepted.as_ref().err().or(result.resolved.as_ref().err())?;
+    (result.owner.kind == OwnerKind::Service).then(|| RefusedService {
+        namespace: result.owner.key.namespace.clone(),
+        name: result.owner.key.name.clone(),
+        reason: refusal.reason.to_owned(),
+        message: short(&refusal.message),
+    })
 }
 
 fn tier(tier: &TierSummary) -> ReportedTier {

@@ -342,11 +342,13 @@ async fn publish_event(
         action: why.to_owned(),
         secondary: None,
     };
+    let new_recorder = || Recorder::new(publisher.client.clone(), publisher.reporter.clone());
+    if !record.counted {
+        return new_recorder().publish(&event, &about).await;
+    }
     match publisher.recorder.publish(&event, &about).await {
         // The Event that the Recorder wanted to count up was deleted meanwhile. A new Recorder creates a new Event.
-        Err(kube::Error::Api(status)) if status.code == 404 => {
-            Recorder::new(publisher.client.clone(), publisher.reporter.clone()).publish(&event, &about).await
-        }
+        Err(kube::Error::Api(status)) if status.code == 404 => new_recorder().publish(&event, &about).await,
         outcome => outcome,
     }
 }

@@ -27,15 +27,19 @@ use std::{
 use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, Override, OwnerKind, ReferenceGrant};
 use breaker_common::NAME_LEN;
 use breaker_core::model::{self, Frontend, ServiceName};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::{
+    annotations,
     endpoints::Endpoint,
     intent::{self, Intent, Key, Owner},
     network_policy,
     objects::{EndpointSlice, Service},
     spec_policies::Policies,
 };
+
+/// How long a new Service whose pods have never been ready counts as starting, and not as failed.
+const STARTING: SignedDuration = SignedDuration::from_mins(5);
 
 /// The Node that this agent runs on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -234,6 +238,15 @@ pub fn resolve(
             });
         }
         result.ports.retain(|_, service| !service.frontends.is_empty());
+        // A Service that was made a moment ago has pods that have never been ready.
+        let made = world.services.get(&intent.service).and_then(|service| service.metadata.creation_timestamp.as_ref());
+        let until = made.and_then(|made| made.0.checked_add(STARTING).ok());
+        if let Some(until) = until.filter(|until| *until > now && !result.ports.is_empty()) {
+            for service in result.ports.values_mut() {
+                service.starting = true;
+            }
+            resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
+        }
         count += result.ports.len();
         if count > limit {
             count -= result.ports.len();
@@ -293,7 +306,13 @@ impl<'a> Resolver<'a> {
                     self.result.ports.insert(port, service);
                 }
             }
-            Err(message) => self.result.accepted = refuse("Invalid", message),
+            Err(message) => {
+                let message = match self.result.owner.kind {
+                    OwnerKind::Service => annotations::in_words_of_annotations(&message),
+                    OwnerKind::CircuitBreaker => message,
+                };
+                self.result.accepted = refuse("Invalid", message);
+            }
         }
         Ok(())
     }
