@@ -141,10 +141,11 @@ impl Agent {
     pub async fn run(&mut self, mut inputs: Inputs) {
         let mut heartbeat = tokio::time::interval(heartbeat::INTERVAL);
         let mut last_tick = self.clock.now().mono;
+        let mut next_deadline = self.engine.next_deadline(self.clock.now());
         loop {
             // The deadline counts from the last tick, not from now: other inputs, however many, do not postpone it.
-            let now = self.clock.now();
-            let mut due = self.engine.next_deadline(now).clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
+            let mut due = next_deadline.clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
+            let mut one_service = None;
             if self.unreported && self.update.synced {
                 due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_tick + MIN_TICK));
             }
@@ -163,6 +164,7 @@ impl Agent {
                 _ = heartbeat.tick() => self.heartbeat(),
                 Some(report) = inputs.reports.recv() => {
                     self.engine.observe(self.clock.now(), &report, &mut self.datapath);
+                    one_service = Some(report.target.service);
                 }
                 Some(command) = inputs.commands.recv() => self.answer(command),
                 Some(change) = inputs.interfaces.recv() => {
@@ -185,6 +187,14 @@ impl Agent {
                     self.tick();
                 }
             }
+            let now = self.clock.now();
+            next_deadline = match one_service {
+                // Thousands of probes a second do not look at thousands of services each.
+                Some(name) => {
+                    self.engine.next_deadline_of(now, &name).map_or(next_deadline, |at| at.min(next_deadline))
+                }
+                None => self.engine.next_deadline(now),
+            };
             for (service, epoch) in self.engine.take_transitions() {
                 self.checkers.begin_epoch(&service, epoch);
             }

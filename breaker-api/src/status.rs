@@ -58,7 +58,8 @@ pub struct ProbesStatus {
     pub running: usize,
     /// Probes that wait for their turn.
     pub waiting: u64,
-    /// Probes that began late because too many others were running, since the agent started.
+    /// Probes that began more than 20 ms late since the agent started: too many others were running, or the agent did
+    /// not get to run.
     pub late: u64,
     /// Probes without a result because of an error of this node, since the agent started.
     pub local_errors: u64,

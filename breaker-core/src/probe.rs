@@ -123,7 +123,7 @@ pub struct ProbeLoad {
     pub running: usize,
     /// Probes that wait for their turn.
     pub waiting: u64,
-    /// Probes that began late because too many others were running, since the start.
+    /// Probes that began more than 20 ms late: too many others were running, or the agent did not get to run.
     pub late: u64,
     /// Probes without a result because of an error of this node, since the start.
     pub local_errors: u64,

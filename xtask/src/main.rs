@@ -117,7 +117,9 @@ fn execute(task: Task) -> Result<()> {
             let mut e2e = build::tool("breaker-e2e")?;
             step("run the end-to-end scenarios", || run(e2e.args(args)))
         }
-        Task::Bench { name, json } => lab("bench", [name.as_deref(), json.then_some("--json")]),
+        Task::Bench { name, json } => {
+            setup::setup_bench().and_then(|()| lab("bench", [name.as_deref(), json.then_some("--json")]))
+        }
     }
 }
 

@@ -55,6 +55,10 @@ const LAB: &[Requirement] = &[
     requirement("tshark", "tshark", "checks the checksums of captured packets"),
 ];
 
+/// What the benchmarks need in addition.
+const BENCH: &[Requirement] =
+    &[requirement("go", "golang-go", "compiles a prober as kubelet's, a peer in the benchmark of probes")];
+
 /// What the tier vm needs in addition.
 const VM: &[Requirement] = &[
     requirement("qemu-system-x86_64", "qemu-system-x86", "runs other kernels"),
@@ -98,6 +102,14 @@ pub fn setup() -> Result<()> {
 /// As for [`setup`].
 pub fn setup_lab() -> Result<()> {
     install(&missing(LAB))
+}
+
+/// Installs what is missing for the benchmarks.
+///
+/// # Errors
+/// As for [`setup`].
+pub fn setup_bench() -> Result<()> {
+    install(&missing(BENCH))
 }
 
 /// Installs what is missing for the tests on other kernels.

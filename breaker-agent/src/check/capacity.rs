@@ -21,7 +21,7 @@ const RESERVED: u64 = 512;
 const WANTED: u64 = 65_536;
 /// Probes at the same time, however high the limit is: each takes memory.
 const MOST: u64 = 16_384;
-/// A probe that waits longer than this for its turn is late.
+/// A probe that begins later than this is counted as late.
 const LATE: Duration = Duration::from_millis(20);
 
 /// Gives each probe its turn.
@@ -67,10 +67,15 @@ impl Capacity {
         let _waiting = Waiting(&self.counts.waiting);
         let began = clock::stopwatch();
         let permit = self.turns.acquire().await.ok();
-        if clock::since(began) > LATE {
+        self.count_late(clock::since(began));
+        permit
+    }
+
+    /// Counts a probe as late, if it begins by more than [`LATE`] later than it should.
+    pub fn count_late(&self, late: Duration) {
+        if late > LATE {
             self.counts.late.fetch_add(1, Ordering::Relaxed);
         }
-        permit
     }
 
     /// Counts a probe without a result.

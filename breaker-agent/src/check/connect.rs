@@ -57,6 +57,8 @@ pub(super) async fn tcp(at: SocketAddr, end: End) -> Result<TcpStream, Outcome> 
     }
     // Where nobody listens on a local port, TCP may connect a socket to itself (RFC 9293, figure 8: simultaneous open).
     if stream.local_addr().is_ok_and(|own| own == at) {
+        // Its TIME_WAIT would keep the port from the next probe.
+        let _ = set_socket_linger(&stream, Some(Duration::ZERO));
         return Err((CheckCode::L4Con, "connected to itself: nobody listens on this port".into()));
     }
     Ok(stream)

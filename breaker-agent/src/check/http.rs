@@ -10,25 +10,11 @@ use super::{
     CheckCode,
     connect::{self, End},
     exchange::contains,
+    http_message::Answer,
     http1, http2,
     outcome::{Outcome, Progress, Stage},
     tls::{Inner, Tls},
 };
-
-/// Largest part of a response body, in bytes, that is read and searched.
-pub(super) const BODY_LIMIT: usize = 64 * 1024;
-
-/// Headers that every request has, unless the check gives others of the same name.
-pub(super) const DEFAULT_HEADERS: [(&str, &str); 2] =
-    [("User-Agent", concat!("breaker/", env!("CARGO_PKG_VERSION"))), ("Accept", "*/*")];
-
-/// A response as far as a check needs it.
-#[derive(Debug)]
-pub(super) struct Answer {
-    pub status: u16,
-    /// The body, or as much of it as came before the connection broke or the limit was reached.
-    pub body: Vec<u8>,
-}
 
 pub(super) async fn probe(at: SocketAddr, get: &HttpGet, tls: &Tls, progress: &Progress) -> Outcome {
     match ask(at, get, tls, progress).await {

@@ -7,7 +7,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::{
     CheckCode,
-    http::{Answer, BODY_LIMIT},
+    http_message::{Answer, BODY_LIMIT, DEFAULT_HEADERS},
     outcome::{Outcome, Progress, of_connection},
 };
 
@@ -51,7 +51,7 @@ pub(super) async fn get(
 fn request(get: &HttpGet, authority: &str) -> Vec<u8> {
     let mut request = format!("GET {} HTTP/1.1\r\nHost: {authority}\r\n", get.path);
     let given = |name: &str| get.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name));
-    for (name, value) in super::http::DEFAULT_HEADERS {
+    for (name, value) in DEFAULT_HEADERS {
         if !given(name) {
             request.push_str(&format!("{name}: {value}\r\n"));
         }

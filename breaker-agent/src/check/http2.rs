@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     CheckCode,
-    http::{Answer, BODY_LIMIT, DEFAULT_HEADERS},
+    http_message::{Answer, BODY_LIMIT, DEFAULT_HEADERS},
     outcome::{Outcome, Progress, of_connection},
 };
 

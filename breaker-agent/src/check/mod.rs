@@ -10,7 +10,7 @@
 //! | [`stalls`] | when the agent itself did not run |
 //! | [`outcome`] | errors of the target, and errors of this node |
 //! | [`connect`], [`tls`] | connections, and how they end |
-//! | [`tcp`], [`http`] ([`http1`], [`http2`]), [`grpc`], [`exchange`], [`dns`] | one kind of check each |
+//! | [`tcp`], [`http`] ([`http1`], [`http2`], [`http_message`]), [`grpc`], [`exchange`], [`dns`] | one kind of check each |
 
 mod capacity;
 mod connect;
@@ -20,6 +20,7 @@ mod grpc;
 mod http;
 mod http1;
 mod http2;
+mod http_message;
 mod outcome;
 mod schedule;
 mod stalls;
@@ -65,6 +66,11 @@ impl Prober {
         self.capacity.load()
     }
 
+    /// Notes how late a probe is due to start.
+    fn note_start(&self, late: Duration) {
+        self.capacity.count_late(late);
+    }
+
     /// Probes a backend once, when it is the probe's turn. The time limit counts time in which the agent ran.
     pub async fn probe(&self, check: &Check, backend: SocketAddr) -> ProbeResult {
         let Some(_turn) = self.capacity.turn().await else {
@@ -72,28 +78,35 @@ impl Prober {
             return ProbeResult { code, detail, duration: Duration::ZERO };
         };
         let (started, began) = (clock::stopwatch(), clock::boot_time());
-        let (code, detail) = self.judge(self.within_limit(check, backend).await, began, check.timeout);
+        let progress = Progress::default();
+        let attempt = self.attempt(check, backend, &progress);
+        let outcome = match self.within_limit(check.timeout, attempt).await {
+            Some(outcome) => outcome,
+            None => match &check.action {
+                CheckAction::HttpGet { get, .. } => http::timed_out(get, &progress),
+                _ => progress.timed_out(),
+            },
+        };
+        let (code, detail) = self.judge(outcome, began, check.timeout);
         if !code.is_result() {
             self.capacity.count_local_error();
         }
         ProbeResult { code, detail, duration: clock::since(started) }
     }
 
-    /// Makes the probe, and ends it after the check's time limit.
-    async fn within_limit(&self, check: &Check, backend: SocketAddr) -> Outcome {
-        let progress = Progress::default();
+    /// Waits for the outcome of a probe; `None` if the time limit runs out. A panic is no outcome of the target.
+    async fn within_limit(&self, limit: Duration, attempt: impl Future<Output = Outcome>) -> Option<Outcome> {
         let began = clock::boot_time();
-        let mut attempt = pin!(supervise::contained(self.attempt(check, backend, &progress)));
-        let mut deadline = clock::instant() + check.timeout;
+        let mut attempt = pin!(supervise::contained(attempt));
+        let mut deadline = clock::instant() + limit;
         for _ in 0..EXTENSIONS {
             // What lies in the socket is read before the time limit is looked at.
             match timeout_at(deadline, &mut attempt).await {
-                Ok(Ok(outcome)) => return outcome,
-                Ok(Err(panic)) => return local("a fault in breaker", std::io::Error::other(panic)),
+                Ok(Ok(outcome)) => return Some(outcome),
+                Ok(Err(panic)) => return Some(local("a fault in breaker", std::io::Error::other(panic))),
                 Err(_) => {
-                    let missing = self.stalls.since(began).total.min(check.timeout);
-                    let ran = (clock::boot_time() - began).saturating_sub(missing);
-                    let left = check.timeout.saturating_sub(ran);
+                    let ran = (clock::boot_time() - began).saturating_sub(self.stalls.since(began).total);
+                    let left = limit.saturating_sub(ran);
                     if left < Duration::from_millis(1) {
                         break;
                     }
@@ -101,10 +114,7 @@ impl Prober {
                 }
             }
         }
-        match &check.action {
-            CheckAction::HttpGet { get, .. } => http::timed_out(get, &progress),
-            _ => progress.timed_out(),
-        }
+        None
     }
 
     /// Takes away a failure that may come from a stall of the agent: meanwhile a server may have given up.

@@ -190,6 +190,7 @@ async fn run(
             () = sleep_until(due) => {}
         }
         let started = clock::instant();
+        prober.note_start(started.saturating_duration_since(due));
         for member in members.values_mut() {
             member.began = member.epoch.load(Ordering::Relaxed);
         }
@@ -209,7 +210,7 @@ async fn run(
         let period = if fast { check.fast_period } else { check.period };
         // The period counts from the start of the last probe: a slow answer does not lengthen it, and a probe that
         // took longer than the period is followed by the next one at once.
-        due = started + jittered(period, check.jitter_percent, fastrand::f64());
+        due = (started + jittered(period, check.jitter_percent, fastrand::f64())).max(clock::instant());
     }
 }
 

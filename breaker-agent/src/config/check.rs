@@ -98,7 +98,7 @@ fn http_get(problems: &mut Problems<'_>, path: &str, raw: format::HttpGet) -> Ch
         self::header(problems, &field(&format!("httpHeaders[{i}]")), header, raw.host.is_some());
     }
     if let Some(host) = &raw.host {
-        self::host(problems, &field("host"), host);
+        problems.host(host, &field("host"));
     }
     let https = problems.word(raw.scheme.as_ref(), &field("scheme"), &[("HTTP", false), ("HTTPS", true)], false);
     CheckAction::HttpGet {
@@ -161,14 +161,6 @@ fn header(problems: &mut Problems<'_>, path: &str, header: &format::Header, has_
     if !header.value.value.chars().all(visible) {
         let problem = format!("{:?} is not a header value; allowed: visible ASCII characters", header.value.value);
         problems.add(header.value.referenced, &format!("{path}.value"), problem);
-    }
-}
-
-/// Checks a host name, which may have a port.
-pub(super) fn host(problems: &mut Problems<'_>, field: &str, host: &Spanned<String>) {
-    if host.value.contains('@') || host.value.parse::<http::uri::Authority>().is_err() {
-        let problem = format!("{:?} is not allowed; allowed: a host name, optionally with a port", host.value);
-        problems.add(host.referenced, field, problem);
     }
 }
 

@@ -3,7 +3,7 @@
 use breaker_core::model::{CheckAction, Exchange, Transport};
 use serde_saphyr::{Location, Spanned};
 
-use super::{check, format, problems::Problems};
+use super::{format, problems::Problems};
 
 /// Most bytes that a check sends or expects.
 const MOST_BYTES: usize = 1024;
@@ -33,7 +33,7 @@ pub(super) fn tcp_socket(problems: &mut Problems<'_>, path: &str, raw: Spanned<f
         problems.add(accept.referenced, &field("accept"), problem.into());
     }
     if let Some(host) = &raw.host {
-        check::host(problems, &field("host"), host);
+        problems.host(host, &field("host"));
         if !raw.tls.as_ref().is_some_and(|tls| tls.value) {
             problems.add(host.referenced, &field("host"), "is a name for TLS; allowed: together with tls: true".into());
         }

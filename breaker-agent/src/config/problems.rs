@@ -103,6 +103,14 @@ impl<'a> Problems<'a> {
         value.map(|value| self.port(value, field))
     }
 
+    /// Checks a host name, which may have a port.
+    pub(super) fn host(&mut self, host: &Spanned<String>, field: &str) {
+        if host.value.contains('@') || host.value.parse::<http::uri::Authority>().is_err() {
+            let problem = format!("{:?} is not allowed; allowed: a host name, optionally with a port", host.value);
+            self.add(host.referenced, field, problem);
+        }
+    }
+
     pub(super) fn address(&mut self, address: &Spanned<String>, port: &Spanned<u64>, field: &str) -> SocketAddr {
         let port = self.port(port, &format!("{field}.port"));
         let field = format!("{field}.address");

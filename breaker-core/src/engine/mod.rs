@@ -220,16 +220,14 @@ impl Engine {
 
     /// When [`Engine::tick`] must be called next. The time may be in the past.
     pub fn next_deadline(&self, now: Now) -> Instant {
-        let mut next = self.next_sweep;
-        for state in self.services.values() {
-            let closed = state.breaker.state() == BreakerState::Closed;
-            let ramp = (closed && state.breaker.share(now.mono) < SHARE_ALL).then(|| now.mono + RAMP_STEP);
-            let override_ = state.operator.until_unix_ns.map(|until| now.mono + elapsed(now.unix_ns, until));
-            let deadlines =
-                [state.breaker.next_deadline(), state.sync.retry_at(), ramp, override_, state.tiers.grace_ends];
-            next = deadlines.into_iter().flatten().fold(next, Instant::min);
-        }
-        next
+        let all = self.services.values().filter_map(|state| next_deadline(state, now));
+        all.fold(self.next_sweep, Instant::min)
+    }
+
+    /// When [`Engine::tick`] must be called next because of one service; `None` if it has no deadline. A probe changes
+    /// the deadline of its own service only.
+    pub fn next_deadline_of(&self, now: Now, name: &ServiceName) -> Option<Instant> {
+        self.services.get(name).and_then(|state| next_deadline(state, now))
     }
 
     /// Every configured service, by name.
@@ -368,4 +366,12 @@ impl Engine {
             }
         }
     }
+}
+
+fn next_deadline(state: &ServiceState, now: Now) -> Option<Instant> {
+    let closed = state.breaker.state() == BreakerState::Closed;
+    let ramp = (closed && state.breaker.share(now.mono) < SHARE_ALL).then(|| now.mono + RAMP_STEP);
+    let override_ = state.operator.until_unix_ns.map(|until| now.mono + elapsed(now.unix_ns, until));
+    let deadlines = [state.breaker.next_deadline(), state.sync.retry_at(), ramp, override_, state.tiers.grace_ends];
+    deadlines.into_iter().flatten().min()
 }

@@ -175,6 +175,21 @@ fn l3_a_paused_agent_trips_nothing() -> Result<()> {
     nothing_happened(&lab, load)
 }
 
+/// HARDENING L3, at the length of a machine's suspension. It takes ten minutes:
+/// `cargo test -p breaker-tests --test lab -- --ignored l3`.
+#[test]
+#[ignore = "it takes ten minutes"]
+fn l3_a_pause_of_ten_minutes_trips_nothing() -> Result<()> {
+    let lab = start_healthy_lab("    onAgentLoss: Hold\n")?;
+    lab.agent.signal(Signal::STOP)?;
+    std::thread::sleep(Duration::from_secs(600));
+    let load = lab.load(Plan::usual(lab.vip))?;
+    lab.agent.signal(Signal::CONT)?;
+    some_probes(&lab)?;
+    std::thread::sleep(Duration::from_secs(2));
+    nothing_happened(&lab, load)
+}
+
 /// HARDENING L6: the status of an agent that does not answer comes from the maps.
 #[test]
 fn l6_the_status_of_a_hung_agent_is_in_the_maps() -> Result<()> {

@@ -74,3 +74,14 @@ async fn a_dead_server_is_found_by_a_starved_agent() {
     assert_eq!(result.code, CheckCode::L7Tout, "{}", result.detail);
     assert!(result.duration > Duration::from_millis(220), "its limit did not grow: {:?}", result.duration);
 }
+
+/// L1: a fault of breaker's own in one probe ends that probe, says nothing about the server, and leaves the others alone.
+#[tokio::test]
+async fn a_probe_that_panics_has_no_result() {
+    let prober = Prober::start();
+    let outcome = prober.within_limit(Duration::from_secs(1), async { panic!("out of cheese") }).await;
+    let (code, detail) = outcome.unwrap();
+    assert!(code == CheckCode::LocalError && detail.contains("out of cheese"), "{detail}");
+    let at = independent_server(Duration::ZERO);
+    assert!(prober.probe(&short(), at).await.code.passes(), "the next probe is made as usual");
+}
