@@ -13,7 +13,7 @@ use breaker_core::{
         snapshot::ServiceSnapshot,
     },
     model::Service,
-    probe::{ProbeReport, Target},
+    probe::Target,
     time::Now,
 };
 use tokio::{
@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    check::{Checkers, Known},
+    check::{Checkers, Known, reports::Inbox},
     clock::{self, Clock},
     command::Command,
     config::{AgentConfig, ConfigError},
@@ -50,7 +50,7 @@ const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// The inputs of the main loop.
 pub struct Inputs {
     /// Results of probes.
-    pub reports: mpsc::Receiver<ProbeReport>,
+    pub reports: Inbox,
     /// Requests of the control socket and of kubelet.
     pub commands: mpsc::Receiver<Command>,
     /// Changes of the node's interfaces.
@@ -145,7 +145,6 @@ impl Agent {
         loop {
             // The deadline counts from the last tick, not from now: other inputs, however many, do not postpone it.
             let mut due = next_deadline.clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
-            let mut one_service = None;
             if self.unreported && self.update.synced {
                 due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_tick + MIN_TICK));
             }
@@ -162,9 +161,10 @@ impl Agent {
                     (SourceEvent::FileChanged, Source::Kubernetes(_)) => {}
                 },
                 _ = heartbeat.tick() => self.heartbeat(),
-                Some(report) = inputs.reports.recv() => {
-                    self.engine.observe(self.clock.now(), &report, &mut self.datapath);
-                    one_service = Some(report.target.service);
+                reports = inputs.reports.recv() => {
+                    for report in &reports {
+                        self.engine.observe(self.clock.now(), report, &mut self.datapath);
+                    }
                 }
                 Some(command) = inputs.commands.recv() => self.answer(command),
                 Some(change) = inputs.interfaces.recv() => {
@@ -187,14 +187,7 @@ impl Agent {
                     self.tick();
                 }
             }
-            let now = self.clock.now();
-            next_deadline = match one_service {
-                // Thousands of probes a second do not look at thousands of services each.
-                Some(name) => {
-                    self.engine.next_deadline_of(now, &name).map_or(next_deadline, |at| at.min(next_deadline))
-                }
-                None => self.engine.next_deadline(now),
-            };
+            next_deadline = self.engine.next_deadline(self.clock.now());
             for (service, epoch) in self.engine.take_transitions() {
                 self.checkers.begin_epoch(&service, epoch);
             }

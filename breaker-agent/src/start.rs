@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     agent_loop::{Agent, Inputs, Source},
-    check::Checkers,
+    check::{self, Checkers},
     clock::Clock,
     config::AgentConfig,
     control,
@@ -107,7 +107,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     let clock = Clock::start();
     let mut datapath = KernelDatapath::new(loaded.maps);
     let engine = Engine::new(clock.now(), &mut datapath).map_err(anyhow::Error::new)?;
-    let (reports_in, reports) = mpsc::channel(4096);
+    let (reports_in, reports) = check::reports::channel();
     let (commands_in, commands) = mpsc::channel(64);
     let (latest_event, latest_event_out) = watch::channel(0);
     let _socket = control::serve(&config.socket, commands_in.clone(), latest_event_out)?;
@@ -133,7 +133,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         engine,
         datapath,
         interfaces: Interfaces::new(attacher),
-        checkers: Checkers::new(reports_in),
+        checkers: Checkers::start(reports_in)?,
         latest_event,
         lease: Lease::new(config.lease),
         service_count: None,

@@ -1,17 +1,23 @@
 //! Opens connections for probes, and decides how they end.
 
-use std::net::SocketAddr;
-
-use rustix::net::{
-    AddressFamily, SocketFlags, SocketType, connect as connect_socket, ipproto, socket_with,
-    sockopt::{set_socket_linger, set_tcp_quickack},
+use std::{
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
 };
-use std::time::Duration;
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{
+        AddressFamily, SocketFlags, SocketType, connect as connect_socket, getsockname, ipproto, socket_with,
+        sockopt::{set_socket_linger, set_tcp_quickack, socket_error},
+    },
+};
 use tokio::net::{TcpStream, UdpSocket};
 
 use super::{
     CheckCode,
-    outcome::{Outcome, of_connection, refused_by_this_node},
+    outcome::{Outcome, local, of_connection, refused_by_this_node},
 };
 
 /// How a connection ends when it is dropped.
@@ -31,7 +37,7 @@ pub(super) enum End {
 ///
 /// # Errors
 /// The outcome of the probe, if there is no connection.
-pub(super) async fn tcp(at: SocketAddr, end: End) -> Result<TcpStream, Outcome> {
+pub(super) async fn tcp(at: SocketAddr, end: End) -> Result<Connection, Outcome> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family(at), SocketType::STREAM, flags, Some(ipproto::TCP))
         .map_err(|error| refused_by_this_node("open a socket", error))?;
@@ -46,22 +52,59 @@ pub(super) async fn tcp(at: SocketAddr, end: End) -> Result<TcpStream, Outcome> 
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
         Err(error) => return Err(refused_by_this_node("connect", error)),
     }
-    let stream = TcpStream::from_std(socket.into()).map_err(|error| super::outcome::local("watch a socket", error))?;
-    let connected = match stream.writable().await {
-        Ok(()) => stream.take_error(),
-        Err(error) => Err(error),
-    };
-    match connected {
-        Ok(None) => {}
-        Ok(Some(error)) | Err(error) => return Err(of_connection(&error)),
+    // To a pod of this node, the handshake is over by now: the reactor need not know of the socket.
+    let mut ready = [PollFd::new(&socket, PollFlags::OUT)];
+    if poll(&mut ready, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
+        connected(&socket, at)?;
+        return Ok(Connection::Ready(socket));
+    }
+    let stream = watch(socket)?;
+    stream.writable().await.map_err(|error| of_connection(&error))?;
+    connected(&stream, at)?;
+    Ok(Connection::Watched(stream))
+}
+
+/// A connection. Only one that is read or written has to be watched by the reactor.
+#[derive(Debug)]
+pub(super) enum Connection {
+    Ready(OwnedFd),
+    Watched(TcpStream),
+}
+
+impl Connection {
+    /// The connection as a stream.
+    ///
+    /// # Errors
+    /// The outcome of the probe, if this node cannot watch the socket.
+    pub fn stream(self) -> Result<TcpStream, Outcome> {
+        match self {
+            Self::Ready(socket) => watch(socket),
+            Self::Watched(stream) => Ok(stream),
+        }
+    }
+}
+
+fn watch(socket: OwnedFd) -> Result<TcpStream, Outcome> {
+    TcpStream::from_std(socket.into()).map_err(|error| local("watch a socket", error))
+}
+
+/// Checks a socket that has left the handshake.
+///
+/// # Errors
+/// The outcome of the probe, if there is no connection.
+fn connected(socket: &impl AsFd, at: SocketAddr) -> Result<(), Outcome> {
+    match socket_error(socket) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) | Err(error) => return Err(of_connection(&error.into())),
     }
     // Where nobody listens on a local port, TCP may connect a socket to itself (RFC 9293, figure 8: simultaneous open).
-    if stream.local_addr().is_ok_and(|own| own == at) {
+    let own = getsockname(socket).ok().and_then(|own| SocketAddr::try_from(own).ok());
+    if own == Some(at) {
         // Its TIME_WAIT would keep the port from the next probe.
-        let _ = set_socket_linger(&stream, Some(Duration::ZERO));
+        let _ = set_socket_linger(socket, Some(Duration::ZERO));
         return Err((CheckCode::L4Con, "connected to itself: nobody listens on this port".into()));
     }
-    Ok(stream)
+    Ok(())
 }
 
 /// Opens a UDP socket that exchanges datagrams with one address only, and gets its ICMP errors.
@@ -73,7 +116,7 @@ pub(super) fn udp(at: SocketAddr) -> Result<UdpSocket, Outcome> {
     let socket = socket_with(family(at), SocketType::DGRAM, flags, Some(ipproto::UDP))
         .map_err(|error| refused_by_this_node("open a socket", error))?;
     connect_socket(&socket, &at).map_err(|error| refused_by_this_node("connect", error))?;
-    UdpSocket::from_std(socket.into()).map_err(|error| super::outcome::local("watch a socket", error))
+    UdpSocket::from_std(socket.into()).map_err(|error| local("watch a socket", error))
 }
 
 const fn family(at: SocketAddr) -> AddressFamily {

@@ -51,7 +51,7 @@ async fn ask(at: SocketAddr, question: &DnsQuestion, progress: &Progress) -> Res
 
 /// Asks over TCP. A message is preceded by its length in two bytes, most significant first (RFC 1035, section 4.2.2).
 async fn ask_again(at: SocketAddr, question: &[u8]) -> Result<Message, Outcome> {
-    let mut stream = connect::tcp(at, End::Reset).await?;
+    let mut stream = connect::tcp(at, End::Reset).await?.stream()?;
     let mut request = u16::try_from(question.len()).unwrap_or(u16::MAX).to_be_bytes().to_vec();
     request.extend_from_slice(question);
     let exchange = async {

@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     CheckCode,
-    connect::{self, End},
+    connect::{self, Connection, End},
     outcome::{Outcome, Progress, Stage, of_connection},
     tls::{Inner, Tls},
 };
@@ -22,11 +22,11 @@ const ANSWER_LIMIT: usize = 64 * 1024;
 pub(super) async fn probe(at: SocketAddr, exchange: &Exchange, tls: &Tls, progress: &Progress) -> Outcome {
     let outcome = match &exchange.transport {
         Transport::Udp => over_udp(at, exchange, progress).await,
-        Transport::Tcp => match connect::tcp(at, End::Fin).await {
+        Transport::Tcp => match connect::tcp(at, End::Fin).await.and_then(Connection::stream) {
             Ok(stream) => over_stream(stream, exchange, progress).await,
             Err(outcome) => Err(outcome),
         },
-        Transport::Tls { host } => match connect::tcp(at, End::Fin).await {
+        Transport::Tls { host } => match connect::tcp(at, End::Fin).await.and_then(Connection::stream) {
             Ok(stream) => {
                 progress.reached(Stage::Handshake);
                 match tls.connect(stream, host.as_deref(), at.ip(), Inner::Other).await {

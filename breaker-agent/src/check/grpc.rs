@@ -9,12 +9,12 @@ use tower::service_fn;
 
 use super::{
     CheckCode,
-    connect::{self, End},
+    connect::{self, Connection, End},
     outcome::{Outcome, Progress, Stage},
 };
 
 pub(super) async fn probe(at: SocketAddr, service: &str, progress: &Progress) -> Outcome {
-    let stream = match connect::tcp(at, End::Reset).await {
+    let stream = match connect::tcp(at, End::Reset).await.and_then(Connection::stream) {
         Ok(stream) => stream,
         Err(outcome) => return outcome,
     };

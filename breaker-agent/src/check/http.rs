@@ -34,17 +34,17 @@ pub(super) fn timed_out(get: &HttpGet, progress: &Progress) -> Outcome {
 
 async fn ask(at: SocketAddr, get: &HttpGet, tls: &Tls, progress: &Progress) -> Result<Answer, Outcome> {
     // After the whole answer a reset is harmless, and nothing stays in TIME_WAIT or in connection tracking.
-    let stream = connect::tcp(at, End::Reset).await?;
+    let stream = connect::tcp(at, End::Reset).await?.stream()?;
     if !get.https {
         progress.reached(Stage::Answer);
         return over_http1(stream, at, get, progress).await;
     }
     progress.reached(Stage::Handshake);
     let name = get.host.as_deref().map(without_port);
-    let stream = tls.connect(stream, name, at.ip(), Inner::Http).await?;
+    let stream = Box::pin(tls.connect(stream, name, at.ip(), Inner::Http)).await?;
     progress.reached(Stage::Answer);
     match stream.get_ref().1.alpn_protocol() {
-        Some(b"h2") => http2::get(stream, get, &authority(at, get), progress).await,
+        Some(b"h2") => Box::pin(http2::get(stream, get, &authority(at, get), progress)).await,
         _ => over_http1(stream, at, get, progress).await,
     }
 }

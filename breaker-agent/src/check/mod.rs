@@ -6,6 +6,7 @@
 //! | module | one concern |
 //! |---|---|
 //! | [`schedule`] | when each probe is made |
+//! | [`reports`] | the way of results to the main loop |
 //! | [`capacity`] | how many probes at the same time |
 //! | [`stalls`] | when the agent itself did not run |
 //! | [`outcome`] | errors of the target, and errors of this node |
@@ -22,6 +23,7 @@ mod http1;
 mod http2;
 mod http_message;
 mod outcome;
+pub mod reports;
 mod schedule;
 mod stalls;
 mod tcp;
@@ -132,12 +134,16 @@ impl Prober {
 
     async fn attempt(&self, check: &Check, backend: SocketAddr, progress: &Progress) -> Outcome {
         let at = |port: Option<u16>| SocketAddr::new(backend.ip(), port.unwrap_or(backend.port()));
+        // The larger ones live on the heap, and only while they run: a task waits most of the time, and there may be
+        // thousands.
         match &check.action {
             CheckAction::TcpSocket { port, accept } => tcp::probe(at(*port), *accept).await,
-            CheckAction::Exchange { port, exchange } => exchange::probe(at(*port), exchange, &self.tls, progress).await,
-            CheckAction::Dns { port, question } => dns::probe(at(*port), question, progress).await,
-            CheckAction::Grpc { port, service } => grpc::probe(at(*port), service, progress).await,
-            CheckAction::HttpGet { port, get } => http::probe(at(*port), get, &self.tls, progress).await,
+            CheckAction::Exchange { port, exchange } => {
+                Box::pin(exchange::probe(at(*port), exchange, &self.tls, progress)).await
+            }
+            CheckAction::Dns { port, question } => Box::pin(dns::probe(at(*port), question, progress)).await,
+            CheckAction::Grpc { port, service } => Box::pin(grpc::probe(at(*port), service, progress)).await,
+            CheckAction::HttpGet { port, get } => Box::pin(http::probe(at(*port), get, &self.tls, progress)).await,
         }
     }
 }

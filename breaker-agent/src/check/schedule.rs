@@ -14,14 +14,20 @@ use std::{
     time::Duration,
 };
 
+use anyhow::{Context as _, Result};
 use breaker_core::{
     health::{Health, RiseFall},
     model::{Check, ServiceName},
     probe::{ProbeLoad, ProbeReport, Target},
 };
-use tokio::{sync::mpsc, task::JoinHandle, time::sleep_until};
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::sleep_until,
+};
 
-use super::Prober;
+use super::{Prober, reports::Outbox};
 use crate::clock;
 
 /// The identity of a probe task. Services that check the same backend in the same way share one task.
@@ -31,11 +37,14 @@ struct Probe {
     check: Check,
 }
 
-/// All checks of an agent. Their tasks end when this value is dropped.
+/// All checks of an agent, in a thread of their own: neither the main loop nor another task makes a probe late. The
+/// thread ends when this value is dropped.
 #[derive(Debug)]
 pub struct Checkers {
+    thread: Handle,
+    _end: oneshot::Sender<()>,
     prober: Prober,
-    reports: mpsc::Sender<ProbeReport>,
+    reports: Outbox,
     running: HashMap<Probe, Checker>,
     targets: BTreeMap<Target, Probe>,
     epochs: BTreeMap<ServiceName, Epoch>,
@@ -54,16 +63,31 @@ pub struct Known {
 }
 
 impl Checkers {
-    /// Creates an empty set of checks. Results are sent to `reports`.
-    #[must_use]
-    pub fn new(reports: mpsc::Sender<ProbeReport>) -> Self {
-        Self {
-            prober: Prober::start(),
+    /// Creates an empty set of checks. Results go to `reports`.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(reports: Outbox) -> Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("make a runtime for probes")?;
+        let thread = runtime.handle().clone();
+        let prober = {
+            let _entered = thread.enter();
+            Prober::start()
+        };
+        let (end, ended) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("probes".into())
+            .spawn(move || runtime.block_on(async { drop(ended.await) }))
+            .context("start the thread of probes")?;
+        Ok(Self {
+            thread,
+            _end: end,
+            prober,
             reports,
             running: HashMap::new(),
             targets: BTreeMap::new(),
             epochs: BTreeMap::new(),
-        }
+        })
     }
 
     /// How busy the probes are.
@@ -99,10 +123,9 @@ impl Checkers {
             }
             let probe = Probe { backend: target.backend, check };
             let spread = start_spread(self.running.len(), &probe.check);
-            let checker = self
-                .running
-                .entry(probe.clone())
-                .or_insert_with(|| Checker::start(probe.clone(), spread, self.prober.clone(), self.reports.clone()));
+            let checker = self.running.entry(probe.clone()).or_insert_with(|| {
+                Checker::start(&self.thread, probe.clone(), spread, self.prober.clone(), self.reports.clone())
+            });
             checker.members += 1;
             let known = known(&target);
             let epoch = self.epochs.entry(target.service.clone()).or_default();
@@ -132,9 +155,9 @@ struct Checker {
 }
 
 impl Checker {
-    fn start(probe: Probe, spread: Duration, prober: Prober, reports: mpsc::Sender<ProbeReport>) -> Self {
+    fn start(thread: &Handle, probe: Probe, spread: Duration, prober: Prober, reports: Outbox) -> Self {
         let (changes, changes_out) = mpsc::unbounded_channel();
-        let task = tokio::spawn(run(probe, spread, changes_out, prober, reports));
+        let task = thread.spawn(run(probe, spread, changes_out, prober, reports));
         Self { members: 0, changes, task }
     }
 }
@@ -166,7 +189,7 @@ async fn run(
     spread: Duration,
     mut changes: mpsc::UnboundedReceiver<Change>,
     prober: Prober,
-    reports: mpsc::Sender<ProbeReport>,
+    reports: Outbox,
 ) {
     let mut members: BTreeMap<Target, Member> = BTreeMap::new();
     let soon = || clock::instant() + spread.mul_f64(fastrand::f64());
@@ -196,15 +219,15 @@ async fn run(
         }
         let result = prober.probe(&check, backend).await;
         for (target, Member { health, epoch, began }) in &mut members {
+            let before = health.health();
             // A probe counts only in the state in which it began.
             if result.code.is_result() && epoch.load(Ordering::Relaxed) == *began {
                 health.observe(result.code.passes());
             }
-            let report =
-                ProbeReport { target: target.clone(), result: result.clone(), health: health.health(), began: *began };
-            if reports.send(report).await.is_err() {
-                return;
-            }
+            let health = health.health();
+            let report = ProbeReport { target: target.clone(), result: result.clone(), health, began: *began };
+            let failed = result.code.is_result() && !result.code.passes();
+            reports.send(report, health != before || (failed && health != Health::Down));
         }
         let fast = members.values().any(|member| member.health.in_transition());
         let period = if fast { check.fast_period } else { check.period };

@@ -224,12 +224,6 @@ impl Engine {
         all.fold(self.next_sweep, Instant::min)
     }
 
-    /// When [`Engine::tick`] must be called next because of one service; `None` if it has no deadline. A probe changes
-    /// the deadline of its own service only.
-    pub fn next_deadline_of(&self, now: Now, name: &ServiceName) -> Option<Instant> {
-        self.services.get(name).and_then(|state| next_deadline(state, now))
-    }
-
     /// Every configured service, by name.
     pub fn snapshots(&self, now: Now, datapath: &dyn Datapath) -> Vec<ServiceSnapshot> {
         let configured = self.services.values().filter(|state| state.is_configured());

@@ -141,7 +141,10 @@ fn culprit(ours: &BTreeMap<&str, &str>) -> Option<String> {
 /// A message about a spec, with the names of annotations in place of the fields that they set.
 #[must_use]
 pub fn in_words_of_annotations(message: &str) -> String {
-    let mut message = message.to_owned();
+    // The annotations set the same check for the primary and every backup, so its problems are found several times.
+    let mut problems: Vec<&str> = message.split("; spec.").collect();
+    problems.retain(|problem| !problem.starts_with("backups["));
+    let mut message = problems.join("; spec.");
     for (name, field, _) in FIELDS {
         for path in [format!("spec.primary.{field}: "), format!("spec.{field}: ")] {
             message = message.replace(&path, &format!("annotation {PREFIX}{name}: "));
@@ -327,8 +330,8 @@ mod tests {
 
     #[test]
     fn a_number_out_of_range_is_named_by_its_annotation() {
-        let message =
-            "spec.primary.check.periodMillis: 5 is not allowed; allowed: 10 to 86400000; spec.breaker.rampMillis: x";
+        let message = "spec.primary.check.periodMillis: 5 is not allowed; allowed: 10 to 86400000; \
+             spec.backups[0].check.periodMillis: 5 is not allowed; allowed: 10 to 86400000; spec.breaker.rampMillis: x";
         assert_eq!(
             in_words_of_annotations(message),
             "annotation breaker.dev/period-millis: 5 is not allowed; allowed: 10 to 86400000; annotation \

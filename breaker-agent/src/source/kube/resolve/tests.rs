@@ -394,7 +394,7 @@ fn annotations_are_a_spec_too_and_a_bad_one_holds_what_is() {
     let good = annotated("3");
     assert_eq!(good.ports[&8080], Lab::new().with_breaker(spec()).only().ports[&8080]);
     for (bad, expected) in
-        [("0", "spec.primary.check.periodSeconds: 0 is not allowed; allowed: 1 to 86400"), ("soon", "\"soon\"")]
+        [("0", "annotation breaker.dev/period-seconds: 0 is not allowed; allowed: 1 to 86400"), ("soon", "\"soon\"")]
     {
         let result = annotated(bad);
         assert!(result.hold);
