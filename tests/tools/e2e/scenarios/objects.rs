@@ -24,7 +24,7 @@ pub(super) fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
         (with(&|s| s["backups"] = json!([])), "spec.backups", "at least 1"),
         (with(&|s| s["backups"][0]["name"] = json!("dummy-deployment")), "spec.backups", "cannot be its own backup"),
         (with(&|s| s["backups"] = json!([{ "name": "a" }, { "name": "a" }])), "spec.backups", "a backup once"),
-        (with(&|s| s["check"] = json!({})), "spec.check", "exactly one of httpGet, tcpSocket and grpc"),
+        (with(&|s| s["check"] = json!({})), "spec.check", "exactly one of httpGet, tcpSocket, grpc, dns and udp"),
         (
             with(&|s| s["check"] = json!({ "tcpSocket": {}, "periodSeconds": 0 })),
             "spec.check.periodSeconds",
@@ -86,7 +86,7 @@ pub(super) fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
     }
     let words = cluster.kubectl(&["explain", "cb.spec.check"])?;
     let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
-    ensure!(words.contains("exactly one of httpGet, tcpSocket and grpc"), "kubectl explain: {words}");
+    ensure!(words.contains("exactly one of httpGet, tcpSocket, grpc, dns and udp"), "kubectl explain: {words}");
     Ok(format!("{count} invalid specs refused, each by its field"))
 }
 
