@@ -421,8 +421,8 @@ pub struct Service {
     pub grace_period: Duration,
     /// The rules by which the breaker decides.
     pub breaker: BreakerPolicy,
-    /// Whether the service is so young that its primary may never have been ready. Until it has been, it is starting and
-    /// has not failed.
+    /// Whether the service is so young that its primary may never have been ready. Until it has had backends, and for ten
+    /// seconds after that, it is starting and has not failed.
     pub starting: bool,
     /// Whether decisions are carried out.
     pub mode: Mode,

@@ -680,4 +680,12 @@ fn a_service_that_is_starting_has_not_failed() {
     e.configure(at(0), with(false, true));
     e.configure(at(1000), with(false, false));
     assert_eq!((state(&e).0, applied(&e).decision.reason), (Open, StateReason::NoEndpoints), "not for ever");
+
+    let mut e = Harness::new(FakeDatapath::default(), at(0));
+    e.configure(at(0), with(false, true));
+    e.configure(at(60_000), with(true, true));
+    probe(&mut e, 60_010, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Closed);
+    probe(&mut e, 70_010, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Open, "its pods are there and fail for ten seconds");
 }

@@ -1,5 +1,7 @@
 //! One protected service at run time: its breaker, its backends, its epoch, and the plan that follows from them.
 
+use std::time::Duration;
+
 use breaker_common::{BreakerState, SHARE_ALL, StateReason};
 
 use super::{
@@ -14,8 +16,11 @@ use crate::{
     model::{EstablishedPolicy, Frontend, Override, Protocol, Service},
     plan::{Decision, ServicePlan},
     pool::TierHealth,
-    time::{Now, UnixNanos, elapsed},
+    time::{Instant, Now, UnixNanos, elapsed},
 };
+
+/// How long the first pods of a new service may fail their checks before that counts.
+const FIRST_START: Duration = Duration::from_secs(10);
 
 /// Whether a service is still configured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +65,8 @@ pub(super) struct ServiceState {
     pub message: String,
     /// Whether the primary has been Up since the service was first seen, as far as this agent knows.
     pub was_up: bool,
+    /// When the primary first had a backend.
+    first_backend: Option<Instant>,
     pub operator: OperatorOverride,
     pub lifecycle: Lifecycle,
     pub tracking: Tracking,
@@ -103,6 +110,7 @@ impl ServiceState {
             state_epoch: epoch,
             local_errors: 0,
             since_unix_ns,
+            first_backend: None,
             was_up: adopted.is_some_and(|was| (was.state, was.reason) != (BreakerState::Closed, StateReason::Initial)),
             message: if adopted.is_some() { "adopted from an earlier agent".into() } else { String::new() },
             lifecycle: Lifecycle::Configured,
@@ -215,8 +223,16 @@ impl ServiceState {
     pub fn primary_health(&mut self, now: Now) -> TierHealth {
         let health = self.tiers.primary_health(now, &self.service);
         self.was_up |= health == TierHealth::Up;
+        let first_backend = match health {
+            TierHealth::Empty => self.first_backend,
+            _ => Some(*self.first_backend.get_or_insert(now.mono)),
+        };
         match health {
-            TierHealth::Down | TierHealth::Empty if self.is_starting() => TierHealth::Unknown,
+            TierHealth::Empty if self.is_starting() => TierHealth::Unknown,
+            // A pod without a readiness probe is ready before its process listens.
+            TierHealth::Down if self.is_starting() && first_backend.is_some_and(|at| now.mono < at + FIRST_START) => {
+                TierHealth::Unknown
+            }
             health => health,
         }
     }
