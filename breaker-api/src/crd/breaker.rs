@@ -58,9 +58,9 @@ pub struct CircuitBreakerSpec {
     /// The Services that take over, in order of preference.
     #[schemars(length(min = 1, max = 8))]
     pub backups: Vec<Backup>,
-    /// How the pods of the primary and of the backups are checked: exactly one of httpGet, tcpSocket and grpc, with
-    /// the field names of a container's probe. Without a check, the breaker opens only when no endpoint of the
-    /// primary is ready.
+    /// How the pods of the primary and of the backups are checked: exactly one of httpGet, tcpSocket, grpc, dns and udp.
+    /// The first three have the fields of a container's probe. Without a check, the breaker opens only when no endpoint
+    /// of the primary is ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub check: Option<Check>,
     /// Number of the primary's pods that must be Up for the primary to be Up; 1 if not given. A number larger than

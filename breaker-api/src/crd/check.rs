@@ -7,9 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::Port;
 
 /// How pods are checked: exactly one of httpGet, tcpSocket, grpc, dns and udp. The fields of the first three have the
-/// names of a container's probe. The
-/// agent of every node connects to the pods directly, not through the Service, and breaker does not redirect its
-/// connections.
+/// names of a container's probe. The agent of every node connects to the pods directly, not through the Service, and
+/// breaker does not redirect its connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
