@@ -217,7 +217,7 @@ fn vlan_tags_on_an_uplink_are_stepped_over() -> Result<()> {
 #[test]
 fn a_name_for_both_families_is_read() {
     let text = "services: [{name: s, frontends: [{address: 10.43.0.1, port: 53, protocol: UDP}, {address: 'fd43::1', port: 53, protocol: UDP}], \
-                primary: {backends: [{address: 'fd42::2', port: 53}]}, backups: [{backends: [{address: 10.42.0.3, port: 53}]}]}]";
+                primary: {backends: [{address: 'fd42::2', port: 53}]}, backups: [{backends: [{address: 10.42.0.3, port: 53}, {address: 'fd42::3', port: 53}]}]}]";
     let config = config::parse(std::path::Path::new("t"), text).unwrap();
     let shown: Vec<String> = config.services[0].frontends.iter().map(ToString::to_string).collect();
     assert_eq!(shown, ["10.43.0.1:53/UDP", "[fd43::1]:53/UDP"]);
