@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use breaker_api::{
     events::EventLine,
-    status::{AgentStatus, DatapathStatus, ServiceStatus},
+    status::{AgentStatus, DatapathStatus, Restored, ServiceStatus},
 };
 use breaker_core::{
     engine::{
@@ -73,7 +73,7 @@ pub enum Source {
     Kubernetes(Box<KubeSource>),
 }
 
-/// What a source reports.
+/// An event from a source.
 enum SourceEvent {
     /// The file changed and must be read again.
     FileChanged,
@@ -106,7 +106,7 @@ pub struct Agent {
     pub interfaces: Interfaces,
     /// The running checks.
     pub checkers: Checkers,
-    /// What went wrong without ending the process.
+    /// Counters of lost log lines and of panics.
     pub incidents: Incidents,
     /// Id of the latest event, for readers that wait.
     pub latest_event: watch::Sender<u64>,
@@ -118,9 +118,11 @@ pub struct Agent {
     pub service_count: Option<usize>,
     /// The last update from Kubernetes.
     pub update: Arc<Update>,
-    /// Whether the node's own sockets are protected; otherwise the reason.
+    /// What others took away and the agent put back: names of interfaces, or `masqueradeRule`.
+    pub restored: BTreeMap<String, Restored>,
+    /// The protection of the node's own sockets. The error says why there is none.
     pub sockets: Result<(), String>,
-    /// Whether breaker's own rule for the masquerade mark is installed; otherwise the reason.
+    /// breaker's own rule for the masquerade mark. The error says why it is not installed.
     pub masquerade_rule: Result<(), String>,
     /// A socket load balancer on this node that hides VIPs from the programs, if there is one.
     pub incompatible: Option<String>,
@@ -141,10 +143,10 @@ impl Agent {
     pub async fn run(&mut self, mut inputs: Inputs) {
         let mut heartbeat = tokio::time::interval(heartbeat::INTERVAL);
         let mut last_tick = self.clock.now().mono;
-        let mut next_deadline = self.engine.next_deadline(self.clock.now());
         loop {
             // The deadline counts from the last tick, not from now: other inputs, however many, do not postpone it.
-            let mut due = next_deadline.clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
+            let now = self.clock.now();
+            let mut due = self.engine.next_deadline(now).clamp(last_tick + MIN_TICK, last_tick + EVENT_POLL);
             if self.unreported && self.update.synced {
                 due = due.min((self.reported_at + MIN_REPORT_INTERVAL).max(last_tick + MIN_TICK));
             }
@@ -187,7 +189,6 @@ impl Agent {
                     self.tick();
                 }
             }
-            next_deadline = self.engine.next_deadline(self.clock.now());
             for (service, epoch) in self.engine.take_transitions() {
                 self.checkers.begin_epoch(&service, epoch);
             }
@@ -262,17 +263,18 @@ impl Agent {
 
     /// Puts back what somebody else has taken away: a firewall's reload, a CNI's restart, another agent's cleanup.
     fn restore(&mut self, now: Now) {
-        let at = clock::timestamp(now.unix_ns);
-        let mut back = self.interfaces.restore(at);
+        let mut back = self.interfaces.restore();
         if self.masquerade_rule.is_ok() {
             match masquerade::restore(self.config.masquerade_mark) {
                 Ok(false) => {}
-                Ok(true) => {
-                    self.interfaces.count_restored("masqueradeRule", at);
-                    back.push("the masquerade rule".into());
-                }
+                Ok(true) => back.push("masqueradeRule".into()),
                 Err(error) => tracing::debug!("cannot look after the masquerade rule: {error:#}"),
             }
+        }
+        let last = clock::timestamp(now.unix_ns);
+        for what in &back {
+            let restored = self.restored.entry(what.clone()).or_insert(Restored { count: 0, last });
+            *restored = Restored { count: restored.count + 1, last };
         }
         if !back.is_empty() {
             let message = format!("somebody took away, and the agent put back: {}", back.join(", "));
@@ -388,6 +390,7 @@ impl Agent {
             lease_seconds: self.config.lease.as_secs(),
             datapath: DatapathStatus {
                 pin_path: self.config.pin_path.display().to_string(),
+                restored: self.restored.clone(),
                 node_sockets: self.sockets.clone().err(),
                 masquerade_rule: self.masquerade_rule.clone().err(),
                 flow_entries: self.engine.flow_entries(),

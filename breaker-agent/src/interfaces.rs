@@ -2,8 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use breaker_api::status::{DatapathStatus, Restored};
-use jiff::Timestamp;
+use breaker_api::status::DatapathStatus;
 
 use crate::{
     datapath::{
@@ -22,8 +21,6 @@ pub struct Interfaces {
     failed: BTreeMap<u32, (String, String)>,
     /// Names of the interfaces by index, from the latest message about each.
     names: HashMap<u32, String>,
-    /// What others took away and this agent put back, by interface name.
-    restored: BTreeMap<String, Restored>,
     /// Known pods on this node. `None` before the first search has ended: until then, what an earlier agent found
     /// stays in the maps.
     pods: Option<LocalPods>,
@@ -33,7 +30,7 @@ impl Interfaces {
     /// Creates the state without any interface.
     #[must_use]
     pub fn new(attacher: Attacher) -> Self {
-        Self { attacher, failed: BTreeMap::new(), names: HashMap::new(), restored: BTreeMap::new(), pods: None }
+        Self { attacher, failed: BTreeMap::new(), names: HashMap::new(), pods: None }
     }
 
     /// Lets the programs that an earlier agent attached call this agent's full-path programs. Then attaches this
@@ -94,7 +91,7 @@ impl Interfaces {
     }
 
     /// Puts back programs that somebody else has taken away. Returns the names of the interfaces that got them back.
-    pub fn restore(&mut self, now: Timestamp) -> Vec<String> {
+    pub fn restore(&mut self) -> Vec<String> {
         let attached = self.attacher.attached().iter();
         let all: Vec<(u32, String)> = attached
             .map(|(index, attached)| (*index, self.names.get(index).unwrap_or(&attached.name).clone()))
@@ -108,15 +105,7 @@ impl Interfaces {
                 Err(error) => tracing::debug!(interface = name, "cannot look after the programs: {error:#}"),
             }
         }
-        for name in &back {
-            count(&mut self.restored, name, now);
-        }
         back
-    }
-
-    /// Counts another part of the datapath that was put back.
-    pub fn count_restored(&mut self, what: &str, now: Timestamp) {
-        count(&mut self.restored, what, now);
     }
 
     /// Adds pods that a search found to those that are known. A known pod keeps its interface until its address
@@ -173,13 +162,7 @@ impl Interfaces {
             interfaces: attached.iter().map(|(index, attached)| name_of(index, &attached.name)).collect(),
             failed_interfaces: self.failed.values().cloned().collect(),
             xdp: xdp.collect(),
-            restored: self.restored.clone(),
             ..DatapathStatus::default()
         }
     }
-}
-
-fn count(restored: &mut BTreeMap<String, Restored>, what: &str, now: Timestamp) {
-    let before = restored.get(what).map_or(0, |restored| restored.count);
-    restored.insert(what.to_owned(), Restored { count: before + 1, last: now });
 }

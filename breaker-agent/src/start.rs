@@ -1,6 +1,6 @@
 //! Starts an agent: pins, programs, maps, sources and control, then the loop.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use breaker_core::{engine::Engine, model::Service};
@@ -59,7 +59,7 @@ pub struct Options {
     pub origin: Origin,
     /// Remove programs and maps at the end, instead of leaving them to the next agent.
     pub detach: bool,
-    /// What went wrong without ending the process.
+    /// Counters of lost log lines and of panics.
     pub incidents: Incidents,
     /// Log level of the eBPF programs. With `None`, they are loaded with logging disabled.
     pub program_log: Option<log::Level>,
@@ -148,6 +148,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         reported_at: Duration::ZERO,
         config: config.clone(),
         incidents: options.incidents,
+        restored: BTreeMap::new(),
     };
     // The heartbeat comes first, then the decisions, then the programs that act on them. With Kubernetes as the
     // source, the decisions of an earlier agent stay in force until the source has delivered the first

@@ -9,7 +9,7 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     net::{
-        AddressFamily, SocketFlags, SocketType, connect as connect_socket, getsockname, ipproto, socket_with,
+        AddressFamily, Protocol, SocketFlags, SocketType, connect as connect_socket, getsockname, ipproto, socket_with,
         sockopt::{set_socket_linger, set_tcp_quickack, socket_error},
     },
 };
@@ -38,9 +38,7 @@ pub(super) enum End {
 /// # Errors
 /// The outcome of the probe, if there is no connection.
 pub(super) async fn tcp(at: SocketAddr, end: End) -> Result<Connection, Outcome> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(family(at), SocketType::STREAM, flags, Some(ipproto::TCP))
-        .map_err(|error| refused_by_this_node("open a socket", error))?;
+    let socket = open(at, SocketType::STREAM, ipproto::TCP)?;
     // Both options only change how the connection ends. A kernel that refuses them is no reason to fail the probe.
     if end != End::Fin {
         let _ = set_socket_linger(&socket, Some(Duration::ZERO));
@@ -112,16 +110,17 @@ fn connected(socket: &impl AsFd, at: SocketAddr) -> Result<(), Outcome> {
 /// # Errors
 /// The outcome of the probe, if this node refuses it.
 pub(super) fn udp(at: SocketAddr) -> Result<UdpSocket, Outcome> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(family(at), SocketType::DGRAM, flags, Some(ipproto::UDP))
-        .map_err(|error| refused_by_this_node("open a socket", error))?;
+    let socket = open(at, SocketType::DGRAM, ipproto::UDP)?;
     connect_socket(&socket, &at).map_err(|error| refused_by_this_node("connect", error))?;
     UdpSocket::from_std(socket.into()).map_err(|error| local("watch a socket", error))
 }
 
-const fn family(at: SocketAddr) -> AddressFamily {
-    match at {
+/// Opens a socket of the address's family.
+fn open(at: SocketAddr, kind: SocketType, protocol: Protocol) -> Result<OwnedFd, Outcome> {
+    let family = match at {
         SocketAddr::V4(_) => AddressFamily::INET,
         SocketAddr::V6(_) => AddressFamily::INET6,
-    }
+    };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    socket_with(family, kind, flags, Some(protocol)).map_err(|error| refused_by_this_node("open a socket", error))
 }

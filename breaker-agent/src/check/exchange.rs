@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     CheckCode,
-    connect::{self, Connection, End},
+    connect::{self, End},
     outcome::{Outcome, Progress, Stage, of_connection},
     tls::{Inner, Tls},
 };
@@ -20,24 +20,20 @@ use breaker_core::model::{Exchange, Transport};
 const ANSWER_LIMIT: usize = 64 * 1024;
 
 pub(super) async fn probe(at: SocketAddr, exchange: &Exchange, tls: &Tls, progress: &Progress) -> Outcome {
-    let outcome = match &exchange.transport {
+    converse(at, exchange, tls, progress).await.unwrap_or_else(|outcome| outcome)
+}
+
+async fn converse(at: SocketAddr, exchange: &Exchange, tls: &Tls, progress: &Progress) -> Result<Outcome, Outcome> {
+    match &exchange.transport {
         Transport::Udp => over_udp(at, exchange, progress).await,
-        Transport::Tcp => match connect::tcp(at, End::Fin).await.and_then(Connection::stream) {
-            Ok(stream) => over_stream(stream, exchange, progress).await,
-            Err(outcome) => Err(outcome),
-        },
-        Transport::Tls { host } => match connect::tcp(at, End::Fin).await.and_then(Connection::stream) {
-            Ok(stream) => {
-                progress.reached(Stage::Handshake);
-                match tls.connect(stream, host.as_deref(), at.ip(), Inner::Other).await {
-                    Ok(stream) => over_stream(stream, exchange, progress).await,
-                    Err(outcome) => Err(outcome),
-                }
-            }
-            Err(outcome) => Err(outcome),
-        },
-    };
-    outcome.unwrap_or_else(|outcome| outcome)
+        Transport::Tcp => over_stream(connect::tcp(at, End::Fin).await?.stream()?, exchange, progress).await,
+        Transport::Tls { host } => {
+            let stream = connect::tcp(at, End::Fin).await?.stream()?;
+            progress.reached(Stage::Handshake);
+            let stream = tls.connect(stream, host.as_deref(), at.ip(), Inner::Other).await?;
+            over_stream(stream, exchange, progress).await
+        }
+    }
 }
 
 async fn over_stream(
@@ -103,7 +99,7 @@ fn is_answered(answer: &[u8], expect: &[u8]) -> bool {
     if expect.is_empty() { !answer.is_empty() } else { contains(answer, expect) }
 }
 
-/// Whether `wanted` occurs in `text`.
+/// Returns whether `wanted` occurs in `text`.
 pub(super) fn contains(text: &[u8], wanted: &[u8]) -> bool {
     wanted.is_empty() || text.windows(wanted.len()).any(|window| window == wanted)
 }

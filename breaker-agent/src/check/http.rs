@@ -4,7 +4,6 @@
 use std::net::SocketAddr;
 
 use breaker_core::model::HttpGet;
-use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     CheckCode,
@@ -35,27 +34,19 @@ pub(super) fn timed_out(get: &HttpGet, progress: &Progress) -> Outcome {
 async fn ask(at: SocketAddr, get: &HttpGet, tls: &Tls, progress: &Progress) -> Result<Answer, Outcome> {
     // After the whole answer a reset is harmless, and nothing stays in TIME_WAIT or in connection tracking.
     let stream = connect::tcp(at, End::Reset).await?.stream()?;
+    let authority = authority(at, get);
     if !get.https {
         progress.reached(Stage::Answer);
-        return over_http1(stream, at, get, progress).await;
+        return http1::get(stream, get, &authority, progress).await;
     }
     progress.reached(Stage::Handshake);
     let name = get.host.as_deref().map(without_port);
     let stream = Box::pin(tls.connect(stream, name, at.ip(), Inner::Http)).await?;
     progress.reached(Stage::Answer);
     match stream.get_ref().1.alpn_protocol() {
-        Some(b"h2") => Box::pin(http2::get(stream, get, &authority(at, get), progress)).await,
-        _ => over_http1(stream, at, get, progress).await,
+        Some(b"h2") => Box::pin(http2::get(stream, get, &authority, progress)).await,
+        _ => http1::get(stream, get, &authority, progress).await,
     }
-}
-
-async fn over_http1(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
-    at: SocketAddr,
-    get: &HttpGet,
-    progress: &Progress,
-) -> Result<Answer, Outcome> {
-    http1::get(stream, get, &authority(at, get), progress).await
 }
 
 /// The value of the Host header, or of HTTP/2's `:authority`.

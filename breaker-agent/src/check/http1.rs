@@ -7,7 +7,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::{
     CheckCode,
-    http_message::{Answer, BODY_LIMIT, DEFAULT_HEADERS},
+    http_message::{Answer, BODY_LIMIT, default_headers, is_given},
     outcome::{Outcome, Progress, of_connection},
 };
 
@@ -50,13 +50,10 @@ pub(super) async fn get(
 
 fn request(get: &HttpGet, authority: &str) -> Vec<u8> {
     let mut request = format!("GET {} HTTP/1.1\r\nHost: {authority}\r\n", get.path);
-    let given = |name: &str| get.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name));
-    for (name, value) in DEFAULT_HEADERS {
-        if !given(name) {
-            request.push_str(&format!("{name}: {value}\r\n"));
-        }
+    for (name, value) in default_headers(get) {
+        request.push_str(&format!("{name}: {value}\r\n"));
     }
-    if !given("connection") {
+    if !is_given(get, "connection") {
         request.push_str("Connection: close\r\n");
     }
     for (name, value) in get.headers.iter().filter(|(name, _)| !name.eq_ignore_ascii_case("host")) {
@@ -161,18 +158,20 @@ fn framing(status: u16, headers: &[httparse::Header<'_>]) -> Result<Framing, Out
 
 /// Reads the body up to the limit. An error ends it: the status has come, so the answer is there.
 async fn read_body(stream: &mut (impl AsyncRead + Unpin), buffer: &mut BytesMut, head: &Head) -> Vec<u8> {
-    let wanted = match head.framing {
-        Framing::Length(length) => length.min(BODY_LIMIT),
-        Framing::Chunked | Framing::ToEnd => BODY_LIMIT,
-    };
     loop {
-        let (body, complete) = match head.framing {
-            Framing::Chunked => decode_chunks(buffer),
-            Framing::Length(_) | Framing::ToEnd => (buffer[..buffer.len().min(wanted)].to_vec(), false),
+        let complete = match head.framing {
+            Framing::Length(length) => buffer.len() >= length.min(BODY_LIMIT),
+            Framing::Chunked => decode_chunks(buffer).1,
+            Framing::ToEnd => buffer.len() >= BODY_LIMIT,
         };
-        if complete || body.len() >= wanted || !matches!(stream.read_buf(buffer).await, Ok(1..)) {
-            return body;
+        if complete || !matches!(stream.read_buf(buffer).await, Ok(1..)) {
+            break;
         }
+    }
+    match head.framing {
+        Framing::Length(length) => buffer[..buffer.len().min(length).min(BODY_LIMIT)].to_vec(),
+        Framing::Chunked => decode_chunks(buffer).0,
+        Framing::ToEnd => buffer[..buffer.len().min(BODY_LIMIT)].to_vec(),
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     CheckCode,
-    http_message::{Answer, BODY_LIMIT, DEFAULT_HEADERS},
+    http_message::{Answer, BODY_LIMIT, default_headers},
     outcome::{Outcome, Progress, of_connection},
 };
 
@@ -63,9 +63,8 @@ async fn exchange(sender: SendRequest<Bytes>, request: Request<()>, progress: &P
 fn request(get: &HttpGet, authority: &str) -> Result<Request<()>, http::Error> {
     let uri = Uri::builder().scheme("https").authority(authority).path_and_query(get.path.as_str()).build()?;
     let mut request = Request::builder().method(Method::GET).uri(uri);
-    let given = |name: &str| get.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name));
-    for (name, value) in DEFAULT_HEADERS.iter().filter(|(name, _)| !given(name)) {
-        request = request.header(*name, *value);
+    for (name, value) in default_headers(get) {
+        request = request.header(name, value);
     }
     for (name, value) in &get.headers {
         if !NOT_IN_HTTP2.iter().any(|other| name.eq_ignore_ascii_case(other)) {

@@ -68,7 +68,7 @@ impl Prober {
         self.capacity.load()
     }
 
-    /// Notes how late a probe is due to start.
+    /// Counts a probe as late if it starts long after it was due.
     fn note_start(&self, late: Duration) {
         self.capacity.count_late(late);
     }
@@ -102,7 +102,7 @@ impl Prober {
         let mut attempt = pin!(supervise::contained(attempt));
         let mut deadline = clock::instant() + limit;
         for _ in 0..EXTENSIONS {
-            // What lies in the socket is read before the time limit is looked at.
+            // The attempt reads an answer that has arrived before the time limit is checked.
             match timeout_at(deadline, &mut attempt).await {
                 Ok(Ok(outcome)) => return Some(outcome),
                 Ok(Err(panic)) => return Some(local("a fault in breaker", std::io::Error::other(panic))),

@@ -53,7 +53,7 @@ pub struct Checkers {
 /// The epoch of a service's current state, for its probes to note when they begin.
 type Epoch = Arc<AtomicU32>;
 
-/// What the engine knows of a target when its check starts.
+/// The engine's knowledge of a target at the start of its check.
 #[derive(Clone, Copy, Debug)]
 pub struct Known {
     /// Its health.
@@ -103,8 +103,8 @@ impl Checkers {
         }
     }
 
-    /// Starts checks that are new or changed, and stops checks that are not in `wanted`. `known` returns with what a new
-    /// target starts.
+    /// Starts checks that are new or changed, and stops checks that are not in `wanted`. `known` returns the health and
+    /// the epoch with which a new target starts.
     pub fn set_targets(&mut self, wanted: BTreeMap<Target, Check>, known: impl Fn(&Target) -> Known) {
         let old = std::mem::take(&mut self.targets);
         for (target, probe) in old {

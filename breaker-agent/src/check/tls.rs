@@ -29,7 +29,7 @@ pub(super) struct Tls {
     other: Arc<ClientConfig>,
 }
 
-/// What is spoken over TLS.
+/// The protocol inside TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Inner {
     /// HTTP/2 or HTTP/1.1, as the server chooses (ALPN).

@@ -223,16 +223,14 @@ impl ServiceState {
     pub fn primary_health(&mut self, now: Now) -> TierHealth {
         let health = self.tiers.primary_health(now, &self.service);
         self.was_up |= health == TierHealth::Up;
-        let first_backend = match health {
-            TierHealth::Empty => self.first_backend,
-            _ => Some(*self.first_backend.get_or_insert(now.mono)),
-        };
+        if health != TierHealth::Empty {
+            self.first_backend.get_or_insert(now.mono);
+        }
+        // A pod without a readiness probe is ready before its process listens.
+        let first_start = self.first_backend.is_none_or(|at| now.mono < at + FIRST_START);
         match health {
             TierHealth::Empty if self.is_starting() => TierHealth::Unknown,
-            // A pod without a readiness probe is ready before its process listens.
-            TierHealth::Down if self.is_starting() && first_backend.is_some_and(|at| now.mono < at + FIRST_START) => {
-                TierHealth::Unknown
-            }
+            TierHealth::Down if self.is_starting() && first_start => TierHealth::Unknown,
             health => health,
         }
     }

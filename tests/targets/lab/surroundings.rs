@@ -205,21 +205,23 @@ fn l6_the_status_of_a_hung_agent_is_in_the_maps() -> Result<()> {
     Ok(())
 }
 
+/// Changes the limit of descriptors of the running agent.
+fn limit_descriptors(agent: &Agent, number: usize) -> Result<()> {
+    let pid = agent.pid()?;
+    let output = Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={number}:")]).output()?;
+    ensure!(output.status.success(), "{}", text(&output.stderr));
+    Ok(())
+}
+
 /// HARDENING L2: no descriptor is free.
 #[test]
 fn l2_without_descriptors_no_probe_has_a_result() -> Result<()> {
     let lab = start_healthy_lab("")?;
     let load = lab.load(Plan::usual(lab.vip))?;
-    let pid = lab.agent.pid()?;
-    let limit = |number: usize| -> Result<()> {
-        let output = Command::new("prlimit").args([format!("--pid={pid}"), format!("--nofile={number}:")]).output()?;
-        ensure!(output.status.success(), "{}", text(&output.stderr));
-        Ok(())
-    };
     // Every descriptor below this one is in use.
-    limit(8)?;
+    limit_descriptors(&lab.agent, 8)?;
     std::thread::sleep(Duration::from_secs(3));
-    limit(1024)?;
+    limit_descriptors(&lab.agent, 1024)?;
     some_probes(&lab)?;
     let status = lab.agent.service(SERVICE)?;
     assert!(status.local_errors > 5, "{}", status.local_errors);
@@ -324,15 +326,9 @@ fn small_fault(agent: &Agent, lab: &Lab, number: u32) -> Result<()> {
             agent.signal(Signal::CONT)
         }
         1 => {
-            let limit = |number: usize| {
-                Command::new("prlimit")
-                    .args([format!("--pid={}", agent.pid()?), format!("--nofile={number}:")])
-                    .output()
-                    .context("prlimit")
-            };
-            limit(8)?;
+            limit_descriptors(agent, 8)?;
             pause();
-            limit(4096).map(drop)
+            limit_descriptors(agent, 4096)
         }
         2 => {
             node.sysctl(&["net.ipv4.ip_local_port_range=40001 40001"])?;

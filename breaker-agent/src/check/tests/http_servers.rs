@@ -101,7 +101,7 @@ async fn odd_servers_are_judged_as_the_kubelet_judges_them() {
     for (what, script, expected) in rows() {
         let (at, _task) = server(script).await;
         let (code, detail) = probe(&http(get()), at).await;
-        // Whether a close without a word is a reset or the end of the stream depends on what was unread.
+        // An immediate close is a reset if data was unread, and the end of the stream otherwise.
         let closed = what == "an immediate close" && matches!(code, L4Con | L7Rsp);
         if code != expected && !closed {
             wrong.push(format!("{what}: {} instead of {}: {detail}", code.label(), expected.label()));

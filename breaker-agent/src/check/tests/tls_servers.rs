@@ -14,7 +14,7 @@ use tokio_rustls::TlsAcceptor;
 use super::{tls::P521, *};
 use CheckCode::{L6Rsp, L6Tout, L7Ok};
 
-/// What is special about a server.
+/// The settings in which a server differs from others.
 struct Special {
     versions: Vec<&'static SupportedProtocolVersion>,
     groups: Vec<&'static dyn SupportedKxGroup>,
@@ -125,7 +125,7 @@ async fn what_is_no_tls_is_named() {
     }
     let (at, _task) = server(vec![Wait(20)]).await;
     let (code, detail) = probe(&https(), at).await;
-    // What the server leaves unread becomes a reset.
+    // Unread data turns the close into a reset.
     assert!(code == L6Rsp && (detail.contains("during the TLS handshake") || detail.contains("reset")), "{detail}");
     let (at, _task) = server(vec![Hang]).await;
     let (code, _) = probe(&http(HttpGet { https: true, ..get() }), at).await;

@@ -330,6 +330,16 @@ pub struct EventRecord {
     pub counted: bool,
 }
 
+/// An Event of type Warning.
+fn warning(reason: &str, note: String) -> EventRecord {
+    EventRecord { warning: true, ..normal(reason, note) }
+}
+
+/// An Event of type Normal.
+fn normal(reason: &str, note: String) -> EventRecord {
+    EventRecord { warning: false, reason: reason.to_owned(), note, counted: true }
+}
+
 /// Whether a backup, told as `name up/total`, has a pod that is Up.
 fn answers(backup: &str) -> bool {
     let counts = backup.rsplit(' ').next().and_then(|counts| counts.split_once('/'));
@@ -340,10 +350,6 @@ fn answers(backup: &str) -> bool {
 #[must_use]
 pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus) -> Vec<EventRecord> {
     let mut found = Vec::new();
-    let mut tell = |warning: bool, reason: &str, note: String| {
-        let counted = !matches!(reason, "Invalid" | "Conflicted" | "TooMany") && !reason.ends_with("NotFound");
-        found.push(EventRecord { warning, reason: reason.to_owned(), note, counted })
-    };
     let state = |status: Option<&CircuitBreakerStatus>| status.and_then(|s| s.state).unwrap_or_default();
     let (before, after) = (state(old), state(Some(new)));
     if before != after && !(old.is_none() && after == ReportedState::Closed) {
@@ -357,20 +363,20 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
                     Some(backup) if answers(backup) => format!("go to {backup}"),
                     _ => "meet no usable backup, so whenAllUnhealthy applies".to_owned(),
                 };
-                tell(true, "Opened", format!("{why}: new connections {to} ({nodes}){text}"))
+                found.push(warning("Opened", format!("{why}: new connections {to} ({nodes}){text}")))
             }
             (_, ReportedState::HalfOpen) => {
-                tell(false, "HalfOpen", format!("{why}: a few connections try the primary{text}"))
+                found.push(normal("HalfOpen", format!("{why}: a few connections try the primary{text}")))
             }
             (ReportedState::Open | ReportedState::HalfOpen, ReportedState::Closed) => {
-                tell(false, "Closed", format!("{why}: new connections go to the primary{text}"))
+                found.push(normal("Closed", format!("{why}: new connections go to the primary{text}")))
             }
             _ => {}
         }
     }
     if let (None, Some(limited)) = (old.and_then(|old| old.limited.as_ref()), &new.limited) {
         let text = "new connections over the limit are refused, dropped or sent to the backup (limits.onLimit)";
-        tell(true, "Limited", format!("a limit is reached: {limited}; {text}"));
+        found.push(warning("Limited", format!("a limit is reached: {limited}; {text}")));
     }
     let find = |status: Option<&CircuitBreakerStatus>, type_: &str| -> Option<(String, String, String)> {
         let condition = status?.conditions.iter().find(|c| c.type_ == type_)?;
@@ -389,16 +395,18 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
         let was_reason = was.as_ref().map(|w| w.1.as_str());
         match (type_, status.as_str(), reason.as_str()) {
             ("Accepted" | "ResolvedRefs" | "BackupReachable" | "DatapathCompatible", "False", _) => {
-                tell(true, &reason, message)
+                found.push(EventRecord { counted: !refused, ..warning(&reason, message) })
             }
-            ("ResolvedRefs", "True", _) if was.is_some() => tell(false, "Resolved", message),
+            ("ResolvedRefs", "True", _) if was.is_some() => found.push(normal("Resolved", message)),
             ("Programmed", "True", _) if old.is_some() && was.as_ref().is_none_or(|w| w.0 != "True") => {
-                tell(false, "Programmed", message);
+                found.push(normal("Programmed", message));
             }
-            ("Degraded", "True", "WriteFailed" | "NotAttached" | "BackupUnavailable") => tell(true, &reason, message),
+            ("Degraded", "True", "WriteFailed" | "NotAttached" | "BackupUnavailable") => {
+                found.push(warning(&reason, message))
+            }
             ("Degraded", _, _) if was_reason == Some("BackupUnavailable") => {
                 if let Some(backup) = new.backup.as_deref().filter(|backup| answers(backup)) {
-                    tell(false, "BackupAvailable", format!("{backup} can take over again"));
+                    found.push(normal("BackupAvailable", format!("{backup} can take over again")));
                 }
             }
             _ => {}
