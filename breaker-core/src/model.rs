@@ -401,6 +401,16 @@ pub struct FailureWindow {
     pub failure_rate_percent: u8,
 }
 
+impl FailureWindow {
+    /// The number of observations that a window of this length can hold, if each of `backends` is probed once per
+    /// `period`.
+    pub const fn most_observations(&self, period: Duration, backends: usize) -> u128 {
+        let period = if period.is_zero() { 1 } else { period.as_nanos() };
+        // A probe at the begin and one at the end of the window count both.
+        (self.length.as_nanos() / period + 1).saturating_mul(backends as u128)
+    }
+}
+
 /// A protected service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {

@@ -24,7 +24,7 @@ use tokio::{
     runtime::{Builder, Handle},
     sync::{mpsc, oneshot},
     task::JoinHandle,
-    time::sleep_until,
+    time::{Instant, sleep_until},
 };
 
 use super::{Prober, reports::Outbox};
@@ -44,6 +44,8 @@ pub struct Checkers {
     thread: Handle,
     _end: oneshot::Sender<()>,
     prober: Prober,
+    /// The steps count from here ([`STEP`]).
+    origin: Instant,
     reports: Outbox,
     running: HashMap<Probe, Checker>,
     targets: BTreeMap<Target, Probe>,
@@ -83,6 +85,7 @@ impl Checkers {
             thread,
             _end: end,
             prober,
+            origin: clock::instant(),
             reports,
             running: HashMap::new(),
             targets: BTreeMap::new(),
@@ -124,7 +127,10 @@ impl Checkers {
             let probe = Probe { backend: target.backend, check };
             let spread = start_spread(self.running.len(), &probe.check);
             let checker = self.running.entry(probe.clone()).or_insert_with(|| {
-                Checker::start(&self.thread, probe.clone(), spread, self.prober.clone(), self.reports.clone())
+                let (changes, changes_out) = mpsc::unbounded_channel();
+                let (prober, reports) = (self.prober.clone(), self.reports.clone());
+                let task = self.thread.spawn(run(probe.clone(), spread, self.origin, changes_out, prober, reports));
+                Checker { members: 0, changes, task }
             });
             checker.members += 1;
             let known = known(&target);
@@ -154,14 +160,6 @@ struct Checker {
     task: JoinHandle<()>,
 }
 
-impl Checker {
-    fn start(thread: &Handle, probe: Probe, spread: Duration, prober: Prober, reports: Outbox) -> Self {
-        let (changes, changes_out) = mpsc::unbounded_channel();
-        let task = thread.spawn(run(probe, spread, changes_out, prober, reports));
-        Self { members: 0, changes, task }
-    }
-}
-
 impl Drop for Checker {
     fn drop(&mut self) {
         self.task.abort();
@@ -176,6 +174,9 @@ fn start_spread(running: usize, check: &Check) -> Duration {
     short.max(by_number).min(check.period)
 }
 
+/// Probes begin at multiples of this time.
+const STEP: Duration = Duration::from_millis(5);
+
 /// One target of a task's results.
 struct Member {
     health: RiseFall,
@@ -187,6 +188,7 @@ struct Member {
 async fn run(
     Probe { backend, check }: Probe,
     spread: Duration,
+    origin: Instant,
     mut changes: mpsc::UnboundedReceiver<Change>,
     prober: Prober,
     reports: Outbox,
@@ -210,10 +212,9 @@ async fn run(
                     continue;
                 }
             },
-            () = sleep_until(due) => {}
+            () = sleep_until(in_step(due, origin)) => {}
         }
-        let started = clock::instant();
-        prober.note_start(started.saturating_duration_since(due));
+        prober.note_start(clock::instant().saturating_duration_since(due));
         for member in members.values_mut() {
             member.began = member.epoch.load(Ordering::Relaxed);
         }
@@ -231,10 +232,18 @@ async fn run(
         }
         let fast = members.values().any(|member| member.health.in_transition());
         let period = if fast { check.fast_period } else { check.period };
-        // The period counts from the start of the last probe: a slow answer does not lengthen it, and a probe that
-        // took longer than the period is followed by the next one at once.
-        due = (started + jittered(period, check.jitter_percent, fastrand::f64())).max(clock::instant());
+        // The period counts from the time at which the last probe was due: a slow answer does not lengthen it, and a
+        // probe that took longer than the period is followed by the next one at once.
+        due = (due + jittered(period, check.jitter_percent, fastrand::f64())).max(clock::instant());
     }
+}
+
+/// Moves a time to the next step from `origin`. Probes that are due at nearly the same time begin together, so that the
+/// thread need not wake for each of them.
+fn in_step(due: Instant, origin: Instant) -> Instant {
+    let since = due.saturating_duration_since(origin).as_nanos();
+    let after = (STEP.as_nanos() - since % STEP.as_nanos()) % STEP.as_nanos();
+    due + Duration::from_nanos(u64::try_from(after).unwrap_or(0))
 }
 
 /// Shortens or lengthens a period by up to `percent`. `unit` is a random number from 0 to 1.
@@ -246,6 +255,15 @@ fn jittered(period: Duration, percent: u8, unit: f64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn probes_that_are_due_within_a_step_begin_together() {
+        let origin = clock::instant();
+        let ms = Duration::from_millis;
+        for (due, begins) in [(0, 0), (1, 5), (4, 5), (5, 5), (1001, 1005)] {
+            assert_eq!(in_step(origin + ms(due), origin), origin + ms(begins), "{due}");
+        }
+    }
 
     #[test]
     fn jitter_stays_within_its_part_of_the_period() {

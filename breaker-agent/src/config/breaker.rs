@@ -63,7 +63,8 @@ pub(super) fn breaker(problems: &mut Problems<'_>, path: &str, raw: format::Brea
     }
 }
 
-/// Refuses a window that can never trip: it holds one observation for each probe of each backend of the primary.
+/// Refuses a window that can never trip: it holds one observation for each probe of each backend of the primary. While
+/// the backends are not known, only a check is required.
 pub(super) fn window_can_trip(
     problems: &mut Problems<'_>,
     path: &str,
@@ -73,13 +74,11 @@ pub(super) fn window_can_trip(
 ) {
     let Some(window) = policy.window else { return };
     let Some(check) = &primary.check else {
-        let problem = "needs a check of the primary: the window counts its probes; allowed: with primary.check";
+        let problem = "needs a check of the primary: the window counts its probes; allowed: a primary with a check";
         problems.add(at, path, problem.into());
         return;
     };
-    // A probe at the begin and at the end of the window count both.
-    let probes = window.length.as_nanos() / check.fast_period.as_nanos().max(1) + 1;
-    let most = probes.saturating_mul(primary.backends.len() as u128);
+    let most = window.most_observations(check.fast_period, primary.backends.len());
     if most > 0 && u128::from(window.minimum_volume) > most {
         let problem = format!(
             "{} is not allowed: {} backend(s), checked every {:?}, give at most {most} observations in {:?}; allowed: 1 to \

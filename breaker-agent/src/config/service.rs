@@ -106,8 +106,8 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
     let overrides =
         [("Auto", Override::Auto), ("ForceOpen", Override::ForceOpen), ("ForceClosed", Override::ForceClosed)];
     let breaker = breaker(problems, &field("breaker"), raw.breaker);
+    breaker::window_can_trip(problems, &field("breaker.window"), &breaker, &primary, raw.name.referenced);
     if complete {
-        breaker::window_can_trip(problems, &field("breaker.window"), &breaker, &primary, raw.name.referenced);
         families_have_backups(problems, &field("backups"), &frontends, &backups, raw.backups.referenced);
     }
     Service {

@@ -40,7 +40,18 @@ impl Family {
         if address.is_ipv4() { Self::V4 } else { Self::V6 }
     }
 
-    const fn address_type(self) -> &'static str {
+    /// The other family.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::V4 => Self::V6,
+            Self::V6 => Self::V4,
+        }
+    }
+
+    /// The family's name, as EndpointSlices have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Self::V4 => "IPv4",
             Self::V6 => "IPv6",
@@ -64,7 +75,7 @@ impl Endpoints {
         let mut found = Self::default();
         // An endpoint may be in two slices for a moment, while the controller moves it. A ready entry wins.
         let mut by_address: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-        for slice in slices.iter().filter(|slice| slice.address_type == family.address_type()) {
+        for slice in slices.iter().filter(|slice| slice.address_type == family.name()) {
             let name = |p: &&SlicePort| {
                 p.name.as_deref().unwrap_or_default() == port_name.unwrap_or_default()
                     && p.protocol.as_deref().unwrap_or("TCP") == protocol

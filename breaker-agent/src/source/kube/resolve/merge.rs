@@ -12,14 +12,17 @@ use crate::source::kube::intent::Key;
 
 impl Resolver<'_> {
     /// Merges one [`PortPlan`] per port and IP family into one service; `None` if there are none. Backends are
-    /// identified by their address in the first plan whose primary has backends; the addresses in the other plans go
-    /// to `routes`.
+    /// identified by their address in the first plan whose primary and backups have backends; the addresses in the
+    /// other plans go to `routes`.
     pub(super) fn merge(&mut self, key: &Key, mut plans: Vec<PortPlan>) -> Option<(i32, model::Service)> {
         if plans.is_empty() {
             self.note(format!("Service {key} has no address yet"));
             return None;
         }
-        let first = plans.iter().position(|plan| !plan.service.primary.backends.is_empty()).unwrap_or(0);
+        let has_primary = |plan: &PortPlan| !plan.service.primary.backends.is_empty();
+        let has_backup = |plan: &PortPlan| plan.service.backups.iter().any(|tier| !tier.backends.is_empty());
+        let first = plans.iter().position(|plan| has_primary(plan) && has_backup(plan));
+        let first = first.or_else(|| plans.iter().position(has_primary)).unwrap_or(0);
         let base = plans.remove(first);
         let mut service = base.service;
         let identities: HashMap<&str, SocketAddr> =
@@ -40,6 +43,17 @@ impl Resolver<'_> {
             service.frontends.extend(&plan.service.frontends);
             service.keep_client.frontends.extend(&plan.service.keep_client.frontends);
             service.routes.push(model::Route { frontends: plan.service.frontends.clone(), backends });
+        }
+        if let (Some(window), Some(check)) = (service.breaker.window, &service.primary.check) {
+            let backends = service.primary.backends.len();
+            let most = window.most_observations(check.fast_period, backends);
+            if most > 0 && u128::from(window.minimum_volume) > most {
+                self.note(format!(
+                    "breaker.window cannot trip: with {backends} primary pod(s) it holds at most {most} observations, \
+                     and minimumVolume is {}",
+                    window.minimum_volume
+                ));
+            }
         }
         service.name = engine_name(key, base.port);
         Some((base.port, service))

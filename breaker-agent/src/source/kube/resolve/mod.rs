@@ -108,7 +108,8 @@ pub struct ResolvedBreaker {
     pub accepted: Result<(), Refusal>,
     /// Condition ResolvedRefs: `Err` if a Service, a port or a ReferenceGrant is missing.
     pub resolved: Result<(), Refusal>,
-    /// Condition BackupReachable: `Err` if a NetworkPolicy keeps the primary's clients from a backup.
+    /// Condition BackupReachable: `Err` if a NetworkPolicy keeps the primary's clients from a backup, or if no backup has
+    /// an address of a frontend's IP family.
     pub reachable: Result<(), Refusal>,
     /// The service for the engine, by the Service's port. There is at most one entry: all ports of a Service form one
     /// service, under the port that stands for all of them. Empty if nothing is protected.

@@ -135,10 +135,13 @@ impl<'a> Resolver<'a> {
         let mut backup_tiers = Vec::new();
         let mut keep_client =
             model::KeepClient { frontends: self.external_frontends(service, &frontends), ..Default::default() };
+        let (mut in_family, mut in_other) = (false, false);
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
             let mut pools = Vec::new();
             for found in members {
                 let endpoints = self.backup_endpoints(found, port, protocol, family)?;
+                in_family |= endpoints.all().next().is_some();
+                in_other |= self.backup_endpoints(found, port, protocol, family.other())?.all().next().is_some();
                 pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
                 self.check_network_policies(
                     protocol,
@@ -160,6 +163,15 @@ impl<'a> Resolver<'a> {
             }
             let name = members.iter().map(|found| self.short_name(&found.key)).collect::<Vec<_>>().join("+");
             backup_tiers.extend(self.tiers_by_distance(&name, &pools, model));
+        }
+        if in_other && !in_family && self.result.reachable.is_ok() {
+            let names: Vec<String> = frontends.iter().map(ToString::to_string).collect();
+            let message = format!(
+                "no pod of a backup has an {} address, so connections to {} are not moved",
+                family.name(),
+                names.join(", ")
+            );
+            self.result.reachable = refuse("NoBackupInFamily", message);
         }
         let service = model::Service {
             frontends,

@@ -315,6 +315,61 @@ fn both_families_and_all_ports_have_one_state() {
     assert_eq!(reached, ["10.42.0.3:80", "[fd42::3]:80", "10.42.0.3:5353", "[fd42::3]:5353"]);
 }
 
+/// F7: with a backup of the other family only, an open breaker moves nothing, and nobody is told.
+#[test]
+fn a_family_without_a_backup_is_named() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.0.endpoints.clear();
+    let mut slice = |name: &str, family: &str, address: &str| {
+        let slice: EndpointSlice = serde_json::from_value(json!({
+            "metadata": { "namespace": "lab", "name": format!("{name}-{family}") }, "addressType": family,
+            "ports": [{ "port": 80, "protocol": "TCP" }],
+            "endpoints": [{ "addresses": [address], "targetRef": { "uid": name } }],
+        }))
+        .unwrap();
+        lab.0.endpoints.entry(Key::new("lab", name)).or_default().push(Arc::new(slice));
+    };
+    slice("dummy", "IPv4", "10.42.0.1");
+    slice("dummy", "IPv6", "fd42::1");
+    slice("backup", "IPv6", "fd42::3");
+    let backup = json!({ "clusterIP": "fd43::2", "ports": [{ "port": 80 }] });
+    lab.service("lab", "backup", backup, json!({}));
+    let of_dummy = |ips: &[&str]| json!({ "clusterIP": ips[0], "clusterIPs": ips, "ports": [{ "port": 80 }] });
+
+    // A Service of one family, whose only backup has the other one.
+    lab.service("lab", "dummy", of_dummy(&["10.43.0.1"]), json!({}));
+    let refused = lab.only().reachable.unwrap_err();
+    let message = "no pod of a backup has an IPv4 address, so connections to 10.43.0.1:80/TCP are not moved";
+    assert_eq!((refused.reason, refused.message.as_str()), ("NoBackupInFamily", message));
+
+    // A Service of both families: the other family is served.
+    lab.service("lab", "dummy", of_dummy(&["10.43.0.1", "fd43::1"]), json!({}));
+    let result = lab.only();
+    assert_eq!(result.reachable.unwrap_err().message, message);
+    let service = &result.ports[&80];
+    let backup = service.backups[0].backends[0].address;
+    let reached = |f: &model::Frontend| service.reach(f, backup).map(|address| address.to_string());
+    let reached: Vec<Option<String>> = service.frontends.iter().map(reached).collect();
+    assert_eq!(reached, [Some("[fd42::3]:80".into()), None]);
+}
+
+/// G3: a window that can never trip.
+#[test]
+fn a_window_that_the_primary_cannot_fill_is_named() {
+    let window = json!({ "lengthMillis": 10_000, "minimumVolume": 20 });
+    let result = Lab::new().with_breaker(with(|s| s["breaker"] = json!({ "window": window }))).only();
+    let note =
+        "breaker.window cannot trip: with 2 primary pod(s) it holds at most 8 observations, and minimumVolume is 20";
+    assert_eq!(result.notes, [note]);
+    let without_check = with(|s| {
+        s["breaker"] = json!({ "window": window });
+        s.as_object_mut().unwrap().remove("check");
+    });
+    let (reason, message) = refusal(&Lab::new().with_breaker(without_check).only());
+    assert_eq!(reason, "Invalid");
+    assert!(message.contains("breaker.window: needs a check of the primary"), "{message}");
+}
+
 #[test]
 fn a_check_of_datagrams_only_must_say_its_port() {
     let udp = json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 53, "protocol": "UDP" }] });
