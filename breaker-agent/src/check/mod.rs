@@ -62,6 +62,11 @@ impl Prober {
         Self { tls: tls::Tls::new(), capacity: Capacity::of_process(), stalls: Arc::new(Stalls::watch()) }
     }
 
+    /// The same prober, for another thread: it notices when that one does not run. Needs the thread's runtime.
+    fn for_this_thread(&self) -> Self {
+        Self { stalls: Arc::new(Stalls::watch()), ..self.clone() }
+    }
+
     /// How busy the probes are.
     #[must_use]
     pub fn load(&self) -> ProbeLoad {

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
+    num::NonZero,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -37,20 +38,49 @@ struct Probe {
     check: Check,
 }
 
-/// All checks of an agent, in a thread of their own: neither the main loop nor another task makes a probe late. The
-/// thread ends when this value is dropped.
+/// All checks of an agent, in threads of their own: neither the main loop nor another task makes a probe late. The
+/// threads end when this value is dropped.
 #[derive(Debug)]
 pub struct Checkers {
-    thread: Handle,
-    _end: oneshot::Sender<()>,
+    threads: Vec<Thread>,
     prober: Prober,
-    /// The steps count from here ([`STEP`]).
-    origin: Instant,
+    steps: Arc<Steps>,
     reports: Outbox,
     running: HashMap<Probe, Checker>,
     targets: BTreeMap<Target, Probe>,
     epochs: BTreeMap<ServiceName, Epoch>,
 }
+
+/// A thread that makes probes.
+#[derive(Debug)]
+struct Thread {
+    handle: Handle,
+    _end: oneshot::Sender<()>,
+    prober: Prober,
+}
+
+impl Thread {
+    /// Starts a thread. `prober` is called in its runtime.
+    fn start(prober: impl FnOnce() -> Prober) -> Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("make a runtime for probes")?;
+        let handle = runtime.handle().clone();
+        let prober = {
+            let _entered = handle.enter();
+            prober()
+        };
+        let (end, ended) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("probes".into())
+            .spawn(move || runtime.block_on(async { drop(ended.await) }))
+            .context("start the thread of probes")?;
+        Ok(Self { handle, _end: end, prober })
+    }
+}
+
+/// Number of probes from which on all threads make probes. Fewer are cheaper on one of them, which wakes less often.
+const MANY: usize = 2000;
+/// Threads that make probes, at most.
+const MOST_THREADS: usize = 4;
 
 /// The epoch of a service's current state, for its probes to note when they begin.
 type Epoch = Arc<AtomicU32>;
@@ -68,24 +98,18 @@ impl Checkers {
     /// Creates an empty set of checks. Results go to `reports`.
     ///
     /// # Errors
-    /// The thread cannot be started.
+    /// A thread cannot be started.
     pub fn start(reports: Outbox) -> Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build().context("make a runtime for probes")?;
-        let thread = runtime.handle().clone();
-        let prober = {
-            let _entered = thread.enter();
-            Prober::start()
-        };
-        let (end, ended) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("probes".into())
-            .spawn(move || runtime.block_on(async { drop(ended.await) }))
-            .context("start the thread of probes")?;
+        let mut threads = vec![Thread::start(Prober::start)?];
+        let prober = threads[0].prober.clone();
+        let count = std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
+        while threads.len() < count {
+            threads.push(Thread::start(|| prober.for_this_thread())?);
+        }
         Ok(Self {
-            thread,
-            _end: end,
+            threads,
             prober,
-            origin: clock::instant(),
+            steps: Arc::new(Steps::new()),
             reports,
             running: HashMap::new(),
             targets: BTreeMap::new(),
@@ -125,11 +149,13 @@ impl Checkers {
                 continue;
             }
             let probe = Probe { backend: target.backend, check };
-            let spread = start_spread(self.running.len(), &probe.check);
+            let number = self.running.len();
+            let spread = start_spread(number, &probe.check);
             let checker = self.running.entry(probe.clone()).or_insert_with(|| {
                 let (changes, changes_out) = mpsc::unbounded_channel();
-                let (prober, reports) = (self.prober.clone(), self.reports.clone());
-                let task = self.thread.spawn(run(probe.clone(), spread, self.origin, changes_out, prober, reports));
+                let thread = &self.threads[if number < MANY { 0 } else { number % self.threads.len() }];
+                let (steps, prober, reports) = (self.steps.clone(), thread.prober.clone(), self.reports.clone());
+                let task = thread.handle.spawn(run(probe.clone(), spread, steps, changes_out, prober, reports));
                 Checker { members: 0, changes, task }
             });
             checker.members += 1;
@@ -140,6 +166,7 @@ impl Checkers {
             self.targets.insert(target, probe);
         }
         self.running.retain(|_, checker| checker.members > 0);
+        self.steps.set_probes(self.running.len());
         let services: BTreeSet<&ServiceName> = self.targets.keys().map(|target| &target.service).collect();
         self.epochs.retain(|service, _| services.contains(service));
     }
@@ -174,8 +201,32 @@ fn start_spread(running: usize, check: &Check) -> Duration {
     short.max(by_number).min(check.period)
 }
 
-/// Probes begin at multiples of this time.
-const STEP: Duration = Duration::from_millis(5);
+/// The times at which probes begin. Those that are due at nearly the same time begin together, so that a thread need not
+/// wake for each of them. Where there are many probes, each wake-up has enough of them anyway.
+#[derive(Debug)]
+struct Steps {
+    origin: Instant,
+    /// Length of a step, in milliseconds.
+    millis: AtomicU32,
+}
+
+impl Steps {
+    fn new() -> Self {
+        Self { origin: clock::instant(), millis: AtomicU32::new(10) }
+    }
+
+    fn set_probes(&self, count: usize) {
+        self.millis.store(if count < MANY { 10 } else { 1 }, Ordering::Relaxed);
+    }
+
+    /// The first step that is not before `due`.
+    fn next(&self, due: Instant) -> Instant {
+        let step = Duration::from_millis(self.millis.load(Ordering::Relaxed).into()).as_nanos();
+        let since = due.saturating_duration_since(self.origin).as_nanos();
+        let rest = u64::try_from(since.next_multiple_of(step) - since).unwrap_or(0);
+        due + Duration::from_nanos(rest)
+    }
+}
 
 /// One target of a task's results.
 struct Member {
@@ -188,7 +239,7 @@ struct Member {
 async fn run(
     Probe { backend, check }: Probe,
     spread: Duration,
-    origin: Instant,
+    steps: Arc<Steps>,
     mut changes: mpsc::UnboundedReceiver<Change>,
     prober: Prober,
     reports: Outbox,
@@ -212,7 +263,7 @@ async fn run(
                     continue;
                 }
             },
-            () = sleep_until(in_step(due, origin)) => {}
+            () = sleep_until(steps.next(due)) => {}
         }
         prober.note_start(clock::instant().saturating_duration_since(due));
         for member in members.values_mut() {
@@ -238,14 +289,6 @@ async fn run(
     }
 }
 
-/// Moves a time to the next step from `origin`. Probes that are due at nearly the same time begin together, so that the
-/// thread need not wake for each of them.
-fn in_step(due: Instant, origin: Instant) -> Instant {
-    let since = due.saturating_duration_since(origin).as_nanos();
-    let after = (STEP.as_nanos() - since % STEP.as_nanos()) % STEP.as_nanos();
-    due + Duration::from_nanos(u64::try_from(after).unwrap_or(0))
-}
-
 /// Shortens or lengthens a period by up to `percent`. `unit` is a random number from 0 to 1.
 fn jittered(period: Duration, percent: u8, unit: f64) -> Duration {
     let span = f64::from(percent) / 100.0;
@@ -258,11 +301,14 @@ mod tests {
 
     #[test]
     fn probes_that_are_due_within_a_step_begin_together() {
-        let origin = clock::instant();
+        let steps = Steps::new();
         let ms = Duration::from_millis;
-        for (due, begins) in [(0, 0), (1, 5), (4, 5), (5, 5), (1001, 1005)] {
-            assert_eq!(in_step(origin + ms(due), origin), origin + ms(begins), "{due}");
+        let begins = |due: u64| steps.next(steps.origin + ms(due)) - steps.origin;
+        for (due, expected) in [(0, 0), (1, 10), (9, 10), (10, 10), (1001, 1010)] {
+            assert_eq!(begins(due), ms(expected), "{due}");
         }
+        steps.set_probes(MANY);
+        assert_eq!(begins(1001), ms(1001));
     }
 
     #[test]

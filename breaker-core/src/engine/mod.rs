@@ -31,6 +31,7 @@ mod tracking;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Display,
     time::Duration,
 };
 
@@ -183,8 +184,7 @@ impl Engine {
             self.journal.record(now, Some(name), EntryKind::Health, message);
         }
         if *tier == 0 {
-            let message = format!("{address} {}: {detail}", code.label());
-            self.react(now, name, &message, |breaker, health| {
+            self.react(now, name, format_args!("{address} {}: {detail}", code.label()), |breaker, health| {
                 breaker.observe(now.mono, code.passes(), health, code.reason())
             });
         }
@@ -289,17 +289,18 @@ impl Engine {
         &mut self,
         now: Now,
         name: &ServiceName,
-        message: &str,
+        message: impl Display,
         input: impl FnOnce(&mut Breaker, TierHealth) -> Option<Transition>,
     ) {
         let Some(state) = self.services.get_mut(name) else { return };
         let health = state.primary_health(now);
         let Some(transition) = input(&mut state.breaker, health) else { return };
-        state.enter(now, transition, message);
+        let message = message.to_string();
+        state.enter(now, transition, &message);
         self.transitions.push((name.clone(), state.epoch));
-        self.journal.log_transition(now, name, transition, state.epoch, message);
+        self.journal.log_transition(now, name, transition, state.epoch, &message);
         let (from, to, reason) = (transition.from.label(), transition.to.label(), transition.reason.label());
-        let text = match message {
+        let text = match message.as_str() {
             "" => format!("{from} -> {to} ({reason})"),
             message => format!("{from} -> {to} ({reason}): {message}"),
         };
