@@ -2,9 +2,10 @@
 //! is an outage of a healthy service. Each test is named after the finding that it was made for.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::pipe,
     net::{Ipv4Addr, SocketAddrV4},
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -144,7 +145,7 @@ fn g1_sighup_while_the_agent_starts() -> Result<()> {
     lab.agent.write_config("  maxServices: 4096\n", &services)?;
     lab.agent.start_then(&[], |pid| {
         let catches = || {
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
             caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
         };
@@ -315,11 +316,67 @@ fn l2_more_probes_than_the_node_can_make() -> Result<()> {
     Ok(())
 }
 
+/// A memory cgroup for the agent. Dropping it moves the agent out and removes it.
+struct MemoryCgroup {
+    dir: PathBuf,
+    limit: &'static str,
+    usage: &'static str,
+}
+
+impl MemoryCgroup {
+    /// Moves a process into a new cgroup; `None` if this machine has no memory controller to give.
+    fn of(pid: u32) -> Option<Self> {
+        let (v1, v2) = (Path::new("/sys/fs/cgroup/memory"), Path::new("/sys/fs/cgroup"));
+        let name = format!("breaker-test-{pid}");
+        let this = if v1.is_dir() {
+            Self { dir: v1.join(name), limit: "memory.limit_in_bytes", usage: "memory.usage_in_bytes" }
+        } else {
+            fs::write(v2.join("cgroup.subtree_control"), "+memory").ok()?;
+            Self { dir: v2.join(name), limit: "memory.max", usage: "memory.current" }
+        };
+        fs::create_dir(&this.dir).ok()?;
+        fs::write(this.dir.join("cgroup.procs"), pid.to_string()).ok()?;
+        Some(this)
+    }
+
+    /// Leaves the process 1 MiB more than it uses.
+    fn tighten(&self) -> Result<()> {
+        let usage: u64 = fs::read_to_string(self.dir.join(self.usage))?.trim().parse()?;
+        self.set((usage + (1 << 20)).to_string())
+    }
+
+    fn set(&self, limit: String) -> Result<()> {
+        fs::write(self.dir.join(self.limit), limit).context("set the limit of a memory cgroup")
+    }
+
+    fn loosen(&self) -> Result<()> {
+        self.set("9000000000".into())
+    }
+}
+
+impl Drop for MemoryCgroup {
+    fn drop(&mut self) {
+        let parent = self.dir.parent().unwrap_or(Path::new("/"));
+        for pid in fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default().lines() {
+            let _ = fs::write(parent.join("cgroup.procs"), pid);
+        }
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+/// Runs a command in the agent's mount namespace, which the agent has for itself.
+fn in_mounts_of(agent: &Agent, command: &[&str]) -> Result<()> {
+    let output =
+        Command::new("nsenter").args(["--mount", "--target", &agent.pid()?.to_string()]).args(command).output()?;
+    ensure!(output.status.success(), "{command:?}: {}", text(&output.stderr));
+    Ok(())
+}
+
 /// One small fault of the agent's surroundings, for some milliseconds.
-fn small_fault(agent: &Agent, lab: &Lab, number: u32) -> Result<()> {
+fn small_fault(agent: &Agent, lab: &Lab, memory: Option<&MemoryCgroup>, number: u32) -> Result<()> {
     let pause = || std::thread::sleep(Duration::from_millis(60));
     let node = lab.world.node(0).ns();
-    match number % 6 {
+    match number % 10 {
         0 => {
             agent.signal(Signal::STOP)?;
             pause();
@@ -342,7 +399,7 @@ fn small_fault(agent: &Agent, lab: &Lab, number: u32) -> Result<()> {
             node.ip(&["link", "del", &one])
         }
         4 => agent.signal(Signal::HUP),
-        _ => {
+        5 => {
             // A client of the control socket that says nothing, and one that goes in the middle.
             let silent = std::os::unix::net::UnixStream::connect(agent.socket())?;
             let half = std::os::unix::net::UnixStream::connect(agent.socket())?;
@@ -351,20 +408,58 @@ fn small_fault(agent: &Agent, lab: &Lab, number: u32) -> Result<()> {
             drop((silent, half));
             Ok(())
         }
+        6 => {
+            if let Some(memory) = memory {
+                memory.tighten()?;
+                pause();
+                memory.loosen()?;
+            }
+            Ok(())
+        }
+        7 => {
+            in_mounts_of(agent, &["mount", "--bind", "/dev/null", "/etc/resolv.conf"])?;
+            pause();
+            in_mounts_of(agent, &["umount", "/etc/resolv.conf"])
+        }
+        8 => {
+            in_mounts_of(agent, &["mount", "-o", "remount,bind,ro", "/proc"])?;
+            in_mounts_of(agent, &["mount", "-o", "remount,bind,ro", "/sys"])?;
+            pause();
+            in_mounts_of(agent, &["mount", "-o", "remount,bind,rw", "/sys"])?;
+            in_mounts_of(agent, &["mount", "-o", "remount,bind,rw", "/proc"])
+        }
+        _ => {
+            // The pins are out of reach; the programs and maps stay in use.
+            let pins = lab.world.bpffs().display().to_string();
+            in_mounts_of(agent, &["mount", "-t", "tmpfs", "none", &pins])?;
+            pause();
+            in_mounts_of(agent, &["umount", &pins])
+        }
     }
 }
 
 /// 300 small faults under load: no healthy service opens, and no request fails.
 #[test]
 fn three_hundred_small_faults() -> Result<()> {
-    let lab = start_healthy_lab("")?;
+    let mut lab = Lab::with(Checks::Fast, "")?;
+    // The agent has mounts of its own, and its log goes to a reader that leaves in the middle.
+    lab.agent.launch_by(&["unshare", "--mount", "--propagation", "private"]);
+    let (reader, writer) = pipe().context("make a pipe")?;
+    lab.agent.log_to(Stdio::from(writer));
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let memory = MemoryCgroup::of(lab.agent.pid()?);
+    let mut reader = Some(reader);
     let load = lab.load(Plan::usual(lab.vip))?;
     for number in 0..300 {
-        small_fault(&lab.agent, &lab, number).with_context(|| format!("fault {number}"))?;
+        small_fault(&lab.agent, &lab, memory.as_ref(), number).with_context(|| format!("fault {number}"))?;
+        if number == 150 {
+            reader.take();
+        }
     }
     some_probes(&lab)?;
     let status = lab.agent.status()?;
-    assert_eq!(status.panics, 0);
+    assert_eq!((status.panics, status.lost_log_lines > 0), (0, true));
     nothing_happened(&lab, load)
 }
 
@@ -374,13 +469,13 @@ fn l7_what_others_take_away_comes_back() -> Result<()> {
     let lab = start_healthy_lab("")?;
     let node = lab.world.node(0).ns();
     let interface = lab.agent.status()?.datapath.interfaces.first().context("an interface")?.clone();
-    let links: Vec<_> = std::fs::read_dir(lab.agent.pinned("links"))?.flatten().map(|entry| entry.path()).collect();
+    let links: Vec<_> = fs::read_dir(lab.agent.pinned("links"))?.flatten().map(|entry| entry.path()).collect();
     let tc =
         |path: &std::path::Path| path.to_string_lossy().ends_with("_in") || path.to_string_lossy().ends_with("_out");
     let gone: Vec<_> = links.iter().filter(|path| tc(path)).collect();
     ensure!(!gone.is_empty(), "{links:?}");
     for path in &gone {
-        std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
+        fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
     }
     node.output("nft", &["flush", "ruleset"]).context("flush all rules")?;
     wait_for("all of it to be back", LONG, || gone.iter().all(|path| path.exists()))?;
