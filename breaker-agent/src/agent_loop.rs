@@ -408,10 +408,10 @@ fn targets(services: &[Service]) -> BTreeMap<Target, breaker_core::model::Check>
     let mut targets = BTreeMap::new();
     for service in services {
         for (number, tier) in service.tiers().enumerate() {
-            let Some(check) = &tier.check else { continue };
             for backend in &tier.backends {
+                let Some(check) = tier.check_of(backend.address) else { break };
                 let target = Target { service: service.name.clone(), tier: number, backend: backend.address };
-                targets.insert(target, check.clone());
+                targets.insert(target, check);
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::{
     config::{self, AgentConfig, Config, ConfigError},
     datapath::{cleanup, preflight},
     logging::{Incidents, Log},
-    offline, process,
+    offline,
     signals::Signals,
     source::kube::NodeIdentity,
     start::{self, Options, Origin},
@@ -135,7 +135,6 @@ fn check(args: AgentArgs) -> ExitCode {
 
 /// Runs the agent. It listens for signals first, because the rest of the start may take a while.
 fn agent(args: AgentArgs) -> ExitCode {
-    process::give_back_large_blocks();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return exit_code("breaker", Err(error).context("start")),

@@ -26,6 +26,7 @@ use crate::{
     heartbeat::Lease,
     interfaces::Interfaces,
     logging::Incidents,
+    process,
     signals::Signals,
     source::{
         file::FileSource,
@@ -71,6 +72,7 @@ pub struct Options {
 /// The agent cannot start. An error before the first configuration is applied leaves the decisions and programs of
 /// an earlier agent as they are.
 pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
+    process::give_back_large_blocks();
     breaker_cli::install_crypto();
     let config = options.agent;
     anyhow::ensure!(

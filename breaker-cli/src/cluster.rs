@@ -33,12 +33,12 @@ pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
             let state = service.state.label();
             let state = if applied { state.to_owned() } else { format!("{state} (not applied)") };
             rows.push((
-                (service.namespace.clone(), name.clone(), node.node.clone(), service.port),
+                (service.namespace.clone(), name.clone(), node.node.clone(), service.port, service.outside),
                 vec![
                     plain(&service.namespace),
                     plain(name),
                     plain(&node.node),
-                    plain(service.port.to_string()),
+                    plain(format!("{}{}", service.port, if service.outside { "/outside" } else { "" })),
                     (state, Some(if applied { state_colour(service.state) } else { RED })),
                     plain(service.since.map(ago).unwrap_or_default()),
                     plain(service.reason.map_or("", StateReason::label)),
@@ -105,7 +105,7 @@ fn problems(breaker: &BreakerView, paint: Paint) -> String {
 const fn state_colour(state: ReportedState) -> &'static str {
     match state {
         ReportedState::Closed => GREEN,
-        ReportedState::Open => RED,
+        ReportedState::Open | ReportedState::NotProtected => RED,
         ReportedState::HalfOpen | ReportedState::NotProgrammed | ReportedState::Unknown => YELLOW,
     }
 }

@@ -107,6 +107,8 @@ pub struct Tier {
     pub draining: Vec<SocketAddr>,
     /// How the backends are checked; without a check they count as Up.
     pub check: Option<Check>,
+    /// Where the check's port is not the same at every backend: the port, by the backend's address.
+    pub check_ports: BTreeMap<SocketAddr, u16>,
     /// How many backends must be Up for the tier to be Up.
     pub min_healthy: usize,
 }
@@ -195,6 +197,30 @@ pub enum CheckAction {
         /// Name of the gRPC service that is asked about; empty for the server as a whole.
         service: String,
     },
+}
+
+impl CheckAction {
+    /// Sets the port of the check.
+    pub const fn set_port(&mut self, number: u16) {
+        match self {
+            Self::HttpGet { port, .. }
+            | Self::TcpSocket { port, .. }
+            | Self::Exchange { port, .. }
+            | Self::Dns { port, .. }
+            | Self::Grpc { port, .. } => *port = Some(number),
+        }
+    }
+}
+
+impl Tier {
+    /// The check of one of the tier's backends.
+    pub fn check_of(&self, backend: SocketAddr) -> Option<Check> {
+        let mut check = self.check.clone()?;
+        if let Some(port) = self.check_ports.get(&backend) {
+            check.action.set_port(*port);
+        }
+        Some(check)
+    }
 }
 
 /// An HTTP GET request, and what is expected of the answer.
@@ -464,6 +490,7 @@ impl Service {
             backends: Vec::new(),
             draining: Vec::new(),
             check: None,
+            check_ports: BTreeMap::new(),
             min_healthy: 1,
         };
         Self {

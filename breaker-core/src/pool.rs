@@ -71,7 +71,7 @@ pub fn active_backup<'a>(backups: impl Iterator<Item = (&'a Tier, &'a Healths)>)
 mod tests {
     use super::*;
     use crate::model::{Check, CheckAction};
-    use std::time::Duration;
+    use std::{collections::BTreeMap, time::Duration};
 
     fn tier(backends: usize, min_healthy: usize) -> Tier {
         let second = Duration::from_secs(1);
@@ -90,6 +90,7 @@ mod tests {
                 success_threshold: 1,
                 jitter_percent: 0,
             }),
+            check_ports: BTreeMap::new(),
             min_healthy,
         }
     }

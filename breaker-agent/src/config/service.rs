@@ -1,7 +1,7 @@
 //! Validates a service: its names and addresses, its tiers and its policies.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -54,6 +54,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         backends: backends(problems, &format!("{path}.primary"), &raw.primary.backends),
         draining: Vec::new(),
         check: raw.primary.check.map(|raw| check(problems, &format!("{path}.primary.check"), raw)),
+        check_ports: BTreeMap::new(),
         min_healthy: min_healthy(problems, &format!("{path}.primary"), raw.primary.min_healthy.as_ref()),
     };
     if raw.backups.value.is_empty() {
@@ -93,6 +94,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
             backends: backends(problems, &field, &raw.backends.value),
             draining: Vec::new(),
             check: raw.check.map(|raw| check(problems, &format!("{field}.check"), raw)),
+            check_ports: BTreeMap::new(),
             min_healthy: min_healthy(problems, &field, raw.min_healthy.as_ref()),
         });
     }

@@ -21,7 +21,7 @@ use super::{Check, CircuitBreakerStatus, Limits, Port, date_time};
     doc = "Keeps a Service available when its pods fail. On every node, an agent checks the pods. While they fail, \
            eBPF programs in the kernel redirect new connections to a backup; there is no proxy in the path.",
     printcolumn = r#"{"name":"Service","type":"string","jsonPath":".spec.service.name","description":"The Service that is protected."}"#,
-    printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.state","description":"Closed: traffic flows to the primary. Open: to the backup. HalfOpen: a few connections try the primary. The most open state of all nodes."}"#,
+    printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.state","description":"Closed: traffic flows to the primary. Open: to the backup. HalfOpen: a few connections try the primary. The most open state of all nodes. NotProtected: the request is refused."}"#,
     printcolumn = r#"{"name":"Since","type":"date","jsonPath":".status.since","description":"How long it has been in this state."}"#,
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.reason","description":"Why it is in this state."}"#,
     printcolumn = r#"{"name":"Backup","type":"string","jsonPath":".status.backup",

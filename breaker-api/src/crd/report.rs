@@ -104,6 +104,10 @@ pub struct ReportedService {
     pub uid: String,
     /// The protected port of the Service. If there are several, one of them stands for all.
     pub port: i32,
+    /// The entry is about connections from outside of the cluster only, because kube-proxy serves them with other pods
+    /// than the cluster IP: one of the Service's traffic policies is Local.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub outside: bool,
     /// Generation of the spec that the agent works with; 0 for a Service with annotations.
     pub desired_generation: i64,
     /// Generation of the spec that is in force in the kernel.

@@ -17,7 +17,8 @@ pub struct CircuitBreakerStatus {
     /// Generation of the spec that this status is about.
     #[serde(default)]
     pub observed_generation: i64,
-    /// Closed, HalfOpen or Open: the most open state of all nodes. Absent until the first node reports a state.
+    /// Closed, HalfOpen or Open: the most open state of all nodes. NotProtected if the request is refused and nothing is
+    /// in force. Absent until the first node reports a state.
     #[schemars(with = "Option<String>")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<ReportedState>,
@@ -26,10 +27,9 @@ pub struct CircuitBreakerStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
     /// Why the breaker is in this state: Initial, HttpStatus, ConnectFailed, ConnectTimeout, NoEndpoints, Operator,
-    /// and so on.
-    #[schemars(with = "Option<String>")]
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::text::lenient")]
-    pub reason: Option<StateReason>,
+    /// and so on; the reason of the condition that refuses the request, if the state is NotProtected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// Details of the reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
@@ -70,6 +70,8 @@ pub enum ReportedState {
     #[default]
     #[serde(rename = "")]
     NotProgrammed,
+    /// The request is refused, and nothing is in force. No node reports this; it is the state of the whole object.
+    NotProtected,
     /// Traffic flows to the primary.
     Closed,
     /// A few connections try the primary, all others go to the backup.
@@ -88,6 +90,7 @@ impl ReportedState {
         match self {
             Self::Unknown => "Unknown",
             Self::NotProgrammed => "",
+            Self::NotProtected => "NotProtected",
             Self::Closed => "Closed",
             Self::HalfOpen => "HalfOpen",
             Self::Open => "Open",
@@ -98,7 +101,7 @@ impl ReportedState {
     #[must_use]
     pub const fn openness(self) -> u8 {
         match self {
-            Self::Unknown | Self::NotProgrammed => 0,
+            Self::Unknown | Self::NotProgrammed | Self::NotProtected => 0,
             Self::Closed => 1,
             Self::HalfOpen => 2,
             Self::Open => 3,
@@ -181,6 +184,9 @@ pub struct NodeStatus {
 pub struct PortStatus {
     /// The protected port of the Service. If there are several, one of them stands for all.
     pub port: i32,
+    /// The entry is about connections from outside of the cluster only.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub outside: bool,
     /// Closed, HalfOpen or Open.
     #[schemars(with = "String")]
     pub state: ReportedState,

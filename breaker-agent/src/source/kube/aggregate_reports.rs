@@ -5,7 +5,6 @@ use breaker_api::crd::{
 };
 use std::collections::BTreeMap;
 
-use breaker_common::StateReason;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -95,6 +94,7 @@ fn node_status(reports: &NodeReportView, ports: &[&ReportedService]) -> NodeStat
             .iter()
             .map(|s| PortStatus {
                 port: s.port,
+                outside: s.outside,
                 state: s.state,
                 primary: format!("{}/{}", s.primary.up, s.primary.total),
                 backup: backup(s),
@@ -145,14 +145,19 @@ pub fn status(
         (!all.is_empty()).then(|| format!("{}%", (mean + 5) / 10))
     };
     let several = live().count() > 1;
+    let refusal = refusal_of_all(result);
     let mut status = CircuitBreakerStatus {
         observed_generation: result.generation,
-        state: worst.map(|n| n.state),
+        state: worst.map(|n| n.state).or_else(|| refusal.map(|_| ReportedState::NotProtected)),
         since: worst.and_then(|n| n.since),
-        reason: worst.and_then(|n| n.reason),
+        reason: match (worst, refusal) {
+            (None, Some(refusal)) => Some(refusal.reason.to_owned()),
+            _ => worst.and_then(|n| n.reason).map(|reason| reason.label().to_owned()),
+        },
         message: worst
             .filter(|n| !n.message.is_empty())
-            .map(|n| if several { format!("{}: {}", n.node, n.message) } else { n.message.clone() }),
+            .map(|n| if several { format!("{}: {}", n.node, n.message) } else { n.message.clone() })
+            .or_else(|| refusal.filter(|_| worst.is_none()).map(|refusal| short(&refusal.message))),
         backup: backup.clone().map(|b| b.0),
         share,
         open: worst.map(|_| format!("{}/{}", counts.open, counts.nodes)),
@@ -162,7 +167,10 @@ pub fn status(
         conditions: Vec::new(),
         nodes: Vec::new(),
     };
-    let degraded = degraded(&nodes, backup.as_ref().is_some_and(|b| b.1), reports);
+    let degraded = match refusal {
+        Some(refusal) => Some(("NotProtected", format!("nothing is protected: {}", refusal.reason))),
+        None => degraded(&nodes, backup.as_ref().is_some_and(|b| b.1), reports),
+    };
     status.conditions = conditions(result, reports, expected, programmed, degraded)
         .into_iter()
         .map(|new| condition(new, result.generation, old, now))
@@ -176,6 +184,12 @@ pub fn status(
     status.nodes = nodes.into_iter().map(|(node, _)| node).take(MOST_NODES).collect();
     status.nodes.sort_by(|a, b| a.node.cmp(&b.node));
     status
+}
+
+/// Why nothing of a request is carried out; `None` if something is in force.
+fn refusal_of_all(result: &ResolvedBreaker) -> Option<&Refusal> {
+    let refusal = result.accepted.as_ref().err().or(result.resolved.as_ref().err());
+    refusal.filter(|_| result.services().next().is_none())
 }
 
 /// Name and pods of the backup from the node where it is weakest, and whether a backup is usable on every node.
@@ -227,12 +241,22 @@ fn degraded(
     if !backup_usable {
         return Some(("BackupUnavailable", "no backup is usable: in state Open, whenAllUnhealthy applies".into()));
     }
+    let down =
+        |s: &&&ReportedService| s.state == ReportedState::Closed && s.primary.up + s.primary.checking < s.primary.total;
     let open = live().filter(|node| node.state == ReportedState::Open).count();
     if open > 0 {
         return Some((
             "TrafficOnBackup",
             format!("the backup answers on {open} of {} nodes: it has no backup itself", live().count()),
         ));
+    }
+    let known = nodes.iter().filter(|(node, _)| node.state.is_known());
+    let mut partly = known.flat_map(|(node, ports)| ports.iter().filter(down).map(move |s| (node, s)));
+    if let Some((node, service)) = partly.next() {
+        let (up, total) = (service.primary.up, service.primary.total);
+        let text =
+            format!("{}: {up} of {total} pods of the primary are Up, and clients reach the others, too", node.node);
+        return Some(("PrimaryPartlyDown", text));
     }
     None
 }
@@ -255,15 +279,13 @@ fn conditions(
     let policies = "no known NetworkPolicy keeps the primary's clients from the backups";
     let reachable = verdict("BackupReachable", &result.reachable, "Reachable", policies.into());
     let agents = format!("on {programmed} of {expected} nodes");
-    let refused = result.accepted.is_err() || result.resolved.is_err();
-    let nothing = refused && result.ports.is_empty();
     let in_kernel = match () {
-        () if nothing && programmed == 0 => {
+        () if refusal_of_all(result).is_some() && programmed == 0 => {
             ("Programmed", "False", "NotResolved".to_owned(), "nothing is redirected".to_owned())
         }
         () if expected == 0 => ("Programmed", "Unknown", "NoAgents".into(), "no node reports".into()),
         () if programmed == expected => ("Programmed", "True", "Programmed".into(), agents),
-        () if result.accepted.is_err() && !result.ports.is_empty() => {
+        () if result.accepted.is_err() && result.services().next().is_some() => {
             ("Programmed", "False", "EarlierGeneration".into(), "the last valid spec stays in force".into())
         }
         () => ("Programmed", "False", "Pending".into(), agents),
@@ -353,7 +375,7 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
     let state = |status: Option<&CircuitBreakerStatus>| status.and_then(|s| s.state).unwrap_or_default();
     let (before, after) = (state(old), state(Some(new)));
     if before != after && !(old.is_none() && after == ReportedState::Closed) {
-        let why = new.reason.map_or("", StateReason::label);
+        let why = new.reason.as_deref().unwrap_or_default();
         let text = new.message.as_deref().map(|m| format!(": {m}")).unwrap_or_default();
         let nodes = format!("{} of {} nodes", new.counts.open, new.counts.nodes);
         match (before, after) {

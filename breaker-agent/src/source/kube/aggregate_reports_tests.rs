@@ -1,5 +1,6 @@
 //! Tests of the aggregation of the nodes' reports: status, conditions and Events.
 
+use breaker_common::StateReason;
 use std::sync::Arc;
 
 use super::{super::intent::Key, *};
@@ -20,9 +21,11 @@ fn result() -> ResolvedBreaker {
         resolved: Ok(()),
         reachable: Ok(()),
         ports: BTreeMap::new(),
+        outside: std::collections::BTreeMap::new(),
         notes: Vec::new(),
         hold: false,
         pending: false,
+        no_slice_has_the_port: false,
     }
 }
 
@@ -140,6 +143,21 @@ fn what_did_not_change_keeps_its_time_and_is_no_event() {
     assert_eq!(told.iter().map(|h| (h.reason.as_str(), h.warning)).collect::<Vec<_>>(), [("Closed", false)]);
 }
 
+/// TRIALS A2: a pod that is known to be Down still gets connections while the breaker is closed.
+#[test]
+fn a_primary_that_is_partly_down_is_told() {
+    let primary = |up, checking| ReportedService {
+        primary: ReportedTier { name: "dummy".into(), up, total: 2, active: true, checking },
+        ..port(Closed, 0)
+    };
+    let told = |service: ReportedService| {
+        condition_of(&status(&result(), &NodeReports::new(&[node("a", true, vec![service])]), None, at(1)), "Degraded")
+    };
+    assert_eq!(told(primary(2, 0)), pair("False", "Whole"));
+    assert_eq!(told(primary(1, 1)), pair("False", "Whole"), "its first check is not over");
+    assert_eq!(told(primary(1, 0)), pair("True", "PrimaryPartlyDown"));
+}
+
 #[test]
 fn a_backup_that_is_lost_and_found_is_told() {
     let lost = ReportedService {
@@ -164,5 +182,9 @@ fn a_refusal_is_a_condition_and_an_event_also_for_a_new_object() {
     let status = status(&refused, &NodeReports::new(&[node("a", true, vec![])]), None, at(1));
     assert_eq!(condition_of(&status, "ResolvedRefs"), pair("False", "RefNotPermitted"));
     assert_eq!(condition_of(&status, "Programmed"), pair("False", "NotResolved"));
+    // TRIALS A7: the row says so.
+    assert_eq!(condition_of(&status, "Degraded"), pair("True", "NotProtected"));
+    let row = (status.state, status.reason.as_deref(), status.message.as_deref());
+    assert_eq!(row, (Some(ReportedState::NotProtected), Some("RefNotPermitted"), Some("no grant")));
     assert_eq!(event_records(None, &status).into_iter().map(|h| h.reason).collect::<Vec<_>>(), ["RefNotPermitted"]);
 }

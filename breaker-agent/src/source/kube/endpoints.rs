@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::objects::{EndpointSlice, SlicePort};
+use super::objects::{EndpointSlice, Hints, SliceEndpoint, SlicePort};
 
 /// An endpoint of a Service for one port and one IP family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,105 @@ pub struct Endpoint {
     ready: bool,
     serving: bool,
     terminating: bool,
+    hints: Hints,
+    /// The TCP ports of its slice, by name: other endpoints of the Service may have other numbers.
+    named_ports: Arc<BTreeMap<String, u16>>,
+}
+
+impl Endpoint {
+    fn new(raw: &SliceEndpoint, port: u16, named_ports: &Arc<BTreeMap<String, u16>>) -> Option<Self> {
+        // The first address stands for the endpoint (EndpointSlice API: consumers use one of them).
+        let ip: IpAddr = raw.addresses.first()?.parse().ok()?;
+        // Absent means: ready, serving as ready, not terminating (EndpointConditions of discovery/v1). kube-proxy takes
+        // an absent `serving` for true.
+        let ready = raw.conditions.ready.unwrap_or(true);
+        Some(Self {
+            address: SocketAddr::new(ip, port),
+            node: raw.node_name.clone(),
+            zone: raw.zone.clone(),
+            pod: raw.target_ref.as_ref().and_then(|r| r.uid.clone()).unwrap_or_else(|| ip.to_string()),
+            ready,
+            serving: raw.conditions.serving.unwrap_or(true),
+            terminating: raw.conditions.terminating.unwrap_or(false),
+            hints: raw.hints.clone(),
+            named_ports: named_ports.clone(),
+        })
+    }
+
+    /// Whether it may get new connections at any time.
+    #[must_use]
+    pub const fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    /// Whether it is terminating and still accepts connections. It then gets new ones while nobody is ready.
+    #[must_use]
+    pub const fn ends_and_serves(&self) -> bool {
+        !self.ready && self.serving && self.terminating
+    }
+
+    /// Whether it accepts connections at all.
+    #[must_use]
+    pub const fn can_serve(&self) -> bool {
+        self.ready || self.ends_and_serves()
+    }
+
+    /// The nodes that it is meant for.
+    pub fn hinted_nodes(&self) -> impl Iterator<Item = &str> {
+        self.hints.for_nodes.iter().map(|hint| hint.name.as_str())
+    }
+
+    /// The zones that it is meant for.
+    pub fn hinted_zones(&self) -> impl Iterator<Item = &str> {
+        self.hints.for_zones.iter().map(|hint| hint.name.as_str())
+    }
+
+    /// The number that a named TCP port of the Service has at this endpoint.
+    #[must_use]
+    pub fn port_named(&self, name: &str) -> Option<u16> {
+        self.named_ports.get(name).copied()
+    }
+
+    /// How useful it is, compared with another entry of the same address.
+    const fn rank(&self) -> u8 {
+        match () {
+            () if self.ready => 2,
+            () if self.ends_and_serves() => 1,
+            () => 0,
+        }
+    }
+}
+
+/// Which of two entries with the same address stays: the address of a pod that has ended may be another pod's by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Twice<'a> {
+    /// The more useful one.
+    Better,
+    /// The first one, unless the later one is on this node.
+    FirstUnlessLocal(&'a str),
+    /// The later one, unless it is terminating.
+    LaterUnlessTerminating,
+}
+
+impl Twice<'_> {
+    /// Whether `later` replaces `first`. Both are in the same slice, in this order.
+    fn replaces(self, first: &Endpoint, later: &Endpoint) -> bool {
+        match self {
+            Self::Better => later.rank() > first.rank(),
+            Self::FirstUnlessLocal(node) => later.node.as_deref() == Some(node),
+            Self::LaterUnlessTerminating => !later.terminating,
+        }
+    }
+
+    /// Whether `other` replaces `first`, if they are in different slices. The order of slices means nothing.
+    fn prefers(self, first: &Endpoint, other: &Endpoint) -> bool {
+        let [of_first, of_other] = [first, other].map(|e| match self {
+            Self::Better => false,
+            Self::FirstUnlessLocal(node) => e.node.as_deref() == Some(node),
+            Self::LaterUnlessTerminating => !e.terminating,
+        });
+        (of_other, other.rank()) > (of_first, first.rank())
+    }
 }
 
 /// An IP family. An EndpointSlice holds addresses of one family only.
@@ -69,40 +168,44 @@ pub struct Endpoints {
 
 impl Endpoints {
     /// The endpoints for the port with this name and protocol. `None` and the empty name mean the same: a Service's
-    /// only port needs no name.
+    /// only port needs no name. A port of a slice that has no name or no number is left out, as kube-proxy does. The
+    /// order of the slices does not matter.
     #[must_use]
-    pub fn of(slices: &[Arc<EndpointSlice>], port_name: Option<&str>, protocol: &str, family: Family) -> Self {
+    pub fn of(
+        slices: &[Arc<EndpointSlice>],
+        port_name: Option<&str>,
+        protocol: &str,
+        family: Family,
+        twice: Twice<'_>,
+    ) -> Self {
         let mut found = Self::default();
-        // An endpoint may be in two slices for a moment, while the controller moves it. A ready entry wins.
         let mut by_address: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-        for slice in slices.iter().filter(|slice| slice.address_type == family.name()) {
-            let name = |p: &&SlicePort| {
-                p.name.as_deref().unwrap_or_default() == port_name.unwrap_or_default()
-                    && p.protocol.as_deref().unwrap_or("TCP") == protocol
+        let mut slices: Vec<&EndpointSlice> =
+            slices.iter().map(AsRef::as_ref).filter(|slice| slice.address_type == family.name()).collect();
+        slices.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+        for slice in slices {
+            let number = |port: &SlicePort| u16::try_from(port.port?).ok();
+            let of_protocol = |port: &&SlicePort, wanted: &str| port.protocol.as_deref().unwrap_or("TCP") == wanted;
+            let wanted = |port: &&SlicePort| {
+                port.name.as_deref() == Some(port_name.unwrap_or_default()) && of_protocol(port, protocol)
             };
-            let Some(port) = slice.ports.iter().find(name).and_then(|p| u16::try_from(p.port?).ok()) else {
-                continue;
-            };
-            found.port = Some(port);
-            for endpoint in &slice.endpoints {
-                // The first address stands for the endpoint (EndpointSlice API: consumers use one of them).
-                let Some(ip) = endpoint.addresses.first().and_then(|a| a.parse::<IpAddr>().ok()) else { continue };
-                let address = SocketAddr::new(ip, port);
-                let conditions = endpoint.conditions;
-                // Absent means: ready, serving as ready, not terminating (EndpointConditions of discovery/v1).
-                let ready = conditions.ready.unwrap_or(true);
-                let new = Endpoint {
-                    address,
-                    node: endpoint.node_name.clone(),
-                    zone: endpoint.zone.clone(),
-                    pod: endpoint.target_ref.as_ref().and_then(|r| r.uid.clone()).unwrap_or_else(|| ip.to_string()),
-                    ready,
-                    serving: conditions.serving.unwrap_or(ready),
-                    terminating: conditions.terminating.unwrap_or(false),
-                };
-                match by_address.get(&address) {
-                    Some(known) if known.ready => {}
-                    _ => drop(by_address.insert(address, new)),
+            let Some(port) = slice.ports.iter().find(wanted).and_then(number) else { continue };
+            let named = slice.ports.iter().filter(|port| of_protocol(port, "TCP"));
+            let named_ports: BTreeMap<String, u16> =
+                named.filter_map(|port| Some((port.name.clone()?, number(port)?))).collect();
+            let named_ports = Arc::new(named_ports);
+            found.port = found.port.or(Some(port));
+            let mut in_slice: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
+            for new in slice.endpoints.iter().filter_map(|raw| Endpoint::new(raw, port, &named_ports)) {
+                match in_slice.get(&new.address) {
+                    Some(known) if !twice.replaces(known, &new) => {}
+                    _ => drop(in_slice.insert(new.address, new)),
+                }
+            }
+            for new in in_slice.into_values() {
+                match by_address.get(&new.address) {
+                    Some(known) if !twice.prefers(known, &new) => {}
+                    _ => drop(by_address.insert(new.address, new)),
                 }
             }
         }
@@ -119,7 +222,7 @@ impl Endpoints {
     /// still serving (kube-proxy's rule, KEP-1669).
     pub fn usable(&self) -> impl Iterator<Item = &Endpoint> {
         let any_ready = self.endpoints.iter().any(|e| e.ready);
-        self.endpoints.iter().filter(move |e| if any_ready { e.ready } else { e.serving && e.terminating })
+        self.endpoints.iter().filter(move |e| if any_ready { e.ready } else { e.ends_and_serves() })
     }
 
     /// Endpoints that get no new connections, but keep their established ones.
@@ -151,7 +254,7 @@ mod tests {
     }
 
     fn v4(slices: &[Arc<EndpointSlice>], name: Option<&str>) -> Endpoints {
-        Endpoints::of(slices, name, "TCP", Family::V4)
+        Endpoints::of(slices, name, "TCP", Family::V4, Twice::Better)
     }
 
     fn addresses<'a>(endpoints: impl Iterator<Item = &'a Endpoint>) -> Vec<String> {

@@ -17,7 +17,9 @@
 pub mod aggregate_reports;
 pub mod annotations;
 pub mod endpoints;
+mod hold;
 pub mod intent;
+pub mod kube_proxy;
 pub mod lease;
 pub mod network_policy;
 pub mod node_report;
@@ -29,7 +31,6 @@ mod watch;
 mod watches;
 
 use std::{
-    collections::BTreeMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -47,7 +48,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    intent::Owner,
+    hold::Held,
     resolve::{LastValidSpecs, NodeView, ResolvedBreaker, resolve},
     spec_policies::Policies,
     status_writer::Published,
@@ -84,7 +85,7 @@ impl Update {
     /// The services that the engine is to run.
     #[must_use]
     pub fn services(&self) -> Vec<model::Service> {
-        self.results.iter().flat_map(|result| result.ports.values()).cloned().collect()
+        self.results.iter().flat_map(ResolvedBreaker::services).map(|(_, _, service)| service.clone()).collect()
     }
 }
 
@@ -229,7 +230,7 @@ async fn follow(
     let mut policies = Policies::default();
     let mut last_valid = LastValidSpecs::new();
     let mut next: Option<Timestamp> = None;
-    let mut held: BTreeMap<Owner, BTreeMap<i32, model::Service>> = BTreeMap::new();
+    let mut held = Held::default();
     let mut serial = 0;
     // Whether any service has a limit that is divided between nodes, and the number of nodes that was used.
     let (mut shares, mut nodes) = (false, 0);
@@ -261,23 +262,16 @@ async fn follow(
         if serial == 0 && resolution.results.iter().any(|result| result.pending) {
             continue;
         }
-        // A result whose endpoints are not known yet keeps its services of the last update.
-        for result in &mut resolution.results {
-            if result.pending
-                && let Some(before) = held.get(&result.owner)
-            {
-                result.ports.clone_from(before);
-            }
-        }
+        let held_until = held.apply(&mut resolution.results, clock::wall());
+        next = [next, held_until].into_iter().flatten().min();
         nodes = published.agents();
-        let services = resolution.results.iter_mut().flat_map(|result| result.ports.values_mut());
+        let services = resolution.results.iter_mut().flat_map(ResolvedBreaker::services_mut);
         let shared = services.filter_map(|service| service.limits.as_mut()).filter(|l| l.scope == Scope::Cluster);
         shares = false;
         for limits in shared {
             shares = true;
             limits.nodes = u32::try_from(nodes).unwrap_or(u32::MAX).max(1);
         }
-        held = resolution.results.iter().map(|s| (s.owner.clone(), s.ports.clone())).collect();
         serial += 1;
         let update = Update { synced: true, serial, node: world.node, results: resolution.results };
         updates.send_replace(Arc::new(update));

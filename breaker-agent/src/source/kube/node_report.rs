@@ -55,7 +55,7 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
     let mut services = Vec::new();
     let mut now_applied = HashMap::new();
     for result in &state.update.results {
-        for (port, service) in &result.ports {
+        for (port, outside, service) in result.services() {
             let name = service.name.as_str();
             let Some(summary) = by_name.get(name) else { continue };
             let last = applied.get(name).copied().unwrap_or_default();
@@ -66,7 +66,8 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
                 namespace: result.owner.key.namespace.clone(),
                 name: result.owner.key.name.clone(),
                 uid: result.uid.clone(),
-                port: *port,
+                port,
+                outside,
                 desired_generation: result.generation,
                 applied_generation,
                 state: summary.applied.map_or(ReportedState::NotProgrammed, |applied| applied.state.into()),

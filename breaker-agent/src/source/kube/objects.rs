@@ -128,6 +128,29 @@ pub struct SliceEndpoint {
     pub zone: Option<String>,
     /// The object that it stands for, usually a pod.
     pub target_ref: Option<TargetRef>,
+    /// Who should use it.
+    #[serde(deserialize_with = "or_default")]
+    pub hints: Hints,
+}
+
+/// For whom an endpoint is meant. kube-proxy obeys, if every ready endpoint of a port has a hint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hints {
+    /// For clients in these zones.
+    #[serde(deserialize_with = "or_default")]
+    pub for_zones: Vec<Hint>,
+    /// For clients on these nodes.
+    #[serde(deserialize_with = "or_default")]
+    pub for_nodes: Vec<Hint>,
+}
+
+/// A zone or a node in a hint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Hint {
+    /// Its name.
+    pub name: String,
 }
 
 /// Reference to the object that an endpoint stands for.
@@ -191,6 +214,17 @@ pub struct NodeStatus {
     /// Its conditions.
     #[serde(deserialize_with = "or_default")]
     pub conditions: Vec<NodeCondition>,
+    /// What runs on it.
+    #[serde(rename = "nodeInfo")]
+    pub node_info: NodeInfo,
+}
+
+/// What runs on a Node.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodeInfo {
+    /// The kubelet's version, like `v1.34.1+k3s1`. kube-proxy usually has the same.
+    pub kubelet_version: String,
 }
 
 /// A Node's address.

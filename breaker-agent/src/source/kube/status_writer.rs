@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use breaker_common::StateReason;
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -284,7 +283,7 @@ async fn write_and_emit(
             return None;
         }
     }
-    let why = new.reason.map_or("Protect", StateReason::label);
+    let why = new.reason.as_deref().unwrap_or("Protect");
     for record in aggregate_reports::event_records(old.as_ref(), &new) {
         let outcome = timeout(TIMEOUT, publish_event(publisher, result, why, &record)).await;
         let error = match outcome {

@@ -25,6 +25,7 @@ use tokio::sync::Notify;
 
 use super::{
     intent::Key,
+    kube_proxy::KubeProxy,
     network_policy,
     objects::{EndpointSlice, Node, Service},
     resolve::{NodeView, World},
@@ -255,7 +256,14 @@ fn node_view(name: &str, node: Option<&Node>) -> NodeView {
             .filter_map(|address| address.address.parse().ok())
             .collect(),
         zone: node.labels().get("topology.kubernetes.io/zone").cloned(),
+        kube_proxy: KubeProxy::of_version(&node.status.node_info.kubelet_version, has_ipvs_services()),
     }
+}
+
+/// Whether this node's network has virtual servers of IPVS. kube-proxy in mode `ipvs` makes them.
+fn has_ipvs_services() -> bool {
+    let table = std::fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
+    table.lines().any(|line| line.starts_with("TCP ") || line.starts_with("UDP "))
 }
 
 fn trim_service(service: &mut Service) {

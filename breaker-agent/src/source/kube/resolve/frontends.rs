@@ -49,17 +49,22 @@ impl Resolver<'_> {
         let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
         ours.map(|address| Frontend { address, protocol }).collect()
     }
+}
 
-    /// The frontends at which external clients keep their address. With `externalTrafficPolicy: Local` these are all
-    /// frontends except the cluster IPs; otherwise none.
-    pub(super) fn external_frontends(&self, service: &Service, frontends: &[Frontend]) -> BTreeSet<Frontend> {
-        let inside = |ip: IpAddr| {
-            let mut cluster = service.spec.cluster_ips.iter().chain([&service.spec.cluster_ip]);
-            cluster.any(|own| own.parse() == Ok(ip))
-        };
-        let outside = frontends.iter().filter(|frontend| !inside(frontend.address.ip()));
-        if is_local(service) { outside.copied().collect() } else { BTreeSet::new() }
-    }
+/// The frontends for connections from outside of the cluster: all except the cluster IPs.
+pub(super) fn outside_frontends(service: &Service, frontends: &[Frontend]) -> BTreeSet<Frontend> {
+    let inside = |ip: IpAddr| {
+        let mut cluster = service.spec.cluster_ips.iter().chain([&service.spec.cluster_ip]);
+        cluster.any(|own| own.parse() == Ok(ip))
+    };
+    frontends.iter().filter(|frontend| !inside(frontend.address.ip())).copied().collect()
+}
+
+/// Whether a Service accepts connections from outside of the cluster.
+pub(super) fn is_external(service: &Service) -> bool {
+    service.spec.ports.iter().any(|port| port.node_port.is_some_and(|port| port > 0))
+        || !service.spec.external_ips.is_empty()
+        || !service.status.load_balancer.ingress.is_empty()
 }
 
 /// Whether external clients keep their address.

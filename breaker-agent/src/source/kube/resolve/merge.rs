@@ -16,7 +16,6 @@ impl Resolver<'_> {
     /// other plans go to `routes`.
     pub(super) fn merge(&mut self, key: &Key, mut plans: Vec<PortPlan>) -> Option<(i32, model::Service)> {
         if plans.is_empty() {
-            self.note(format!("Service {key} has no address yet"));
             return None;
         }
         let has_primary = |plan: &PortPlan| !plan.service.primary.backends.is_empty();
@@ -55,7 +54,7 @@ impl Resolver<'_> {
                 ));
             }
         }
-        service.name = engine_name(key, base.port);
+        service.name = engine_name(key, base.port, base.outside);
         Some((base.port, service))
     }
 }

@@ -33,6 +33,7 @@ use super::{
     annotations,
     endpoints::Endpoint,
     intent::{self, Intent, Key, Owner},
+    kube_proxy::KubeProxy,
     network_policy,
     objects::{EndpointSlice, Service},
     spec_policies::Policies,
@@ -54,6 +55,8 @@ pub struct NodeView {
     pub ready: bool,
     /// Zone of the Node (label topology.kubernetes.io/zone).
     pub zone: Option<String>,
+    /// The node's kube-proxy.
+    pub kube_proxy: KubeProxy,
 }
 
 impl NodeView {
@@ -114,6 +117,10 @@ pub struct ResolvedBreaker {
     /// The service for the engine, by the Service's port. There is at most one entry: all ports of a Service form one
     /// service, under the port that stands for all of them. Empty if nothing is protected.
     pub ports: BTreeMap<i32, model::Service>,
+    /// The same for connections from outside of the cluster (node port, load balancer, external IP), if kube-proxy
+    /// serves these with other endpoints than the cluster IP: one of the two traffic policies is Local. Otherwise empty,
+    /// and their frontends are in `ports`.
+    pub outside: BTreeMap<i32, model::Service>,
     /// Parts of the request that are not carried out, and side effects of the request, in words for people.
     pub notes: Vec<String>,
     /// The requested spec is not in force: endpoints are not known yet, or the spec is invalid. The previous services
@@ -121,6 +128,26 @@ pub struct ResolvedBreaker {
     pub hold: bool,
     /// The endpoints of the Service or of a backup are not known yet.
     pub pending: bool,
+    /// The Service has endpoints, but no EndpointSlice has one of its protected ports.
+    pub no_slice_has_the_port: bool,
+}
+
+impl ResolvedBreaker {
+    /// The services for the engine: the Service's port, and whether the service is for connections from outside only.
+    pub fn services(&self) -> impl Iterator<Item = (i32, bool, &model::Service)> {
+        let inside = self.ports.iter().map(|(port, service)| (*port, false, service));
+        inside.chain(self.outside.iter().map(|(port, service)| (*port, true, service)))
+    }
+
+    /// The same, to change them.
+    pub fn services_mut(&mut self) -> impl Iterator<Item = &mut model::Service> {
+        self.ports.values_mut().chain(self.outside.values_mut())
+    }
+
+    fn keep_services(&mut self, wanted: impl Fn(&model::Service) -> bool) {
+        self.ports.retain(|_, service| wanted(service));
+        self.outside.retain(|_, service| wanted(service));
+    }
 }
 
 /// Result of the resolution for all CircuitBreakers and annotated Services.
@@ -137,7 +164,8 @@ pub struct Resolution {
 /// The engine's name for a protected port. The name depends only on the Service and the port, so that the state
 /// survives when the object that requests protection is replaced. It has at most `NAME_LEN - 1` bytes.
 #[must_use]
-pub fn engine_name(service: &Key, port: i32) -> ServiceName {
+pub fn engine_name(service: &Key, port: i32, outside: bool) -> ServiceName {
+    let port = format!("{port}{}", if outside { "/outside" } else { "" });
     let full = format!("{service}:{port}");
     if full.len() < NAME_LEN {
         return ServiceName::new(&full);
@@ -186,9 +214,11 @@ pub fn resolve(
             resolved: Ok(()),
             reachable: Ok(()),
             ports: BTreeMap::new(),
+            outside: BTreeMap::new(),
             notes: Vec::new(),
             hold: false,
             pending: false,
+            no_slice_has_the_port: false,
         };
         if let Some(first) = taken.get(&intent.service) {
             let why = match (first.kind, intent.owner.kind) {
@@ -229,29 +259,32 @@ pub fn resolve(
             next_valid.insert(intent.owner.clone(), spec);
         }
         // A frontend belongs to one service, but Kubernetes allows two Services with the same external IP.
-        for (port, service) in &mut result.ports {
+        let mut lost = Vec::new();
+        for service in result.services_mut() {
             service.frontends.retain(|frontend| {
                 let free = frontends.insert(*frontend);
                 if !free {
-                    result.notes.push(format!("{frontend} (port {port}) belongs to another protected Service"));
+                    lost.push(format!("{frontend} belongs to another protected Service"));
                 }
                 free
             });
         }
-        result.ports.retain(|_, service| !service.frontends.is_empty());
+        result.notes.extend(lost);
+        result.keep_services(|service| !service.frontends.is_empty());
         // A Service that was made a moment ago has pods that have never been ready.
         let made = world.services.get(&intent.service).and_then(|service| service.metadata.creation_timestamp.as_ref());
         let until = made.and_then(|made| made.0.checked_add(STARTING).ok());
         if let Some(until) = until.filter(|until| *until > now && !result.ports.is_empty()) {
-            for service in result.ports.values_mut() {
+            for service in result.services_mut() {
                 service.starting = true;
             }
             resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
         }
-        count += result.ports.len();
+        let needed = result.services().count();
+        count += needed;
         if count > limit {
-            count -= result.ports.len();
-            result.ports.clear();
+            count -= needed;
+            result.keep_services(|_| false);
             result.accepted =
                 refuse("TooMany", format!("the limit of {limit} protected Services is reached (agent.maxServices)"));
         }
@@ -303,8 +336,15 @@ impl<'a> Resolver<'a> {
         }
         match self.port_plans(now, &key, service, &ports, &backups) {
             Ok(plans) => {
-                if let Some((port, service)) = self.merge(&key, plans) {
+                if plans.is_empty() {
+                    self.note(format!("Service {key} has no address yet"));
+                }
+                let (outside, rest): (Vec<_>, Vec<_>) = plans.into_iter().partition(|plan| plan.outside);
+                if let Some((port, service)) = self.merge(&key, rest) {
                     self.result.ports.insert(port, service);
+                }
+                if let Some((port, service)) = self.merge(&key, outside) {
+                    self.result.outside.insert(port, service);
                 }
             }
             Err(message) => {

@@ -7,19 +7,20 @@ use std::{
 };
 
 use breaker_api::crd::{Check, FastPath, Override, Port};
-use breaker_core::model::{self, Backend, Protocol, Tier};
+use breaker_core::model::{self, Backend, Frontend, Protocol, Tier};
 use jiff::Timestamp;
 
 use super::{
     Refusal, Resolver,
-    checks::{names_a_port, numbered},
-    frontends::is_local,
+    checks::{self, ports_of, with_port},
+    frontends::{is_external, is_local, outside_frontends},
     references::{ResolvedBackup, is_named, protocol_of},
     refuse,
 };
 use crate::source::kube::{
-    endpoints::{Endpoints, Family},
+    endpoints::{Endpoint, Endpoints, Family, Twice},
     intent::Key,
+    kube_proxy::{Choice, Place, Policies, Target, Way},
     network_policy,
     objects::{Service, ServicePort},
 };
@@ -34,10 +35,28 @@ const GRACE_PERIOD: Duration = Duration::from_secs(2);
 /// A protected port of a Service in one IP family.
 pub(super) struct PortPlan {
     pub(super) port: i32,
+    /// For connections from outside only, because the others go to other endpoints.
+    pub(super) outside: bool,
     /// The service that this port and family alone would make; it has no name.
     pub(super) service: model::Service,
     /// The pod behind each address, for all pods of the primary and the backups, including terminating ones.
     pub(super) pods: BTreeMap<SocketAddr, String>,
+}
+
+/// The endpoints that decide about connections that come this way: those that kube-proxy uses on this node.
+///
+/// Where `externalTrafficPolicy: Local` keeps connections from outside from every endpoint, their load balancer sends
+/// none to this node. All endpoints decide then: a node without pods of the primary is no failure.
+fn judged<'e>(choice: &Choice<'e>, way: Way) -> impl Iterator<Item = &'e Endpoint> {
+    let target = match (choice.target(way), way) {
+        (Target::Drop, Way::FromOutside) => choice.target(Way::FromThisNode),
+        (target, _) => target,
+    };
+    match target {
+        Target::Endpoints(endpoints) => endpoints,
+        Target::Drop | Target::Reject => Vec::new(),
+    }
+    .into_iter()
 }
 
 /// Why a port cannot be protected.
@@ -63,7 +82,7 @@ impl<'a> Resolver<'a> {
         ports.sort_by_key(|port| port.protocol() != "TCP");
         let families =
             if service.spec.cluster_ip.contains(':') { [Family::V6, Family::V4] } else { [Family::V4, Family::V6] };
-        let checked = self.spec.check.as_ref().is_some_and(|check| !names_a_port(check));
+        let checked = self.spec.check.as_ref().is_some_and(|check| checks::port(check).is_none());
         if checked && ports.first().is_some_and(|port| port.protocol() != "TCP") {
             return Err(format!(
                 "check: no TCP port of Service {key} is protected, so the check has no port to use; \
@@ -104,7 +123,8 @@ impl<'a> Resolver<'a> {
         Ok(plans)
     }
 
-    /// Resolves one protected port in one IP family; `None` if the Service has no address of that family.
+    /// Resolves one protected port in one IP family. There is no plan if the Service has no address of that family, and
+    /// there are two if connections from outside go to other endpoints.
     fn port_plan(
         &mut self,
         now: Timestamp,
@@ -113,13 +133,20 @@ impl<'a> Resolver<'a> {
         port: &ServicePort,
         family: Family,
         backups: &[ResolvedBackup<'a>],
-    ) -> Result<Option<PortPlan>, Problem> {
-        let Some(protocol) = protocol_of(port) else { return Ok(None) };
+    ) -> Result<Vec<PortPlan>, Problem> {
+        let Some(protocol) = protocol_of(port) else { return Ok(Vec::new()) };
         let frontends = self.frontends(service, port, protocol, family);
         if frontends.is_empty() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
-        let primary = Endpoints::of(&self.world.endpoints[key], port.name.as_deref(), protocol.name(), family);
+        let node = &self.world.node;
+        let twice = node.kube_proxy.twice(&node.name);
+        let primary = Endpoints::of(&self.world.endpoints[key], port.name.as_deref(), protocol.name(), family, twice);
+        let slices = &self.world.endpoints[key];
+        let has_port = |family| Endpoints::of(slices, port.name.as_deref(), protocol.name(), family, twice).port;
+        if primary.port.or_else(|| has_port(family.other())).is_none() {
+            self.result.no_slice_has_the_port |= slices.iter().any(|slice| !slice.endpoints.is_empty());
+        }
         let override_ = match self.spec.until {
             Some(until) if until <= now => Override::Auto,
             _ => self.spec.r#override,
@@ -129,15 +156,17 @@ impl<'a> Resolver<'a> {
         let checks: Vec<Option<&Check>> = tiers.iter().map(|(_, check)| check.as_ref()).collect();
         let template =
             self.policies.get(self.spec, override_, primary_check.as_ref(), &checks).map_err(Problem::Invalid)?;
-        let avoid: BTreeSet<SocketAddr> =
-            primary.all().map(|e| e.address).chain(frontends.iter().map(|f| f.address)).collect();
+        // The address of a pod that has ended may be a backup's by now.
+        let of_primary = primary.all().filter(|e| e.can_serve()).map(|e| e.address);
+        let avoid: BTreeSet<SocketAddr> = of_primary.chain(frontends.iter().map(|f| f.address)).collect();
         let mut pods: BTreeMap<SocketAddr, String> = primary.all().map(|e| (e.address, e.pod.clone())).collect();
         let mut backup_tiers = Vec::new();
-        let mut keep_client =
-            model::KeepClient { frontends: self.external_frontends(service, &frontends), ..Default::default() };
+        let outside = outside_frontends(service, &frontends);
+        let kept = if is_local(service) { outside.clone() } else { BTreeSet::new() };
+        let mut keep_client = model::KeepClient { frontends: kept, ..Default::default() };
         let (mut in_family, mut in_other) = (false, false);
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
-            let mut pools = Vec::new();
+            let (mut pools, mut check_ports) = (Vec::new(), BTreeMap::new());
             for found in members {
                 let endpoints = self.backup_endpoints(found, port, protocol, family)?;
                 in_family |= endpoints.all().next().is_some();
@@ -159,10 +188,11 @@ impl<'a> Resolver<'a> {
                     );
                     self.note(note);
                 }
+                check_ports.extend(ports_of(found.intent.check.as_ref().or(self.spec.check.as_ref()), &endpoints));
                 pools.push((found, endpoints.without(&avoid)));
             }
             let name = members.iter().map(|found| self.short_name(&found.key)).collect::<Vec<_>>().join("+");
-            backup_tiers.extend(self.tiers_by_distance(&name, &pools, model));
+            backup_tiers.extend(self.tiers_by_distance(&name, &pools, &Tier { check_ports, ..model.clone() }));
         }
         if in_other && !in_family && self.result.reachable.is_ok() {
             let names: Vec<String> = frontends.iter().map(ToString::to_string).collect();
@@ -173,36 +203,67 @@ impl<'a> Resolver<'a> {
             );
             self.result.reachable = refuse("NoBackupInFamily", message);
         }
-        let service = model::Service {
-            frontends,
-            primary: Tier {
-                name: self.short_name(key),
-                backends: primary.usable().map(|e| Backend { address: e.address, weight: 1 }).collect(),
-                draining: Vec::new(),
-                ..template.primary.clone()
-            },
-            backups: backup_tiers,
-            grace_period: GRACE_PERIOD,
-            keep_client,
-            ..template.as_ref().clone()
+        let policies = Policies {
+            internal_local: service.spec.internal_traffic_policy.as_deref() == Some("Local"),
+            external_local: is_local(service),
+            external: is_external(service),
         };
-        Ok(Some(PortPlan { port: port.port, service, pods }))
+        let place = Place { node: &node.name, zone: node.zone.as_deref() };
+        let choice = Choice::of(&primary, place, policies, node.kube_proxy);
+        let plan = |way: Way, frontends: Vec<Frontend>| {
+            let of_these =
+                |known: &BTreeSet<Frontend>| frontends.iter().filter(|f| known.contains(f)).copied().collect();
+            let service = model::Service {
+                primary: Tier {
+                    name: self.short_name(key),
+                    backends: judged(&choice, way).map(|e| Backend { address: e.address, weight: 1 }).collect(),
+                    draining: Vec::new(),
+                    check_ports: ports_of(self.spec.check.as_ref(), &primary),
+                    ..template.primary.clone()
+                },
+                backups: backup_tiers.clone(),
+                grace_period: GRACE_PERIOD,
+                keep_client: model::KeepClient {
+                    frontends: of_these(&keep_client.frontends),
+                    backends: keep_client.backends.clone(),
+                },
+                frontends,
+                ..template.as_ref().clone()
+            };
+            PortPlan { port: port.port, outside: way == Way::FromOutside, service, pods: pods.clone() }
+        };
+        let (others, inside): (Vec<_>, Vec<_>) = frontends.iter().copied().partition(|f| outside.contains(f));
+        if policies.internal_local == policies.external_local || others.is_empty() {
+            return Ok(vec![plan(Way::ClusterIp, frontends)]);
+        }
+        let parts = [(Way::ClusterIp, inside), (Way::FromOutside, others)];
+        let parts = parts.into_iter().filter(|(_, part)| !part.is_empty()).map(|(way, part)| plan(way, part)).collect();
+        if self.spec.limits.is_some() {
+            self.note(
+                "limits count connections from outside apart from those to the cluster IP, because the traffic \
+                 policies differ"
+                    .into(),
+            );
+        }
+        Ok(parts)
     }
 
-    /// A check with port numbers in place of port names, for the pods of one Service.
+    /// A check with a port number in place of a port name, for the pods of one Service. Pods with another number get
+    /// their own ([`ports_of`]).
     fn numbered_check(&self, check: Option<&Check>, key: &Key) -> Result<Option<Check>, Problem> {
         let Some(check) = check else { return Ok(None) };
+        let Some(Port::Name(name)) = checks::port(check) else { return Ok(Some(check.clone())) };
         let slices = &self.world.endpoints[key];
         // Without endpoints, the EndpointSlices have no ports. No pod is checked then, so any number will do.
         let nobody = slices.iter().all(|slice| slice.endpoints.is_empty());
-        let of = |name: &str, family| Endpoints::of(slices, Some(name), "TCP", family).port;
-        let number = |name: &str| of(name, Family::V4).or(of(name, Family::V6)).or(nobody.then_some(1));
-        numbered(check, number).map(Some).map_err(|name| {
-            Problem::Ref(Refusal {
+        let of = |family| Endpoints::of(slices, Some(name), "TCP", family, Twice::Better).port;
+        match of(Family::V4).or(of(Family::V6)).or(nobody.then_some(1)) {
+            Some(number) => Ok(Some(with_port(check, number))),
+            None => Err(Problem::Ref(Refusal {
                 reason: "PortNotFound",
                 message: format!("the check's port {name:?} is not a port of Service {key} that has endpoints"),
-            })
-        })
+            })),
+        }
     }
 
     /// The backups of each priority, with the check that they share.
@@ -210,10 +271,11 @@ impl<'a> Resolver<'a> {
         let mut tiers: Vec<BackupTier<'a, '_>> = Vec::new();
         let mut last_priority = None;
         for found in backups {
-            let own = self.numbered_check(found.intent.check.as_ref().or(self.spec.check.as_ref()), &found.key)?;
+            let wanted = found.intent.check.as_ref().or(self.spec.check.as_ref());
+            let own = self.numbered_check(wanted, &found.key)?;
             match tiers.last_mut() {
-                Some((members, check)) if last_priority == Some(found.priority) => {
-                    if *check != own {
+                Some((members, _)) if last_priority == Some(found.priority) => {
+                    if members[0].intent.check.as_ref().or(self.spec.check.as_ref()) != wanted {
                         return Err(Problem::Invalid(format!(
                             "backups: {} and {} have the same priority but different checks; \
                              allowed: one check for each priority",
@@ -290,6 +352,7 @@ impl<'a> Resolver<'a> {
                 message: format!("Service {} has no {} port that matches {wanted}", found.key, protocol.name()),
             }));
         };
-        Ok(Endpoints::of(&self.world.endpoints[&found.key], chosen.name.as_deref(), protocol.name(), family))
+        let slices = &self.world.endpoints[&found.key];
+        Ok(Endpoints::of(slices, chosen.name.as_deref(), protocol.name(), family, Twice::Better))
     }
 }

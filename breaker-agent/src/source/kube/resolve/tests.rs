@@ -1,15 +1,16 @@
 //! Tests for every rule of resolution, with objects as the API server returns them.
 
 use breaker_api::crd::{CircuitBreaker, ReferenceGrant};
-use std::{path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use super::{LastValidSpecs, NodeView, Resolution, ResolvedBreaker, World, engine_name, resolve};
 use crate::{
     config,
     source::kube::{
+        hold::Held,
         intent::Key,
         objects::{EndpointSlice, Service},
         spec_policies::Policies,
@@ -130,7 +131,7 @@ fn the_lab_means_what_the_file_for_it_means() {
         backups: [{name: backup, backends: [{address: 10.42.0.3, port: 80}, {address: 10.42.1.3, port: 80}], check: {httpGet: {path: /ready}}}]}]";
     let mut expected = config::parse(Path::new("t"), file).unwrap().services.remove(0);
     expected.grace_period = result.ports[&8080].grace_period;
-    expected.name = engine_name(&Key::new("lab", "dummy"), 8080);
+    expected.name = engine_name(&Key::new("lab", "dummy"), 8080, false);
     assert_eq!(result.ports[&8080], expected, "an omitted field has another default than in a file");
 }
 
@@ -323,7 +324,7 @@ fn a_family_without_a_backup_is_named() {
     let mut slice = |name: &str, family: &str, address: &str| {
         let slice: EndpointSlice = serde_json::from_value(json!({
             "metadata": { "namespace": "lab", "name": format!("{name}-{family}") }, "addressType": family,
-            "ports": [{ "port": 80, "protocol": "TCP" }],
+            "ports": [{ "name": "", "port": 80, "protocol": "TCP" }],
             "endpoints": [{ "addresses": [address], "targetRef": { "uid": name } }],
         }))
         .unwrap();
@@ -562,11 +563,11 @@ fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
 fn names_fit_and_differ() {
     let long = "n".repeat(63);
     let (a, b) = (
-        engine_name(&Key::new(&long, &"s".repeat(63)), 65535),
-        engine_name(&Key::new(&long, &format!("{}t", "s".repeat(62))), 65535),
+        engine_name(&Key::new(&long, &"s".repeat(63)), 65535, false),
+        engine_name(&Key::new(&long, &format!("{}t", "s".repeat(62))), 65535, false),
     );
     assert!(a.as_str().len() < breaker_common::NAME_LEN && a != b, "{a} {b}");
-    assert_eq!(engine_name(&Key::new("lab", "dummy"), 8080).as_str(), "lab/dummy:8080");
+    assert_eq!(engine_name(&Key::new("lab", "dummy"), 8080, false).as_str(), "lab/dummy:8080");
 }
 
 #[test]
@@ -660,17 +661,114 @@ fn external_traffic_policy_local_is_about_the_ways_in_from_outside() {
         json!({}),
     );
     let result = lab.only();
-    let service = &result.ports[&8080];
-    let outside: Vec<String> = service.keep_client.frontends.iter().map(|f| f.address.to_string()).collect();
-    let others: Vec<String> = frontends(service).into_iter().filter(|f| !outside.contains(f)).collect();
-    assert_eq!(others, ["10.43.0.1:8080"]);
-    assert!(
-        outside.contains(&"198.51.100.7:8080".into()) && outside.iter().any(|f| f.ends_with(":30080")),
-        "{outside:?}"
-    );
+    let inside = &result.ports[&8080];
+    assert_eq!((frontends(inside), inside.keep_client.frontends.len()), (vec!["10.43.0.1:8080".to_owned()], 0));
+    let service = &result.outside[&8080];
+    assert_eq!(service.name.as_str(), "lab/dummy:8080/outside");
+    assert_eq!(frontends(service), ["192.0.2.1:30080", "198.51.100.7:8080"]);
+    assert_eq!(service.keep_client.frontends, service.frontends.iter().copied().collect());
     let here: Vec<String> = service.keep_client.backends.iter().map(ToString::to_string).collect();
     assert_eq!(here, ["10.42.0.3:80"], "the backup's pod on this node");
     assert!(result.notes.iter().any(|note| note.contains("externalTrafficPolicy")), "{:?}", result.notes);
+}
+
+/// TRIALS A2: the breaker judges the endpoints that kube-proxy uses on this node, for each way in.
+#[test]
+fn the_endpoints_that_kube_proxy_uses_here_decide() {
+    let endpoint = |address: &str, node: &str| json!({ "addresses": [address], "nodeName": node, "zone": "a", "hints": { "forNodes": [{ "name": node }] } });
+    let of = |spec: Value, nodes: [&str; 2]| {
+        let mut lab = Lab::new().with_breaker(self::spec());
+        let mut service = json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080, "nodePort": 30080 }] });
+        service.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        lab.service("lab", "dummy", service, json!({}));
+        lab.0.endpoints.remove(&Key::new("lab", "dummy"));
+        let [first, second] = nodes;
+        lab.slice("lab", "dummy", "", 80, json!([endpoint("10.42.0.1", first), endpoint("10.42.0.2", second)]));
+        let result = lab.only();
+        let primary = |services: &BTreeMap<i32, model::Service>| services.get(&8080).map(|s| addresses(&s.primary));
+        (primary(&result.ports), primary(&result.outside))
+    };
+    let both = || Some(vec!["10.42.0.1:80".to_owned(), "10.42.0.2:80".to_owned()]);
+    let first = || Some(vec!["10.42.0.1:80".to_owned()]);
+    let nobody = || Some(Vec::new());
+    // Hints for this node, as trafficDistribution: PreferSameNode makes them.
+    assert_eq!(of(json!({}), ["node1", "node2"]), (first(), None));
+    assert_eq!(of(json!({}), ["node2", "node3"]), (both(), None));
+    let [inside, outside] = ["internalTrafficPolicy", "externalTrafficPolicy"].map(|policy| json!({ policy: "Local" }));
+    assert_eq!(of(inside.clone(), ["node1", "node2"]), (first(), first()));
+    assert_eq!(of(inside, ["node2", "node3"]), (nobody(), both()), "clients of this node time out");
+    assert_eq!(of(outside.clone(), ["node1", "node2"]), (first(), first()));
+    assert_eq!(of(outside, ["node2", "node3"]), (both(), both()), "nobody is sent to this node");
+}
+
+/// TRIALS A1: a named port may have another number at each pod, for example during a rollout.
+#[test]
+fn each_pod_is_checked_at_its_own_port() {
+    let mut lab = Lab::new().with_breaker(with(|s| s["check"]["httpGet"]["port"] = json!("admin")));
+    lab.0.endpoints.clear();
+    for service in ["dummy", "backup"] {
+        for (number, admin) in [(1, 9001), (2, 9002)] {
+            let slice: EndpointSlice = serde_json::from_value(json!({
+                "metadata": { "namespace": "lab", "name": format!("{service}-{number}") }, "addressType": "IPv4",
+                "ports": [{ "name": "", "port": 80 }, { "name": "admin", "port": admin }],
+                "endpoints": [{ "addresses": [format!("10.42.{}.{number}", service.len())] }],
+            }))
+            .unwrap();
+            lab.0.endpoints.entry(Key::new("lab", service)).or_default().push(Arc::new(slice));
+        }
+    }
+    let ports = |result: &ResolvedBreaker| -> Vec<Option<u16>> {
+        let service = &result.ports[&8080];
+        let tiers = service.tiers().flat_map(|tier| tier.backends.iter().map(move |b| tier.check_of(b.address)));
+        tiers
+            .map(|check| match check.unwrap().action {
+                model::CheckAction::HttpGet { port, .. } => port,
+                _ => None,
+            })
+            .collect()
+    };
+    let expected = [9001, 9002, 9001, 9002].map(Some);
+    assert_eq!(ports(&lab.only()), expected);
+    let first = lab.only().ports;
+    lab.0.endpoints.values_mut().for_each(|slices| slices.reverse());
+    assert_eq!(lab.only().ports, first, "the order of slices");
+}
+
+/// TRIALS A5: the address of a pod that has ended may be the backup's by now.
+#[test]
+fn a_pod_that_has_ended_hides_no_backup() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.slice(
+        "lab",
+        "dummy",
+        "",
+        80,
+        json!([{ "addresses": ["10.42.0.3"], "conditions": { "ready": false, "serving": false, "terminating": true } }]),
+    );
+    let result = lab.only();
+    assert_eq!(addresses(&result.ports[&8080].backups[0]), ["10.42.0.3:80", "10.42.1.3:80"]);
+    assert_eq!(addresses(&result.ports[&8080].primary), ["10.42.0.1:80", "10.42.0.2:80"]);
+}
+
+/// TRIALS A6: the slices follow a renamed port after a moment.
+#[test]
+fn a_renamed_port_is_no_failure_of_its_pods() {
+    let mut lab = Lab::new().with_breaker(spec());
+    let mut held = Held::default();
+    let mut at = |lab: &Lab, seconds: i64| {
+        let mut results = lab.resolve().results;
+        let now = now().checked_add(SignedDuration::from_secs(seconds)).unwrap();
+        let next = held.apply(&mut results, now).map(|next| next.duration_since(now).as_secs());
+        (results[0].ports.get(&8080).map(|service| service.primary.backends.len()), results[0].hold, next)
+    };
+    assert_eq!(at(&lab, 0), (Some(2), false, None));
+    let renamed = json!({ "clusterIP": "10.43.0.1", "ports": [{ "name": "web", "port": 8080 }] });
+    lab.service("lab", "dummy", renamed, json!({}));
+    assert_eq!(at(&lab, 1), (Some(2), true, Some(10)));
+    assert_eq!(at(&lab, 9), (Some(2), true, Some(2)));
+    assert_eq!(at(&lab, 11), (Some(0), false, None), "it was not a moment");
+    lab.slice("lab", "dummy", "web", 80, json!([{ "addresses": ["10.42.0.1"] }]));
+    assert_eq!(at(&lab, 12), (Some(1), false, None));
 }
 
 #[test]
