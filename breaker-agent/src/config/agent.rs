@@ -38,6 +38,7 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
     let xdp = [("Auto", XdpPolicy::Auto), ("Native", XdpPolicy::Native), ("Off", XdpPolicy::Off)];
     let orders = [("First", AttachOrder::First), ("Last", AttachOrder::Last)];
     let attach = [("Auto", AttachMode::Auto), ("Tcx", AttachMode::Tcx), ("Clsact", AttachMode::Clsact)];
+    let external_ips = [("Deny", false), ("Allow", true)];
     AgentConfig {
         pin_path: path(problems, raw.pin_path, "agent.pinPath", DEFAULT_PIN_PATH),
         socket: path(problems, raw.socket, "agent.socket", DEFAULT_SOCKET),
@@ -61,6 +62,7 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
             DEFAULT_MASQUERADE_MARK,
             1..=u32::MAX,
         ),
+        external_ips: problems.word(raw.external_ips.as_ref(), "agent.externalIPs", &external_ips, false),
         masquerade_rule: raw.masquerade_rule.unwrap_or(true),
     }
 }

@@ -67,6 +67,8 @@ pub struct AgentConfig {
     pub max_flows: Option<u32>,
     /// kube-proxy's masquerade mark.
     pub masquerade_mark: u32,
+    /// Whether external IPs of Services are protected.
+    pub external_ips: bool,
     /// Whether breaker installs a masquerade rule of its own for that mark, which runs after kube-proxy's.
     pub masquerade_rule: bool,
 }

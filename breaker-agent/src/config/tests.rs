@@ -468,6 +468,7 @@ mod documented {
             let camel = match camel.as_str() {
                 "clientPrefixLength" => "clientPrefixLengthIPv6".to_owned(),
                 "record" => "type".to_owned(),
+                "externalIps" => "externalIPs".to_owned(),
                 _ => camel,
             };
             let found = documented.iter().any(|d| d.rsplit('.').next() == Some(camel.as_str()));

@@ -60,7 +60,13 @@ async fn lab() -> Double {
 }
 
 fn source(double: &Double) -> KubeSource {
-    let place = NodeIdentity { node: "node1".into(), namespace: "breaker-system".into(), kubeconfig: None, room: 1000 };
+    let place = NodeIdentity {
+        node: "node1".into(),
+        namespace: "breaker-system".into(),
+        kubeconfig: None,
+        room: 1000,
+        external_ips: true,
+    };
     KubeSource::start(&double.client(), &place)
 }
 

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Check, CircuitBreakerStatus, Limits, Port, date_time};
+use super::{Check, CircuitBreakerStatus, Limits, MOST_BACKUPS, MOST_PORTS, Port, date_time};
 
 /// The protected Service, its backups, and how the breaker decides between them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -56,7 +56,7 @@ pub struct CircuitBreakerSpec {
     /// The Service to protect, in the namespace of the CircuitBreaker.
     pub service: ServiceRef,
     /// The Services that take over, in order of preference.
-    #[schemars(length(min = 1, max = 8))]
+    #[schemars(length(min = 1, max = MOST_BACKUPS))]
     pub backups: Vec<Backup>,
     /// How the pods of the primary and of the backups are checked: exactly one of httpGet, tcpSocket, grpc, dns and udp.
     /// The first three have the fields of a container's probe. Without a check, the breaker opens only when no endpoint
@@ -128,7 +128,7 @@ pub struct ServiceRef {
     pub name: String,
     /// Ports of the Service to protect, by name or number; all TCP and UDP ports if not given. All of them have one
     /// state and change it together.
-    #[schemars(length(min = 1, max = 16))]
+    #[schemars(length(min = 1, max = MOST_PORTS))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ports: Option<Vec<Port>>,
 }
@@ -155,7 +155,7 @@ pub struct Backup {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<i32>,
     /// The backup's share of new connections, relative to the other backups of the same priority. The number of its
-    /// pods does not matter.
+    /// pods does not matter. 1 if not given.
     #[schemars(range(min = 1, max = 100))]
     #[serde(default = "one")]
     pub weight: i32,

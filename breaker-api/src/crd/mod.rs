@@ -91,11 +91,37 @@ impl JsonSchema for Port {
 pub fn definitions() -> Result<String, serde_saphyr::ser_error::Error> {
     let mut text = String::from("# Generated from breaker-api/src/crd by `cargo xtask crdgen`.\n");
     for crd in [CircuitBreaker::crd(), NodeReport::crd(), ReferenceGrant::crd()] {
+        let mut crd = serde_json::json!(crd);
+        for version in crd["spec"]["versions"].as_array_mut().into_iter().flatten() {
+            remove_defaults_in_lists(&mut version["schema"]["openAPIV3Schema"], false);
+        }
         text.push_str("---\n");
         text.push_str(&serde_saphyr::to_string(&crd)?);
     }
     Ok(text)
 }
+
+/// Removes the defaults of fields inside of lists that belong to one manager as a whole (`x-kubernetes-list-type:
+/// atomic`, which is the default). The API server would add them to a client's list, and a later server-side apply of the
+/// same list would conflict with it. The agent adds them when it reads the object.
+fn remove_defaults_in_lists(schema: &mut serde_json::Value, inside: bool) {
+    let Some(fields) = schema.as_object_mut() else { return };
+    if inside {
+        fields.remove("default");
+    }
+    let atomic = fields.get("x-kubernetes-list-type").is_none_or(|kind| kind == "atomic");
+    if let Some(items) = fields.get_mut("items") {
+        remove_defaults_in_lists(items, inside || atomic);
+    }
+    for field in fields.get_mut("properties").and_then(|fields| fields.as_object_mut()).into_iter().flatten() {
+        remove_defaults_in_lists(field.1, inside);
+    }
+}
+
+/// Backups of a CircuitBreaker, at most.
+pub const MOST_BACKUPS: usize = 8;
+/// Protected ports that a CircuitBreaker names, at most.
+pub const MOST_PORTS: usize = 16;
 
 fn date_time(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
     schemars::json_schema!({ "type": "string", "format": "date-time" })

@@ -15,6 +15,17 @@ fn the_definitions_in_the_repository_are_those_of_the_types() {
     }
 }
 
+/// TRIALS A3: server-side apply of what was applied client-side.
+#[test]
+fn lists_of_one_manager_have_no_defaults() {
+    let made = definitions().unwrap();
+    let crd: serde_json::Value = serde_saphyr::from_str(made.split("---\n").nth(1).unwrap()).unwrap();
+    let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"];
+    let defaults = |schema: &serde_json::Value| schema.to_string().matches("\"default\":").count();
+    assert_eq!(defaults(&spec["backups"]), 0);
+    assert!(defaults(&spec["check"]) > 3 && defaults(&spec["breaker"]) > 3);
+}
+
 #[test]
 fn every_field_has_a_description() {
     fn look(path: &str, schema: &serde_json::Value, missing: &mut Vec<String>) {

@@ -110,6 +110,18 @@ async fn odd_servers_are_judged_as_the_kubelet_judges_them() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// HARDENING S1: a check connects to the backend, whatever its host says.
+#[tokio::test]
+async fn the_host_is_no_destination() {
+    for host in ["127.0.0.1:1", "other.example", "other.example:443", "[::1]:1", "localhost"] {
+        let (at, task) = server(answers("HTTP/1.1 200 OK\r\n\r\n")).await;
+        let get = HttpGet { host: Some(host.into()), ..get() };
+        assert_eq!(probe(&http(get), at).await.0, L7Ok, "{host}");
+        let request = String::from_utf8(task.await.unwrap()).unwrap();
+        assert!(request.contains(&format!("\r\nHost: {host}\r\n")), "{request}");
+    }
+}
+
 /// F2: a server that answers before it has read the request, as clustercheck under xinetd does. One probe shows nothing:
 /// it depends on which of the two is faster.
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use breaker_api::crd::CircuitBreakerSpec;
+use breaker_api::crd::{CircuitBreakerSpec, MOST_BACKUPS, MOST_PORTS};
 
 /// The common prefix of all annotations of breaker.
 pub const PREFIX: &str = "breaker.dev/";
@@ -53,6 +53,9 @@ const FIELDS: &[(&str, &str, Form)] = &[
     ("mode", "mode", Form::Text),
 ];
 
+/// Bytes of an annotation's value, at most.
+const MOST_BYTES: usize = 1024;
+
 /// Annotations with a syntax of their own.
 const OWN: &[&str] = &["backup", "check", "ports"];
 
@@ -80,15 +83,31 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
         let hint = hint.unwrap_or_default();
         return Err(format!("annotation {PREFIX}{unknown} is not known{hint}; allowed: {}", known.join(", ")));
     }
+    if let Some((name, value)) = ours.iter().find(|(_, value)| value.len() > MOST_BYTES) {
+        let length = value.len();
+        return Err(format!("annotation {PREFIX}{name} has {length} bytes; allowed: up to {MOST_BYTES}"));
+    }
     let backup = ours
         .get("backup")
         .ok_or_else(|| format!("annotation {PREFIX}backup is missing: it names the Service that takes over"))?;
     let backups = backup.split(',').map(|entry| backup_of(entry.trim(), service)).collect::<Result<Vec<_>, _>>()?;
+    let many = |name: &str, count: usize, most: usize| match count > most {
+        true => Err(format!("annotation {PREFIX}{name} has {count} entries; allowed: up to {most}")),
+        false => Ok(()),
+    };
+    many("backup", backups.len(), MOST_BACKUPS)?;
+    let name = |backup: &Value| (backup["namespace"].to_string(), backup["name"].to_string());
+    if let Some(twice) = backups.iter().enumerate().find(|(i, one)| backups[..*i].iter().any(|b| name(b) == name(one)))
+    {
+        let twice = twice.1["name"].as_str().unwrap_or_default();
+        return Err(format!("annotation {PREFIX}backup: {twice:?} is there twice; allowed: each Service once"));
+    }
     let mut spec = json!({ "service": { "name": service }, "backups": backups });
     if let Some(check) = ours.get("check") {
         spec["check"] = check_of(check)?;
     }
     if let Some(ports) = ours.get("ports") {
+        many("ports", ports.split(',').count(), MOST_PORTS)?;
         spec["service"]["ports"] = ports.split(',').map(|port| port_of(port.trim())).collect();
     }
     for (name, field, form) in FIELDS {
@@ -270,6 +289,30 @@ mod tests {
         }))
         .unwrap();
         assert_eq!(spec, Some(Ok(expected)));
+    }
+
+    /// HARDENING S5: annotations have the bounds of the CRD.
+    #[test]
+    fn annotations_have_the_bounds_of_the_crd() {
+        let names = |count: usize| (0..count).map(|i| format!("b{i}")).collect::<Vec<_>>().join(",");
+        let rows = [
+            ("breaker.dev/backup", names(9), "annotation breaker.dev/backup has 9 entries; allowed: up to 8"),
+            ("breaker.dev/ports", names(17), "annotation breaker.dev/ports has 17 entries; allowed: up to 16"),
+            ("breaker.dev/backup", names(300), "annotation breaker.dev/backup has 1389 bytes; allowed: up to 1024"),
+            ("breaker.dev/check", "/".repeat(2000), "annotation breaker.dev/check has 2000 bytes; allowed: up to 1024"),
+            (
+                "breaker.dev/backup",
+                "a,b:1,a:2".into(),
+                "annotation breaker.dev/backup: \"a\" is there twice; allowed: each Service once",
+            ),
+        ];
+        for (name, value, expected) in rows {
+            let annotations = [("breaker.dev/backup", "spare"), (name, value.as_str())];
+            assert_eq!(parse(&annotations), Some(Err(expected.into())), "{name}");
+        }
+        for (name, value) in [("breaker.dev/backup", names(8)), ("breaker.dev/ports", names(16))] {
+            assert!(parse(&[("breaker.dev/backup", "spare"), (name, value.as_str())]).unwrap().is_ok(), "{name}");
+        }
     }
 
     #[test]

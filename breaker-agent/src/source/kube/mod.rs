@@ -119,6 +119,8 @@ pub struct NodeIdentity {
     pub kubeconfig: Option<std::path::PathBuf>,
     /// Maximum number of Services that the node can protect.
     pub room: usize,
+    /// Whether external IPs of Services are protected.
+    pub external_ips: bool,
 }
 
 /// Makes a client for the API server, from a kubeconfig file or from the environment.
@@ -173,7 +175,7 @@ impl KubeSource {
         let published = Published::new(watches.breakers());
         let ending = CancellationToken::new();
         let tasks = vec![
-            tokio::spawn(follow(watches, changed, updates_in, identity.room, published.clone())),
+            tokio::spawn(follow(watches, changed, updates_in, identity.clone(), published.clone())),
             supervise::spawn("the writer of the NodeReport", {
                 let (client, published) = (client.clone(), published.clone());
                 move || node_report::run(client.clone(), state_out.clone(), published.clone())
@@ -224,7 +226,7 @@ async fn follow(
     mut watches: Watches,
     changed: Arc<Notify>,
     updates: channel::Sender<Arc<Update>>,
-    room: usize,
+    identity: NodeIdentity,
     published: Published,
 ) {
     let mut policies = Policies::default();
@@ -244,8 +246,9 @@ async fn follow(
             () = std::future::ready(()), if shares && published.agents() != nodes => {}
         }
         sleep(BATCH_DELAY).await;
-        let Some(world) = watches.world() else { continue };
-        let resolved = contained_call(|| resolve(&world, &mut policies, &mut last_valid, clock::wall(), room));
+        let Some(mut world) = watches.world() else { continue };
+        world.external_ips = identity.external_ips;
+        let resolved = contained_call(|| resolve(&world, &mut policies, &mut last_valid, clock::wall(), identity.room));
         let mut resolution = match resolved {
             Ok(resolution) => resolution,
             // An object that nobody thought of. The last update stays in force until the objects change.

@@ -208,6 +208,7 @@ impl Watches {
             self.last_parsed.extend(breaker.map(|breaker| (key, breaker)));
         }
         let mut world = World {
+            external_ips: false,
             node: node_view(&self.node_name, node.first().map(|node| &**node)),
             breakers: self.last_parsed.values().cloned().collect(),
             grants: self.grants.get()?,

@@ -7,7 +7,7 @@ use std::{
 
 use breaker_core::model::{Frontend, Protocol};
 
-use super::Resolver;
+use super::{Resolver, refuse};
 use crate::source::kube::{
     endpoints::Family,
     objects::{Service, ServicePort},
@@ -26,7 +26,13 @@ impl Resolver<'_> {
         let spec = &service.spec;
         let number = u16::try_from(port.port).unwrap_or_default();
         let cluster = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
-        let external = spec.external_ips.iter();
+        if !spec.external_ips.is_empty() && !self.world.external_ips {
+            self.note("external IPs are not protected (agent.externalIPs: Deny)".into());
+        }
+        let external: Vec<&String> = match self.world.external_ips {
+            true => spec.external_ips.iter().filter(|ip| self.owns(ip, true)).collect(),
+            false => Vec::new(),
+        };
         let balancers = service.status.load_balancer.ingress.iter();
         // netfilter drops packets from other sources before it translates them. The programs would translate before
         // netfilter sees the packet, and so bypass that rule.
@@ -37,6 +43,7 @@ impl Resolver<'_> {
         let balancers = balancers.filter(|_| !limited);
         // With ipMode Proxy, packets arrive with a destination that the load balancer chose.
         let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
+        let balancers: Vec<&String> = balancers.filter(|ip| self.owns(ip, false)).collect();
         let mut addresses: BTreeSet<SocketAddr> = cluster
             .chain(external)
             .chain(balancers)
@@ -48,6 +55,23 @@ impl Resolver<'_> {
         }
         let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
         ours.map(|address| Frontend { address, protocol }).collect()
+    }
+
+    /// Whether a Service may have this address beside its cluster IPs. If not, the condition ResolvedRefs says so.
+    /// `chosen`: the Service's author chose it, and not a load balancer.
+    fn owns(&mut self, address: &str, chosen: bool) -> bool {
+        let Ok(ip) = address.parse::<IpAddr>() else { return false };
+        let own = &self.result.service;
+        let why = match self.cluster_ips.get(&ip) {
+            Some(owner) if *owner != own => format!("the cluster IP of Service {owner}"),
+            // k3s gives the addresses of nodes to load balancers.
+            _ if chosen && self.world.node.addresses.contains(&ip) => "an address of a node".to_owned(),
+            _ if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() => "no address of a host".to_owned(),
+            _ => return true,
+        };
+        let message = format!("{ip} is {why}, and not protected for Service {own}");
+        self.result.resolved = refuse("FrontendNotOwned", message);
+        false
     }
 }
 

@@ -81,6 +81,8 @@ pub struct World {
     pub endpoints: HashMap<Key, Vec<Arc<EndpointSlice>>>,
     /// All NetworkPolicies.
     pub policies: network_policy::ByNamespace,
+    /// Whether external IPs are frontends (`agent.externalIPs`): whoever may write a Service can name any address there.
+    pub external_ips: bool,
 }
 
 /// Why a request, or a part of it, is refused: reason and message of a condition.
@@ -201,7 +203,7 @@ pub fn resolve(
     intents.sort_by(|a, b| (a.owner.kind, a.created, &a.owner.key).cmp(&(b.owner.kind, b.created, &b.owner.key)));
     let mut resolution = Resolution::default();
     let mut taken: HashMap<Key, Owner> = HashMap::new();
-    let mut frontends: HashSet<Frontend> = HashSet::new();
+    let cluster_ips = cluster_ips(world);
     let mut count = 0;
     let mut next_valid = LastValidSpecs::new();
     for intent in intents {
@@ -239,7 +241,14 @@ pub fn resolve(
             }
         };
         let wrong = wanted.as_ref().is_none_or(|spec| {
-            let mut resolver = Resolver { world, policies, spec, result: &mut result, wanted: &mut resolution.wanted };
+            let mut resolver = Resolver {
+                world,
+                cluster_ips: &cluster_ips,
+                policies,
+                spec,
+                result: &mut result,
+                wanted: &mut resolution.wanted,
+            };
             resolver.resolve(now);
             result.accepted.is_err()
         });
@@ -247,7 +256,14 @@ pub fn resolve(
         if let (true, Some(spec)) = (wrong, &in_force) {
             // The last valid spec stays in force; condition Accepted still reports the error of the current spec.
             let refused = result.accepted.clone();
-            let mut resolver = Resolver { world, policies, spec, result: &mut result, wanted: &mut resolution.wanted };
+            let mut resolver = Resolver {
+                world,
+                cluster_ips: &cluster_ips,
+                policies,
+                spec,
+                result: &mut result,
+                wanted: &mut resolution.wanted,
+            };
             resolver.resolve(now);
             result.accepted = refused;
         }
@@ -258,19 +274,14 @@ pub fn resolve(
             }
             next_valid.insert(intent.owner.clone(), spec);
         }
-        // A frontend belongs to one service, but Kubernetes allows two Services with the same external IP.
-        let mut lost = Vec::new();
-        for service in result.services_mut() {
-            service.frontends.retain(|frontend| {
-                let free = frontends.insert(*frontend);
-                if !free {
-                    lost.push(format!("{frontend} belongs to another protected Service"));
-                }
-                free
-            });
+        let needed = result.services().count();
+        count += needed;
+        if count > limit {
+            count -= needed;
+            result.keep_services(|_| false);
+            result.accepted =
+                refuse("TooMany", format!("the limit of {limit} protected Services is reached (agent.maxServices)"));
         }
-        result.notes.extend(lost);
-        result.keep_services(|service| !service.frontends.is_empty());
         // A Service that was made a moment ago has pods that have never been ready.
         let made = world.services.get(&intent.service).and_then(|service| service.metadata.creation_timestamp.as_ref());
         let until = made.and_then(|made| made.0.checked_add(STARTING).ok());
@@ -280,23 +291,48 @@ pub fn resolve(
             }
             resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
         }
-        let needed = result.services().count();
-        count += needed;
-        if count > limit {
-            count -= needed;
-            result.keep_services(|_| false);
-            result.accepted =
-                refuse("TooMany", format!("the limit of {limit} protected Services is reached (agent.maxServices)"));
-        }
         resolution.results.push(result);
     }
+    claim_frontends(&mut resolution.results);
     *last_valid = next_valid;
     resolution
+}
+
+/// Gives each frontend to one service: Kubernetes allows two Services with the same external IP. The first one gets it,
+/// but one that only watches (`mode: DryRun`) takes nothing from one that acts.
+fn claim_frontends(results: &mut [ResolvedBreaker]) {
+    let mut taken: HashSet<Frontend> = HashSet::new();
+    for mode in [model::Mode::Enforce, model::Mode::DryRun] {
+        for result in &mut *results {
+            let mut lost = Vec::new();
+            for service in result.services_mut().filter(|service| service.mode == mode) {
+                service.frontends.retain(|frontend| {
+                    let free = taken.insert(*frontend);
+                    if !free {
+                        lost.push(format!("{frontend} belongs to another protected Service"));
+                    }
+                    free
+                });
+            }
+            result.notes.extend(lost);
+            result.keep_services(|service| !service.frontends.is_empty());
+        }
+    }
+}
+
+/// The Service that each cluster IP belongs to.
+fn cluster_ips(world: &World) -> HashMap<IpAddr, &Key> {
+    let all = world.services.iter().flat_map(|(key, service)| {
+        let spec = &service.spec;
+        spec.cluster_ips.iter().chain([&spec.cluster_ip]).filter_map(move |ip| Some((ip.parse().ok()?, key)))
+    });
+    all.collect()
 }
 
 /// The resolution of one `Intent`.
 struct Resolver<'a> {
     world: &'a World,
+    cluster_ips: &'a HashMap<IpAddr, &'a Key>,
     policies: &'a mut Policies,
     spec: &'a CircuitBreakerSpec,
     result: &'a mut ResolvedBreaker,

@@ -253,6 +253,7 @@ fn a_grant_opens_another_namespace_and_only_that() {
 #[test]
 fn every_address_of_a_service_is_a_frontend() {
     let mut lab = Lab::new().with_breaker(spec());
+    lab.0.external_ips = true;
     lab.service(
         "lab",
         "dummy",
@@ -540,23 +541,60 @@ fn an_override_ends_by_itself() {
     assert_eq!(resolution.next, None);
 }
 
+/// HARDENING S2: an address belongs to its Service, whatever other Services say.
+#[test]
+fn an_address_belongs_to_its_service() {
+    // The victim is protected by annotations, or not at all; the other one by an older CircuitBreaker.
+    let annotated = json!({ "breaker.dev/backup": "backup", "breaker.dev/override": "ForceClosed" });
+    for annotations in [json!({}), annotated] {
+        let mut lab = Lab::new();
+        lab.0.external_ips = true;
+        let victim = json!({ "clusterIP": "10.43.0.10", "ports": [{ "port": 8080 }] });
+        lab.service("victim", "dns", victim, annotations.clone());
+        lab.service("victim", "backup", json!({ "clusterIP": "10.43.0.11", "ports": [{ "port": 8080 }] }), json!({}));
+        for service in ["dns", "backup"] {
+            lab.slice("victim", service, "", 80, json!([{ "addresses": ["10.42.0.9"] }]));
+        }
+        let taken = ["10.43.0.10", "192.0.2.1", "127.0.0.1", "224.0.0.1", "198.51.100.7"];
+        let other = json!({ "clusterIP": "10.43.0.5", "externalIPs": taken, "ports": [{ "port": 8080 }] });
+        lab.service("lab", "other", other, json!({}));
+        lab.slice("lab", "other", "", 80, json!([{ "addresses": ["10.42.0.6"] }]));
+        lab.breaker("other", 50, with(|s| s["service"]["name"] = json!("other")));
+        let resolution = lab.resolve();
+        let result = &resolution.results[0];
+        assert_eq!(frontends(&result.ports[&8080]), ["10.43.0.5:8080", "198.51.100.7:8080"]);
+        assert_eq!(refusal(result).0, "FrontendNotOwned");
+        if annotations.as_object().is_some_and(|annotations| !annotations.is_empty()) {
+            assert_eq!(frontends(&resolution.results[1].ports[&8080]), ["10.43.0.10:8080"]);
+        }
+        lab.0.external_ips = false;
+        let result = &lab.resolve().results[0];
+        assert_eq!(frontends(&result.ports[&8080]), ["10.43.0.5:8080"]);
+        assert!(result.notes[0].contains("agent.externalIPs"), "{:?}", result.notes);
+    }
+}
+
+/// HARDENING S2: who does nothing with a frontend takes it from nobody.
 #[test]
 fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
-    let mut lab = Lab::new().with_breaker(spec());
-    lab.service(
-        "lab",
-        "other",
-        json!({ "clusterIP": "10.43.0.5", "externalIPs": ["10.43.0.1"], "ports": [{ "port": 8080 }] }),
-        json!({}),
-    );
+    let mut lab = Lab::new().with_breaker(with(|s| s["mode"] = json!("DryRun")));
+    lab.0.external_ips = true;
+    for (name, ip) in [("dummy", "10.43.0.1"), ("other", "10.43.0.5")] {
+        let spec = json!({ "clusterIP": ip, "externalIPs": ["198.51.100.7"], "ports": [{ "port": 8080 }] });
+        lab.service("lab", name, spec, json!({}));
+    }
     lab.slice("lab", "other", "", 80, json!([{ "addresses": ["10.42.0.6"] }]));
     lab.breaker("other", 50, with(|s| s["service"]["name"] = json!("other")));
+    let of = |resolution: &Resolution| -> Vec<Vec<String>> {
+        resolution.results.iter().map(|result| result.ports.values().flat_map(frontends).collect()).collect()
+    };
     let resolution = lab.resolve();
-    assert_eq!(frontends(&resolution.results[1].ports[&8080]), ["10.43.0.5:8080"]);
-    assert!(resolution.results[1].notes[0].contains("10.43.0.1:8080"), "{:?}", resolution.results[1].notes);
+    assert_eq!(of(&resolution), [vec!["10.43.0.1:8080"], vec!["10.43.0.5:8080", "198.51.100.7:8080"]]);
+    assert!(resolution.results[0].notes[0].contains("198.51.100.7:8080"), "{:?}", resolution.results[0].notes);
     let full = resolve(&lab.0, &mut Policies::default(), &mut LastValidSpecs::new(), now(), 1);
     assert!(full.results[0].accepted.is_ok());
     assert_eq!(refusal(&full.results[1]).0, "TooMany");
+    assert_eq!(of(&full), [vec!["10.43.0.1:8080", "198.51.100.7:8080"], vec![]]);
 }
 
 #[test]
@@ -653,6 +691,7 @@ fn a_load_balancer_with_source_ranges_is_left_to_netfilter() {
 #[test]
 fn external_traffic_policy_local_is_about_the_ways_in_from_outside() {
     let mut lab = Lab::new().with_breaker(spec());
+    lab.0.external_ips = true;
     lab.service(
         "lab",
         "dummy",
