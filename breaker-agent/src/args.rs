@@ -171,9 +171,17 @@ fn options(args: AgentArgs) -> Result<Options, Vec<String>> {
     let AgentArgs { config, kubernetes, node_name, namespace, kubeconfig, detach, program_log, check: _ } = args;
     let (agent, origin) = match node_name {
         _ if !kubernetes => of_file(config.unwrap_or_default())?,
-        Some(node) if !node.is_empty() => {
-            of_cluster(config, NodeIdentity { node, namespace, kubeconfig, room: 0, external_ips: false })?
-        }
+        Some(node) if !node.is_empty() => of_cluster(
+            config,
+            NodeIdentity {
+                node,
+                namespace,
+                kubeconfig,
+                room: 0,
+                node_ports: config::NodePortAddresses::default(),
+                external_ips: false,
+            },
+        )?,
         _ => return Err(vec!["--node-name is missing (in a pod, set NODE_NAME from spec.nodeName)".into()]),
     };
     Ok(Options { agent, origin, detach, incidents: Incidents::default(), program_log })

@@ -6,6 +6,7 @@ use breaker_api::{
     StateReason,
     crd::{Override, OwnerKind, RefusedService, ReportedState},
 };
+use jiff::Timestamp;
 
 use crate::{
     overview::{BreakerView, Overview},
@@ -96,7 +97,11 @@ fn problems(breaker: &BreakerView, paint: Paint) -> String {
         }
     }
     if breaker.spec.r#override != Override::Auto {
-        let until = breaker.spec.until.map(|until| format!(" until {until:.0}")).unwrap_or_default();
+        let until = match breaker.spec.until {
+            Some(until) if until <= Timestamp::now() => format!(" has ended at {until:.0}"),
+            Some(until) => format!(" until {until:.0}"),
+            None => String::new(),
+        };
         let _ = writeln!(text, "{name}: override {}{until}", breaker.spec.r#override.label());
     }
     text

@@ -5,9 +5,10 @@ use std::{net::SocketAddr, time::Duration};
 use breaker_api::{DEFAULT_PIN_PATH, DEFAULT_SOCKET};
 use breaker_common::DEFAULT_MASQUERADE_MARK;
 use globset::{Glob, GlobSetBuilder};
+use ipnet::IpNet;
 use serde_saphyr::Spanned;
 
-use super::{AgentConfig, InterfaceGlobs, format, problems::Problems};
+use super::{AgentConfig, InterfaceGlobs, NodePortAddresses, format, problems::Problems};
 use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
 
 /// The largest number of services that one node can protect.
@@ -62,9 +63,26 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
             DEFAULT_MASQUERADE_MARK,
             1..=u32::MAX,
         ),
+        node_port_addresses: node_port_addresses(problems, &raw.node_port_addresses),
         external_ips: problems.word(raw.external_ips.as_ref(), "agent.externalIPs", &external_ips, false),
         masquerade_rule: raw.masquerade_rule.unwrap_or(true),
     }
+}
+
+fn node_port_addresses(problems: &mut Problems<'_>, values: &[Spanned<String>]) -> NodePortAddresses {
+    let mut addresses = NodePortAddresses::default();
+    for (index, value) in values.iter().enumerate() {
+        match value.value.parse::<IpNet>() {
+            Ok(network) => addresses.networks.push(network),
+            Err(_) if value.value == "primary" => addresses.primary = true,
+            Err(_) => {
+                let problem =
+                    format!("{:?} is not allowed; allowed: primary, or networks like 192.0.2.0/24", value.value);
+                problems.add(value.referenced, &format!("agent.nodePortAddresses[{index}]"), problem);
+            }
+        }
+    }
+    addresses
 }
 
 fn listen(problems: &mut Problems<'_>, value: Option<&Spanned<String>>) -> Option<SocketAddr> {

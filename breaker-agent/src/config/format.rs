@@ -40,6 +40,8 @@ pub(super) struct Agent {
     pub max_flows: Option<Spanned<u64>>,
     pub masquerade_mark: Option<Spanned<u64>>,
     pub masquerade_rule: Option<bool>,
+    #[serde(default)]
+    pub node_port_addresses: Vec<Spanned<String>>,
     #[serde(rename = "externalIPs")]
     pub external_ips: Option<Spanned<String>>,
 }

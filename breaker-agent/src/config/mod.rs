@@ -15,13 +15,14 @@ mod validate;
 
 use std::{
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use breaker_core::model::Service;
 use globset::GlobSet;
+use ipnet::IpNet;
 
 use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
 
@@ -67,10 +68,34 @@ pub struct AgentConfig {
     pub max_flows: Option<u32>,
     /// kube-proxy's masquerade mark.
     pub masquerade_mark: u32,
+    /// At which of the node's addresses NodePorts are protected.
+    pub node_port_addresses: NodePortAddresses,
     /// Whether external IPs of Services are protected.
     pub external_ips: bool,
     /// Whether breaker installs a masquerade rule of its own for that mark, which runs after kube-proxy's.
     pub masquerade_rule: bool,
+}
+
+/// At which of the node's addresses NodePorts are protected. It has the meaning of kube-proxy's `--nodeport-addresses`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodePortAddresses {
+    /// At the first address of each IP family.
+    pub primary: bool,
+    /// At addresses in these networks. Without networks and without `primary`: at all of them.
+    pub networks: Vec<IpNet>,
+}
+
+impl NodePortAddresses {
+    /// Those of a node's addresses that count, in the order in which the Node has them.
+    #[must_use]
+    pub fn of(&self, addresses: &[IpAddr]) -> Vec<IpAddr> {
+        let is_first = |ip: &IpAddr| addresses.iter().find(|other| other.is_ipv4() == ip.is_ipv4()) == Some(ip);
+        let all = !self.primary && self.networks.is_empty();
+        let counts = |ip: &&IpAddr| {
+            all || (self.primary && is_first(ip)) || self.networks.iter().any(|network| network.contains(*ip))
+        };
+        addresses.iter().filter(counts).copied().collect()
+    }
 }
 
 /// Interfaces by name: globs, compared as they are written.

@@ -10,11 +10,11 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use globset::GlobSet;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection,
-    packet_core::NetlinkPayload,
+    packet_core::{NLM_F_REPLACE, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
-        route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
+        route::{RouteAttribute, RouteMessage, RouteType},
     },
 };
 use tokio::sync::mpsc;
@@ -79,13 +79,14 @@ pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<Inter
     // Subscribe before reading the list: a change in between is then reported twice rather than never.
     let (connection, handle, mut messages) = new_multicast_connection(groups).context("open a netlink socket")?;
     tokio::spawn(connection);
-    let present = list(&handle, &what).await?;
+    let mut uplinks = Uplinks::read(&handle).await;
+    let present = list(&handle, &what, &uplinks).await?;
     let (sender, receiver) = mpsc::channel(1024);
     tokio::spawn(async move {
         while let Some((message, _)) = messages.next().await {
+            let replaces = message.header.flags & NLM_F_REPLACE != 0;
             let changes = match message.payload {
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
-                    let uplinks = uplinks(&handle).await;
                     wanted(&message, &what, &uplinks).map(InterfaceChange::Present).into_iter().collect()
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message))
@@ -93,16 +94,22 @@ pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<Inter
                 {
                     vec![InterfaceChange::Gone { index: message.header.index }]
                 }
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message))
-                    if message.header.destination_prefix_length == 0 =>
-                {
-                    list_or_warn(list(&handle, &what).await).into_iter().map(InterfaceChange::Present).collect()
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) if uplinks.add(&route, replaces) => {
+                    let all = list(&handle, &what, &uplinks).await;
+                    list_or_warn(all).into_iter().map(InterfaceChange::Present).collect()
                 }
-                // The socket's receive buffer overflowed and messages are lost: read the whole list again.
-                NetlinkPayload::Overrun(_) => match list(&handle, &what).await {
-                    Ok(all) => vec![InterfaceChange::All(all)],
-                    error => list_or_warn(error).into_iter().map(InterfaceChange::Present).collect(),
-                },
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route)) => {
+                    uplinks.remove(&route);
+                    Vec::new()
+                }
+                // The socket's receive buffer overflowed and messages are lost: read everything again.
+                NetlinkPayload::Overrun(_) => {
+                    uplinks = Uplinks::read(&handle).await;
+                    match list(&handle, &what, &uplinks).await {
+                        Ok(all) => vec![InterfaceChange::All(all)],
+                        error => list_or_warn(error).into_iter().map(InterfaceChange::Present).collect(),
+                    }
+                }
                 _ => Vec::new(),
             };
             for change in changes {
@@ -115,22 +122,13 @@ pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<Inter
     Ok((present, receiver))
 }
 
-async fn list(handle: &Handle, what: &Wanted) -> Result<Vec<Interface>> {
-    let uplinks = uplinks(handle).await;
+async fn list(handle: &Handle, what: &Wanted, uplinks: &Uplinks) -> Result<Vec<Interface>> {
     let links = handle.link().get().execute();
     links
-        .try_filter_map(|message| std::future::ready(Ok(wanted(&message, what, &uplinks))))
+        .try_filter_map(|message| std::future::ready(Ok(wanted(&message, what, uplinks))))
         .try_collect()
         .await
         .context("list the interfaces")
-}
-
-/// Like [`default_route_interfaces`]. If the kernel does not answer, logs a warning and returns no interface.
-async fn uplinks(handle: &Handle) -> BTreeSet<u32> {
-    default_route_interfaces(handle).await.unwrap_or_else(|error| {
-        tracing::warn!("cannot list the default routes, uplinks may be missed: {error:#}");
-        BTreeSet::new()
-    })
 }
 
 fn list_or_warn(outcome: Result<Vec<Interface>>) -> Vec<Interface> {
@@ -142,7 +140,7 @@ fn list_or_warn(outcome: Result<Vec<Interface>>) -> Vec<Interface> {
 
 /// Returns the interface if it gets the programs: a host-side veth (its peer is in another network namespace), an
 /// uplink, or one that is configured by name.
-fn wanted(message: &LinkMessage, what: &Wanted, uplinks: &BTreeSet<u32>) -> Option<Interface> {
+fn wanted(message: &LinkMessage, what: &Wanted, uplinks: &Uplinks) -> Option<Interface> {
     // Bridges send messages about their ports, too. A veth that leaves its bridge still exists.
     if message.header.interface_family == AddressFamily::Bridge {
         return None;
@@ -162,50 +160,99 @@ fn wanted(message: &LinkMessage, what: &Wanted, uplinks: &BTreeSet<u32>) -> Opti
     }
     let name = name?;
     // If the node is a container, its uplink is a veth with a peer elsewhere, too, but there is no pod behind it.
-    let is_uplink = uplinks.contains(&message.header.index);
+    let is_uplink = uplinks.contains(message.header.index);
     let pod = veth && peer_elsewhere && !is_uplink;
     let chosen = what.globs.is_match(&name) || if pod { what.veths } else { what.uplinks && is_uplink };
     let side = if pod { Side::Pod } else { Side::Uplink };
     chosen.then_some(Interface { index: message.header.index, name, side, is_veth: veth })
 }
 
-/// Returns the indices of the interfaces of all default routes in this network namespace, IPv4 and IPv6. Of IPv4,
-/// only the main table counts: other tables are for policy routing.
-async fn default_route_interfaces(handle: &Handle) -> Result<BTreeSet<u32>> {
-    let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
-    let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
-    let mut indices = BTreeSet::new();
-    for request in [v4, v6] {
-        let mut routes = handle.route().get(request).execute();
-        while let Some(route) = routes.try_next().await.context("list the routes")? {
-            indices.extend(interfaces_of_default_route(&route));
-        }
-    }
-    Ok(indices)
+/// The interfaces of all default routes in this network namespace: IPv4 and IPv6, in every routing table, with all of
+/// their next hops. It is kept up to date by the kernel's messages: a node may have too many routes to read them often.
+#[derive(Debug, Default)]
+struct Uplinks(BTreeSet<(DefaultRoute, u32)>);
+
+/// What tells a default route from others. A route that replaces it has the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct DefaultRoute {
+    is_v4: bool,
+    table: u32,
+    metric: u32,
 }
 
-/// Returns the interfaces of a route if it is a default route: one, or those of its next hops.
-fn interfaces_of_default_route(route: &RouteMessage) -> Vec<u32> {
-    let header = &route.header;
-    let is_v4 = header.address_family == AddressFamily::Inet;
-    if header.destination_prefix_length != 0
-        || header.kind != RouteType::Unicast
-        || is_v4 && header.table != RouteHeader::RT_TABLE_MAIN
-    {
-        return Vec::new();
+impl Uplinks {
+    /// Reads the routes. If the kernel does not answer, logs a warning and returns no interface.
+    async fn read(handle: &Handle) -> Self {
+        let mut uplinks = Self::default();
+        let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
+        for request in [v4, v6] {
+            let mut routes = handle.route().get(request).execute();
+            loop {
+                match routes.try_next().await {
+                    Ok(Some(route)) => drop(uplinks.add(&route, false)),
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::warn!("cannot list the default routes, uplinks may be missed: {error:#}");
+                        break;
+                    }
+                }
+            }
+        }
+        uplinks
     }
-    let indices = |attribute: &RouteAttribute| match attribute {
-        RouteAttribute::Oif(index) => vec![*index],
-        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
-        _ => Vec::new(),
-    };
-    route.attributes.iter().flat_map(indices).collect()
+
+    fn contains(&self, index: u32) -> bool {
+        self.0.iter().any(|(_, uplink)| *uplink == index)
+    }
+
+    /// Adds the interfaces of a route if it is a default route. Returns whether one of them is new. `replaces`: the
+    /// route takes the place of another one.
+    fn add(&mut self, route: &RouteMessage, replaces: bool) -> bool {
+        let Some((id, indices)) = default_route(route) else { return false };
+        let news = indices.iter().any(|index| !self.contains(*index));
+        if replaces {
+            self.0.retain(|(known, _)| *known != id);
+        }
+        self.0.extend(indices.into_iter().map(|index| (id, index)));
+        news
+    }
+
+    fn remove(&mut self, route: &RouteMessage) {
+        for index in
+            default_route(route).into_iter().flat_map(|(id, indices)| indices.into_iter().map(move |i| (id, i)))
+        {
+            self.0.remove(&index);
+        }
+    }
+}
+
+/// Returns the identity and the interfaces of a route if it is a default route: one interface, or those of its next
+/// hops.
+fn default_route(route: &RouteMessage) -> Option<(DefaultRoute, Vec<u32>)> {
+    let header = &route.header;
+    if header.destination_prefix_length != 0 || header.kind != RouteType::Unicast {
+        return None;
+    }
+    let is_v4 = header.address_family == AddressFamily::Inet;
+    let mut id = DefaultRoute { is_v4, table: header.table.into(), metric: 0 };
+    let mut indices = Vec::new();
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => indices.push(*index),
+            RouteAttribute::MultiPath(hops) => indices.extend(hops.iter().map(|hop| hop.interface_index)),
+            RouteAttribute::Table(table) => id.table = *table,
+            RouteAttribute::Priority(metric) => id.metric = *metric,
+            _ => {}
+        }
+    }
+    Some((id, indices))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rtnetlink::packet_route::route::RouteNextHop;
+    use rtnetlink::packet_route::route::{RouteHeader, RouteNextHop};
 
     fn route(family: AddressFamily, prefix: u8, kind: RouteType, attributes: Vec<RouteAttribute>) -> RouteMessage {
         let mut route = RouteMessage::default();
@@ -217,23 +264,45 @@ mod tests {
         route
     }
 
+    fn default_of(indices: &[u32]) -> RouteMessage {
+        let hop = |index: &u32| {
+            let mut hop = RouteNextHop::default();
+            hop.interface_index = *index;
+            hop
+        };
+        let attributes = match indices {
+            [index] => vec![RouteAttribute::Oif(*index)],
+            several => vec![RouteAttribute::MultiPath(several.iter().map(hop).collect())],
+        };
+        route(AddressFamily::Inet, 0, RouteType::Unicast, attributes)
+    }
+
     #[test]
     fn default_routes_are_told_from_others() {
         use AddressFamily::{Inet, Inet6};
         let oif = || vec![RouteAttribute::Oif(7)];
-        assert_eq!(interfaces_of_default_route(&route(Inet, 0, RouteType::Unicast, oif())), [7]);
-        assert_eq!(interfaces_of_default_route(&route(Inet6, 0, RouteType::Unicast, oif())), [7]);
-        assert!(interfaces_of_default_route(&route(Inet, 24, RouteType::Unicast, oif())).is_empty());
-        assert!(interfaces_of_default_route(&route(Inet6, 0, RouteType::Unreachable, oif())).is_empty());
-        let mut of_another_table = route(Inet, 0, RouteType::Unicast, oif());
-        of_another_table.header.table = 100;
-        assert!(interfaces_of_default_route(&of_another_table).is_empty());
-        let hop = |index| {
-            let mut hop = RouteNextHop::default();
-            hop.interface_index = index;
-            hop
-        };
-        let hops = vec![RouteAttribute::MultiPath(vec![hop(3), hop(5)])];
-        assert_eq!(interfaces_of_default_route(&route(Inet, 0, RouteType::Unicast, hops)), [3, 5]);
+        let indices = |route: RouteMessage| default_route(&route).map(|(_, indices)| indices);
+        assert_eq!(indices(route(Inet, 0, RouteType::Unicast, oif())), Some(vec![7]));
+        assert_eq!(indices(route(Inet6, 0, RouteType::Unicast, oif())), Some(vec![7]));
+        assert_eq!(indices(route(Inet, 24, RouteType::Unicast, oif())), None);
+        assert_eq!(indices(route(Inet6, 0, RouteType::Unreachable, oif())), None);
+        assert_eq!(indices(default_of(&[3, 5])), Some(vec![3, 5]));
+    }
+
+    /// TRIALS B2: all next hops, in every table, also after a change.
+    #[test]
+    fn uplinks_follow_the_routes() {
+        let mut uplinks = Uplinks::default();
+        let are = |uplinks: &Uplinks| (1..10).filter(|index| uplinks.contains(*index)).collect::<Vec<u32>>();
+        assert!(uplinks.add(&default_of(&[3, 5]), false));
+        assert!(!uplinks.add(&default_of(&[5]), false), "nothing new");
+        let mut of_a_vrf = default_of(&[7]);
+        of_a_vrf.attributes.push(RouteAttribute::Table(1000));
+        assert!(uplinks.add(&of_a_vrf, false));
+        assert_eq!(are(&uplinks), [3, 5, 7]);
+        assert!(uplinks.add(&default_of(&[4]), true), "it replaces the one of its table");
+        assert_eq!(are(&uplinks), [4, 7]);
+        uplinks.remove(&of_a_vrf);
+        assert_eq!(are(&uplinks), [4]);
     }
 }

@@ -586,6 +586,34 @@ fn local_errors_move_nothing_and_are_told_when_they_last() {
     assert_eq!(e.get(at(21_000), "dummy").unwrap().tiers[0].backends[0].local_errors, None);
 }
 
+/// TRIALS E2: a client that goes on sending datagrams returns to the first backup when that one is back.
+#[test]
+fn flows_do_not_stay_on_the_second_backup() {
+    let mut services = services("");
+    let mut spare = services[0].backups[0].clone();
+    spare.name = "spare".into();
+    spare.check = None;
+    spare.backends[0].address = "10.42.0.4:80".parse().unwrap();
+    services[0].backups.push(spare);
+    let mut e = Harness::new(FakeDatapath::default(), at(0));
+    e.configure(at(0), services);
+    for (ms, tier, code) in [(1, 1, CheckCode::L7Ok), (2, 0, CheckCode::L7Ok), (3000, 0, CheckCode::L7Sts)] {
+        probe(&mut e, ms, tier, code);
+    }
+    let used = |e: &Harness| {
+        let plan = applied(e);
+        (plan.decision.epoch, plan.backends().into_iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>())
+    };
+    let (first, _) = used(&e);
+    probe(&mut e, 4000, 1, CheckCode::L7Sts);
+    let (second, backends) = used(&e);
+    assert_eq!(backends, ["10.42.0.4:80"]);
+    probe(&mut e, 5000, 1, CheckCode::L7Ok);
+    let (third, backends) = used(&e);
+    assert_eq!(backends, ["10.42.0.3:80"]);
+    assert!(first < second && second < third, "{first} {second} {third}");
+}
+
 /// TRIALS F5: a result that comes late moves nothing.
 #[test]
 fn a_probe_counts_only_in_the_state_in_which_it_began() {

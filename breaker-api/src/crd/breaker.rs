@@ -46,7 +46,7 @@ use super::{Check, CircuitBreakerStatus, Limits, MOST_BACKUPS, MOST_PORTS, Port,
     validation = Rule::new("self.backups.all(b, self.backups.exists_one(o, o.name == b.name && (has(o.__namespace__) ? o.__namespace__ : '') == (has(b.__namespace__) ? b.__namespace__ : '')))")
         .message("a Service can be listed as a backup once only").field_path(".backups"),
     validation = Rule::new("!has(self.until) || self.override != 'Auto'")
-        .message("until says when an override ends: it needs override ForceOpen or ForceClosed").field_path(".until"),
+        .message("until says when an override ends: it needs override ForceOpen or ForceClosed; without an override, remove until").field_path(".until"),
     validation = Rule::new("self.probeFrom == 'EveryNode'")
         .message("Elected is not built yet; allowed: EveryNode").field_path(".probeFrom"),
     validation = Rule::new("!has(self.minHealthy) || has(self.check)")

@@ -47,12 +47,30 @@ pub const GROUP: &str = "breaker.dev";
 
 /// A port of a Service, by name or by number.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, from = "WrittenPort")]
 pub enum Port {
     /// Its number.
     Number(i64),
     /// Its name.
     Name(String),
+}
+
+/// A port as people write it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum WrittenPort {
+    Number(i64),
+    Text(String),
+}
+
+impl From<WrittenPort> for Port {
+    /// A port's name has a letter (RFC 6335), so digits alone are a number, also between quotes.
+    fn from(written: WrittenPort) -> Self {
+        match written {
+            WrittenPort::Number(number) => Self::Number(number),
+            WrittenPort::Text(text) => text.parse().map_or(Self::Name(text), Self::Number),
+        }
+    }
 }
 
 impl std::fmt::Display for Port {

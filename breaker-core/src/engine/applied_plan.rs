@@ -66,15 +66,17 @@ impl AppliedPlan {
     }
 
     /// Whether `plan` needs a new epoch, so that flows that were decided in the current epoch do not keep their
-    /// decision. While open, a backup is usable again, and the flows went to the primary because there was none.
-    /// While closed, the ramp ends, and the flows went to the backup because of the ramp.
+    /// decision. While open, other backups are in use: a backup is usable again, or a preferred one is. While closed, the ramp ends, and the flows went to the backup because of the ramp.
     pub fn needs_new_epoch(&self, plan: &ServicePlan) -> bool {
         let Some(before) = self.applied.as_ref().filter(|before| before.decision.epoch == plan.decision.epoch) else {
             return false;
         };
         match plan.decision.state {
             BreakerState::Closed => before.decision.share < SHARE_ALL && plan.decision.share >= SHARE_ALL,
-            BreakerState::Open => before.backends().is_empty() && !plan.backends().is_empty(),
+            BreakerState::Open => {
+                let backends = plan.backends();
+                !backends.is_empty() && before.backends().is_disjoint(&backends)
+            }
             // An epoch has a budget of half-open connections; a new epoch would grant it a second time.
             BreakerState::HalfOpen => false,
         }

@@ -33,6 +33,10 @@ pub struct ServiceSpec {
     /// Cluster IPs of both IP families.
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<String>,
+    /// Whether endpoints are ready whatever their pods say.
+    pub publish_not_ready_addresses: bool,
+    /// Port at which kube-proxy tells load balancers whether a node has ready pods.
+    pub health_check_node_port: Option<i32>,
     /// Additional addresses at which nodes accept traffic for the Service.
     #[serde(rename = "externalIPs")]
     pub external_ips: Vec<String>,

@@ -31,6 +31,7 @@ use super::{
     resolve::{NodeView, World},
     watch::{Watch, always},
 };
+use crate::config::NodePortAddresses;
 
 /// The label with the name of an EndpointSlice's Service.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -208,6 +209,7 @@ impl Watches {
             self.last_parsed.extend(breaker.map(|breaker| (key, breaker)));
         }
         let mut world = World {
+            node_ports: NodePortAddresses::default(),
             external_ips: false,
             node: node_view(&self.node_name, node.first().map(|node| &**node)),
             breakers: self.last_parsed.values().cloned().collect(),

@@ -24,6 +24,11 @@ impl Resolver<'_> {
         family: Family,
     ) -> Vec<Frontend> {
         let spec = &service.spec;
+        // kube-proxy serves an IP family only if the Service has a cluster IP of that family.
+        let has_family = |ip: &&String| ip.parse().is_ok_and(|ip| Family::of(SocketAddr::new(ip, 0)) == family);
+        if !spec.cluster_ips.iter().chain([&spec.cluster_ip]).any(|ip| has_family(&ip)) {
+            return Vec::new();
+        }
         let number = u16::try_from(port.port).unwrap_or_default();
         let cluster = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
         if !spec.external_ips.is_empty() && !self.world.external_ips {
@@ -51,7 +56,8 @@ impl Resolver<'_> {
             .map(|ip| SocketAddr::new(ip, number))
             .collect();
         if let Some(node_port) = port.node_port.and_then(|p| u16::try_from(p).ok()).filter(|p| *p > 0) {
-            addresses.extend(self.world.node.addresses.iter().map(|ip| SocketAddr::new(*ip, node_port)));
+            let own = self.world.node_ports.of(&self.world.node.addresses);
+            addresses.extend(own.into_iter().map(|ip| SocketAddr::new(ip, node_port)));
         }
         let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
         ours.map(|address| Frontend { address, protocol }).collect()

@@ -38,6 +38,7 @@ use super::{
     objects::{EndpointSlice, Service},
     spec_policies::Policies,
 };
+use crate::config::NodePortAddresses;
 
 /// How long a new Service whose pods have never been ready counts as starting, and not as failed.
 const STARTING: SignedDuration = SignedDuration::from_mins(5);
@@ -81,6 +82,8 @@ pub struct World {
     pub endpoints: HashMap<Key, Vec<Arc<EndpointSlice>>>,
     /// All NetworkPolicies.
     pub policies: network_policy::ByNamespace,
+    /// At which of the node's addresses NodePorts are frontends (`agent.nodePortAddresses`).
+    pub node_ports: NodePortAddresses,
     /// Whether external IPs are frontends (`agent.externalIPs`): whoever may write a Service can name any address there.
     pub external_ips: bool,
 }

@@ -104,6 +104,18 @@ impl<'a> Resolver<'a> {
                     .into(),
             );
         }
+        if let Some(number) = service.spec.health_check_node_port.filter(|number| *number > 0) {
+            self.note(format!(
+                "healthCheckNodePort {number}: a load balancer leaves out nodes without ready pods of the primary, so \
+                 its clients meet the backup only on the other nodes"
+            ));
+        }
+        if service.spec.publish_not_ready_addresses && self.spec.check.is_none() {
+            self.note(
+                "publishNotReadyAddresses: pods always count as ready, so without a check the breaker does not open"
+                    .into(),
+            );
+        }
         if self.spec.fast_path == FastPath::PeerRedirect {
             self.note(
                 "fastPath: PeerRedirect: connections to a backup of the same node bypass netfilter and NetworkPolicies"
@@ -148,7 +160,10 @@ impl<'a> Resolver<'a> {
             self.result.no_slice_has_the_port |= slices.iter().any(|slice| !slice.endpoints.is_empty());
         }
         let override_ = match self.spec.until {
-            Some(until) if until <= now => Override::Auto,
+            Some(until) if until <= now => {
+                self.note(format!("until: the override has ended at {until:.0}"));
+                Override::Auto
+            }
             _ => self.spec.r#override,
         };
         let primary_check = self.numbered_check(self.spec.check.as_ref(), key)?;

@@ -773,6 +773,50 @@ fn each_pod_is_checked_at_its_own_port() {
     assert_eq!(lab.only().ports, first, "the order of slices");
 }
 
+/// TRIALS A4: what kube-proxy does not serve is no frontend.
+#[test]
+fn node_ports_are_where_kube_proxy_has_them() {
+    let mut lab = Lab::new().with_breaker(spec());
+    lab.0.node.addresses = ["192.0.2.1", "198.51.100.1", "fd00::1"].map(|ip| ip.parse().unwrap()).into();
+    let service = json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080, "nodePort": 30080 }] });
+    lab.service("lab", "dummy", service, json!({}));
+    let of = |lab: &Lab| frontends(&lab.only().ports[&8080]);
+    let everywhere = ["10.43.0.1:8080", "192.0.2.1:30080", "198.51.100.1:30080"];
+    assert_eq!(of(&lab), everywhere, "the Service has no IPv6");
+    for (primary, networks, expected) in [
+        (true, vec![], &["10.43.0.1:8080", "192.0.2.1:30080"][..]),
+        (false, vec!["198.51.100.0/24"], &["10.43.0.1:8080", "198.51.100.1:30080"]),
+        (true, vec!["198.51.100.0/24"], &everywhere),
+        (false, vec!["203.0.113.0/24"], &["10.43.0.1:8080"]),
+    ] {
+        let networks = networks.into_iter().map(|network| network.parse().unwrap()).collect();
+        lab.0.node_ports = config::NodePortAddresses { primary, networks };
+        assert_eq!(of(&lab), expected);
+    }
+}
+
+/// TRIALS A9, A11: what does not follow from the spec alone is said.
+#[test]
+fn what_a_service_or_a_date_takes_back_is_noted() {
+    let notes = |service: Value, spec: Value| {
+        let mut lab = Lab::new().with_breaker(spec);
+        let mut all = json!({ "clusterIP": "10.43.0.1", "ports": [{ "port": 8080 }] });
+        all.as_object_mut().unwrap().extend(service.as_object().unwrap().clone());
+        lab.service("lab", "dummy", all, json!({})).only().notes.join("; ")
+    };
+    let no_check = with(|s| drop(s.as_object_mut().unwrap().remove("check")));
+    assert!(notes(json!({ "publishNotReadyAddresses": true }), no_check).contains("publishNotReadyAddresses"));
+    assert_eq!(notes(json!({ "publishNotReadyAddresses": true }), spec()), "");
+    assert!(notes(json!({ "healthCheckNodePort": 30999 }), spec()).contains("healthCheckNodePort 30999"));
+    let ended = with(|s| {
+        s["override"] = json!("ForceOpen");
+        s["until"] = json!("2020-01-01T00:00:00Z");
+    });
+    assert_eq!(notes(json!({}), ended), "until: the override has ended at 2020-01-01T00:00:00Z");
+    let port = with(|s| s["service"]["ports"] = json!(["8080"]));
+    assert_eq!(Lab::new().with_breaker(port).only().resolved, Ok(()), "digits are a number");
+}
+
 /// TRIALS A5: the address of a pod that has ended may be the backup's by now.
 #[test]
 fn a_pod_that_has_ended_hides_no_backup() {
