@@ -1,8 +1,11 @@
 //! Builds what several tasks need. Cargo shows its own progress.
 
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use ebpf_builder::Package;
 
 use crate::{
@@ -27,17 +30,30 @@ pub fn programs() -> Result<()> {
 pub fn binaries() -> Result<()> {
     programs()?;
     step("build the agent and the dummy service", || {
-        run(cargo().args(["build", "--release", "-p", "breaker-agent", "-p", "dummy-service", "--bins"]))
+        run(cargo().args(RELEASE).args(["--bin", "breaker", "--bin", "dummy-service"]))
     })
 }
+
+/// Builds with the features that all members of the workspace need together. A selection of members would have features
+/// of its own, and nearly every dependency would be built once more.
+const RELEASE: [&str; 3] = ["build", "--release", "--workspace"];
 
 /// Builds a tool of `tests/tools` and returns the command that runs it.
 ///
 /// # Errors
 /// The build failed.
 pub fn tool(name: &str) -> Result<Command> {
-    step(&format!("build {name}"), || run(cargo().args(["build", "--release", "-p", "breaker-tests", "--bin", name])))?;
-    let mut command = cargo();
-    command.args(["run", "--quiet", "--release", "-p", "breaker-tests", "--bin", name, "--"]);
-    Ok(command)
+    step(&format!("build {name}"), || run(cargo().args(RELEASE).args(["--bin", name])))?;
+    Ok(Command::new(release_binaries()?.join(name)))
+}
+
+/// Directory of cargo's release binaries, found from the path of the running binary.
+///
+/// # Errors
+/// The running binary is not in a target directory.
+pub fn release_binaries() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("find the path of the running binary")?;
+    let target =
+        own.parent().and_then(Path::parent).context("the running binary is not in a cargo target directory")?;
+    Ok(target.join("release"))
 }

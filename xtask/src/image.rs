@@ -5,11 +5,7 @@
 //! build is reproducible: the archive contains no times, no user names and no varying order, so the same binary
 //! gives the same bytes.
 
-use std::{
-    fs,
-    io::Write as _,
-    path::{Path, PathBuf},
-};
+use std::{fs, io::Write as _};
 
 use anyhow::{Context as _, Result, bail};
 use flate2::{Compression, write::GzEncoder};
@@ -110,7 +106,7 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
     for image in IMAGES {
         let registry = push.unwrap_or(DEFAULT_REGISTRY);
         let reference = format!("{registry}/{}:{tag}", image.name);
-        let binary = binaries()?.join(image.binary);
+        let binary = build::release_binaries()?.join(image.binary);
         let bytes = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
         let parts = Parts::new(image, &bytes)?;
         if parts.layer.bytes.len() > MAX_LAYER_BYTES {
@@ -135,14 +131,6 @@ pub fn image(tag: &str, push: Option<&str>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Directory of cargo's release binaries, found from the path of the running binary.
-fn binaries() -> Result<PathBuf> {
-    let own = std::env::current_exe().context("find the path of the running binary")?;
-    let target =
-        own.parent().and_then(Path::parent).context("the running binary is not in a cargo target directory")?;
-    Ok(target.join("release"))
 }
 
 /// The parts of an image.

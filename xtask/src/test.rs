@@ -92,18 +92,11 @@ pub fn test(args: Args) -> Result<()> {
 
 fn unit(filter: &Filter) -> Result<()> {
     build::programs()?;
-    let product = ["test", "--workspace", "--exclude", "breaker-tests"];
-    let helpers = ["test", "-p", "breaker-tests", "--lib", "--test", "manifests"];
-    step("build the tests without root", || {
-        run(cargo().args(product).arg("--no-run"))?;
-        run(cargo().args(helpers).arg("--no-run"))
-    })?;
+    let test = ["test", "--workspace"];
+    step("build the tests without root", || run(cargo().args(test).arg("--no-run")))?;
     let helm = Command::new("helm").arg("version").output().is_ok_and(|output| output.status.success());
     println!("k8s/chart is rendered by {}", if helm { "helm" } else { "gtmpl, because helm is not in PATH" });
-    step("run the tests without root", || {
-        run(cargo().args(product).arg("--quiet").args(&filter.filter))?;
-        run(cargo().args(helpers).arg("--quiet").args(&filter.filter))
-    })
+    step("run the tests without root", || run(cargo().args(test).arg("--quiet").args(&filter.filter)))
 }
 
 fn program(filter: &Filter) -> Result<()> {
@@ -121,7 +114,7 @@ fn lab(filter: &Filter) -> Result<()> {
 /// and two cores are not enough for two of them.
 fn root(target: &str, filter: &Filter) -> Result<()> {
     third_party()?;
-    let test = ["test", "-p", "breaker-tests", "--test", target];
+    let test = ["test", "--workspace", "--test", target];
     step(&format!("build the tests of the tier {target}"), || run(cargo().args(test).arg("--no-run")))?;
     step(&format!("run the tier {target}"), || {
         run(cargo().args(test).arg("--").args(&filter.filter).args(["--test-threads", "1"]))
@@ -132,7 +125,7 @@ fn root(target: &str, filter: &Filter) -> Result<()> {
 fn fuzz(cases: u64, seed: u64) -> Result<()> {
     build::programs()?;
     third_party()?;
-    let test = ["test", "--release", "-p", "breaker-tests", "--test", "program"];
+    let test = ["test", "--release", "--workspace", "--test", "program"];
     step("build the differential test", || run(cargo().args(test).arg("--no-run")))?;
     step(&format!("run {cases} sequences of packets with seed {seed}"), || {
         run(cargo()

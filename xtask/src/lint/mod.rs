@@ -29,5 +29,20 @@ pub fn lint() -> Result<()> {
     // The BPF programs are checked by a build of their own: clippy can check their target only with the source of
     // `core`.
     step("check the BPF programs", ebpf_builder::lint)?;
-    step("run clippy", || run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))
+    step("run clippy", || {
+        run(cargo().args([
+            "clippy",
+            "--workspace",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--test",
+            "program",
+            "--test",
+            "lab",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    })
 }

@@ -183,7 +183,7 @@ pub(super) fn local_backups(cluster: &Cluster) -> Result<String> {
     let here = cluster.pods("backup-deployment")?.iter().any(|pod| pod.node == *first);
     wait_for("a pod's flow on the fast path", Duration::from_secs(20), || {
         cluster.ask("client", &url)?;
-        let shown = flows_to_local_backups(cluster, first)?;
+        let shown = flows_to_local_backups(cluster, first, "")?;
         if !here || shown.contains(" veth ") { Ok(Some(())) } else { bail!("{shown}") }
     })?;
     // The condition follows from the NetworkPolicy's text alone, whether or not a controller enforces it here.
@@ -225,7 +225,7 @@ pub(super) fn local_backups_from_the_lan(cluster: &Cluster, way: &str) -> Result
                 !nodes.iter().any(|(_, ips)| ips.iter().any(|ip| ip == client)) && !client.starts_with(&pods_net);
             // If the node has no backup, a backup on another node answers.
             let by_a_near_one = here.iter().any(|ip| answer.contains(&format!("FROM {ip}:")));
-            let flows = flows_to_local_backups(cluster, name)?;
+            let flows = flows_to_local_backups(cluster, name, "/outside")?;
             let so = |line: &str| line.contains(client) && line.contains(&format!(" {way} "));
             if by_a_near_one && kept && flows.lines().any(so) || here.is_empty() && !kept {
                 Ok(Some(()))
@@ -238,7 +238,8 @@ pub(super) fn local_backups_from_the_lan(cluster: &Cluster, way: &str) -> Result
     Ok(shown)
 }
 
-pub(super) fn flows_to_local_backups(cluster: &Cluster, node: &str) -> Result<String> {
+/// The flows of one part of the Service: `/outside`, or nothing for the cluster IP.
+pub(super) fn flows_to_local_backups(cluster: &Cluster, node: &str, part: &str) -> Result<String> {
     let agent = &cluster.agent_on(node)?;
-    cluster.kubectl(&["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080")])
+    cluster.kubectl(&["-n", SYSTEM, "exec", agent, "--", "/breaker", "flows", &format!("{NAMESPACE}/near:8080{part}")])
 }
