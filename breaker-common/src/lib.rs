@@ -48,7 +48,7 @@ pub use telemetry::*;
 
 /// Version of every layout in this crate. The pin directory is named after it (`v7`), so an agent never adopts maps
 /// with a different layout.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Default maximum number of services on one node. The agent may choose another size when it creates the maps; the
 /// same holds for every other constant whose name starts with `DEFAULT_`.

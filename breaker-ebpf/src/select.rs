@@ -1,7 +1,11 @@
 //! Chooses the tier and the slot for a new connection. The agent has already resolved weights, health, tiers and
 //! policies into the contents of the slots.
 
-use aya_ebpf::{btf_maps::Array, macros::btf_map};
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array, HashMap},
+    macros::btf_map,
+};
 use breaker_common::{
     Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SINGLE_BACKEND, SLOT_PASSTHROUGH,
     SLOT_REJECT, Switch, Table, backend_use, hash, route_flags,
@@ -9,9 +13,10 @@ use breaker_common::{
 
 use crate::{atomic, endpoint, family::Family, service};
 
-/// Selection tables. A route holds the indices of its tables.
+/// Selection tables. A route holds the keys of its tables. Most services have one backend and no table, so a table takes
+/// memory only while it exists.
 #[btf_map]
-static SLOTS: Array<Table, { DEFAULT_TABLES as usize }> = Array::new();
+static SLOTS: HashMap<u32, Table, { DEFAULT_TABLES as usize }, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 /// The route of each frontend: where its connections may go.
 #[btf_map]
@@ -57,8 +62,9 @@ fn slot_in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32
     } else if table & SINGLE_BACKEND != 0 {
         table & !SINGLE_BACKEND
     } else {
-        let slot =
-            SLOTS.get(table).and_then(|table| table.slots.get(hash::slot(hash) as usize & (table.slots.len() - 1)));
+        // SAFETY: the agent replaces a table as a whole, and the kernel keeps the old one until this program has ended.
+        let table = unsafe { SLOTS.get(&table) };
+        let slot = table.and_then(|table| table.slots.get(hash::slot(hash) as usize & (table.slots.len() - 1)));
         slot.copied().unwrap_or(SLOT_PASSTHROUGH)
     }
 }

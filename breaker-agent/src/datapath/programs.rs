@@ -73,10 +73,11 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         &client_mask,
         true,
     );
+    let cpus = aya::util::nr_cpus().map_or(1, |cpus| u32::try_from(cpus).unwrap_or(1));
     for (name, ..) in pinned() {
         loader.map_pin_path(name, pins.map(name));
-        let shared = sizes.shared().into_iter().find(|(of, _)| *of == name);
-        let family = || sizes.by_name().into_iter().find(|(of, _)| name.trim_end_matches(['4', '6']) == *of);
+        let shared = sizes.shared(cpus).into_iter().find(|(of, _)| *of == name);
+        let family = || sizes.by_name(cpus).into_iter().find(|(of, _)| name.trim_end_matches(['4', '6']) == *of);
         // As above: a map that is pinned already keeps its size.
         let pinned = MapInfo::from_pin(pins.map(name)).map(|info| info.max_entries());
         if let Some(entries) = pinned.ok().or(shared.or_else(family).map(|(_, entries)| entries)) {

@@ -14,6 +14,7 @@ use std::{
 
 use gtmpl::{Context, FuncError, Template, Value as Go};
 use serde_json::Value;
+use sha2::Digest as _;
 
 fn k8s() -> PathBuf {
     ebpf_builder::workspace().join("k8s")
@@ -96,6 +97,11 @@ fn nindent(args: &[Go]) -> Result<Go, FuncError> {
     Ok(Go::String(text.lines().map(|line| format!("\n{pad}{line}")).collect()))
 }
 
+fn sha256sum(args: &[Go]) -> Result<Go, FuncError> {
+    let Go::String(text) = &args[0] else { panic!("sha256sum of {args:?}") };
+    Ok(Go::String(sha2::Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()))
+}
+
 fn render(values: &Value) -> String {
     let data = to_go(&serde_json::json!({
         "Values": values, "Release": { "Namespace": "breaker-system", "Service": "Helm", "Name": "breaker" },
@@ -108,6 +114,7 @@ fn render(values: &Value) -> String {
         let mut template = Template::default();
         template.add_func("toYaml", to_yaml);
         template.add_func("nindent", nindent);
+        template.add_func("sha256sum", sha256sum);
         template
             .parse(fs::read_to_string(&file).unwrap())
             .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
@@ -129,11 +136,32 @@ fn the_chart_is_base_but_for_labels() {
         values["createNamespace"] = Value::Bool(true);
         render(&values)
     });
-    let (chart, base) = (objects(&rendered), base());
+    let (mut chart, base) = (objects(&rendered), base());
+    // Only the chart knows the whole configuration.
+    for object in chart.values_mut() {
+        if let Some(metadata) = object.pointer_mut("/spec/template/metadata").and_then(Value::as_object_mut) {
+            metadata.remove("annotations");
+        }
+    }
     assert_eq!(chart.keys().collect::<Vec<_>>(), base.keys().collect::<Vec<_>>());
     for (key, object) in base {
         assert_eq!(chart[&key], object, "{key:?}");
     }
+}
+
+/// TRIALS A10: the agents restart when their configuration changes, and only then.
+#[test]
+fn another_configuration_restarts_the_agents() {
+    let pods = |path: &str, value: Value| {
+        let mut values = values();
+        *values.pointer_mut(path).unwrap() = value;
+        let all = objects(&render(&values));
+        let (_, set) = all.into_iter().find(|((kind, _), _)| kind == "DaemonSet").unwrap();
+        set["spec"]["template"].clone()
+    };
+    let plain = pods("/labels", serde_json::json!({}));
+    assert_ne!(pods("/agent/uplinks", serde_json::json!(false)), plain);
+    assert_eq!(pods("/createNamespace", serde_json::json!(true)), plain);
 }
 
 #[test]

@@ -29,7 +29,7 @@ impl KernelDatapath {
             *entry = value(slot, self)?;
         }
         let index = self.table_indices.allocate()?;
-        if let Err(error) = self.maps.slots.set(index, table, 0) {
+        if let Err(error) = self.maps.slots.insert(index, table, 0) {
             self.table_indices.release(index);
             return Err(error).with_context(|| format!("write selection table {index}"));
         }

@@ -11,7 +11,7 @@ mod mmap;
 use std::{os::fd::AsFd as _, path::Path, sync::atomic::Ordering, time::Duration};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
     ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, Route, ServiceCounters, ServiceRecord, SocketKey,
     SocketOrigin, Switch, Table, V4, V6,
@@ -55,7 +55,7 @@ pub struct Maps {
     pub(crate) services: Array<MapData, ServiceRecord<u8>>,
     records: SharedArray,
     pub(crate) routes: Array<MapData, Route>,
-    pub(crate) slots: Array<MapData, Table>,
+    pub(crate) slots: HashMap<MapData, u32, Table>,
     pub(crate) filter: Filter,
     pub(crate) limits: LimitMaps,
     /// The actual sizes. They may differ from the configuration, because maps of an earlier agent keep their sizes.
@@ -102,7 +102,10 @@ impl Maps {
         let heartbeat = array(open("HEARTBEAT")?, "HEARTBEAT")?;
         let services = array(open("SERVICES")?, "SERVICES")?;
         let routes = array(open("ROUTES")?, "ROUTES")?;
-        let slots = array(open("SLOTS")?, "SLOTS")?;
+        let slots = match open("SLOTS")? {
+            Map::HashMap(data) => data,
+            other => anyhow::bail!("the map SLOTS is not a hash map: {other:?}"),
+        };
         let v4 = FamilyMaps::<V4>::open(&mut open, V4_NAMES)?;
         let v6 = FamilyMaps::<V6>::open(&mut open, V6_NAMES)?;
         let limits = LimitMaps::open(&mut open)?;
@@ -122,7 +125,7 @@ impl Maps {
             records: shared(&services, size_of::<ServiceRecord<u8>>())?,
             services: typed(Map::Array(services), "SERVICES")?,
             routes: typed(Map::Array(routes), "ROUTES")?,
-            slots: typed(Map::Array(slots), "SLOTS")?,
+            slots: typed(Map::HashMap(slots), "SLOTS")?,
             filter: Filter::new(shared(&array(open("FILTER")?, "FILTER")?, size_of::<FilterWords>())?),
             limits,
             sizes,
