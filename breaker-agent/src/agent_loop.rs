@@ -118,7 +118,7 @@ pub struct Agent {
     pub service_count: Option<usize>,
     /// The last update from Kubernetes.
     pub update: Arc<Update>,
-    /// What others took away and the agent put back: names of interfaces, or `masqueradeRule`.
+    /// What others took away and the agent put back: names of interfaces, `nodeSockets`, or `masqueradeRule`.
     pub restored: BTreeMap<String, Restored>,
     /// The protection of the node's own sockets. The error says why there is none.
     pub sockets: Result<(), String>,
@@ -264,6 +264,13 @@ impl Agent {
     /// Puts back what somebody else has taken away: a firewall's reload, a CNI's restart, another agent's cleanup.
     fn restore(&mut self, now: Now) {
         let mut back = self.interfaces.restore();
+        if self.sockets.is_ok() {
+            match self.interfaces.restore_sockets() {
+                Ok(false) => {}
+                Ok(true) => back.push("nodeSockets".into()),
+                Err(error) => tracing::debug!("cannot look after the programs for sockets: {error:#}"),
+            }
+        }
         if self.masquerade_rule.is_ok() {
             match masquerade::restore(self.config.masquerade_mark) {
                 Ok(false) => {}

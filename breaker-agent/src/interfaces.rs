@@ -108,6 +108,15 @@ impl Interfaces {
         back
     }
 
+    /// Attaches the programs for the node's own sockets again, if somebody has taken them away. Returns whether they were
+    /// gone.
+    ///
+    /// # Errors
+    /// The kernel refused a program, or the pins are out of reach.
+    pub fn restore_sockets(&mut self) -> anyhow::Result<bool> {
+        self.attacher.restore_sockets()
+    }
+
     /// Adds pods that a search found to those that are known. A known pod keeps its interface until its address
     /// appears behind another one or the interface is gone: the kernel's neighbor tables forget a pod that the node
     /// does not talk to, and connections on the fast path, which bypass the host network stack, do not refresh

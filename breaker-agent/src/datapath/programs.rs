@@ -102,7 +102,8 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     };
     let tail_calls = TailCalls::take_from(&mut programs)?;
     let maps = Maps::open(|name| programs.take_map(name).with_context(|| format!("the BPF object has no map {name}")))?;
-    let sockets = sockets.and_then(|()| cgroup::attach(&mut programs, pins)).map_err(|error| format!("{error:#}"));
+    let sockets =
+        sockets.and_then(|()| cgroup::attach(&mut programs, &pins.links())).map_err(|error| format!("{error:#}"));
     if sockets.is_err() {
         cgroup::detach(pins)?;
     }

@@ -472,8 +472,9 @@ fn l7_what_others_take_away_comes_back() -> Result<()> {
     let links: Vec<_> = fs::read_dir(lab.agent.pinned("links"))?.flatten().map(|entry| entry.path()).collect();
     let tc =
         |path: &std::path::Path| path.to_string_lossy().ends_with("_in") || path.to_string_lossy().ends_with("_out");
-    let gone: Vec<_> = links.iter().filter(|path| tc(path)).collect();
-    ensure!(!gone.is_empty(), "{links:?}");
+    let socket = |path: &std::path::Path| path.to_string_lossy().contains("breaker_");
+    let gone: Vec<_> = links.iter().filter(|path| tc(path) || socket(path)).collect();
+    ensure!(gone.iter().any(|path| tc(path)) && gone.iter().any(|path| socket(path)), "{links:?}");
     for path in &gone {
         fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
     }
@@ -482,7 +483,7 @@ fn l7_what_others_take_away_comes_back() -> Result<()> {
     wait_for("the status to say so", LONG, || {
         lab.agent.status().is_ok_and(|status| {
             let restored = |name: &str| status.datapath.restored.get(name).is_some_and(|restored| restored.count == 1);
-            restored(&interface) && restored("masqueradeRule")
+            restored(&interface) && restored("masqueradeRule") && restored("nodeSockets")
         })
     })?;
     let rules = node.output("nft", &["list", "table", "inet", "breaker"])?;

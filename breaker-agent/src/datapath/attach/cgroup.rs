@@ -47,7 +47,7 @@ pub(crate) fn load(programs: &mut Ebpf) -> Result<()> {
 ///
 /// # Errors
 /// The reason why the node's own sockets cannot be protected. Some programs may be attached then: call [`detach`].
-pub(crate) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
+pub(crate) fn attach(programs: &mut Ebpf, links: &Path) -> Result<()> {
     let path = cgroup_root()?;
     let root = File::open(&path).with_context(|| format!("open {}", path.display()))?;
     // The program that counts connections down comes before those that count up.
@@ -56,7 +56,7 @@ pub(crate) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
         .attach(&root, CgroupAttachMode::Single)
         .with_context(|| format!("attach {RELEASE} to {}", path.display()))?;
     let link: FdLink = release.take_link(id)?.try_into()?;
-    links::repin(link, &pins.links().join(RELEASE))?;
+    links::repin(link, &links.join(RELEASE))?;
     for name in PROGRAMS {
         let program = program(programs, name)?;
         // A link allows other programs on the same hook in any mode.
@@ -64,9 +64,21 @@ pub(crate) fn attach(programs: &mut Ebpf, pins: &PinDir) -> Result<()> {
             .attach(&root, CgroupAttachMode::Single)
             .with_context(|| format!("attach {name} to {}", path.display()))?;
         let link: FdLink = program.take_link(id)?.try_into()?;
-        links::repin(link, &pins.links().join(name))?;
+        links::repin(link, &links.join(name))?;
     }
     Ok(())
+}
+
+/// Attaches the programs again if somebody has taken one away: a link ends with its pin. Returns whether one was gone.
+///
+/// # Errors
+/// As [`attach`].
+pub(crate) fn restore(programs: &mut Ebpf, links: &Path) -> Result<bool> {
+    let gone = PROGRAMS.iter().chain([&RELEASE]).any(|name| !links.join(name).exists());
+    if gone {
+        attach(programs, links)?;
+    }
+    Ok(gone)
 }
 
 /// Detaches the programs, including those of an earlier agent.

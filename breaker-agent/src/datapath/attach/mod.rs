@@ -161,6 +161,14 @@ impl Attacher {
         Ok(tc.or(xdp))
     }
 
+    /// Attaches the programs for the node's own sockets again, if they are gone. Returns whether they were.
+    ///
+    /// # Errors
+    /// The kernel refused a program, or the pins are out of reach.
+    pub fn restore_sockets(&mut self) -> Result<bool> {
+        cgroup::restore(&mut self.programs, &self.links)
+    }
+
     fn attach_tc(&mut self, index: u32, name: &str, side: Side) -> Result<Placed> {
         let programs = match side {
             Side::Pod => POD_PROGRAMS,
