@@ -72,10 +72,9 @@ pub struct Interface {
 /// # Errors
 /// The netlink socket cannot be opened, or the list of interfaces cannot be read.
 pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<InterfaceChange>)> {
-    // A default route makes an interface an uplink, and may be added after the interface.
-    const LINKS: MulticastGroup = MulticastGroup::Link;
-    const ROUTES: [MulticastGroup; 3] = [LINKS, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
-    let groups: &[MulticastGroup] = if what.uplinks { &ROUTES } else { &[LINKS] };
+    // A default route makes an interface an uplink, and may be added after the interface. This also tells whether a veth
+    // leads to a pod, so it matters where uplinks get no programs, too.
+    let groups = &[MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
     // Subscribe before reading the list: a change in between is then reported twice rather than never.
     let (connection, handle, mut messages) = new_multicast_connection(groups).context("open a netlink socket")?;
     tokio::spawn(connection);
@@ -92,7 +91,10 @@ pub async fn watch(what: Wanted) -> Result<(Vec<Interface>, mpsc::Receiver<Inter
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(message))
                     if message.header.interface_family != AddressFamily::Bridge =>
                 {
-                    vec![InterfaceChange::Gone { index: message.header.index }]
+                    let index = message.header.index;
+                    // The kernel sends no message about the IPv4 routes that end with an interface.
+                    uplinks.0.retain(|(_, uplink)| *uplink != index);
+                    vec![InterfaceChange::Gone { index }]
                 }
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) if uplinks.add(&route, replaces) => {
                     let all = list(&handle, &what, &uplinks).await;

@@ -8,6 +8,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fs::File,
+    io::{BufRead as _, BufReader},
     sync::Arc,
 };
 
@@ -265,8 +267,10 @@ fn node_view(name: &str, node: Option<&Node>) -> NodeView {
 
 /// Whether this node's network has virtual servers of IPVS. kube-proxy in mode `ipvs` makes them.
 fn has_ipvs_services() -> bool {
-    let table = std::fs::read_to_string("/proc/net/ip_vs").unwrap_or_default();
-    table.lines().any(|line| line.starts_with("TCP ") || line.starts_with("UDP "))
+    let Ok(table) = File::open("/proc/net/ip_vs") else { return false };
+    // The table may be long, and its first lines are usually enough.
+    let mut lines = BufReader::new(table).lines().map_while(Result::ok);
+    lines.any(|line| line.starts_with("TCP ") || line.starts_with("UDP "))
 }
 
 fn trim_service(service: &mut Service) {
