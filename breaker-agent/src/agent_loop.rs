@@ -264,18 +264,14 @@ impl Agent {
     /// Puts back what somebody else has taken away: a firewall's reload, a CNI's restart, another agent's cleanup.
     fn restore(&mut self, now: Now) {
         let mut back = self.interfaces.restore();
-        if self.sockets.is_ok() {
-            match self.interfaces.restore_sockets() {
-                Ok(false) => {}
-                Ok(true) => back.push("nodeSockets".into()),
-                Err(error) => tracing::debug!("cannot look after the programs for sockets: {error:#}"),
-            }
-        }
-        if self.masquerade_rule.is_ok() {
-            match masquerade::restore(self.config.masquerade_mark) {
-                Ok(false) => {}
-                Ok(true) => back.push("masqueradeRule".into()),
-                Err(error) => tracing::debug!("cannot look after the masquerade rule: {error:#}"),
+        // What is not there by the configuration, or because the kernel refused it, is not missed.
+        let sockets = self.sockets.is_ok().then(|| self.interfaces.restore_sockets());
+        let rule = self.masquerade_rule.is_ok().then(|| masquerade::restore(self.config.masquerade_mark));
+        for (what, outcome) in [("nodeSockets", sockets), ("masqueradeRule", rule)] {
+            match outcome {
+                None | Some(Ok(false)) => {}
+                Some(Ok(true)) => back.push(what.into()),
+                Some(Err(error)) => tracing::debug!("cannot look after {what}: {error:#}"),
             }
         }
         let last = clock::timestamp(now.unix_ns);

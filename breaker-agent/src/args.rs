@@ -16,7 +16,7 @@ use breaker_cli::{
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use crate::{
-    config::{self, AgentConfig, Config, ConfigError},
+    config::{self, AgentConfig, Config, ConfigError, FrontendRules},
     datapath::{cleanup, preflight},
     logging::{Incidents, Log},
     offline,
@@ -171,17 +171,10 @@ fn options(args: AgentArgs) -> Result<Options, Vec<String>> {
     let AgentArgs { config, kubernetes, node_name, namespace, kubeconfig, detach, program_log, check: _ } = args;
     let (agent, origin) = match node_name {
         _ if !kubernetes => of_file(config.unwrap_or_default())?,
-        Some(node) if !node.is_empty() => of_cluster(
-            config,
-            NodeIdentity {
-                node,
-                namespace,
-                kubeconfig,
-                room: 0,
-                node_ports: config::NodePortAddresses::default(),
-                external_ips: false,
-            },
-        )?,
+        Some(node) if !node.is_empty() => {
+            let frontends = FrontendRules::default();
+            of_cluster(config, NodeIdentity { node, namespace, kubeconfig, room: 0, frontends })?
+        }
         _ => return Err(vec!["--node-name is missing (in a pod, set NODE_NAME from spec.nodeName)".into()]),
     };
     Ok(Options { agent, origin, detach, incidents: Incidents::default(), program_log })
@@ -205,12 +198,13 @@ fn of_file(path: PathBuf) -> Result<(AgentConfig, Origin), Vec<String>> {
     Ok((agent, Origin::File { path, text, services }))
 }
 
-fn of_cluster(config: Option<PathBuf>, identity: NodeIdentity) -> Result<(AgentConfig, Origin), Vec<String>> {
+fn of_cluster(config: Option<PathBuf>, mut identity: NodeIdentity) -> Result<(AgentConfig, Origin), Vec<String>> {
     let (path, text) = match config {
         Some(path) => (path.clone(), config::read(&path).map_err(|errors| lines(&errors))?),
         None => (PathBuf::new(), String::new()),
     };
     let agent = config::parse_agent(&path, &text).map_err(|errors| lines(&errors))?;
+    identity.frontends.clone_from(&agent.frontends);
     Ok((agent, Origin::Kubernetes(identity)))
 }
 

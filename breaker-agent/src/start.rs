@@ -120,7 +120,6 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         Origin::File { path, text, services } => (Source::File(FileSource::watch(&path, text)?), Some(services)),
         Origin::Kubernetes(mut identity) => {
             // Leave room for services that are no longer configured but still have flows.
-            (identity.external_ips, identity.node_ports) = (config.external_ips, config.node_port_addresses.clone());
             identity.room = (datapath.sizes().services as usize).saturating_sub(16).max(1);
             let client = tokio::select! {
                 () = signals.end() => return Ok(()),

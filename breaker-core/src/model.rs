@@ -428,12 +428,13 @@ pub struct FailureWindow {
 }
 
 impl FailureWindow {
-    /// The number of observations that a window of this length can hold, if each of `backends` is probed once per
-    /// `period`.
-    pub const fn most_observations(&self, period: Duration, backends: usize) -> u128 {
-        let period = if period.is_zero() { 1 } else { period.as_nanos() };
+    /// For a window that can never trip: the number of observations that it holds at most, if each of `backends` is
+    /// probed once per `period`. `None` if that is enough, or if there are no backends.
+    pub fn too_few_observations(&self, period: Duration, backends: usize) -> Option<u128> {
+        let period = period.as_nanos().max(1);
         // A probe at the begin and one at the end of the window count both.
-        (self.length.as_nanos() / period + 1).saturating_mul(backends as u128)
+        let most = (self.length.as_nanos() / period + 1).saturating_mul(backends as u128);
+        (backends > 0 && u128::from(self.minimum_volume) > most).then_some(most)
     }
 }
 

@@ -42,8 +42,8 @@ struct Probe {
 /// threads end when this value is dropped.
 #[derive(Debug)]
 pub struct Checkers {
+    /// At least one.
     threads: Vec<Thread>,
-    prober: Prober,
     steps: Arc<Steps>,
     reports: Outbox,
     running: HashMap<Probe, Checker>,
@@ -101,14 +101,12 @@ impl Checkers {
     /// A thread cannot be started.
     pub fn start(reports: Outbox) -> Result<Self> {
         let mut threads = vec![Thread::start(Prober::start)?];
-        let prober = threads[0].prober.clone();
         let count = std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
         while threads.len() < count {
-            threads.push(Thread::start(|| prober.for_this_thread())?);
+            threads.push(Thread::start(|| threads[0].prober.for_this_thread())?);
         }
         Ok(Self {
             threads,
-            prober,
             steps: Arc::new(Steps::new()),
             reports,
             running: HashMap::new(),
@@ -120,7 +118,7 @@ impl Checkers {
     /// How busy the probes are.
     #[must_use]
     pub fn load(&self) -> ProbeLoad {
-        self.prober.load()
+        self.threads[0].prober.load()
     }
 
     /// Tells the probes of a service that its breaker has made a transition. Those under way do not count any more.

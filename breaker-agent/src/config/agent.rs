@@ -8,7 +8,7 @@ use globset::{Glob, GlobSetBuilder};
 use ipnet::IpNet;
 use serde_saphyr::Spanned;
 
-use super::{AgentConfig, InterfaceGlobs, NodePortAddresses, format, problems::Problems};
+use super::{AgentConfig, FrontendRules, InterfaceGlobs, NodePortAddresses, format, problems::Problems};
 use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
 
 /// The largest number of services that one node can protect.
@@ -63,8 +63,10 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
             DEFAULT_MASQUERADE_MARK,
             1..=u32::MAX,
         ),
-        node_port_addresses: node_port_addresses(problems, &raw.node_port_addresses),
-        external_ips: problems.word(raw.external_ips.as_ref(), "agent.externalIPs", &external_ips, false),
+        frontends: FrontendRules {
+            node_ports: node_port_addresses(problems, &raw.node_port_addresses),
+            external_ips: problems.word(raw.external_ips.as_ref(), "agent.externalIPs", &external_ips, false),
+        },
         masquerade_rule: raw.masquerade_rule.unwrap_or(true),
     }
 }

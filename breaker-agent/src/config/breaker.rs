@@ -78,8 +78,7 @@ pub(super) fn window_can_trip(
         problems.add(at, path, problem.into());
         return;
     };
-    let most = window.most_observations(check.fast_period, primary.backends.len());
-    if most > 0 && u128::from(window.minimum_volume) > most {
+    if let Some(most) = window.too_few_observations(check.fast_period, primary.backends.len()) {
         let problem = format!(
             "{} is not allowed: {} backend(s), checked every {:?}, give at most {most} observations in {:?}; allowed: 1 to \
              {most}, or a longer lengthMillis, or a shorter period of the check",

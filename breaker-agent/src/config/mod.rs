@@ -68,12 +68,19 @@ pub struct AgentConfig {
     pub max_flows: Option<u32>,
     /// kube-proxy's masquerade mark.
     pub masquerade_mark: u32,
-    /// At which of the node's addresses NodePorts are protected.
-    pub node_port_addresses: NodePortAddresses,
-    /// Whether external IPs of Services are protected.
-    pub external_ips: bool,
+    /// Which addresses of Kubernetes Services are protected, beside their cluster IPs.
+    pub frontends: FrontendRules,
     /// Whether breaker installs a masquerade rule of its own for that mark, which runs after kube-proxy's.
     pub masquerade_rule: bool,
+}
+
+/// Which addresses of Kubernetes Services are protected, beside their cluster IPs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FrontendRules {
+    /// At which of the node's addresses NodePorts are protected.
+    pub node_ports: NodePortAddresses,
+    /// Whether external IPs are protected: whoever may write a Service can name any address there.
+    pub external_ips: bool,
 }
 
 /// At which of the node's addresses NodePorts are protected. It has the meaning of kube-proxy's `--nodeport-addresses`.

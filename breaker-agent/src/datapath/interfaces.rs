@@ -174,7 +174,7 @@ fn wanted(message: &LinkMessage, what: &Wanted, uplinks: &Uplinks) -> Option<Int
 #[derive(Debug, Default)]
 struct Uplinks(BTreeSet<(DefaultRoute, u32)>);
 
-/// What tells a default route from others. A route that replaces it has the same.
+/// The identity of a default route. A route that replaces it has the same identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct DefaultRoute {
     is_v4: bool,
@@ -221,11 +221,8 @@ impl Uplinks {
     }
 
     fn remove(&mut self, route: &RouteMessage) {
-        for index in
-            default_route(route).into_iter().flat_map(|(id, indices)| indices.into_iter().map(move |i| (id, i)))
-        {
-            self.0.remove(&index);
-        }
+        let Some((id, indices)) = default_route(route) else { return };
+        self.0.retain(|(known, index)| *known != id || !indices.contains(index));
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Sizes {
 
 impl Sizes {
     /// Sizes for a node with this much memory, in MiB. With 16 GiB or more: 16,384 services, 131,072 backends,
-    /// 262,144 flows. The maps take about 60 MiB at once then; flows, endpoints and selection tables take memory
+    /// 262,144 flows. The maps take about 70 MiB at once then; flows, endpoints and selection tables take memory
     /// only while they exist.
     #[must_use]
     pub fn for_memory(mebibytes: u64) -> Self {

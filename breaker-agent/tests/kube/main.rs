@@ -6,7 +6,7 @@ mod double;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use breaker_agent::config::NodePortAddresses;
+use breaker_agent::config::FrontendRules;
 use breaker_agent::source::kube::{KubeSource, NodeIdentity, NodeState, Update};
 use breaker_api::crd::AttachMode;
 use breaker_common::{
@@ -66,8 +66,7 @@ fn source(double: &Double) -> KubeSource {
         namespace: "breaker-system".into(),
         kubeconfig: None,
         room: 1000,
-        node_ports: NodePortAddresses::default(),
-        external_ips: true,
+        frontends: FrontendRules { external_ips: true, ..FrontendRules::default() },
     };
     KubeSource::start(&double.client(), &place)
 }

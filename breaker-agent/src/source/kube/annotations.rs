@@ -1,6 +1,6 @@
 //! Annotations `breaker.dev/…` on the protected Service: a short form of a CircuitBreaker's spec.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
@@ -91,23 +91,18 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
         .get("backup")
         .ok_or_else(|| format!("annotation {PREFIX}backup is missing: it names the Service that takes over"))?;
     let backups = backup.split(',').map(|entry| backup_of(entry.trim(), service)).collect::<Result<Vec<_>, _>>()?;
-    let many = |name: &str, count: usize, most: usize| match count > most {
-        true => Err(format!("annotation {PREFIX}{name} has {count} entries; allowed: up to {most}")),
-        false => Ok(()),
-    };
-    many("backup", backups.len(), MOST_BACKUPS)?;
-    let name = |backup: &Value| (backup["namespace"].to_string(), backup["name"].to_string());
-    if let Some(twice) = backups.iter().enumerate().find(|(i, one)| backups[..*i].iter().any(|b| name(b) == name(one)))
-    {
-        let twice = twice.1["name"].as_str().unwrap_or_default();
-        return Err(format!("annotation {PREFIX}backup: {twice:?} is there twice; allowed: each Service once"));
+    at_most("backup", backups.len(), MOST_BACKUPS)?;
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = backups.iter().find(|b| !seen.insert((b["namespace"].as_str(), b["name"].as_str()))) {
+        let name = twice["name"].as_str().unwrap_or_default();
+        return Err(format!("annotation {PREFIX}backup: {name:?} is there twice; allowed: each Service once"));
     }
     let mut spec = json!({ "service": { "name": service }, "backups": backups });
     if let Some(check) = ours.get("check") {
         spec["check"] = check_of(check)?;
     }
     if let Some(ports) = ours.get("ports") {
-        many("ports", ports.split(',').count(), MOST_PORTS)?;
+        at_most("ports", ports.split(',').count(), MOST_PORTS)?;
         spec["service"]["ports"] = ports.split(',').map(|port| port_of(port.trim())).collect();
     }
     for (name, field, form) in FIELDS {
@@ -137,6 +132,13 @@ fn parse(service: &str, ours: &BTreeMap<&str, &str>) -> Result<CircuitBreakerSpe
     }
     serde_json::from_value(spec)
         .map_err(|error| culprit(ours).unwrap_or_else(|| format!("annotations {PREFIX}*: {error}")))
+}
+
+fn at_most(name: &str, count: usize, most: usize) -> Result<(), String> {
+    if count > most {
+        return Err(format!("annotation {PREFIX}{name} has {count} entries; allowed: up to {most}"));
+    }
+    Ok(())
 }
 
 /// How alike two words are, from 0 to 1.

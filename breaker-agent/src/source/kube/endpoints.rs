@@ -31,15 +31,13 @@ impl Endpoint {
     fn new(raw: &SliceEndpoint, port: u16, named_ports: &Arc<BTreeMap<String, u16>>) -> Option<Self> {
         // The first address stands for the endpoint (EndpointSlice API: consumers use one of them).
         let ip: IpAddr = raw.addresses.first()?.parse().ok()?;
-        // Absent means: ready, serving as ready, not terminating (EndpointConditions of discovery/v1). kube-proxy takes
-        // an absent `serving` for true.
-        let ready = raw.conditions.ready.unwrap_or(true);
+        // An absent condition means what it means to kube-proxy: ready, serving, not terminating.
         Some(Self {
             address: SocketAddr::new(ip, port),
             node: raw.node_name.clone(),
             zone: raw.zone.clone(),
             pod: raw.target_ref.as_ref().and_then(|r| r.uid.clone()).unwrap_or_else(|| ip.to_string()),
-            ready,
+            ready: raw.conditions.ready.unwrap_or(true),
             serving: raw.conditions.serving.unwrap_or(true),
             terminating: raw.conditions.terminating.unwrap_or(false),
             hints: raw.hints.clone(),

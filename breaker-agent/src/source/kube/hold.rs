@@ -1,4 +1,4 @@
-//! What stays in force while the objects of the API server do not fit together yet.
+//! Services stay in force while the objects of the API server do not fit together yet.
 
 use std::collections::BTreeMap;
 

@@ -6,7 +6,7 @@
 
 use super::endpoints::{Endpoint, Endpoints, Twice};
 
-/// What differs between kube-proxies.
+/// The differences between kube-proxies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KubeProxy {
     /// Minor version of Kubernetes 1, as in 34 for 1.34; 0 = unknown, which is treated as the newest known one.
@@ -64,7 +64,7 @@ pub enum Way {
     FromThisNode,
 }
 
-/// What kube-proxy does with a connection.
+/// The place to which kube-proxy sends a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
     /// It goes to one of these.
@@ -89,32 +89,30 @@ impl<'a> Choice<'a> {
     /// Makes the lists. Each address must be in `endpoints` once.
     #[must_use]
     pub fn of(endpoints: &'a Endpoints, place: Place<'_>, policies: Policies, proxy: KubeProxy) -> Self {
-        let filtered = |wanted: &dyn Fn(&Endpoint) -> bool| -> Vec<&'a Endpoint> {
+        let some = |wanted: fn(&Endpoint) -> bool| -> Vec<&'a Endpoint> {
             endpoints.all().filter(|endpoint| wanted(endpoint)).collect()
         };
-        let mut cluster = Vec::new();
-        if !policies.internal_local || policies.external {
-            let hinted = hint_mode(endpoints, place);
-            cluster = filtered(&|e| e.is_ready() && hinted(e));
-            if !endpoints.all().any(Endpoint::is_ready) {
-                cluster = filtered(&Endpoint::ends_and_serves);
-            }
-        }
+        let ready = some(Endpoint::is_ready);
+        let ending = || some(Endpoint::ends_and_serves);
         let mut local = Vec::new();
         let has_local_list = policies.internal_local || (policies.external_local && policies.external);
         if has_local_list {
-            let here = |e: &Endpoint| e.node.as_deref() == Some(place.node);
-            local = filtered(&|e| here(e) && e.is_ready());
+            let here = |e: &&Endpoint| e.node.as_deref() == Some(place.node);
+            local = ready.iter().copied().filter(here).collect();
             if local.is_empty() {
-                local = filtered(&|e| here(e) && e.ends_and_serves());
+                local = ending().into_iter().filter(here).collect();
             }
         }
-        let anybody = || endpoints.all().any(|e| e.is_ready() || e.ends_and_serves());
-        let any = !cluster.is_empty() || (has_local_list && anybody());
+        let cluster = match !policies.internal_local || policies.external {
+            false => Vec::new(),
+            true if ready.is_empty() => ending(),
+            true => hinted(ready, place),
+        };
+        let any = !cluster.is_empty() || (has_local_list && endpoints.all().any(Endpoint::can_serve));
         Self { cluster, local, any, policies, ipvs: proxy.ipvs }
     }
 
-    /// What happens to a connection that comes this way.
+    /// The place to which a connection goes that comes this way.
     #[must_use]
     pub fn target(&self, way: Way) -> Target<'a> {
         let local = match way {
@@ -136,19 +134,18 @@ impl<'a> Choice<'a> {
     }
 }
 
-/// Which ready endpoints the hints let through. They hold only if every ready endpoint has one, and one of them is for
-/// this node, or else for this zone.
-fn hint_mode<'p>(endpoints: &Endpoints, place: Place<'p>) -> Box<dyn Fn(&Endpoint) -> bool + 'p> {
-    let ready = || endpoints.all().filter(|e| e.is_ready());
-    let for_node = move |e: &Endpoint| e.hinted_nodes().any(|name| name == place.node);
-    let for_zone = move |e: &Endpoint| e.hinted_zones().any(|name| Some(name) == place.zone);
-    if ready().all(|e| e.hinted_nodes().next().is_some()) && ready().any(for_node) {
-        return Box::new(for_node);
+/// The ready endpoints that their hints let through. Hints hold only if every ready endpoint has one, and one of them is
+/// for this node, or else for this zone.
+fn hinted<'a>(ready: Vec<&'a Endpoint>, place: Place<'_>) -> Vec<&'a Endpoint> {
+    let for_node = |e: &&Endpoint| e.hinted_nodes().any(|name| name == place.node);
+    let for_zone = |e: &&Endpoint| e.hinted_zones().any(|name| Some(name) == place.zone);
+    if ready.iter().all(|e| e.hinted_nodes().next().is_some()) && ready.iter().any(for_node) {
+        return ready.into_iter().filter(for_node).collect();
     }
-    if ready().all(|e| e.hinted_zones().next().is_some()) && ready().any(for_zone) {
-        return Box::new(for_zone);
+    if ready.iter().all(|e| e.hinted_zones().next().is_some()) && ready.iter().any(for_zone) {
+        return ready.into_iter().filter(for_zone).collect();
     }
-    Box::new(|_| true)
+    ready
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ use self::{
 };
 use crate::{
     clock,
-    config::NodePortAddresses,
+    config::FrontendRules,
     supervise::{self, contained_call},
 };
 
@@ -120,10 +120,8 @@ pub struct NodeIdentity {
     pub kubeconfig: Option<std::path::PathBuf>,
     /// Maximum number of Services that the node can protect.
     pub room: usize,
-    /// At which of the node's addresses NodePorts are protected.
-    pub node_ports: NodePortAddresses,
-    /// Whether external IPs of Services are protected.
-    pub external_ips: bool,
+    /// Which addresses of Services are protected, beside their cluster IPs.
+    pub frontends: FrontendRules,
 }
 
 /// Makes a client for the API server, from a kubeconfig file or from the environment.
@@ -250,7 +248,7 @@ async fn follow(
         }
         sleep(BATCH_DELAY).await;
         let Some(mut world) = watches.world() else { continue };
-        (world.external_ips, world.node_ports) = (identity.external_ips, identity.node_ports.clone());
+        world.frontends.clone_from(&identity.frontends);
         let resolved = contained_call(|| resolve(&world, &mut policies, &mut last_valid, clock::wall(), identity.room));
         let mut resolution = match resolved {
             Ok(resolution) => resolution,

@@ -1,7 +1,7 @@
 //! The Kubernetes objects that the agent reads, reduced to the fields that it uses: other fields are neither parsed
 //! nor stored. Names, defaults and meanings are those of core/v1 and discovery/v1.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use kube::{Resource, api::ObjectMeta};
@@ -33,7 +33,7 @@ pub struct ServiceSpec {
     /// Cluster IPs of both IP families.
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<String>,
-    /// Whether endpoints are ready whatever their pods say.
+    /// Endpoints count as ready even if their pods are not.
     pub publish_not_ready_addresses: bool,
     /// Port at which kube-proxy tells load balancers whether a node has ready pods.
     pub health_check_node_port: Option<i32>,
@@ -50,6 +50,13 @@ pub struct ServiceSpec {
     pub ports: Vec<ServicePort>,
     /// Labels that select its pods.
     pub selector: BTreeMap<String, String>,
+}
+
+impl ServiceSpec {
+    /// The cluster IPs of both IP families.
+    pub fn all_cluster_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.cluster_ips.iter().chain([&self.cluster_ip]).filter_map(|ip| ip.parse().ok())
+    }
 }
 
 /// A Service's port.
@@ -165,7 +172,7 @@ pub struct TargetRef {
     pub uid: Option<String>,
 }
 
-/// Conditions of an endpoint. Absent conditions mean: ready, serving like ready, not terminating.
+/// Conditions of an endpoint. Absent conditions mean: ready, serving, not terminating.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Conditions {
@@ -218,12 +225,12 @@ pub struct NodeStatus {
     /// Its conditions.
     #[serde(deserialize_with = "or_default")]
     pub conditions: Vec<NodeCondition>,
-    /// What runs on it.
+    /// Versions of its software.
     #[serde(rename = "nodeInfo")]
     pub node_info: NodeInfo,
 }
 
-/// What runs on a Node.
+/// Versions of a Node's software.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct NodeInfo {

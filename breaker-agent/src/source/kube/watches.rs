@@ -33,7 +33,7 @@ use super::{
     resolve::{NodeView, World},
     watch::{Watch, always},
 };
-use crate::config::NodePortAddresses;
+use crate::config::FrontendRules;
 
 /// The label with the name of an EndpointSlice's Service.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -211,8 +211,7 @@ impl Watches {
             self.last_parsed.extend(breaker.map(|breaker| (key, breaker)));
         }
         let mut world = World {
-            node_ports: NodePortAddresses::default(),
-            external_ips: false,
+            frontends: FrontendRules::default(),
             node: node_view(&self.node_name, node.first().map(|node| &**node)),
             breakers: self.last_parsed.values().cloned().collect(),
             grants: self.grants.get()?,

@@ -10,6 +10,7 @@ use breaker_core::model::{Frontend, Protocol};
 use super::{Resolver, refuse};
 use crate::source::kube::{
     endpoints::Family,
+    kube_proxy::Policies,
     objects::{Service, ServicePort},
 };
 
@@ -25,19 +26,15 @@ impl Resolver<'_> {
     ) -> Vec<Frontend> {
         let spec = &service.spec;
         // kube-proxy serves an IP family only if the Service has a cluster IP of that family.
-        let has_family = |ip: &&String| ip.parse().is_ok_and(|ip| Family::of(SocketAddr::new(ip, 0)) == family);
-        if !spec.cluster_ips.iter().chain([&spec.cluster_ip]).any(|ip| has_family(&ip)) {
+        if !spec.all_cluster_ips().any(|ip| Family::of(SocketAddr::new(ip, 0)) == family) {
             return Vec::new();
         }
         let number = u16::try_from(port.port).unwrap_or_default();
-        let cluster = spec.cluster_ips.iter().chain([&spec.cluster_ip]);
-        if !spec.external_ips.is_empty() && !self.world.external_ips {
+        if !spec.external_ips.is_empty() && !self.world.frontends.external_ips {
             self.note("external IPs are not protected (agent.externalIPs: Deny)".into());
         }
-        let external: Vec<&String> = match self.world.external_ips {
-            true => spec.external_ips.iter().filter(|ip| self.owns(ip, true)).collect(),
-            false => Vec::new(),
-        };
+        let external = spec.external_ips.iter().filter(|_| self.world.frontends.external_ips);
+        let external: Vec<IpAddr> = external.filter_map(|ip| self.owned(ip, true)).collect();
         let balancers = service.status.load_balancer.ingress.iter();
         // netfilter drops packets from other sources before it translates them. The programs would translate before
         // netfilter sees the packet, and so bypass that rule.
@@ -48,56 +45,50 @@ impl Resolver<'_> {
         let balancers = balancers.filter(|_| !limited);
         // With ipMode Proxy, packets arrive with a destination that the load balancer chose.
         let balancers = balancers.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
-        let balancers: Vec<&String> = balancers.filter(|ip| self.owns(ip, false)).collect();
-        let mut addresses: BTreeSet<SocketAddr> = cluster
-            .chain(external)
-            .chain(balancers)
-            .filter_map(|ip| ip.parse::<IpAddr>().ok())
-            .map(|ip| SocketAddr::new(ip, number))
-            .collect();
+        let balancers: Vec<IpAddr> = balancers.filter_map(|ip| self.owned(ip, false)).collect();
+        let all = spec.all_cluster_ips().chain(external).chain(balancers);
+        let mut addresses: BTreeSet<SocketAddr> = all.map(|ip| SocketAddr::new(ip, number)).collect();
         if let Some(node_port) = port.node_port.and_then(|p| u16::try_from(p).ok()).filter(|p| *p > 0) {
-            let own = self.world.node_ports.of(&self.world.node.addresses);
+            let own = self.world.frontends.node_ports.of(&self.world.node.addresses);
             addresses.extend(own.into_iter().map(|ip| SocketAddr::new(ip, node_port)));
         }
         let ours = addresses.into_iter().filter(|address| Family::of(*address) == family);
         ours.map(|address| Frontend { address, protocol }).collect()
     }
 
-    /// Whether a Service may have this address beside its cluster IPs. If not, the condition ResolvedRefs says so.
-    /// `chosen`: the Service's author chose it, and not a load balancer.
-    fn owns(&mut self, address: &str, chosen: bool) -> bool {
-        let Ok(ip) = address.parse::<IpAddr>() else { return false };
+    /// An address that the Service has beside its cluster IPs; `None` if it is no address, or not the Service's. In the
+    /// second case the condition ResolvedRefs says so. `chosen`: the Service's author chose it, and not a load balancer.
+    fn owned(&mut self, address: &str, chosen: bool) -> Option<IpAddr> {
+        let ip = address.parse::<IpAddr>().ok()?;
         let own = &self.result.service;
         let why = match self.cluster_ips.get(&ip) {
             Some(owner) if *owner != own => format!("the cluster IP of Service {owner}"),
             // k3s gives the addresses of nodes to load balancers.
             _ if chosen && self.world.node.addresses.contains(&ip) => "an address of a node".to_owned(),
             _ if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() => "no address of a host".to_owned(),
-            _ => return true,
+            _ => return Some(ip),
         };
         let message = format!("{ip} is {why}, and not protected for Service {own}");
         self.result.resolved = refuse("FrontendNotOwned", message);
-        false
+        None
     }
 }
 
 /// The frontends for connections from outside of the cluster: all except the cluster IPs.
 pub(super) fn outside_frontends(service: &Service, frontends: &[Frontend]) -> BTreeSet<Frontend> {
-    let inside = |ip: IpAddr| {
-        let mut cluster = service.spec.cluster_ips.iter().chain([&service.spec.cluster_ip]);
-        cluster.any(|own| own.parse() == Ok(ip))
-    };
+    let inside = |ip: IpAddr| service.spec.all_cluster_ips().any(|own| own == ip);
     frontends.iter().filter(|frontend| !inside(frontend.address.ip())).copied().collect()
 }
 
-/// Whether a Service accepts connections from outside of the cluster.
-pub(super) fn is_external(service: &Service) -> bool {
-    service.spec.ports.iter().any(|port| port.node_port.is_some_and(|port| port > 0))
-        || !service.spec.external_ips.is_empty()
-        || !service.status.load_balancer.ingress.is_empty()
-}
-
-/// Whether external clients keep their address.
-pub(super) fn is_local(service: &Service) -> bool {
-    service.spec.external_traffic_policy.as_deref() == Some("Local")
+/// The fields of a Service that decide which endpoints kube-proxy uses.
+pub(super) fn policies_of(service: &Service) -> Policies {
+    let spec = &service.spec;
+    let is_local = |policy: &Option<String>| policy.as_deref() == Some("Local");
+    Policies {
+        internal_local: is_local(&spec.internal_traffic_policy),
+        external_local: is_local(&spec.external_traffic_policy),
+        external: spec.ports.iter().any(|port| port.node_port.is_some_and(|port| port > 0))
+            || !spec.external_ips.is_empty()
+            || !service.status.load_balancer.ingress.is_empty(),
+    }
 }

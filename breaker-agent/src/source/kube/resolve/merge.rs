@@ -45,8 +45,7 @@ impl Resolver<'_> {
         }
         if let (Some(window), Some(check)) = (service.breaker.window, &service.primary.check) {
             let backends = service.primary.backends.len();
-            let most = window.most_observations(check.fast_period, backends);
-            if most > 0 && u128::from(window.minimum_volume) > most {
+            if let Some(most) = window.too_few_observations(check.fast_period, backends) {
                 self.note(format!(
                     "breaker.window cannot trip: with {backends} primary pod(s) it holds at most {most} observations, \
                      and minimumVolume is {}",

@@ -38,7 +38,7 @@ use super::{
     objects::{EndpointSlice, Service},
     spec_policies::Policies,
 };
-use crate::config::NodePortAddresses;
+use crate::config::FrontendRules;
 
 /// How long a new Service whose pods have never been ready counts as starting, and not as failed.
 const STARTING: SignedDuration = SignedDuration::from_mins(5);
@@ -82,10 +82,8 @@ pub struct World {
     pub endpoints: HashMap<Key, Vec<Arc<EndpointSlice>>>,
     /// All NetworkPolicies.
     pub policies: network_policy::ByNamespace,
-    /// At which of the node's addresses NodePorts are frontends (`agent.nodePortAddresses`).
-    pub node_ports: NodePortAddresses,
-    /// Whether external IPs are frontends (`agent.externalIPs`): whoever may write a Service can name any address there.
-    pub external_ips: bool,
+    /// Which addresses of Services are frontends, beside their cluster IPs.
+    pub frontends: FrontendRules,
 }
 
 /// Why a request, or a part of it, is refused: reason and message of a condition.
@@ -243,31 +241,19 @@ pub fn resolve(
                 None
             }
         };
+        let mut apply = |spec: &CircuitBreakerSpec, result: &mut ResolvedBreaker| {
+            let (cluster_ips, wanted) = (&cluster_ips, &mut resolution.wanted);
+            Resolver { world, cluster_ips, policies, spec, result, wanted }.resolve(now);
+        };
         let wrong = wanted.as_ref().is_none_or(|spec| {
-            let mut resolver = Resolver {
-                world,
-                cluster_ips: &cluster_ips,
-                policies,
-                spec,
-                result: &mut result,
-                wanted: &mut resolution.wanted,
-            };
-            resolver.resolve(now);
+            apply(spec, &mut result);
             result.accepted.is_err()
         });
         let in_force = if wrong { last_valid.get(&intent.owner).cloned() } else { wanted };
         if let (true, Some(spec)) = (wrong, &in_force) {
             // The last valid spec stays in force; condition Accepted still reports the error of the current spec.
             let refused = result.accepted.clone();
-            let mut resolver = Resolver {
-                world,
-                cluster_ips: &cluster_ips,
-                policies,
-                spec,
-                result: &mut result,
-                wanted: &mut resolution.wanted,
-            };
-            resolver.resolve(now);
+            apply(spec, &mut result);
             result.accepted = refused;
         }
         result.hold |= wrong;
@@ -325,10 +311,7 @@ fn claim_frontends(results: &mut [ResolvedBreaker]) {
 
 /// The Service that each cluster IP belongs to.
 fn cluster_ips(world: &World) -> HashMap<IpAddr, &Key> {
-    let all = world.services.iter().flat_map(|(key, service)| {
-        let spec = &service.spec;
-        spec.cluster_ips.iter().chain([&spec.cluster_ip]).filter_map(move |ip| Some((ip.parse().ok()?, key)))
-    });
+    let all = world.services.iter().flat_map(|(key, service)| service.spec.all_cluster_ips().map(move |ip| (ip, key)));
     all.collect()
 }
 

@@ -13,14 +13,14 @@ use jiff::Timestamp;
 use super::{
     Refusal, Resolver,
     checks::{self, ports_of, with_port},
-    frontends::{is_external, is_local, outside_frontends},
+    frontends::{outside_frontends, policies_of},
     references::{ResolvedBackup, is_named, protocol_of},
     refuse,
 };
 use crate::source::kube::{
-    endpoints::{Endpoint, Endpoints, Family, Twice},
+    endpoints::{Endpoints, Family, Twice},
     intent::Key,
-    kube_proxy::{Choice, Place, Policies, Target, Way},
+    kube_proxy::{Choice, Place, Target, Way},
     network_policy,
     objects::{Service, ServicePort},
 };
@@ -33,6 +33,7 @@ type BackupTier<'a, 'b> = (Vec<&'b ResolvedBackup<'a>>, Option<Check>);
 const GRACE_PERIOD: Duration = Duration::from_secs(2);
 
 /// A protected port of a Service in one IP family.
+#[derive(Clone)]
 pub(super) struct PortPlan {
     pub(super) port: i32,
     /// For connections from outside only, because the others go to other endpoints.
@@ -43,20 +44,26 @@ pub(super) struct PortPlan {
     pub(super) pods: BTreeMap<SocketAddr, String>,
 }
 
+impl PortPlan {
+    fn keep_frontends(&mut self, wanted: impl Fn(&Frontend) -> bool) {
+        self.service.frontends.retain(&wanted);
+        self.service.keep_client.frontends.retain(&wanted);
+    }
+}
+
 /// The endpoints that decide about connections that come this way: those that kube-proxy uses on this node.
 ///
 /// Where `externalTrafficPolicy: Local` keeps connections from outside from every endpoint, their load balancer sends
 /// none to this node. All endpoints decide then: a node without pods of the primary is no failure.
-fn judged<'e>(choice: &Choice<'e>, way: Way) -> impl Iterator<Item = &'e Endpoint> {
+fn judged(choice: &Choice<'_>, way: Way) -> Vec<Backend> {
     let target = match (choice.target(way), way) {
         (Target::Drop, Way::FromOutside) => choice.target(Way::FromThisNode),
         (target, _) => target,
     };
     match target {
-        Target::Endpoints(endpoints) => endpoints,
+        Target::Endpoints(endpoints) => endpoints.iter().map(|e| Backend { address: e.address, weight: 1 }).collect(),
         Target::Drop | Target::Reject => Vec::new(),
     }
-    .into_iter()
 }
 
 /// Why a port cannot be protected.
@@ -90,14 +97,15 @@ impl<'a> Resolver<'a> {
             ));
         }
         let mut plans = Vec::new();
-        if service.spec.internal_traffic_policy.as_deref() == Some("Local") {
+        let policies = policies_of(service);
+        if policies.internal_local {
             self.note(
                 "internalTrafficPolicy: Local holds for the primary only: while the breaker is open, backups on any \
                  node take over"
                     .into(),
             );
         }
-        if is_local(service) {
+        if policies.external_local {
             self.note(
                 "externalTrafficPolicy: Local: on nodes with a backup, external clients keep their address; on others \
                  they are masqueraded"
@@ -177,15 +185,15 @@ impl<'a> Resolver<'a> {
         let mut pods: BTreeMap<SocketAddr, String> = primary.all().map(|e| (e.address, e.pod.clone())).collect();
         let mut backup_tiers = Vec::new();
         let outside = outside_frontends(service, &frontends);
-        let kept = if is_local(service) { outside.clone() } else { BTreeSet::new() };
+        let policies = policies_of(service);
+        let kept = if policies.external_local { outside.clone() } else { BTreeSet::new() };
         let mut keep_client = model::KeepClient { frontends: kept, ..Default::default() };
-        let (mut in_family, mut in_other) = (false, false);
+        let mut in_family = false;
         for ((members, _), model) in tiers.iter().zip(&template.backups) {
             let (mut pools, mut check_ports) = (Vec::new(), BTreeMap::new());
             for found in members {
                 let endpoints = self.backup_endpoints(found, port, protocol, family)?;
                 in_family |= endpoints.all().next().is_some();
-                in_other |= self.backup_endpoints(found, port, protocol, family.other())?.all().next().is_some();
                 pods.extend(endpoints.all().map(|e| (e.address, e.pod.clone())));
                 self.check_network_policies(
                     protocol,
@@ -203,13 +211,17 @@ impl<'a> Resolver<'a> {
                     );
                     self.note(note);
                 }
-                check_ports.extend(ports_of(found.intent.check.as_ref().or(self.spec.check.as_ref()), &endpoints));
+                check_ports.extend(ports_of(self.check_of(found), &endpoints));
                 pools.push((found, endpoints.without(&avoid)));
             }
             let name = members.iter().map(|found| self.short_name(&found.key)).collect::<Vec<_>>().join("+");
             backup_tiers.extend(self.tiers_by_distance(&name, &pools, &Tier { check_ports, ..model.clone() }));
         }
-        if in_other && !in_family && self.result.reachable.is_ok() {
+        let has_other = |found: &ResolvedBackup<'_>| {
+            let others = self.backup_endpoints(found, port, protocol, family.other());
+            others.is_ok_and(|endpoints| endpoints.all().next().is_some())
+        };
+        if !in_family && self.result.reachable.is_ok() && backups.iter().any(has_other) {
             let names: Vec<String> = frontends.iter().map(ToString::to_string).collect();
             let message = format!(
                 "no pod of a backup has an {} address, so connections to {} are not moved",
@@ -218,41 +230,31 @@ impl<'a> Resolver<'a> {
             );
             self.result.reachable = refuse("NoBackupInFamily", message);
         }
-        let policies = Policies {
-            internal_local: service.spec.internal_traffic_policy.as_deref() == Some("Local"),
-            external_local: is_local(service),
-            external: is_external(service),
-        };
         let place = Place { node: &node.name, zone: node.zone.as_deref() };
         let choice = Choice::of(&primary, place, policies, node.kube_proxy);
-        let plan = |way: Way, frontends: Vec<Frontend>| {
-            let of_these =
-                |known: &BTreeSet<Frontend>| frontends.iter().filter(|f| known.contains(f)).copied().collect();
-            let service = model::Service {
-                primary: Tier {
-                    name: self.short_name(key),
-                    backends: judged(&choice, way).map(|e| Backend { address: e.address, weight: 1 }).collect(),
-                    draining: Vec::new(),
-                    check_ports: ports_of(self.spec.check.as_ref(), &primary),
-                    ..template.primary.clone()
-                },
-                backups: backup_tiers.clone(),
-                grace_period: GRACE_PERIOD,
-                keep_client: model::KeepClient {
-                    frontends: of_these(&keep_client.frontends),
-                    backends: keep_client.backends.clone(),
-                },
-                frontends,
-                ..template.as_ref().clone()
-            };
-            PortPlan { port: port.port, outside: way == Way::FromOutside, service, pods: pods.clone() }
+        let service = model::Service {
+            frontends,
+            primary: Tier {
+                name: self.short_name(key),
+                backends: judged(&choice, Way::ClusterIp),
+                draining: Vec::new(),
+                check_ports: ports_of(self.spec.check.as_ref(), &primary),
+                ..template.primary.clone()
+            },
+            backups: backup_tiers,
+            grace_period: GRACE_PERIOD,
+            keep_client,
+            ..template.as_ref().clone()
         };
-        let (others, inside): (Vec<_>, Vec<_>) = frontends.iter().copied().partition(|f| outside.contains(f));
-        if policies.internal_local == policies.external_local || others.is_empty() {
-            return Ok(vec![plan(Way::ClusterIp, frontends)]);
+        let mut all = PortPlan { port: port.port, outside: false, service, pods };
+        if policies.internal_local == policies.external_local || outside.is_empty() {
+            return Ok(vec![all]);
         }
-        let parts = [(Way::ClusterIp, inside), (Way::FromOutside, others)];
-        let parts = parts.into_iter().filter(|(_, part)| !part.is_empty()).map(|(way, part)| plan(way, part)).collect();
+        let mut from_outside = all.clone();
+        from_outside.outside = true;
+        from_outside.service.primary.backends = judged(&choice, Way::FromOutside);
+        from_outside.keep_frontends(|frontend| outside.contains(frontend));
+        all.keep_frontends(|frontend| !outside.contains(frontend));
         if self.spec.limits.is_some() {
             self.note(
                 "limits count connections from outside apart from those to the cluster IP, because the traffic \
@@ -260,7 +262,7 @@ impl<'a> Resolver<'a> {
                     .into(),
             );
         }
-        Ok(parts)
+        Ok(vec![all, from_outside])
     }
 
     /// A check with a port number in place of a port name, for the pods of one Service. Pods with another number get
@@ -281,16 +283,20 @@ impl<'a> Resolver<'a> {
         }
     }
 
+    /// The check of a backup: its own or, if it has none, the primary's.
+    fn check_of(&self, backup: &ResolvedBackup<'a>) -> Option<&'a Check> {
+        backup.intent.check.as_ref().or(self.spec.check.as_ref())
+    }
+
     /// The backups of each priority, with the check that they share.
     fn by_priority<'b>(&self, backups: &'b [ResolvedBackup<'a>]) -> Result<Vec<BackupTier<'a, 'b>>, Problem> {
         let mut tiers: Vec<BackupTier<'a, '_>> = Vec::new();
         let mut last_priority = None;
         for found in backups {
-            let wanted = found.intent.check.as_ref().or(self.spec.check.as_ref());
-            let own = self.numbered_check(wanted, &found.key)?;
+            let own = self.numbered_check(self.check_of(found), &found.key)?;
             match tiers.last_mut() {
                 Some((members, _)) if last_priority == Some(found.priority) => {
-                    if members[0].intent.check.as_ref().or(self.spec.check.as_ref()) != wanted {
+                    if self.check_of(members[0]) != self.check_of(found) {
                         return Err(Problem::Invalid(format!(
                             "backups: {} and {} have the same priority but different checks; \
                              allowed: one check for each priority",

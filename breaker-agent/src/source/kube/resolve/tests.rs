@@ -253,7 +253,7 @@ fn a_grant_opens_another_namespace_and_only_that() {
 #[test]
 fn every_address_of_a_service_is_a_frontend() {
     let mut lab = Lab::new().with_breaker(spec());
-    lab.0.external_ips = true;
+    lab.0.frontends.external_ips = true;
     lab.service(
         "lab",
         "dummy",
@@ -548,7 +548,7 @@ fn an_address_belongs_to_its_service() {
     let annotated = json!({ "breaker.dev/backup": "backup", "breaker.dev/override": "ForceClosed" });
     for annotations in [json!({}), annotated] {
         let mut lab = Lab::new();
-        lab.0.external_ips = true;
+        lab.0.frontends.external_ips = true;
         let victim = json!({ "clusterIP": "10.43.0.10", "ports": [{ "port": 8080 }] });
         lab.service("victim", "dns", victim, annotations.clone());
         lab.service("victim", "backup", json!({ "clusterIP": "10.43.0.11", "ports": [{ "port": 8080 }] }), json!({}));
@@ -567,7 +567,7 @@ fn an_address_belongs_to_its_service() {
         if annotations.as_object().is_some_and(|annotations| !annotations.is_empty()) {
             assert_eq!(frontends(&resolution.results[1].ports[&8080]), ["10.43.0.10:8080"]);
         }
-        lab.0.external_ips = false;
+        lab.0.frontends.external_ips = false;
         let result = &lab.resolve().results[0];
         assert_eq!(frontends(&result.ports[&8080]), ["10.43.0.5:8080"]);
         assert!(result.notes[0].contains("agent.externalIPs"), "{:?}", result.notes);
@@ -578,7 +578,7 @@ fn an_address_belongs_to_its_service() {
 #[test]
 fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
     let mut lab = Lab::new().with_breaker(with(|s| s["mode"] = json!("DryRun")));
-    lab.0.external_ips = true;
+    lab.0.frontends.external_ips = true;
     for (name, ip) in [("dummy", "10.43.0.1"), ("other", "10.43.0.5")] {
         let spec = json!({ "clusterIP": ip, "externalIPs": ["198.51.100.7"], "ports": [{ "port": 8080 }] });
         lab.service("lab", name, spec, json!({}));
@@ -691,7 +691,7 @@ fn a_load_balancer_with_source_ranges_is_left_to_netfilter() {
 #[test]
 fn external_traffic_policy_local_is_about_the_ways_in_from_outside() {
     let mut lab = Lab::new().with_breaker(spec());
-    lab.0.external_ips = true;
+    lab.0.frontends.external_ips = true;
     lab.service(
         "lab",
         "dummy",
@@ -790,7 +790,7 @@ fn node_ports_are_where_kube_proxy_has_them() {
         (false, vec!["203.0.113.0/24"], &["10.43.0.1:8080"]),
     ] {
         let networks = networks.into_iter().map(|network| network.parse().unwrap()).collect();
-        lab.0.node_ports = config::NodePortAddresses { primary, networks };
+        lab.0.frontends.node_ports = config::NodePortAddresses { primary, networks };
         assert_eq!(of(&lab), expected);
     }
 }
