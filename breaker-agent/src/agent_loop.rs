@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use breaker_api::{
     events::EventLine,
-    status::{AgentStatus, DatapathStatus, Restored, ServiceStatus},
+    status::{AgentStatus, DatapathStatus, Restored, ServiceStatus, SuspendedPath},
 };
 use breaker_core::{
     engine::{
@@ -26,9 +26,11 @@ use crate::{
     clock::{self, Clock},
     command::Command,
     config::{AgentConfig, ConfigError},
-    datapath::{KernelDatapath, interfaces::InterfaceChange, masquerade, neighbors::LocalPods, preflight},
+    datapath::{
+        KernelDatapath, interfaces::InterfaceChange, masquerade, neighbors::LocalPods, preflight, return_paths,
+    },
     heartbeat::{self, Lease},
-    interfaces::Interfaces,
+    interfaces::{Interfaces, Outcome},
     logging::Incidents,
     process,
     signals::Signals,
@@ -55,6 +57,8 @@ pub struct Inputs {
     pub commands: mpsc::Receiver<Command>,
     /// Changes of the node's interfaces.
     pub interfaces: mpsc::Receiver<InterfaceChange>,
+    /// What the thread that attaches programs has done.
+    pub attached: mpsc::UnboundedReceiver<Outcome>,
     /// Pods of this node, as each search finds them.
     pub pods: mpsc::Receiver<LocalPods>,
     /// Becomes readable when the programs have urgent events.
@@ -126,6 +130,8 @@ pub struct Agent {
     pub masquerade_rule: Result<(), String>,
     /// A socket load balancer on this node that hides VIPs from the programs, if there is one.
     pub incompatible: Option<String>,
+    /// Programs of another datapath that may deliver answers past breaker's, if there are any.
+    pub bypass: Option<String>,
     /// Switches the search for pods on (true) and off.
     pub pods_wanted: watch::Sender<bool>,
     /// Whether a service needs to know which backends are pods on this node.
@@ -174,6 +180,12 @@ impl Agent {
                     self.interfaces.change(change);
                     self.set_local_pods();
                 }
+                Some(outcome) = inputs.attached.recv() => {
+                    self.unreported = true;
+                    let back = self.interfaces.done(outcome);
+                    self.report_restored(back);
+                    self.set_local_pods();
+                }
                 Some(pods) = inputs.pods.recv() => {
                     self.interfaces.add_pods(pods);
                     self.set_local_pods();
@@ -216,7 +228,8 @@ impl Agent {
     fn publish_node_state(&mut self, kube: &KubeSource) {
         let changes = self.engine.changes();
         self.unreported |= changes != self.reported_changes;
-        let now = self.clock.now().mono;
+        let now_all = self.clock.now();
+        let now = now_all.mono;
         if !self.unreported || !self.update.synced || now < self.reported_at + MIN_REPORT_INTERVAL {
             return;
         }
@@ -229,6 +242,12 @@ impl Agent {
             attach: self.interfaces.attach_mode(),
             interfaces: self.interfaces.count(),
             failed_interfaces: self.interfaces.failures(),
+            unseen: self.interfaces.notes(),
+            suspended: self.suspended(now_all).into_iter().fold(BTreeMap::new(), |mut by_service, path| {
+                by_service.entry(path.service).or_default().push(path.interface);
+                by_service
+            }),
+            bypass: self.bypass.clone(),
             sockets: self.sockets.clone().err(),
             incompatible: self.incompatible.clone(),
         });
@@ -251,29 +270,53 @@ impl Agent {
         let lease = self.lease.beat(now.mono);
         self.update_pods_wanted();
         if self.lease.is_scan_due() {
-            let found = preflight::socket_load_balancer();
-            self.unreported |= found != self.incompatible;
-            self.incompatible = found;
+            let (incompatible, bypass) = (preflight::socket_load_balancer(), preflight::other_datapath());
+            self.unreported |= (&incompatible, &bypass) != (&self.incompatible, &self.bypass);
+            (self.incompatible, self.bypass) = (incompatible, bypass);
         }
         self.datapath.heartbeat(lease, now.unix_ns);
         if self.lease.is_restore_due() {
-            self.restore(now);
+            self.restore();
+            self.watch_return_paths(now);
+        }
+    }
+
+    /// Stops to redirect where the answers of backups are not seen, and tries again later.
+    fn watch_return_paths(&mut self, now: Now) {
+        let interfaces = &self.interfaces;
+        let changes = match self.datapath.watch_return_paths(now.mono, |index| interfaces.exists(index)) {
+            Ok(changes) => changes,
+            Err(error) => return tracing::warn!("cannot look after the return paths: {error:#}"),
+        };
+        for change in changes {
+            let (interface, (answered, unanswered)) = (self.interfaces.name(change.interface), change.counts);
+            let message = match change.suspended_for {
+                Some(duration) => format!(
+                    "{interface}: {unanswered} repeated connection attempts to the backup had no answer, {answered} had \
+                     one; new connections are left to kube-proxy there for {} s",
+                    duration.as_secs()
+                ),
+                None => format!("{interface}: new connections are redirected again, as a trial"),
+            };
+            self.engine.note_about(now, &change.service, EntryKind::ReturnPath, message);
+            self.unreported = true;
         }
     }
 
     /// Puts back what somebody else has taken away: a firewall's reload, a CNI's restart, another agent's cleanup.
-    fn restore(&mut self, now: Now) {
-        let mut back = self.interfaces.restore();
+    fn restore(&mut self) {
         // What is not there by the configuration, or because the kernel refused it, is not missed.
-        let sockets = self.sockets.is_ok().then(|| self.interfaces.restore_sockets());
-        let rule = self.masquerade_rule.is_ok().then(|| masquerade::restore(self.config.masquerade_mark));
-        for (what, outcome) in [("nodeSockets", sockets), ("masqueradeRule", rule)] {
-            match outcome {
-                None | Some(Ok(false)) => {}
-                Some(Ok(true)) => back.push(what.into()),
-                Some(Err(error)) => tracing::debug!("cannot look after {what}: {error:#}"),
-            }
+        self.interfaces.restore(self.sockets.is_ok());
+        match self.masquerade_rule.is_ok().then(|| masquerade::restore(self.config.masquerade_mark)) {
+            None | Some(Ok(false)) => {}
+            Some(Ok(true)) => self.report_restored(vec!["masqueradeRule".into()]),
+            Some(Err(error)) => tracing::debug!("cannot look after masqueradeRule: {error:#}"),
         }
+    }
+
+    /// Reports what was put back.
+    fn report_restored(&mut self, back: Vec<String>) {
+        let now = self.clock.now();
         let last = clock::timestamp(now.unix_ns);
         for what in &back {
             let restored = self.restored.entry(what.clone()).or_insert(Restored { count: 0, last });
@@ -361,7 +404,11 @@ impl Agent {
             }
             Command::Ready(reply) => {
                 let waiting = "no configuration from the API server yet; an earlier agent's decisions stay in force";
-                drop(reply.send(self.service_count.map(drop).ok_or_else(|| waiting.to_owned())));
+                let configured = self.service_count.map(drop).ok_or_else(|| waiting.to_owned());
+                drop(reply.send(configured.and_then(|()| match self.interfaces.waiting_at_start() {
+                    0 => Ok(()),
+                    number => Err(format!("{number} interfaces wait for their programs")),
+                })));
             }
             Command::Handover { duration, reply } => {
                 self.lease.hand_over(now.mono, duration);
@@ -374,6 +421,20 @@ impl Agent {
                 drop(reply.send(events));
             }
         }
+    }
+
+    /// Interfaces on which new connections of a service are left to kube-proxy for now.
+    fn suspended(&self, now: Now) -> Vec<SuspendedPath> {
+        let paths = self.datapath.suspended_paths().into_iter();
+        let view = |path: return_paths::SuspendedPath| {
+            let left = path.until.saturating_sub(now.mono);
+            SuspendedPath {
+                interface: self.interfaces.name(path.interface),
+                service: path.service.to_string(),
+                until: clock::timestamp(now.unix_ns + u64::try_from(left.as_nanos()).unwrap_or(0)),
+            }
+        };
+        paths.map(view).collect()
     }
 
     fn status(&self, now: Now) -> AgentStatus {
@@ -394,6 +455,7 @@ impl Agent {
             datapath: DatapathStatus {
                 pin_path: self.config.pin_path.display().to_string(),
                 restored: self.restored.clone(),
+                suspended: self.suspended(now),
                 node_sockets: self.sockets.clone().err(),
                 masquerade_rule: self.masquerade_rule.clone().err(),
                 flow_entries: self.engine.flow_entries(),

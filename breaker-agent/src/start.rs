@@ -106,6 +106,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     }
     let events = loaded.maps.events_ready()?;
     let attacher = Attacher::new(loaded.programs, loaded.tail_calls, &pins, config.attach, config.attach_order, xdp);
+    let what = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.clone() };
     let clock = Clock::start();
     let mut datapath = KernelDatapath::new(loaded.maps);
     let engine = Engine::new(clock.now(), &mut datapath).map_err(anyhow::Error::new)?;
@@ -143,6 +144,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         sockets: loaded.sockets,
         masquerade_rule: masquerade_rule(&config),
         incompatible: preflight::socket_load_balancer(),
+        bypass: preflight::other_datapath(),
         pods_wanted,
         needs_local_pods: false,
         unreported: true,
@@ -159,13 +161,19 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     if let Some(services) = services {
         agent.configure(services);
     }
-    let wanted = Wanted { veths: config.veths, uplinks: config.uplinks, globs: config.interfaces.set().clone() };
-    let (present, interfaces) = interfaces::watch(wanted).await.context("watch the interfaces")?;
-    agent.interfaces.activate(present)?;
-    let (pid, attach, count) = (std::process::id(), agent.interfaces.attach_mode(), agent.interfaces.count());
-    let services = agent.service_count;
-    tracing::info!(pid, adopted, attach = attach.label(), interfaces = count, services, "ready");
-    agent.run(Inputs { reports, commands, interfaces, pods, events, source, signals }).await;
+    let (present, interfaces) = interfaces::watch(what).await.context("watch the interfaces")?;
+    let count = present.interfaces.len();
+    let attached = agent.interfaces.begin(present)?;
+    let (pid, attach, services) = (std::process::id(), agent.interfaces.attach_mode(), agent.service_count);
+    tracing::info!(
+        pid,
+        adopted,
+        attach = attach.label(),
+        interfaces = count,
+        services,
+        "ready, attaching the programs"
+    );
+    agent.run(Inputs { reports, commands, interfaces, attached, pods, events, source, signals }).await;
     if options.detach {
         drop(agent);
         let cleaned = pins.remove()?;

@@ -139,6 +139,7 @@ pub fn event(entry: &Entry) -> EventLine {
             EntryKind::WriteRecovered => EventType::WriteRecovered,
             EntryKind::FlowPressure => EventType::FlowPressure,
             EntryKind::Restored => EventType::Restored,
+            EntryKind::ReturnPath => EventType::ReturnPath,
             EntryKind::Config => EventType::Config,
             EntryKind::ConfigRefused => EventType::ConfigRefused,
             EntryKind::Packet(EventKind::StateAdopted) => EventType::StateAdopted,

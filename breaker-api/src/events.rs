@@ -33,6 +33,9 @@ pub enum EventType {
     FlowPressure,
     /// The agent put back a part of the datapath that somebody else had taken away.
     Restored,
+    /// A service's new connections on an interface are left to kube-proxy, because no answers of its backup were seen
+    /// there, or are redirected again.
+    ReturnPath,
     /// The configuration was read again.
     Config,
     /// A configuration was refused; nothing changed.
@@ -60,6 +63,7 @@ impl EventType {
             Self::WriteRecovered => "WriteRecovered",
             Self::FlowPressure => "FlowPressure",
             Self::Restored => "Restored",
+            Self::ReturnPath => "ReturnPath",
             Self::Config => "Config",
             Self::ConfigRefused => "ConfigRefused",
             Self::Unknown => "Unknown",

@@ -88,6 +88,18 @@ pub struct DatapathStatus {
     pub interfaces: Vec<String>,
     /// Interfaces that should have programs but have none, with the reason.
     pub failed_interfaces: BTreeMap<String, String>,
+    /// Interfaces whose turn to get the programs has not come yet.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub waiting_interfaces: Vec<String>,
+    /// Programs of others on the same hooks, by name, with the interfaces, as far as the kernel tells them.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    pub other_programs: BTreeMap<String, Vec<String>>,
+    /// What the programs cannot see on this node: pods without a host side, patterns without an interface.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub notes: Vec<String>,
+    /// Interfaces whose clients do not get the answers of backups; their new connections are left to kube-proxy for now.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub suspended: Vec<SuspendedPath>,
     /// The uplinks for which XDP is configured: `native`, or why tc does the work alone.
     #[serde(default)]
     pub xdp: BTreeMap<String, String>,
@@ -106,6 +118,18 @@ pub struct DatapathStatus {
     /// Packets that the programs passed untouched because of an error or an unsupported header (fail open), by
     /// reason.
     pub reasons: BTreeMap<String, u64>,
+}
+
+/// An interface on which a service's new connections are not redirected, because no answers of backups were seen there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SuspendedPath {
+    /// Name of the interface.
+    pub interface: String,
+    /// Name of the service.
+    pub service: String,
+    /// When new connections are redirected again, as a trial.
+    pub until: Timestamp,
 }
 
 /// How often a part of the datapath was put back.
@@ -347,6 +371,10 @@ pub struct Counters {
     pub agent_lost: u64,
     /// New connections left to the primary because of an error in the programs, for example a full table.
     pub failed_open: u64,
+    /// Answers of the primary that came after the client's repeated connection attempt had been sent to a backup. They
+    /// were dropped.
+    #[serde(default)]
+    pub late_answers: u64,
 }
 
 impl From<ServiceCounters> for Counters {
@@ -364,6 +392,7 @@ impl From<ServiceCounters> for Counters {
             dry_run: c.dry_run,
             agent_lost: c.agent_lost,
             failed_open: c.failed_open,
+            late_answers: c.late_answers,
         }
     }
 }

@@ -26,12 +26,22 @@ pub(crate) const fn state_colour(state: BreakerState) -> &'static str {
 /// The time since `since`, like `12 s`, `3 min`, `5 h` or `2 d`.
 pub(crate) fn ago(since: Timestamp) -> String {
     let seconds = Duration::try_from(Timestamp::now().duration_since(since)).unwrap_or_default().as_secs();
+    duration(seconds)
+}
+
+fn duration(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),
         120..7200 => format!("{} min", seconds / 60),
         7200..172_800 => format!("{} h", seconds / 3600),
         _ => format!("{} d", seconds / 86_400),
     }
+}
+
+/// The time until `until`, as [`ago`].
+pub(crate) fn until(until: Timestamp) -> String {
+    let seconds = Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default().as_secs();
+    duration(seconds)
 }
 
 /// A share in permille, as a percentage.
@@ -104,6 +114,26 @@ pub(crate) fn status(status: &AgentStatus, paint: Paint) -> String {
     }
     for (name, words) in &status.datapath.xdp {
         let _ = writeln!(text, "XDP on {name}: {words}");
+    }
+    if !status.datapath.waiting_interfaces.is_empty() {
+        let words = format!("{} interfaces wait for their programs", status.datapath.waiting_interfaces.len());
+        let _ = writeln!(text, "{}", paint.with(YELLOW, &words));
+    }
+    for path in &status.datapath.suspended {
+        let words = format!(
+            "no answers of the backup of {} are seen on {}: new connections are left to kube-proxy there, for {}",
+            path.service,
+            path.interface,
+            until(path.until)
+        );
+        let _ = writeln!(text, "{}", paint.with(RED, &words));
+    }
+    for note in &status.datapath.notes {
+        let _ = writeln!(text, "{}", paint.with(YELLOW, note));
+    }
+    for (name, interfaces) in &status.datapath.other_programs {
+        let words = format!("another program on the same hooks: {name} ({} interfaces)", interfaces.len());
+        let _ = writeln!(text, "{words}");
     }
     for (name, error) in &status.datapath.failed_interfaces {
         let _ = writeln!(text, "{}", paint.with(RED, &format!("not attached to {name}: {error}")));

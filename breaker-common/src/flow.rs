@@ -68,6 +68,8 @@ pub struct Flow<A, K = FlowKind> {
     pub pad: u8,
     /// When the first packet was seen, in ticks (see [`TICK_SHIFT`]).
     pub created_tick: u32,
+    /// Sequence number of the client's SYN, wire order: a SYN with the same number is a repetition. 0 for datagrams.
+    pub sequence: [u8; 4],
     /// Time of the agent's latest heartbeat when the client's last packet was seen, in ticks. The heartbeat serves
     /// as a coarse clock because reading it is cheaper than reading a kernel clock.
     pub last_seen_tick: u32,
@@ -150,6 +152,49 @@ pub struct Reverse<A> {
     /// Egress of replies, encoded as in [`egress`]: the client's interface on the fast path ([`flow_path::FAST`]),
     /// else [`egress::STACK`].
     pub egress: u32,
+    /// Index of the interface on which the client's first packet came in.
+    pub ingress: u32,
+    /// On the fast path out of an uplink ([`egress::NEIGHBOR`]): address of the next hop that the node's routes named
+    /// for the client, wire order. Otherwise 0.
+    pub next_hop: A,
+}
+
+/// An interface and a service: key of `RETURN_PATHS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct ReturnPathKey {
+    /// Index of the interface on which connection attempts come in.
+    pub interface: u32,
+    /// Index of the service.
+    pub service: u32,
+}
+
+/// Whether the answers to an interface's clients pass the programs: value of `RETURN_PATHS`. An entry exists once an
+/// attempt was answered or repeated. The programs count; the agent halves the counts and writes `suspended`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ReturnPath {
+    /// Redirected connection attempts whose answer was seen. The programs stop counting at [`ReturnPath::ENOUGH`].
+    pub answered: u32,
+    /// Repetitions of redirected connection attempts whose answer was not seen.
+    pub unanswered: u32,
+    /// 1 while the agent has given up the interface for the service: new connections are left to kube-proxy.
+    pub suspended: u32,
+    /// Always 0.
+    pub pad: u32,
+}
+
+impl ReturnPath {
+    /// Number of answers from which on more of them prove nothing.
+    pub const ENOUGH: u32 = 1024;
+
+    /// Whether missing answers are common enough that the cause is the path, and not a lost packet or a slow backend:
+    /// one missing answer for every four that were seen. With no answer at all, the first missing one counts.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_doubtful(&self) -> bool {
+        self.unanswered as u64 * 4 > self.answered as u64
+    }
 }
 
 impl<A: PartialEq> Reverse<A> {
@@ -187,6 +232,8 @@ pub struct Fragment<A> {
     pub mark: u32,
     /// Egress, encoded as in [`egress`].
     pub egress: u32,
+    /// As [`Reverse::next_hop`].
+    pub next_hop: A,
     /// Which address was replaced: 0 = source, 1 = destination.
     pub end: u8,
     /// Always 0.

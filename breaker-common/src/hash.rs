@@ -1,8 +1,6 @@
 //! The flow hash: it places a client connection among the shares and the slots. Pure functions, which the tests also
 //! compile for the host.
 
-use crate::SLOTS;
-
 /// Hashes a flow and a service's seed to 64 bits (MurmurHash3's finalizer, applied twice). `client`, `vip`:
 /// addresses folded to 64 bits ([`crate::Address::folded`]). Ports are in wire order.
 #[inline(always)]
@@ -37,8 +35,8 @@ pub fn permille(hash: u64) -> u16 {
     (((hash >> 32) * 1000) >> 32) as u16
 }
 
-/// A hash's slot: 0..[`SLOTS`], from the lower half of the hash.
+/// A hash's slot in a table with `slots` slots: less than `slots`, from the lower half of the hash.
 #[inline(always)]
-pub fn slot(hash: u64) -> u32 {
-    (((hash & 0xffff_ffff) * SLOTS as u64) >> 32) as u32
+pub fn slot(hash: u64, slots: u32) -> u32 {
+    (((hash & 0xffff_ffff) * slots as u64) >> 32) as u32
 }

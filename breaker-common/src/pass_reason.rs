@@ -20,7 +20,8 @@ numbered! {
         AgentLost = 6 => "AgentLost",
         /// Rewriting the packet failed before anything was changed.
         RewriteFailed = 7 => "RewriteFailed",
-        /// The ring buffer was full. The event was lost; the packet was handled normally.
+        /// The ring buffer was full, or the CPU had sent its share of events. The event was lost; the packet was handled
+        /// normally.
         EventLost = 8 => "EventLost",
         /// More or longer IPv6 extension headers than the parser walks, or a routing header with segments left.
         ExtensionHeaders = 9 => "ExtensionHeaders",
@@ -30,5 +31,10 @@ numbered! {
         ProgramMissing = 11 => "ProgramMissing",
         /// A new connection to a service with limits could not be remembered: it is admitted and not counted.
         LimitTableFull = 12 => "LimitTableFull",
+        /// The answer to a connection attempt that was sent to a backup was never seen on the client's interface, and
+        /// the client repeated it. The way back may bypass the programs, so the attempt is left to kube-proxy.
+        NoAnswerSeen = 13 => "NoAnswerSeen",
+        /// The connection came in through IPsec. The answer would leave encrypted, so it could not be translated.
+        Ipsec = 14 => "Ipsec",
     }
 }

@@ -47,9 +47,10 @@ impl EndpointRole {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Route {
-    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary, 1 = backup). Each element is the index of a
-    /// selection table in `SLOTS`. If all slots of the table would be equal, no table exists and the element is
-    /// [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::SINGLE_BACKEND`] combined with a backend id.
+    /// By buffer ([`switch_flags::BUFFER`]) and tier (0 = primary, 1 = backup). Each element is the reference of a
+    /// selection table in `SLOTS` ([`TableRef`]). If all slots of the table would be equal, no table exists and the
+    /// element is [`crate::SLOT_PASSTHROUGH`], [`crate::SLOT_REJECT`], or [`crate::SINGLE_BACKEND`] combined with a
+    /// backend id.
     pub tables: [[u32; 2]; 2],
     /// Bits of [`route_flags`].
     pub flags: u32,
@@ -60,14 +61,71 @@ impl Route {
     pub const NOTHING: Self = Self { tables: [[crate::SLOT_PASSTHROUGH; 2]; 2], flags: 0 };
 }
 
-/// A selection table: value of `SLOTS`.
+/// Number of slots in one [`Table`]. A power of two, so that a mask proves to the verifier that an index is in bounds.
+pub const TABLE_LEN: u32 = 256;
+
+/// A part of a selection table: value of `SLOTS`. The smallest tables have one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Table {
-    /// Backend ids, [`crate::SLOT_PASSTHROUGH`] or [`crate::SLOT_REJECT`]. Only the first [`crate::SLOTS`] elements
-    /// are used; the rest are zeros. They make the length a power of two, so that a mask proves to the verifier that
-    /// an index is in bounds.
-    pub slots: [u32; crate::SLOTS.next_power_of_two() as usize],
+    /// Backend ids, [`crate::SLOT_PASSTHROUGH`] or [`crate::SLOT_REJECT`]. Elements beyond the table's number of slots
+    /// are 0 and unused.
+    pub slots: [u32; TABLE_LEN as usize],
+}
+
+/// Reference of a selection table, as a [`Route`] holds it: which table it is, and how many slots it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableRef {
+    /// Number of the table, less than [`TableRef::NUMBERS`].
+    pub number: u32,
+    /// Position of its number of slots in [`crate::TABLE_SIZES`].
+    pub size: u32,
+}
+
+impl TableRef {
+    /// Limit of table numbers.
+    pub const NUMBERS: u32 = 1 << 22;
+
+    /// The reference as one word, below [`crate::SINGLE_BACKEND`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn to_word(self) -> u32 {
+        self.size << 28 | self.number
+    }
+
+    /// The inverse of [`TableRef::to_word`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u32) -> Self {
+        Self { number: word & (Self::NUMBERS - 1), size: word >> 28 & 3 }
+    }
+
+    /// Number of slots.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slots(self) -> u32 {
+        // Not an index into `TABLE_SIZES`: the programs would read it from memory.
+        match self.size {
+            0 => crate::TABLE_SIZES[0],
+            1 => crate::TABLE_SIZES[1],
+            2 => crate::TABLE_SIZES[2],
+            _ => crate::TABLE_SIZES[3],
+        }
+    }
+
+    /// Number of parts.
+    #[inline(always)]
+    #[must_use]
+    pub const fn parts(self) -> u32 {
+        self.slots().div_ceil(TABLE_LEN)
+    }
+
+    /// Key of one of the table's parts in `SLOTS`: at most 64 parts.
+    #[inline(always)]
+    #[must_use]
+    pub const fn key(self, part: u32) -> u32 {
+        part << 22 | self.number
+    }
 }
 
 /// Bits of [`Route::flags`].
@@ -183,8 +241,11 @@ pub struct ServiceRecord<R = StateReason> {
     pub reason: R,
     /// Override: 0 = none, 1 = forced open, 2 = forced closed.
     pub override_kind: u8,
+    /// 1 if the primary accepts connections as far as the checks can tell, although it may fail them; else 0. Only then
+    /// is a connection attempt without an answer tried on the primary.
+    pub primary_accepts: u8,
     /// Always 0.
-    pub pad: u16,
+    pub pad: u8,
 }
 
 /// State of a service that the programs maintain: value of `RUNTIME`. Both fields change by compare-and-swap as one

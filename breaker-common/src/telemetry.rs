@@ -24,7 +24,7 @@ pub struct Heartbeat {
     pub counts_sockets: u32,
 }
 
-/// Counters of one service on one CPU: value of `COUNTERS`. The index is the service's.
+/// Counters of one service on one CPU: value of `COUNTERS`. The key is the service's index.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceCounters {
@@ -53,6 +53,8 @@ pub struct ServiceCounters {
     pub agent_lost: u64,
     /// New connections left to the primary because of an error; `REASONS` counts the errors by [`crate::PassReason`].
     pub failed_open: u64,
+    /// SYN-ACKs of the primary that came after the client's repeated SYN had been sent to a backup. They were dropped.
+    pub late_answers: u64,
 }
 
 /// An event in the ring buffer `EVENTS`.

@@ -4,8 +4,9 @@
 use aya::Pod;
 
 use crate::{
-    Address, Backend, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey, Heartbeat, Reverse,
-    ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey, SocketOrigin, Switch, Table,
+    Address, Backend, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey, Heartbeat,
+    ReturnPath, ReturnPathKey, Reverse, ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey,
+    SocketOrigin, Switch, Table,
 };
 use crate::{Bucket, ClientState, ConnectionState, LimitCounters, LimitedClient, Limiter, ServiceLimits};
 
@@ -35,6 +36,8 @@ pod!(
     LimitedClient,
     Limiter,
     ServiceLimits,
+    ReturnPath,
+    ReturnPathKey,
     Route,
     ServiceCounters,
     ServiceRecord<u8>,

@@ -1,7 +1,7 @@
 //! Checksums and hashes: pure functions that the programs use.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use breaker_common::{SLOTS, csum, hash};
+use breaker_common::{TABLE_SIZES, csum, hash};
 use proptest::prelude::*;
 
 /// The Internet checksum of RFC 1071, written independently of the programs.
@@ -30,7 +30,7 @@ proptest! {
     #[test]
     fn shares_and_slots_are_in_range(client in any::<[u8; 4]>(), port in any::<[u8; 2]>(), seed in any::<u32>()) {
         let hash = hash::flow(u64::from(u32::from_ne_bytes(client)), 7, port, [0, 80], 6, seed);
-        prop_assert!(hash::permille(hash) < 1000 && hash::slot(hash) < SLOTS);
+        prop_assert!(hash::permille(hash) < 1000 && TABLE_SIZES.iter().all(|slots| hash::slot(hash, *slots) < *slots));
     }
 }
 
@@ -39,12 +39,12 @@ proptest! {
 #[test]
 fn one_clients_connections_spread() {
     let hash = |port: u16, seed| hash::flow(0x0a2a_0004, 0x0a2b_000a, port.to_be_bytes(), [0x1f, 0x90], 6, seed);
-    let mut slots = vec![0u32; SLOTS as usize];
+    let mut slots = vec![0u32; TABLE_SIZES[0] as usize];
     let mut half = 0;
     let mut both = 0;
     for port in 32768..60999u16 {
         let (a, b) = (hash(port, 1), hash(port, 2));
-        slots[hash::slot(a) as usize] += 1;
+        slots[hash::slot(a, TABLE_SIZES[0]) as usize] += 1;
         half += u32::from(hash::permille(a) < 500);
         both += u32::from(hash::permille(a) < 500 && hash::permille(b) < 500);
     }

@@ -151,7 +151,7 @@ pub struct LimitReport {
 pub struct Sweep {
     /// Live flows on a backup, by service.
     pub redirected: BTreeMap<ServiceName, usize>,
-    /// Entries in the forward tables after finished flows were removed.
+    /// Entries in the forward tables after finished flows were removed, without those that only keep their ports.
     pub entries: usize,
     /// Established flows in the fuller one of the two families' tables.
     pub established: usize,

@@ -2,7 +2,7 @@
 //! change when a backend comes or goes (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load
 //! Balancer", NSDI 2016, section 3.4). Pure: no clock, no input or output.
 
-use breaker_common::SLOTS;
+use breaker_common::TABLE_SIZES;
 
 /// A backend that gets slots.
 #[derive(Clone, Copy, Debug)]
@@ -14,39 +14,63 @@ pub struct Candidate {
     pub weight: u16,
 }
 
-const LEN: usize = SLOTS as usize;
+/// Number of slots that the candidate with the smallest weight should have. With fewer, the rounding to whole slots would
+/// change its share by more than a quarter.
+const SLOTS_FOR_SMALLEST: u64 = 4;
 
-/// Fills a table with indices into `candidates`. Returns `None` if there are no candidates.
+/// Returns the smallest of [`TABLE_SIZES`] in which every candidate gets its share of slots, or the largest.
+#[must_use]
+pub fn size_for(candidates: &[Candidate]) -> u32 {
+    let (sum, smallest) = sum_and_smallest(candidates);
+    let wanted = (sum * SLOTS_FOR_SMALLEST).div_ceil(smallest);
+    let [.., largest] = TABLE_SIZES;
+    TABLE_SIZES.into_iter().find(|size| u64::from(*size) >= wanted).unwrap_or(largest)
+}
+
+/// Returns the sum of all weights, and the smallest one.
+fn sum_and_smallest(candidates: &[Candidate]) -> (u64, u64) {
+    let weights = || candidates.iter().map(|c| u64::from(c.weight.max(1)));
+    (weights().sum(), weights().min().unwrap_or(1))
+}
+
+/// Fills a table of `size` slots (one of [`TABLE_SIZES`]) with indices into `candidates`. Returns an empty table if there
+/// are no candidates.
 ///
 /// The candidates take turns in choosing a slot. The number of turns is proportional to the weight: the candidate
-/// with the largest weight has one in every round. If there are more candidates than slots, some candidates get no
-/// slot.
+/// with the largest weight has one in every round. If the weights differ so much that the lightest candidates would get
+/// no slot, each candidate chooses one before the first round. If there are more candidates than slots, some candidates
+/// get no slot.
 #[must_use]
-pub fn fill(candidates: &[Candidate]) -> Option<[usize; LEN]> {
-    let heaviest = u32::from(candidates.iter().map(|c| c.weight.max(1)).max()?);
+pub fn fill(candidates: &[Candidate], size: u32) -> Vec<usize> {
+    let Some(heaviest) = candidates.iter().map(|c| u32::from(c.weight.max(1))).max() else { return Vec::new() };
+    let length = size as usize;
     // Candidates choose in the order of their keys: the result must not depend on the order of the list.
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by_key(|&i| candidates[i].key);
     let permutation = |key: u64| {
-        let offset = mix(key) % u64::from(SLOTS);
-        let skip = mix(key ^ 0x9e37_79b9_7f4a_7c15) % u64::from(SLOTS - 1) + 1;
+        let offset = mix(key) % u64::from(size);
+        let skip = mix(key ^ 0x9e37_79b9_7f4a_7c15) % u64::from(size - 1) + 1;
         (offset, skip)
     };
+    let (sum, smallest) = sum_and_smallest(candidates);
+    let mut everyone_chooses = sum > smallest * u64::from(size);
     let mut next = vec![0u64; candidates.len()];
     let mut credit = vec![0u32; candidates.len()];
-    let mut table = [usize::MAX; LEN];
+    let mut table = vec![usize::MAX; length];
     let mut filled = 0;
     loop {
         for &i in &order {
-            credit[i] += u32::from(candidates[i].weight.max(1));
-            if credit[i] < heaviest {
-                continue;
+            if !everyone_chooses {
+                credit[i] += u32::from(candidates[i].weight.max(1));
+                if credit[i] < heaviest {
+                    continue;
+                }
+                credit[i] -= heaviest;
             }
-            credit[i] -= heaviest;
             let (offset, skip) = permutation(candidates[i].key);
             loop {
-                // SLOTS is prime, so the steps reach every slot. A slot is free, or the function would have returned.
-                let slot = usize::try_from((offset + next[i] * skip) % u64::from(SLOTS)).unwrap_or(0);
+                // The size is prime, so the steps reach every slot. A slot is free, or the function would have returned.
+                let slot = usize::try_from((offset + next[i] * skip) % u64::from(size)).unwrap_or(0);
                 next[i] += 1;
                 if table[slot] == usize::MAX {
                     table[slot] = i;
@@ -54,10 +78,11 @@ pub fn fill(candidates: &[Candidate]) -> Option<[usize; LEN]> {
                 }
             }
             filled += 1;
-            if filled == LEN {
-                return Some(table);
+            if filled == length {
+                return table;
             }
         }
+        everyone_chooses = false;
     }
 }
 
@@ -78,21 +103,49 @@ mod tests {
         keys.into_iter().map(|key| Candidate { key, weight: 1 }).collect()
     }
 
+    fn table_of(candidates: &[Candidate]) -> Vec<usize> {
+        fill(candidates, size_for(candidates))
+    }
+
     fn keys_of(candidates: &[Candidate]) -> Vec<u64> {
-        fill(candidates).unwrap().iter().map(|&i| candidates[i].key).collect()
+        table_of(candidates).iter().map(|&i| candidates[i].key).collect()
     }
 
     #[test]
     fn nobody_fills_nothing() {
-        assert!(fill(&[]).is_none());
+        assert!(table_of(&[]).is_empty());
     }
 
     #[test]
     fn weights_are_kept_within_a_slot_or_two() {
         let candidates = [Candidate { key: 1, weight: 3 }, Candidate { key: 2, weight: 1 }];
-        let threes = fill(&candidates).unwrap().iter().filter(|&&i| i == 0).count();
+        let threes = table_of(&candidates).iter().filter(|&&i| i == 0).count();
         assert!((186..=190).contains(&threes), "{threes} of 251 for a weight of 3 to 1");
     }
+
+    /// TRIALS E6: 300 backends, and a weight of 1 beside 300, 1,000 or 65,535.
+    #[test]
+    fn every_backend_gets_slots() {
+        let slots_of = |candidates: &[Candidate]| {
+            let mut slots = vec![0_usize; candidates.len()];
+            table_of(candidates).iter().for_each(|&i| slots[i] += 1);
+            slots
+        };
+        for number in [62, 63, 251, 300, 1_000, 5_000] {
+            let slots = slots_of(&even(0..number));
+            let (fewest, most) = (slots.iter().min().unwrap(), slots.iter().max().unwrap());
+            assert!(*fewest > 0 && most - fewest <= 1, "{number} backends: {fewest} to {most} slots");
+        }
+        for heavy in [60, 300, 1_000, 10_000, 65_535] {
+            let slots = slots_of(&[Candidate { key: 1, weight: heavy }, Candidate { key: 2, weight: 1 }]);
+            assert!(slots[1] >= 1 && slots[0] > slots[1], "{heavy} to 1: {slots:?}");
+        }
+        let sizes = [2, 62, 63, 255, 256, 1_023, 1_024].map(|number| size_for(&even(0..number)));
+        assert_eq!(sizes, [251, 251, 1021, 1021, 4093, 4093, 16_381]);
+    }
+
+    /// The size of the table for a few candidates.
+    const LEN: usize = 251;
 
     proptest! {
         #[test]

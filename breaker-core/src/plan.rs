@@ -28,8 +28,8 @@ pub enum Slot {
     Backend(SocketAddr),
 }
 
-/// A selection table. It is kept as the list of backends and expanded to [`breaker_common::SLOTS`] slots only when
-/// it is written, because the list is about 1 % of the table's size.
+/// A selection table. It is kept as the list of backends and expanded to slots only when it is written, because the list
+/// is about 1 % of the table's size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SlotTable {
     /// All slots have the same content.
@@ -39,16 +39,17 @@ pub enum SlotTable {
 }
 
 impl SlotTable {
-    /// Returns the content of the table's [`breaker_common::SLOTS`] slots.
+    /// Returns the content of the table's slots: as many as one of [`breaker_common::TABLE_SIZES`].
     #[must_use]
     pub fn slots(&self) -> Vec<Slot> {
         let backends = match self {
-            Self::All(slot) => return vec![*slot; breaker_common::SLOTS as usize],
+            Self::All(slot) => return vec![*slot; breaker_common::TABLE_SIZES[0] as usize],
             Self::Balanced(backends) => backends,
         };
         let candidate = |b: &Backend| Candidate { key: identity(b.address), weight: b.weight };
-        let table = maglev::fill(&backends.iter().map(candidate).collect::<Vec<_>>());
-        table.into_iter().flatten().map(|i| Slot::Backend(backends[i].address)).collect()
+        let candidates: Vec<Candidate> = backends.iter().map(candidate).collect();
+        let table = maglev::fill(&candidates, maglev::size_for(&candidates));
+        table.into_iter().map(|i| Slot::Backend(backends[i].address)).collect()
     }
 
     /// Returns the backends in the table.
@@ -117,6 +118,8 @@ pub struct ServicePlan {
     pub half_open_limit: u32,
     /// Limits of both tiers; `None` = no limits.
     pub limits: Option<Limits>,
+    /// Whether the primary accepts connections, although it may fail its checks.
+    pub primary_accepts: bool,
 }
 
 impl ServicePlan {
@@ -131,6 +134,7 @@ impl ServicePlan {
             decision,
             half_open_limit: service.breaker.half_open_connections,
             limits: service.limits,
+            primary_accepts: false,
         }
     }
 

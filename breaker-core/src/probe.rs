@@ -57,6 +57,12 @@ impl CheckCode {
         !matches!(self, Self::LocalError)
     }
 
+    /// Whether the backend accepted the probe's connection, or may have: its answer does not matter.
+    #[must_use]
+    pub const fn is_accepted(self) -> bool {
+        !matches!(self, Self::L4Con | Self::L4Tout)
+    }
+
     /// Whether the probe passed.
     #[must_use]
     pub const fn passes(self) -> bool {

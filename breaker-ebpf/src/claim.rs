@@ -2,7 +2,7 @@
 //! toward the backend.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use breaker_common::{FlowKey, FlowKind, Reverse, ReverseKey, seen};
+use breaker_common::{FlowKey, Reverse, ReverseKey, seen};
 
 use crate::{
     family::Family,
@@ -16,8 +16,9 @@ pub const PORT_FIRST: u16 = 1024;
 /// First port of the range from which Linux clients choose source ports by default (net.ipv4.ip_local_port_range).
 pub const EPHEMERAL_FIRST: u16 = 32768;
 
-/// Claims a flow's reverse key. Succeeds if the key is free, is the flow's own, or belongs to a flow that is gone
-/// or over.
+/// Claims a flow's reverse key. Succeeds if the key is free, is the flow's own, or belongs to a flow that is gone or was
+/// reset. A connection that was closed keeps its key while its entry exists: the backend may be in TIME-WAIT (RFC 9293,
+/// section 3.6.1), and timestamps of a connection to another frontend may look older than those that it has seen.
 #[inline(always)]
 pub fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
     let kept = A::reverse().get_ptr(reverse_key).is_some();
@@ -37,7 +38,7 @@ pub fn claim<A: Family>(key: &FlowKey<A>, reverse_key: &ReverseKey<A>, reverse: 
     A::pending_reverse().insert(reverse_key, reverse, BPF_ANY as u64).is_ok()
 }
 
-/// Whether the flow of a reverse entry still exists and is not over.
+/// Whether the flow of a reverse entry still exists and was not reset.
 #[inline(always)]
 fn is_live<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool {
     let owner = FlowKey {
@@ -53,7 +54,7 @@ fn is_live<A: Family>(reverse_key: &ReverseKey<A>, reverse: &Reverse<A>) -> bool
             && flow.backend == reverse_key.backend
             && flow.backend_port == reverse_key.backend_port
             && flow.source_port == reverse_key.client_port
-            && !seen::has_ended(flow.seen, reverse.seen, flow.kind as u8 != FlowKind::Direct as u8)
+            && (flow.seen | reverse.seen) & seen::RST == 0
     })
 }
 

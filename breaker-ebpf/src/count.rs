@@ -1,17 +1,23 @@
 //! Counters, one set for each CPU. Userspace adds them up.
 
-use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{PerCpuArray, PerCpuHashMap},
+    macros::btf_map,
+};
 use breaker_common::{DEFAULT_SERVICES, PassReason, ServiceCounters};
 
-/// Counters of each service, index = service.
+/// Counters of each service, key = index of the service. The agent adds a service's entry: an array would take memory
+/// for the largest number of services on every possible CPU.
 #[btf_map]
-static COUNTERS: PerCpuArray<ServiceCounters, { DEFAULT_SERVICES as usize }> = PerCpuArray::new();
+static COUNTERS: PerCpuHashMap<u32, ServiceCounters, { DEFAULT_SERVICES as usize }, { BPF_F_NO_PREALLOC as usize }> =
+    PerCpuHashMap::new();
 
 /// Number of times that each [`PassReason`] occurred, index = reason.
 #[btf_map]
 static REASONS: PerCpuArray<u64, { PassReason::ALL.len() }> = PerCpuArray::new();
 
-/// Applies `change` to this CPU's counters of a service. A service index out of range, such as `NONE`, is ignored.
+/// Applies `change` to this CPU's counters of a service. An index without a service, such as `NONE`, is ignored.
 #[inline(always)]
 pub fn service(service: u32, change: impl FnOnce(&mut ServiceCounters)) {
     if let Some(counters) = COUNTERS.get_ptr_mut(service) {

@@ -9,12 +9,13 @@ use breaker_common::FlowKey;
 use crate::{family::Family, packet::Packet};
 
 /// Whether the node's routes send replies to a client out of the interface on which its packet came in. If not,
-/// only the network stack knows the path back: policy routing, tunnels, several next hops. A neighbor whose MAC
-/// address is not known yet is no obstacle: the kernel resolves it when the reply is sent.
+/// only the network stack knows the path back: policy routing, tunnels. A neighbor whose MAC address is not known yet is
+/// no obstacle: the kernel resolves it when the reply is sent. Stores the next hop in `next_hop`: of several, another
+/// look-up might name another one.
 ///
 /// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::from_client`].
 #[inline(never)]
-pub fn reply_leaves_by_ingress_if<A: Family>(packet: &Packet<'_>, key: &FlowKey<A>) -> bool {
+pub fn reply_leaves_by_ingress_if<A: Family>(packet: &Packet<'_>, key: &FlowKey<A>, next_hop: &mut A) -> bool {
     let here = packet.ifindex();
     // SAFETY: the struct holds only integers, for which zero is a valid value.
     let mut lookup: Lookup = unsafe { core::mem::zeroed() };
@@ -24,6 +25,8 @@ pub fn reply_leaves_by_ingress_if<A: Family>(packet: &Packet<'_>, key: &FlowKey<
     // SAFETY: the context is valid for the run of the program; `lookup` is valid and has the length that is passed.
     let outcome =
         unsafe { bpf_fib_lookup(packet.context().skb.skb.cast(), &raw mut lookup, size_of::<Lookup>() as i32, 0) };
-    (outcome == BPF_FIB_LKUP_RET_SUCCESS as i64 || outcome == BPF_FIB_LKUP_RET_NO_NEIGH as i64)
-        && lookup.ifindex == here
+    let found = outcome == BPF_FIB_LKUP_RET_SUCCESS as i64 || outcome == BPF_FIB_LKUP_RET_NO_NEIGH as i64;
+    let Some(gateway) = A::next_hop_of(&lookup).filter(|_| found && lookup.ifindex == here) else { return false };
+    *next_hop = gateway;
+    true
 }

@@ -23,7 +23,7 @@ use crate::{
     agent, count,
     family::Family,
     parse::{Ports, Segment, flags},
-    select,
+    return_path, select,
 };
 
 /// Destination of a client's packets, and how they get there. Addresses and ports are in wire order.
@@ -84,6 +84,19 @@ pub fn key<A: Family>(segment: &Segment<A>) -> FlowKey<A> {
     const { assert!(size_of::<KeyWords<A>>() == size_of::<FlowKey<A>>()) };
     // SAFETY: same size and alignment, fields in the same order; any bytes are a valid value.
     unsafe { (&raw const words).cast::<FlowKey<A>>().read() }
+}
+
+/// The flow key of the client that a segment from a frontend goes to.
+#[inline(always)]
+pub fn key_of_answer<A: Family>(segment: &Segment<A>) -> FlowKey<A> {
+    FlowKey {
+        client: segment.destination,
+        vip: segment.source,
+        client_port: segment.ports.destination,
+        vip_port: segment.ports.source,
+        proto: segment.proto,
+        pad: [0; 3],
+    }
 }
 
 /// The reverse key of a segment from a backend.
@@ -194,6 +207,9 @@ pub fn touch_reverse<A: Family>(reverse: &mut Reverse<A>, segment: &Segment<A>) 
     let answers = segment.flags & flags::RST == 0;
     let seen = reverse.seen | ended_by(segment) | if answers { seen::ANSWERED } else { 0 };
     if reverse.seen != seen {
+        if seen & !reverse.seen & seen::ANSWERED != 0 {
+            return_path::count_answer(reverse.ingress, reverse.service);
+        }
         reverse.seen = seen;
     }
     let beat = agent::heartbeat_tick();
@@ -215,18 +231,50 @@ fn ended_by<A: Family>(segment: &Segment<A>) -> u8 {
     bits
 }
 
-/// Removes the decision for an earlier connection with the same tuple, because a first packet is decided anew. BPF
-/// subprogram (not inlined), for a stack frame of its own.
+/// What [`remove`] found out about the decision that it removed: bits.
+pub mod removed {
+    /// It was for the same SYN, which the client has repeated.
+    pub const SAME_SYN: u32 = 1;
+    /// It was made in the given epoch.
+    pub const SAME_EPOCH: u32 = 2;
+    /// It redirected the flow, and no answer of the backend was seen.
+    pub const UNANSWERED: u32 = 4;
+}
+
+/// Removes the decision for an earlier connection with the same tuple, because a first packet is decided anew. Returns
+/// bits of [`removed`]. `sequence`: that of the SYN, wire order. BPF subprogram (not inlined), for a stack frame of its
+/// own.
 #[inline(never)]
-pub fn remove<A: Family>(key: &FlowKey<A>) {
-    let Some(old) = find(key) else { return };
+pub fn remove<A: Family>(key: &FlowKey<A>, sequence: [u8; 4], epoch: u32) -> u32 {
+    let Some(old) = find(key) else { return 0 };
+    let mut bits = 0;
+    if key.proto == PROTO_TCP && old.sequence == sequence {
+        bits |= removed::SAME_SYN;
+    }
+    if old.epoch == epoch {
+        bits |= removed::SAME_EPOCH;
+    }
     if !is_passed(old) {
         let reverse_key = key.reverse_key(old);
-        if find_reverse(&reverse_key).is_some_and(|reverse| reverse.belongs_to(key)) {
+        if let Some(reverse) = find_reverse(&reverse_key).filter(|reverse| reverse.belongs_to(key)) {
+            if old.kind as u8 == FlowKind::Redirected as u8 && reverse.seen & seen::ANSWERED == 0 {
+                bits |= removed::UNANSWERED;
+            }
             let _ = A::reverse().remove(&reverse_key);
             let _ = A::pending_reverse().remove(&reverse_key);
         }
     }
     let _ = A::flows().remove(key);
     let _ = A::pending().remove(key);
+    bits
+}
+
+/// Whether a SYN-ACK from a frontend to a client contradicts the client's flow: the flow was redirected, and its backend
+/// has not answered. BPF subprogram, as [`remove`].
+#[inline(never)]
+pub fn awaits_other_answer<A: Family>(segment: &Segment<A>) -> bool {
+    let key = key_of_answer(segment);
+    let Some(flow) = find(&key) else { return false };
+    flow.kind as u8 == FlowKind::Redirected as u8
+        && find_reverse(&key.reverse_key(flow)).is_some_and(|reverse| reverse.seen & seen::ANSWERED == 0)
 }

@@ -26,11 +26,11 @@ fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
 }
 
 /// Records the translation of a packet if later fragments follow. `addr`: the new address at `end`. `mark`: bits
-/// set in the packet's mark. `egress`: where the packet went, see [`egress`].
+/// set in the packet's mark. `egress`, `next_hop`: where the packet went, as in [`breaker_common::Reverse`].
 #[inline(always)]
-pub fn note<A: Family>(segment: &Segment<A>, end: Side, addr: A, mark: u32, egress: u32) {
+pub fn note<A: Family>(segment: &Segment<A>, end: Side, addr: A, mark: u32, egress: u32, next_hop: A) {
     if segment.more_fragments != 0 {
-        let value = Fragment { addr, mark, egress, end: end as u8, pad: [0; 3] };
+        let value = Fragment { addr, mark, egress, next_hop, end: end as u8, pad: [0; 3] };
         // If the entry cannot be stored, the later fragments pass unchanged.
         let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
     }
@@ -64,14 +64,18 @@ fn is_of<A: Family>(first: &Fragment<A>, end: u8) -> bool {
 
 /// Translates a later fragment as its first fragment was translated, if that happened on the same hook. A backend's
 /// fragment also passes the hook for clients' packets, on the backend's own veth; there it must not be translated
-/// before its first fragment is. Returns where the fragment goes (see [`egress`]).
+/// before its first fragment is. Returns the entry, which says where the fragment goes.
 ///
 /// # Errors
 /// [`PassReason::Fragment`] if there is no entry, [`PassReason::RewriteFailed`].
 #[inline(always)]
-pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: Side) -> Result<u32, PassReason> {
-    // SAFETY: the value is copied out at once.
-    let found = unsafe { A::fragments().get(key(segment)) }.copied();
+pub fn follow<A: Family>(
+    packet: &Packet<'_>,
+    segment: &Segment<A>,
+    end: Side,
+) -> Result<&'static Fragment<A>, PassReason> {
+    // SAFETY: as in `flow::find`.
+    let found = unsafe { A::fragments().get(key(segment)) };
     let Some(first) = found.filter(|first| is_of(first, end as u8)) else { return Err(PassReason::Fragment) };
     let end = if first.end == Side::Source as u8 { Side::Source } else { Side::Destination };
     let old = match end {
@@ -85,5 +89,5 @@ pub fn follow<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, end: Side) -
     if first.mark != 0 {
         packet.add_mark(first.mark);
     }
-    Ok(first.egress)
+    Ok(first)
 }

@@ -19,6 +19,7 @@
 //! | [`nat`], [`icmp`], [`fragment`] | translation there and back; ICMP errors about it; later fragments (no ports) |
 //! | [`reset`] | refuses new connections and datagrams, resets established connections |
 //! | [`fib`] | looks up the node's routes |
+//! | [`return_path`] | whether the answers of backups pass the client's interface |
 //! | [`agent`] | the agent's heartbeat, and the clocks |
 //! | [`count`], [`event`] | counters and events for userspace |
 //! | [`verdict`] | what becomes of a packet |
@@ -48,6 +49,7 @@ mod packet;
 mod parse;
 mod pin;
 mod reset;
+mod return_path;
 mod select;
 mod service;
 mod tables;
@@ -111,6 +113,12 @@ pub fn brk_up_out_full(ctx: TcContext) -> i32 {
 /// Refuses new connections from external clients before the network stack sees them: XDP on an uplink of the node.
 #[xdp]
 pub fn breaker_xdp(ctx: XdpContext) -> u32 {
+    hook::xdp::from_uplink(&ctx)
+}
+
+/// As [`breaker_xdp`], for packets in several buffers.
+#[xdp(frags)]
+pub fn breaker_xdp_fr(ctx: XdpContext) -> u32 {
     hook::xdp::from_uplink(&ctx)
 }
 

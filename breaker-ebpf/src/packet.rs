@@ -6,16 +6,14 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
+    bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh, bpf_xfrm_state},
     helpers::{
         bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
-        bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_pull_data, bpf_xdp_adjust_head,
-        bpf_xdp_adjust_tail,
+        bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_get_xfrm_state, bpf_skb_pull_data,
+        bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
     },
     programs::{TcContext, XdpContext},
 };
-use breaker_common::egress;
-
 /// Access to a packet's bytes, and changes of its length. All offsets and lengths are in bytes from the Ethernet
 /// header on.
 pub trait Frame {
@@ -198,25 +196,40 @@ impl<'a> Packet<'a> {
         unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
     }
 
-    /// Redirects the packet, so that it bypasses the network stack. `egress` (see [`egress`]) is an interface. With
-    /// `NEIGHBOR`, the packet leaves by it to the neighbor that the routes name (the kernel writes the MAC address).
-    /// Otherwise the packet enters the network namespace behind this veth as if it had arrived there. Returns the
-    /// action for the kernel.
-    ///
-    /// A frame that enters a namespace is still addressed to the MAC address of the node or the bridge. The pod's
-    /// stack accepts it by its packet type, which kernels before 6.15 leave unchanged, so the program sets it.
+    /// Redirects the packet out of an interface to a next hop, so that it bypasses the network stack. The kernel writes
+    /// the MAC address. Returns the action for the kernel.
     #[inline(always)]
-    pub fn redirect_to(&self, egress: u32) -> i32 {
-        const PACKET_HOST: u32 = 0;
-        // SAFETY: the context is valid; no pointer into the packet is used afterwards. Null parameters make the
-        // helper look up the neighbor.
+    pub fn redirect_to_neighbor(&self, interface: u32, next_hop: &bpf_redir_neigh) -> i32 {
+        // SAFETY: the helper only reads the parameters, whose size is given.
         unsafe {
-            if egress & egress::NEIGHBOR != 0 {
-                return bpf_redirect_neigh(egress & !egress::NEIGHBOR, core::ptr::null_mut(), 0, 0) as i32;
-            }
-            bpf_skb_change_type(self.ctx.skb.skb, PACKET_HOST);
-            bpf_redirect_peer(egress, 0) as i32
+            bpf_redirect_neigh(interface, (&raw const *next_hop).cast_mut(), size_of::<bpf_redir_neigh>() as i32, 0)
+                as i32
         }
+    }
+
+    /// Redirects the packet into the network namespace behind a veth, as if it had arrived there. Returns the action for
+    /// the kernel.
+    ///
+    /// The frame is still addressed to the MAC address of the node or the bridge. The pod's stack accepts it by its
+    /// packet type, which kernels before 6.15 leave unchanged, so the program sets it.
+    #[inline(always)]
+    pub fn redirect_to_peer(&self, interface: u32) -> i32 {
+        const PACKET_HOST: u32 = 0;
+        // SAFETY: the context is valid; no pointer into the packet is used afterwards.
+        unsafe {
+            bpf_skb_change_type(self.ctx.skb.skb, PACKET_HOST);
+            bpf_redirect_peer(interface, 0) as i32
+        }
+    }
+
+    /// Whether the packet was decrypted by IPsec (in whatever mode).
+    #[inline(always)]
+    pub fn came_by_ipsec(&self) -> bool {
+        // SAFETY: the struct holds only integers, for which zero is a valid value.
+        let mut state: bpf_xfrm_state = unsafe { core::mem::zeroed() };
+        let size = size_of::<bpf_xfrm_state>() as u32;
+        // SAFETY: the context is valid; the kernel writes no more than `size` bytes.
+        unsafe { bpf_skb_get_xfrm_state(self.ctx.skb.skb, 0, &raw mut state, size, 0) == 0 }
     }
 
     /// Sends a copy of the packet out of its own interface. `None` if the kernel cannot.

@@ -9,30 +9,58 @@ use crate::{
     family::Family,
 };
 
-/// The entry of a new flow to a backend, through the stack and with the client's own port. `now_ns`: ns of
-/// `CLOCK_MONOTONIC`.
+/// What a decision about a flow was based on.
+pub struct Decision {
+    /// Index of the service; [`NONE`] for a direct connection.
+    pub service: u32,
+    /// The service's epoch.
+    pub epoch: u32,
+    /// Sequence number of the SYN, wire order; 0 for datagrams.
+    pub sequence: [u8; 4],
+    /// When it was made, ns of `CLOCK_MONOTONIC`.
+    pub now_ns: u64,
+}
+
+/// The way of a flow's replies.
+pub struct ReplyPath<A> {
+    /// As [`Reverse::egress`].
+    pub egress: u32,
+    /// As [`Reverse::ingress`].
+    pub ingress: u32,
+    /// As [`Reverse::next_hop`].
+    pub next_hop: A,
+}
+
+impl<A: Family> ReplyPath<A> {
+    /// Through the network stack. `ingress`: the interface on which the client's packet came in.
+    #[inline(always)]
+    pub fn through_stack(ingress: u32) -> Self {
+        Self { egress: egress::STACK, ingress, next_hop: A::ZERO }
+    }
+}
+
+/// The entry of a new flow to a backend, through the stack and with the client's own port.
 #[inline(always)]
 pub fn new_flow<A: Family>(
     backend: &Backend<A>,
     key: &FlowKey<A>,
     kind: FlowKind,
-    service: u32,
     backend_id: u32,
-    epoch: u32,
-    now_ns: u64,
+    decision: &Decision,
 ) -> Flow<A> {
     Flow {
         backend: backend.addr,
         backend_port: backend.port,
         source_port: key.client_port,
-        service,
+        service: decision.service,
         backend_id,
-        epoch,
+        epoch: decision.epoch,
         kind,
         seen: 0,
         path: 0,
         pad: 0,
-        created_tick: agent::tick(now_ns),
+        created_tick: agent::tick(decision.now_ns),
+        sequence: decision.sequence,
         last_seen_tick: agent::heartbeat_tick(),
     }
 }
@@ -42,8 +70,8 @@ pub fn new_flow<A: Family>(
 /// # Errors
 /// [`PassReason::FlowTableFull`].
 #[inline(always)]
-pub fn pin_passed<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> Result<(), PassReason> {
-    match pin_passed_in_table(key, service, epoch, now_ns) {
+pub fn pin_passed<A: Family>(key: &FlowKey<A>, decision: &Decision) -> Result<(), PassReason> {
+    match pin_passed_in_table(key, decision) {
         PINNED => Ok(()),
         _ => Err(PassReason::FlowTableFull),
     }
@@ -51,19 +79,20 @@ pub fn pin_passed<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns:
 
 /// [`pin_passed`] as a BPF subprogram (not inlined), for a stack frame of its own. Returns `PINNED` or `TABLE_FULL`.
 #[inline(never)]
-fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, now_ns: u64) -> u32 {
+fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, decision: &Decision) -> u32 {
     let flow = Flow {
         backend: key.vip,
         backend_port: key.vip_port,
         source_port: key.client_port,
-        service,
+        service: decision.service,
         backend_id: NONE,
-        epoch,
+        epoch: decision.epoch,
         kind: FlowKind::Passed,
         seen: 0,
         path: 0,
         pad: 0,
-        created_tick: agent::tick(now_ns),
+        created_tick: agent::tick(decision.now_ns),
+        sequence: decision.sequence,
         last_seen_tick: agent::heartbeat_tick(),
     };
     if A::pending().insert(key, flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
@@ -76,14 +105,13 @@ fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, no
 /// and the client may use the same port toward the same backend through a Service that breaker does not protect. So
 /// a flow on the fast path always gets a port that the client's kernel would not choose.
 ///
-/// `flow`: the decision. Its `source_port` is set to the port that the flow got. `reply_egress`: where replies go, see
-/// [`egress`].
+/// `flow`: the decision. Its `source_port` is set to the port that the flow got. `reply`: the way of its replies.
 ///
 /// # Errors
 /// [`PassReason::NoSourcePort`], [`PassReason::FlowTableFull`]. Neither leaves an entry behind.
 #[inline(always)]
-pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> Result<(), PassReason> {
-    match pin_in_tables(key, flow, reply_egress) {
+pub fn pin<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply: &ReplyPath<A>) -> Result<(), PassReason> {
+    match pin_in_tables(key, flow, reply) {
         PINNED => Ok(()),
         NO_SOURCE_PORT => Err(PassReason::NoSourcePort),
         _ => Err(PassReason::FlowTableFull),
@@ -96,10 +124,10 @@ const TABLE_FULL: u32 = 2;
 
 /// [`pin`] as a BPF subprogram (not inlined), which can return only a number.
 #[inline(never)]
-fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: u32) -> u32 {
+fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply: &ReplyPath<A>) -> u32 {
     let mut reverse_key = key.reverse_key(flow);
-    let reverse = reverse_of(key, flow, reply_egress);
-    let fast = reply_egress != egress::STACK;
+    let reverse = reverse_of(key, flow, reply);
+    let fast = reply.egress != egress::STACK;
     if fast || !claim(key, &reverse_key, &reverse) {
         let (first, last) = if fast { (PORT_FIRST, EPHEMERAL_FIRST - 1) } else { (PORT_FIRST, u16::MAX) };
         flow.source_port = claim_other_port(key, &mut reverse_key, &reverse, first, last);
@@ -114,9 +142,9 @@ fn pin_in_tables<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reply_egress: 
     PINNED
 }
 
-/// The reverse entry of a flow. `egress`: where replies go, see [`egress`].
+/// The reverse entry of a flow.
 #[inline(always)]
-fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, egress: u32) -> Reverse<A> {
+fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, reply: &ReplyPath<A>) -> Reverse<A> {
     Reverse {
         vip: key.vip,
         vip_port: key.vip_port,
@@ -125,6 +153,8 @@ fn reverse_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, egress: u32) -> Rever
         seen: 0,
         pad: [0; 3],
         last_seen_tick: flow.last_seen_tick,
-        egress,
+        egress: reply.egress,
+        ingress: reply.ingress,
+        next_hop: reply.next_hop,
     }
 }

@@ -8,13 +8,13 @@ use aya_ebpf::{
 };
 use breaker_common::{
     Backend, BreakerState, DEFAULT_ROUTES, DEFAULT_TABLES, FlowKey, Route, SINGLE_BACKEND, SLOT_PASSTHROUGH,
-    SLOT_REJECT, Switch, Table, backend_use, hash, route_flags,
+    SLOT_REJECT, Switch, TABLE_LEN, Table, TableRef, backend_use, hash, route_flags,
 };
 
 use crate::{atomic, endpoint, family::Family, service};
 
-/// Selection tables. A route holds the keys of its tables. Most services have one backend and no table, so a table takes
-/// memory only while it exists.
+/// Parts of selection tables. A route holds the references of its tables ([`TableRef`]). Most services have one backend
+/// and no table, so a table takes memory only while it exists.
 #[btf_map]
 static SLOTS: HashMap<u32, Table, { DEFAULT_TABLES as usize }, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
@@ -30,10 +30,11 @@ pub struct Choice {
     pub permit: bool,
 }
 
-/// Chooses tier and slot for a flow. Takes a permit if the breaker is half-open and one is left.
+/// Chooses tier and slot for a flow. Takes a permit if the breaker is half-open and one is left, unless `repeated`: a SYN
+/// that was decided in this epoch already is no new trial.
 #[inline(always)]
-pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>) -> Choice {
-    choose_with_hash(service, route, switch, |seed| {
+pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &FlowKey<A>, repeated: bool) -> Choice {
+    choose_with_hash(service, route, switch, repeated, |seed| {
         hash::flow(key.client.folded(), key.vip.folded(), key.client_port, key.vip_port, key.proto, seed)
     })
 }
@@ -41,10 +42,17 @@ pub fn choose<A: Family>(service: u32, route: u32, switch: &Switch<u8>, key: &Fl
 /// As [`choose`], with a hash that `hash` computes from the service's seed. A service without a record, which
 /// cannot occur, is left to kube-proxy.
 #[inline(always)]
-pub fn choose_with_hash(service: u32, route: u32, switch: &Switch<u8>, hash: impl FnOnce(u32) -> u64) -> Choice {
+pub fn choose_with_hash(
+    service: u32,
+    route: u32,
+    switch: &Switch<u8>,
+    repeated: bool,
+    hash: impl FnOnce(u32) -> u64,
+) -> Choice {
     let Some(record) = service::record(service) else { return Choice { slot: SLOT_PASSTHROUGH, permit: false } };
     let hash = hash(record.seed);
     let permit = switch.state == BreakerState::HalfOpen as u8
+        && !repeated
         && service::take_permit(service, switch.epoch, record.half_open_limit);
     let primary = permit || hash::permille(hash) < switch.share;
     Choice { slot: slot_in_tier(route, switch, !primary, hash), permit }
@@ -62,9 +70,11 @@ fn slot_in_tier(route: u32, switch: &Switch<u8>, backup: bool, hash: u64) -> u32
     } else if table & SINGLE_BACKEND != 0 {
         table & !SINGLE_BACKEND
     } else {
-        // SAFETY: the agent replaces a table as a whole, and the kernel keeps the old one until this program has ended.
-        let table = unsafe { SLOTS.get(&table) };
-        let slot = table.and_then(|table| table.slots.get(hash::slot(hash) as usize & (table.slots.len() - 1)));
+        let table = TableRef::from_word(table);
+        let slot = hash::slot(hash, table.slots());
+        // SAFETY: the agent never changes a table that a route names, and keeps the table for a while after.
+        let part = unsafe { SLOTS.get(table.key(slot / TABLE_LEN)) };
+        let slot = part.and_then(|part| part.slots.get((slot % TABLE_LEN) as usize));
         slot.copied().unwrap_or(SLOT_PASSTHROUGH)
     }
 }

@@ -46,6 +46,12 @@ pub fn record(service: u32) -> Option<&'static ServiceRecord> {
     SERVICES.get(service)
 }
 
+/// Whether the primary accepts connections as far as the agent knows, although it may fail its checks.
+#[inline(always)]
+pub fn primary_accepts(service: u32) -> bool {
+    record(service).is_some_and(|record| record.primary_accepts != 0)
+}
+
 /// A [`ServiceRuntime`] packed into one word.
 #[inline(always)]
 fn pack(epoch: u32, taken: u32) -> u64 {

@@ -1,8 +1,15 @@
 //! Everything that differs between IPv4 and IPv6 on the wire: where addresses are in a packet, and how they are
 //! summed and hashed.
 
-use aya_ebpf::bindings::{bpf_fib_lookup, bpf_fib_lookup__bindgen_ty_3, bpf_fib_lookup__bindgen_ty_4};
+use aya_ebpf::bindings::{
+    bpf_fib_lookup, bpf_fib_lookup__bindgen_ty_3, bpf_fib_lookup__bindgen_ty_4, bpf_redir_neigh,
+    bpf_redir_neigh__bindgen_ty_1,
+};
 use breaker_common::{self as common, Address, csum};
+
+/// Address families (include/linux/socket.h).
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
 /// An IPv4 address, read from memory as one native word. The maps declare addresses as bytes, which bpftool prints
 /// readably.
@@ -107,6 +114,10 @@ pub trait Wire: Address {
     fn mapped(self) -> V6;
     /// Identifies a client for limits: an IPv4 address in its mapped form, an IPv6 address with `mask` applied.
     fn client(self, mask: V6) -> V6;
+    /// The address as the parameter of `bpf_redirect_neigh`.
+    fn as_next_hop(self) -> bpf_redir_neigh;
+    /// The next hop that a route look-up found; `None` if it has an address of the other family.
+    fn next_hop_of(lookup: &bpf_fib_lookup) -> Option<Self>;
     /// Sets family and addresses in the parameters of a route look-up.
     fn fill_fib_lookup(lookup: &mut bpf_fib_lookup, source: Self, destination: Self);
 }
@@ -139,8 +150,20 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
+    fn as_next_hop(self) -> bpf_redir_neigh {
+        // The whole union must be written: the helper reads all of it.
+        let ipv6_nh = [self.0, 0, 0, 0];
+        bpf_redir_neigh { nh_family: AF_INET as u32, __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh } }
+    }
+
+    #[inline(always)]
+    fn next_hop_of(lookup: &bpf_fib_lookup) -> Option<Self> {
+        // SAFETY: the kernel wrote an address of the family that it names.
+        (lookup.family == AF_INET).then_some(Self(unsafe { lookup.__bindgen_anon_4.ipv4_dst }))
+    }
+
+    #[inline(always)]
     fn fill_fib_lookup(lookup: &mut bpf_fib_lookup, source: Self, destination: Self) {
-        const AF_INET: u8 = 2;
         lookup.family = AF_INET;
         lookup.__bindgen_anon_3 = bpf_fib_lookup__bindgen_ty_3 { ipv4_src: source.0 };
         lookup.__bindgen_anon_4 = bpf_fib_lookup__bindgen_ty_4 { ipv4_dst: destination.0 };
@@ -184,8 +207,19 @@ impl Wire for V6 {
     }
 
     #[inline(always)]
+    fn as_next_hop(self) -> bpf_redir_neigh {
+        let ipv6_nh = self.0;
+        bpf_redir_neigh { nh_family: AF_INET6 as u32, __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh } }
+    }
+
+    #[inline(always)]
+    fn next_hop_of(lookup: &bpf_fib_lookup) -> Option<Self> {
+        // SAFETY: as for IPv4.
+        (lookup.family == AF_INET6).then_some(Self(unsafe { lookup.__bindgen_anon_4.ipv6_dst }))
+    }
+
+    #[inline(always)]
     fn fill_fib_lookup(lookup: &mut bpf_fib_lookup, source: Self, destination: Self) {
-        const AF_INET6: u8 = 10;
         lookup.family = AF_INET6;
         lookup.__bindgen_anon_3 = bpf_fib_lookup__bindgen_ty_3 { ipv6_src: source.0 };
         lookup.__bindgen_anon_4 = bpf_fib_lookup__bindgen_ty_4 { ipv6_dst: destination.0 };

@@ -8,7 +8,7 @@ use aya::{
     maps::{HashMap, Map, MapData, MapError},
 };
 use breaker_common::{
-    Address, Flow, FlowKey, FlowKind, Fragment, FragmentKey, Reverse, ReverseKey, V4, V6, flow_path, seen,
+    Address, Flow, FlowKey, FlowKind, Fragment, FragmentKey, Reverse, ReverseKey, Table, V4, V6, flow_path, seen,
 };
 
 use crate::{
@@ -81,6 +81,15 @@ impl Tables {
     }
 }
 
+/// Number of selection tables' parts in the pinned map `SLOTS`.
+///
+/// # Errors
+/// Fails if the map cannot be opened.
+pub fn entries(map: &std::path::Path) -> Result<usize> {
+    let map: HashMap<MapData, u32, Table> = Map::from_map_data(MapData::from_pin(map)?)?.try_into()?;
+    Ok(map.keys().count())
+}
+
 impl<A: Ip> Family<A> {
     fn open(rig: &TestRig, version: u8) -> Result<Self> {
         let name = |base: &str| format!("{base}{version}");
@@ -106,6 +115,7 @@ impl<A: Ip> Family<A> {
                     backend: value.backend.socket(value.backend_port),
                     source_port: u16::from_be_bytes(value.source_port),
                     epoch: value.epoch,
+                    sequence: u32::from_be_bytes(value.sequence),
                     established,
                     client_said: last_words(value.seen),
                     fast: value.path & flow_path::FAST != 0,

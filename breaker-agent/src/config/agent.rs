@@ -4,11 +4,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use breaker_api::{DEFAULT_PIN_PATH, DEFAULT_SOCKET};
 use breaker_common::DEFAULT_MASQUERADE_MARK;
-use globset::{Glob, GlobSetBuilder};
+use globset::Glob;
 use ipnet::IpNet;
 use serde_saphyr::Spanned;
 
-use super::{AgentConfig, FrontendRules, InterfaceGlobs, NodePortAddresses, format, problems::Problems};
+use super::{AgentConfig, FrontendRules, NodePortAddresses, format, problems::Problems};
 use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
 
 /// The largest number of services that one node can protect.
@@ -26,10 +26,10 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
         }
         value.value.into()
     };
-    let mut globs = GlobSetBuilder::new();
+    let mut globs = Vec::new();
     for (index, glob) in raw.interfaces.iter().enumerate() {
         match Glob::new(&glob.value) {
-            Ok(parsed) => drop(globs.add(parsed)),
+            Ok(parsed) => globs.push(parsed),
             Err(error) => {
                 let problem = format!("{:?} is not allowed ({error}); allowed: a name or a glob like eth*", glob.value);
                 problems.add(glob.referenced, &format!("agent.interfaces[{index}]"), problem);
@@ -47,10 +47,7 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
         veths: raw.veths.unwrap_or(true),
         uplinks: raw.uplinks.unwrap_or(false),
         node_sockets: raw.node_sockets.unwrap_or(true),
-        interfaces: InterfaceGlobs::new(
-            globs.build().unwrap_or_default(),
-            raw.interfaces.into_iter().map(|glob| glob.value).collect(),
-        ),
+        interfaces: globs,
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),
         xdp: problems.word(raw.xdp.as_ref(), "agent.xdp", &xdp, XdpPolicy::Off),
         attach_order: problems.word(raw.attach_order.as_ref(), "agent.attachOrder", &orders, AttachOrder::First),

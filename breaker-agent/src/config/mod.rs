@@ -21,7 +21,7 @@ use std::{
 };
 
 use breaker_core::model::Service;
-use globset::GlobSet;
+use globset::Glob;
 use ipnet::IpNet;
 
 use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
@@ -50,7 +50,7 @@ pub struct AgentConfig {
     /// Whether interfaces of default routes get the programs.
     pub uplinks: bool,
     /// Names of other interfaces that get the programs, as globs.
-    pub interfaces: InterfaceGlobs,
+    pub interfaces: Vec<Glob>,
     /// Whether connections of the node's own processes are protected, too.
     pub node_sockets: bool,
     /// How the programs are attached.
@@ -102,33 +102,6 @@ impl NodePortAddresses {
             all || (self.primary && is_first(ip)) || self.networks.iter().any(|network| network.contains(*ip))
         };
         addresses.iter().filter(counts).copied().collect()
-    }
-}
-
-/// Interfaces by name: globs, compared as they are written.
-#[derive(Clone, Debug, Default)]
-pub struct InterfaceGlobs {
-    set: GlobSet,
-    written: Vec<String>,
-}
-
-impl InterfaceGlobs {
-    /// Globs that were parsed, and how they are written.
-    #[must_use]
-    pub const fn new(set: GlobSet, written: Vec<String>) -> Self {
-        Self { set, written }
-    }
-
-    /// The parsed globs.
-    #[must_use]
-    pub const fn set(&self) -> &GlobSet {
-        &self.set
-    }
-}
-
-impl PartialEq for InterfaceGlobs {
-    fn eq(&self, other: &Self) -> bool {
-        self.written == other.written
     }
 }
 

@@ -7,7 +7,7 @@ use aya::programs::tc;
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 
 use super::{
-    attach::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, qdisc_removal},
+    attach::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, qdisc},
     masquerade,
     pins::{self, PinDir, PinError},
 };
@@ -111,7 +111,7 @@ fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         }
         let marker = markers.join(index.to_string());
         if marker.exists() {
-            qdisc_removal::remove_if_empty(index).with_context(|| {
+            qdisc::remove_if_empty(index).with_context(|| {
                 format!("remove breaker's clsact qdisc on {name}; to remove it by hand: tc qdisc del dev {name} clsact")
             })?;
         }

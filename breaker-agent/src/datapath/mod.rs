@@ -13,6 +13,7 @@
 //! | [`maps`] | the maps, typed |
 //! | [`apply`] | writing a plan to the maps, in an order in which every packet sees a consistent state |
 //! | [`sweep`] | walking the flow tables: removing finished flows, counting live ones |
+//! | [`return_paths`] | interfaces on which answers of backups are not seen |
 //! | [`flow_list`] | the flows of one service, for people |
 //! | [`interfaces`], [`neighbors`] | the node's interfaces, and the pods behind them |
 //! | [`masquerade`] | the nftables rule for the masquerade mark |
@@ -32,6 +33,7 @@ pub mod options;
 pub mod pins;
 pub mod preflight;
 pub mod programs;
+pub mod return_paths;
 pub mod sizes;
 pub mod sweep;
 pub mod sys;
@@ -53,6 +55,7 @@ use self::{
     apply::{Installed, Limited},
     maps::{Maps, index_allocator::IndexAllocator},
     neighbors::LocalPods,
+    return_paths::ReturnPaths,
     sizes::Sizes,
 };
 
@@ -74,6 +77,7 @@ pub struct KernelDatapath {
     fast_path_seen: bool,
     /// Interface index of each pod on this node, by the pod's address.
     local_pods: LocalPods,
+    return_paths: ReturnPaths,
     service_indices: IndexAllocator,
     route_indices: IndexAllocator,
     table_indices: IndexAllocator,
@@ -94,6 +98,7 @@ impl KernelDatapath {
             limited: BTreeMap::new(),
             fast_path_seen: true,
             local_pods: LocalPods::new(),
+            return_paths: ReturnPaths::default(),
             service_indices: IndexAllocator::new("services", sizes.services),
             route_indices: IndexAllocator::new("routes", sizes.routes),
             table_indices: IndexAllocator::new("selection tables", sizes.tables),
@@ -119,8 +124,10 @@ impl KernelDatapath {
         self.maps.write_heartbeat(lease, unix_ns);
         // A program runs for much less than the time between two heartbeats, so no packet can use an index any more
         // that was released before the previous heartbeat.
-        for indices in [&mut self.service_indices, &mut self.route_indices, &mut self.table_indices] {
-            indices.end_grace_period();
+        self.service_indices.end_grace_period();
+        self.route_indices.end_grace_period();
+        for number in self.table_indices.end_grace_period() {
+            self.remove_table(number);
         }
     }
 

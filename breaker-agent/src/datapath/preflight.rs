@@ -10,7 +10,10 @@ use aya::{
 use breaker_api::preflight::{Finding, Verdict};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::sys::{has_helper, has_tcx, is_on_bpffs};
+use super::{
+    interfaces::{self, Side, Wanted},
+    sys::{has_helper, has_tcx, is_on_bpffs},
+};
 
 /// The newest helpers that every program needs. Each text names a needed feature of the same kernel version.
 const HELPERS: [(BpfHelper, &str); 2] = [
@@ -21,7 +24,18 @@ const HELPERS: [(BpfHelper, &str); 2] = [
 /// Tests everything and returns all findings. `pin_path` is where maps and links will be pinned.
 #[must_use]
 pub fn check_all(pin_path: &Path) -> Vec<Finding> {
-    vec![kernel(), attach(), tc_programs(), caps(), bpffs(pin_path), btf(), bridge(), socket_lb()]
+    vec![
+        kernel(),
+        attach(),
+        tc_programs(),
+        caps(),
+        bpffs(pin_path),
+        btf(),
+        bridge(),
+        socket_lb(),
+        datapath(),
+        coverage(),
+    ]
 }
 
 /// Fails if the agent cannot run on this machine.
@@ -160,6 +174,29 @@ pub fn socket_load_balancer() -> Option<String> {
     ))
 }
 
+/// Prefixes of the names of tc programs that deliver packets to local pods by `bpf_redirect_peer` (Cilium's BPF host
+/// routing). Such packets do not pass the hook on the host side of the pod's interface.
+const OTHER_DATAPATHS: &[&str] = &["cil_from_contai", "cil_to_containe", "cil_from_netdev", "cil_lxc_policy"];
+
+/// Returns a message if the programs of another datapath on this machine may deliver answers past breaker's.
+#[must_use]
+pub fn other_datapath() -> Option<String> {
+    let programs = loaded_programs().flatten();
+    let mut names = programs.filter_map(|program| {
+        let classifies = program.program_type() as u32 == SCHED_CLS;
+        classifies.then(|| program.name_as_str().map(str::to_owned)).flatten()
+    });
+    let found = names.find(|name| OTHER_DATAPATHS.iter().any(|known| name.starts_with(known)))?;
+    Some(format!(
+        "the tc program {found} belongs to Cilium: with BPF host routing, answers enter pods past breaker's programs, and \
+         redirected connections of pods time out; set bpf.hostLegacyRouting=true (breaker cannot see whether it is set, and \
+         stops redirecting where no answers are seen)"
+    ))
+}
+
+/// `BPF_PROG_TYPE_SCHED_CLS` in linux/bpf.h.
+const SCHED_CLS: u32 = 3;
+
 /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR` in linux/bpf.h.
 const CGROUP_SOCK_ADDR: u32 = 18;
 
@@ -168,6 +205,38 @@ fn socket_lb() -> Finding {
         None => good("socket LB", "none: packets carry the Services' addresses"),
         Some(found) => finding("socket LB", Verdict::Worse, found, "pods' connections are redirected only without it"),
     }
+}
+
+fn datapath() -> Finding {
+    match other_datapath() {
+        None => good("other datapath", "none: answers to pods pass the host side of their interfaces"),
+        Some(found) => finding("other datapath", Verdict::Worse, found, "see Limits in docs/KUBERNETES.md"),
+    }
+}
+
+/// Which interfaces would get programs by default, and what no program sees.
+fn coverage() -> Finding {
+    const NAME: &str = "interfaces";
+    let wanted = Wanted { veths: true, uplinks: true, globs: Vec::new() };
+    // The caller may run in a tokio runtime already, where it cannot block.
+    let outcome = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(interfaces::survey(wanted))
+    });
+    let survey = match outcome.join() {
+        Ok(Ok(survey)) => survey,
+        Ok(Err(error)) => return finding(NAME, Verdict::Worse, format!("{error:#}"), "run as root to find out"),
+        Err(_) => return finding(NAME, Verdict::Worse, "the search panicked", "report it as a bug"),
+    };
+    let of = |side: Side| survey.interfaces.values().filter(|i| i.side == side && i.obstacle.is_none()).count();
+    let found = format!("{} of pods, {} of default routes", of(Side::Pod), of(Side::Uplink));
+    let obstacles = survey.interfaces.values().filter_map(|i| Some(format!("{}: {}", i.name, i.obstacle?)));
+    let gaps: Vec<String> = obstacles.chain(survey.notes.iter().cloned()).collect();
+    if gaps.is_empty() {
+        return good(NAME, found);
+    }
+    let remedy = "connections through the others are redirected; see Limits in docs/KUBERNETES.md";
+    finding(NAME, Verdict::Worse, format!("{found}; {}", gaps.join("; ")), remedy)
 }
 
 fn bridge() -> Finding {

@@ -2,7 +2,12 @@
 //! and pinned.
 
 use anyhow::{Context as _, Result};
-use aya::{Ebpf, EbpfLoader, VerifierLogLevel, maps::MapInfo, programs::SchedClassifier};
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::MapInfo,
+    programs::{ProgramType, SchedClassifier},
+    sys::BpfHelper,
+};
 use aya_log::EbpfLogger;
 
 use super::{
@@ -58,11 +63,15 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     let level: u8 = log_level.map_or(0, |level| u8::try_from(level as usize).unwrap_or(0));
     let netns = if options.sockets { sys::netns_cookie() } else { Err(anyhow::anyhow!("switched off")) };
     let cookie = netns.as_ref().copied().unwrap_or(0);
+    let has_xfrm = u8::from(
+        sys::has_helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_skb_get_xfrm_state).unwrap_or(false),
+    );
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(VerifierLogLevel::default())
         .override_global("AYA_LOG_LEVEL", &level, true)
         .override_global("MASQUERADE_MARK", masquerade_mark, true)
+        .override_global("HAS_XFRM", &has_xfrm, true)
         .override_global("NODE_NETNS", &cookie, true);
     // A map that is pinned already keeps its size.
     let size_of = |name: &str, wanted: u32| MapInfo::from_pin(pins.map(name)).map_or(wanted, |info| info.max_entries());

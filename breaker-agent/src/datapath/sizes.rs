@@ -7,6 +7,9 @@ use std::path::Path;
 #[expect(clippy::cast_possible_truncation, reason = "the value is 8")]
 const WAYS: u32 = breaker_common::WAYS as u32;
 
+/// Entries of `SLOTS` beyond the number of tables, for tables of more than one part.
+pub(super) const MORE_PARTS: u32 = 4096;
+
 /// Sizes of the maps, as numbers of objects. Maps with addresses exist once for each IP family, each with the full
 /// size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,8 +93,9 @@ impl Sizes {
     }
 
     /// Sizes of the maps that both IP families share, by map name.
-    pub(super) fn shared(&self, cpus: u32) -> [(&'static str, u32); 12] {
+    pub(super) fn shared(&self, cpus: u32) -> [(&'static str, u32); 13] {
         [
+            ("RETURN_PATHS", breaker_common::DEFAULT_RETURN_PATHS),
             ("SOCKETS", with_reserve(breaker_common::DEFAULT_SOCKETS, cpus)),
             ("LIMITS", self.services),
             ("LIMITERS", self.services.saturating_mul(2)),
@@ -103,7 +107,7 @@ impl Sizes {
             ("RUNTIME", self.services),
             ("COUNTERS", self.services),
             ("ROUTES", self.routes),
-            ("SLOTS", self.tables),
+            ("SLOTS", self.tables.saturating_add(MORE_PARTS)),
         ]
     }
 }

@@ -23,9 +23,11 @@ use super::{
 };
 use crate::clock;
 
-/// How long the entries of a finished connection stay, because its last segments may be sent again. TIME-WAIT (RFC
-/// 9293) is longer, but a peer that missed the last ACK gives up even if nobody answers.
+/// How long the entries of a finished connection stay at least, because its last segments may be sent again.
 const LINGER: Duration = Duration::from_secs(10);
+/// How long they stay while the table is at most half full: as long as the backend may be in TIME-WAIT (Linux: 60 s,
+/// `TCP_TIMEWAIT_LEN`). Meanwhile a connection to another frontend with the same ports gets another source port.
+const TIME_WAIT: Duration = Duration::from_secs(60);
 /// How long a SYN without an answer is remembered. Linux gives up after 127 s (`tcp_syn_retries = 6`).
 const UNANSWERED: Duration = Duration::from_secs(130);
 /// How long a flow of datagrams is remembered without a packet: before and after its first answer. The times are
@@ -51,6 +53,7 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
     sweep_family::<V6>(maps, names, idle, &mut found)?;
     let percent = (found.sweep.established * 100).div_ceil(maps.sizes.flows.max(1) as usize);
     found.sweep.pressure_percent = u8::try_from(percent.min(100)).unwrap_or(100);
+    maps.crowded = percent > 50;
     Ok(found)
 }
 
@@ -64,6 +67,8 @@ fn sweep_family<A: IpFamily>(
     let mut over = Vec::new();
     let mut claimed = BTreeSet::new();
     let mut established = 0;
+    // The tables at the last sweep: nobody knows how full they are before the walk.
+    let linger = if maps.crowded { LINGER } else { TIME_WAIT };
     let family = A::of(maps);
     // Pending flows first: a flow that is promoted meanwhile is then seen twice rather than never.
     for (kept, table) in [(false, &family.pending), (true, &family.flows)] {
@@ -77,19 +82,25 @@ fn sweep_family<A: IpFamily>(
             // Another flow has the reverse key now. It came later, so this flow has ended.
             let superseded = theirs.is_some() && reverse.is_none();
             if superseded
-                || is_over(&key, &flow, reverse.as_ref(), now, idle)
+                || is_over(&key, &flow, reverse.as_ref(), now, idle, linger)
                 || !(names.contains_key(&flow.service) || !redirected && !passed)
             {
                 over.push((key, flow, (!passed).then_some(reverse_key)));
                 continue;
             }
-            found.sweep.entries += 1;
             established += usize::from(kept);
-            found.fast_path_in_use |= flow.path & flow_path::FAST != 0;
-            if let (false, Some(protocol)) = (passed, protocol(key.proto)) {
-                let backend = (flow.backend.socket(flow.backend_port), protocol);
+            let backend = protocol(key.proto).map(|protocol| (flow.backend.socket(flow.backend_port), protocol));
+            if let Some(backend) = backend.filter(|_| !passed) {
                 found.all_to.insert(backend);
                 claimed.insert(reverse_key);
+            }
+            // A connection that is over keeps its reverse key only: none of its segments is expected any more.
+            if is_over(&key, &flow, reverse.as_ref(), now, idle, LINGER) {
+                continue;
+            }
+            found.sweep.entries += 1;
+            found.fast_path_in_use |= flow.path & flow_path::FAST != 0;
+            if let Some(backend) = backend.filter(|_| !passed) {
                 // The packets of a direct connection's backend need translation only if the source port was changed.
                 if redirected || flow.source_port != key.client_port {
                     found.redirected_to.insert(backend);
@@ -225,6 +236,7 @@ fn is_over<A: IpFamily>(
     reverse: Option<&Reverse<A>>,
     now: u64,
     idle: Option<Duration>,
+    linger: Duration,
 ) -> bool {
     let last = flow.last_seen_tick.max(flow.created_tick).max(reverse.map_or(0, |r| r.last_seen_tick));
     let age = age(now, last);
@@ -234,7 +246,7 @@ fn is_over<A: IpFamily>(
         return age > DATAGRAM[usize::from(answered)];
     }
     if has_ended(flow, back) {
-        return age > LINGER;
+        return age > linger;
     }
     if reverse.is_some() && !answered && flow.kind == FlowKind::Redirected as u8 {
         return age > UNANSWERED;

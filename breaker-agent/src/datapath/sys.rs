@@ -97,6 +97,72 @@ fn cookie_of(socket: &OwnedFd) -> Result<u64> {
     Ok(cookie)
 }
 
+/// A program on a tcx hook of an interface: ids of the program and of its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcxEntry {
+    /// Id of the program.
+    pub program: u32,
+    /// Id of the link; 0 if it was attached without one.
+    pub link: u32,
+}
+
+/// Programs on one hook that are read at most. Linux allows 63 (`BPF_MPROG_MAX` in include/linux/bpf_mprog.h).
+const MOST_PROGRAMS: usize = 64;
+
+/// The attributes of `BPF_PROG_QUERY` (`union bpf_attr`, member `query`, in linux/bpf.h).
+#[repr(C)]
+struct ProgramQuery {
+    target_ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    program_ids: u64,
+    count: u32,
+    pad: u32,
+    program_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
+}
+
+/// Returns the programs on a tcx hook of an interface in this network namespace, in the order in which they run. Asks for
+/// ids only, which needs no more than `CAP_NET_ADMIN`.
+///
+/// # Errors
+/// The kernel has no tcx, or the interface is gone.
+#[expect(unsafe_code, reason = "none of our dependencies returns the ids of links")]
+pub fn tcx_entries(index: u32, direction: TcAttachType) -> Result<Vec<TcxEntry>> {
+    /// `BPF_PROG_QUERY` in `enum bpf_cmd`.
+    const PROGRAM_QUERY: libc::c_int = 16;
+    // `BPF_TCX_INGRESS` and `BPF_TCX_EGRESS` in `enum bpf_attach_type`.
+    let attach_type = match direction {
+        TcAttachType::Ingress => 46,
+        TcAttachType::Egress => 47,
+        TcAttachType::Custom(_) => bail!("not a tcx hook"),
+    };
+    let (mut programs, mut links) = ([0_u32; MOST_PROGRAMS], [0_u32; MOST_PROGRAMS]);
+    let mut query = ProgramQuery {
+        target_ifindex: index,
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        program_ids: programs.as_mut_ptr() as u64,
+        count: u32::try_from(MOST_PROGRAMS).unwrap_or(0),
+        pad: 0,
+        program_attach_flags: 0,
+        link_ids: links.as_mut_ptr() as u64,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    // SAFETY: the attributes have the length that is passed; the kernel writes at most `count` ids to each array.
+    let outcome = unsafe { libc::syscall(libc::SYS_bpf, PROGRAM_QUERY, &raw mut query, size_of::<ProgramQuery>()) };
+    if outcome != 0 {
+        return Err(std::io::Error::last_os_error()).context("query the programs of an interface");
+    }
+    let entries = programs.iter().zip(&links).take(query.count as usize);
+    Ok(entries.map(|(program, link)| TcxEntry { program: *program, link: *link }).collect())
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::Path};
 
 use breaker_agent::config;
-use breaker_common::{BreakerState, SLOTS, StateReason, switch_flags};
+use breaker_common::{BreakerState, StateReason, TABLE_SIZES, switch_flags};
 use breaker_core::{
     model::{Backend, Frontend, Override, Protocol, Route, Service},
     plan::{Decision, ServicePlan, Slot, SlotTable},
@@ -79,7 +79,7 @@ fn slots_name_known_backends_only() {
     let plan = ServicePlan::new(&service, decision(BreakerState::Open, 0, false), &two);
     let expected = [address("10.42.0.3:80"), address("10.42.0.4:80")].map(|a| (a, Protocol::Tcp));
     assert_eq!(plan.backends(), expected.into());
-    assert_eq!(plan.routes[0].slots[1].slots().len(), SLOTS as usize);
+    assert_eq!(plan.routes[0].slots[1].slots().len(), TABLE_SIZES[0] as usize);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 mod double;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use breaker_agent::config::FrontendRules;
 use breaker_agent::source::kube::{KubeSource, NodeIdentity, NodeState, Update};
@@ -128,6 +128,9 @@ fn node_state(update: &Arc<Update>, state: BreakerState) -> NodeState {
         failed_interfaces: Vec::new(),
         sockets: None,
         incompatible: None,
+        bypass: None,
+        unseen: Vec::new(),
+        suspended: BTreeMap::new(),
     }
 }
 

@@ -85,6 +85,12 @@ pub struct ReportedAgent {
     /// The socket load balancer that hides Services' addresses from the programs. Absent if there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub incompatible: Option<String>,
+    /// Programs of another datapath, which may deliver answers past breaker's programs. Absent if there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bypass: Option<String>,
+    /// What the programs cannot see on the node: pods without a host side, patterns without an interface.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unseen: Vec<String>,
 }
 
 /// State of one protected Service on the node.
@@ -131,6 +137,9 @@ pub struct ReportedService {
     /// Error of the last write to the kernel. Absent if the write succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Interfaces on which no answers of the backup were seen. New connections are left to kube-proxy there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub suspended_on: Vec<String>,
     /// Number of nodes by which the limits are divided. Absent without limits.
     #[serde(skip_serializing_if = "is_zero")]
     pub limits_shared_by: i32,

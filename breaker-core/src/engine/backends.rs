@@ -167,6 +167,12 @@ impl Tiers {
         judged
     }
 
+    /// Whether a backend of the primary accepts connections as far as its checks tell. A backend without a result may.
+    pub fn primary_accepts(&self) -> bool {
+        let accepts = |state: &BackendState| state.last.as_ref().is_none_or(|result| result.code.is_accepted());
+        self.tiers.first().is_some_and(|primary| primary.iter().any(accepts))
+    }
+
     /// Whether the newest primary backend's grace period has ended since the last call.
     pub fn grace_period_ended(&mut self, now: Now) -> bool {
         self.grace_ends.take_if(|at| *at <= now.mono).is_some()

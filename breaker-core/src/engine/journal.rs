@@ -35,6 +35,9 @@ pub enum EntryKind {
     FlowPressure,
     /// The agent put back a part of the datapath that somebody else had taken away.
     Restored,
+    /// A service's new connections on an interface are left to kube-proxy, because no answers of its backup were seen
+    /// there, or are redirected again.
+    ReturnPath,
     /// The configuration was read again.
     Config,
     /// A configuration was refused.
@@ -57,6 +60,7 @@ impl EntryKind {
             Self::WriteRecovered => "WriteRecovered",
             Self::FlowPressure => "FlowPressure",
             Self::Restored => "Restored",
+            Self::ReturnPath => "ReturnPath",
             Self::Config => "Config",
             Self::ConfigRefused => "ConfigRefused",
             Self::Packet(kind) => kind.label(),

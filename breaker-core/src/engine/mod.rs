@@ -50,7 +50,7 @@ use crate::{
     health::Health,
     model::{Frontend, Override, Service, ServiceName},
     pool::TierHealth,
-    probe::{ProbeReport, Target},
+    probe::{ProbeReport, ProbeResult, Target},
     time::{Instant, Now, elapsed},
 };
 
@@ -163,7 +163,9 @@ impl Engine {
             }
             return;
         }
-        backend.last = Some(report.result.clone());
+        let accepted = |last: &Option<ProbeResult>| last.as_ref().is_none_or(|result| result.code.is_accepted());
+        let before = backend.last.replace(report.result.clone());
+        state.sync.outdate_if(*tier == 0 && accepted(&before) != accepted(&backend.last));
         if backend.local_errors.take().is_some_and(|errors| errors.reported) {
             self.changes += 1;
             self.journal.record(now, Some(name), EntryKind::LocalError, format!("{address} has check results again"));
@@ -273,6 +275,13 @@ impl Engine {
     /// Records an event that is not about one service.
     pub fn note(&mut self, now: Now, kind: EntryKind, message: String) {
         self.journal.record(now, None, kind, message);
+    }
+
+    /// Records an event about one service.
+    pub fn note_about(&mut self, now: Now, name: &ServiceName, kind: EntryKind, message: String) {
+        self.journal.log(now, Level::Warn, Some(name), message.clone());
+        self.journal.record(now, Some(name), kind, message);
+        self.changes += 1;
     }
 
     /// Applies the configuration's override, and ends an operator's override whose time limit ran out.

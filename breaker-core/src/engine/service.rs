@@ -294,6 +294,7 @@ impl ServiceState {
             }
         };
         plan.add_draining_frontends(self.draining_frontends.as_slice());
+        plan.primary_accepts = self.tiers.primary_accepts();
         plan
     }
 }

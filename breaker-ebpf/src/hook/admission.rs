@@ -20,27 +20,20 @@ use crate::{
         self, Request, connection_table, limiter,
         settings::{self, BACKUP, PRIMARY},
     },
-    packet::Packet,
     parse::{Segment, flags},
-    select, service,
+    return_path, select, service,
     verdict::{self, Stage, Verdict},
 };
 
 /// Asks whether a limit admits the first packet of a flow to the tier that was selected for it (`context.slot`). A BPF
 /// subprogram (not inlined), because of the stack limit: see [`super::from_client`].
 #[inline(never)]
-pub fn admit<A: Family>(
-    packet: &Packet<'_>,
-    segment: &Segment<A>,
-    context: &mut PacketContext<A>,
-    to_backup: bool,
-) -> i32 {
-    verdict::into_action(try_admit(packet, segment, context, to_backup))
+pub fn admit<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>, to_backup: bool) -> i32 {
+    verdict::into_action(try_admit(segment, context, to_backup))
 }
 
 #[inline(always)]
 fn try_admit<A: Family>(
-    packet: &Packet<'_>,
     segment: &Segment<A>,
     context: &mut PacketContext<A>,
     to_backup: bool,
@@ -56,7 +49,7 @@ fn try_admit<A: Family>(
         service,
         switch: context.switch,
         tier,
-        sequence: if segment.is_tcp() { sequence(packet, segment) } else { 0 },
+        sequence: u32::from_ne_bytes(segment.sequence),
         bits: if segment.is_tcp() { 0 } else { connection_state::DATAGRAMS },
     };
     let answer = request.admit();
@@ -81,7 +74,8 @@ fn try_admit<A: Family>(
         service::return_permit(service, switch.epoch);
         context.permit = 0;
     }
-    if tier == PRIMARY && action == LimitAction::Failover as u32 {
+    if tier == PRIMARY && action == LimitAction::Failover as u32 && !return_path::is_suspended(context.ingress, service)
+    {
         let slot = select::backup_slot(service, context.route, &switch, &key);
         if slot < SLOT_REJECT {
             context.slot = slot;
@@ -136,13 +130,6 @@ fn tag<A: Family>(key: &FlowKey<A>, limits: &ServiceLimits) -> u64 {
 #[inline(always)]
 fn client<A: Family>(addr: A, limits: &ServiceLimits) -> V6 {
     addr.client(V6::from_bytes(limits.client_mask.bytes))
-}
-
-/// TCP sequence number of a segment, as it is in memory (wire order); 0 if the packet is too short.
-#[inline(always)]
-fn sequence<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> u32 {
-    use crate::packet::Frame as _;
-    packet.read::<u32>(segment.l4() + 4).unwrap_or(0)
 }
 
 /// Records a segment of a client: FIN and RST always, and during a census every segment. A BPF subprogram (not

@@ -12,6 +12,8 @@ pub struct PacketContext<A> {
     pub slot: u32,
     /// 1 if the connection holds one of the half-open breaker's permits, else 0.
     pub permit: u32,
+    /// Index of the interface on which the packet came in.
+    pub ingress: u32,
     /// Time of the decision, ns of `CLOCK_MONOTONIC`.
     pub now_ns: u64,
     /// The service's switch, packed into one word (`Switch::to_word` in [`breaker_common`]).

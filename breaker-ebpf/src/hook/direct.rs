@@ -9,7 +9,8 @@ use crate::{
     nat::{self, Side},
     packet::Packet,
     parse::Segment,
-    pin, select,
+    pin::{self, Decision, ReplyPath},
+    select,
     verdict::{self, Verdict},
 };
 
@@ -46,10 +47,11 @@ fn try_to_backend_directly<A: Family>(
         }
         None if segment.is_tcp() && !segment.is_syn() => return Ok(Verdict::Next),
         None => {
-            flow::remove(&key);
+            flow::remove(&key, segment.sequence, 0);
             let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
-            let mut flow = pin::new_flow(backend, &key, FlowKind::Direct, NONE, id, 0, agent::now_ns());
-            pin::pin(&key, &mut flow, egress::STACK)?;
+            let decision = Decision { service: NONE, epoch: 0, sequence: segment.sequence, now_ns: agent::now_ns() };
+            let mut flow = pin::new_flow(backend, &key, FlowKind::Direct, id, &decision);
+            pin::pin(&key, &mut flow, &ReplyPath::through_stack(packet.ifindex()))?;
             if flow.source_port != key.client_port {
                 select::mark_in_use::<A>(id, backend_use::DIRECT);
             }
@@ -57,7 +59,7 @@ fn try_to_backend_directly<A: Family>(
         }
     };
     if source_port != key.client_port {
-        fragment::note(segment, Side::Destination, key.vip, 0, egress::STACK);
+        fragment::note(segment, Side::Destination, key.vip, 0, egress::STACK, A::ZERO);
         nat::to_backend(packet, segment, key.vip, key.vip_port, source_port)?;
     }
     Ok(Verdict::Next)

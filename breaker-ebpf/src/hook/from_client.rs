@@ -68,17 +68,27 @@ fn from_client<A: Family, const UPLINK: bool>(packet: &Packet<'_>, l3: usize) ->
     };
     let peer = Peer { addr: A::ZERO, port: [0; 2], source_port: [0; 2], path: 0, egress: egress::STACK };
     let slot = SLOT_PASSTHROUGH;
-    let mut context =
-        PacketContext { service: NONE, route: NONE, backend: NONE, slot, permit: 0, now_ns: 0, switch: 0, peer };
+    let ingress = packet.ifindex();
+    let mut context = PacketContext {
+        service: NONE,
+        route: NONE,
+        backend: NONE,
+        slot,
+        permit: 0,
+        ingress,
+        now_ns: 0,
+        switch: 0,
+        peer,
+    };
     let mut action = classify::<A, UPLINK>(packet, l3, segment, &mut context);
     if action == Stage::Decide as i32 {
         action = decide(segment, &mut context);
     }
     if action == Stage::Admit as i32 {
-        action = admission::admit(packet, segment, &mut context, false);
+        action = admission::admit(segment, &mut context, false);
     }
     if action == Stage::AdmitToBackup as i32 {
-        action = admission::admit(packet, segment, &mut context, true);
+        action = admission::admit(segment, &mut context, true);
     }
     if action == Stage::Apply as i32 {
         action = apply_decision::<A, UPLINK>(packet, segment, &mut context);

@@ -47,7 +47,7 @@ fn try_error_to_client<A: Family, const FAST: bool>(
     if FAST && egress == egress::STACK {
         return Ok(Verdict::Next);
     }
-    let service = reverse.service;
+    let (service, next_hop) = (reverse.service, reverse.next_hop);
     let change = icmp::QuoteRewrite {
         end: Side::Destination,
         addr: reverse.vip,
@@ -56,7 +56,7 @@ fn try_error_to_client<A: Family, const FAST: bool>(
     };
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(forward_to(packet, egress))
+    Ok(forward_to(packet, egress, next_hop))
 }
 
 /// Handles an ICMP error from a client to a backend. It quotes the backend's packet as breaker translated it, so
@@ -104,5 +104,5 @@ fn try_error_from_client<A: Family, const UPLINK: bool>(
     let egress = Peer::of(flow).egress;
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(forward_to(packet, egress))
+    Ok(forward_to(packet, egress, A::ZERO))
 }

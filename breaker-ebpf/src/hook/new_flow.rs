@@ -11,18 +11,23 @@ use crate::{
     agent, count, event,
     family::Family,
     fib,
-    flow::{self, Peer},
+    flow::{self, Peer, removed},
     fragment,
     nat::{self, Side},
     packet::Packet,
     parse::{self, Segment},
-    pin, select, service,
+    pin::{self, Decision, ReplyPath},
+    return_path, select, service,
     verdict::{self, Stage, Verdict},
 };
 
 /// kube-proxy's masquerade mark. The loader sets it to the mark that the node uses.
 #[unsafe(no_mangle)]
 static MASQUERADE_MARK: aya_ebpf::Global<u32> = aya_ebpf::Global::new(DEFAULT_MASQUERADE_MARK);
+
+/// 1 if the kernel has `bpf_skb_get_xfrm_state` (CONFIG_XFRM). The loader sets it.
+#[unsafe(no_mangle)]
+static HAS_XFRM: aya_ebpf::Global<u8> = aya_ebpf::Global::new(0);
 
 /// Decides the first packet of a flow. Every SYN is decided anew, because clients reuse ports, and because a client
 /// without an answer must be able to move. A datagram is decided anew if its flow is unknown or was decided in
@@ -39,16 +44,22 @@ fn choose<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>) -> St
     let (service, switch) = (context.service, Switch::from_word(context.switch));
     let key = flow::key(segment);
     let now_ns = agent::now_ns();
+    let mut earlier = 0;
     if service::record_epoch(service, switch.epoch) {
         event::send(EventKind::StateAdopted, service, &switch, &key, None);
     }
     if service::tracks(service, &switch) {
-        flow::remove(&key);
+        earlier = flow::remove(&key, segment.sequence, switch.epoch);
     }
     context.now_ns = now_ns;
     if agent::may_act_on_decision(&switch, now_ns) {
-        let choice = select::choose(service, context.route, &switch, &key);
+        let repeated = earlier & (removed::SAME_SYN | removed::SAME_EPOCH) == removed::SAME_SYN | removed::SAME_EPOCH;
+        let choice = select::choose(service, context.route, &switch, &key, repeated);
         (context.slot, context.permit) = (choice.slot, choice.permit as u32);
+        if choice.slot < SLOT_REJECT && answers_may_be_lost(context.ingress, service, earlier) {
+            count::reason(PassReason::NoAnswerSeen);
+            context.slot = SLOT_PASSTHROUGH;
+        }
     } else {
         count::reason(PassReason::AgentLost);
         count::service(service, |c| c.agent_lost += 1);
@@ -56,6 +67,17 @@ fn choose<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>) -> St
     }
     let limited = switch.has(switch_flags::LIMITED) && context.slot != SLOT_REJECT;
     if limited { Stage::Admit } else { Stage::Apply }
+}
+
+/// Whether a connection should not be redirected because answers to this interface's clients seem to bypass the
+/// programs. `earlier`: bits of [`removed`].
+#[inline(always)]
+fn answers_may_be_lost(ingress: u32, service: u32, earlier: u32) -> bool {
+    const MISSING: u32 = removed::SAME_SYN | removed::UNANSWERED;
+    return_path::is_suspended(ingress, service)
+        || earlier & MISSING == MISSING
+            && return_path::count_missing_answer(ingress, service)
+            && service::primary_accepts(service)
 }
 
 /// Applies the decision for the first packet of a flow.
@@ -74,8 +96,9 @@ fn try_apply_decision<A: Family, const UPLINK: bool>(
     segment: &Segment<A>,
     context: &mut PacketContext<A>,
 ) -> Result<Verdict, PassReason> {
-    let (service, switch, now_ns) = (context.service, Switch::from_word(context.switch), context.now_ns);
+    let (service, switch) = (context.service, Switch::from_word(context.switch));
     let key = flow::key(segment);
+    let decision = Decision { service, epoch: switch.epoch, sequence: segment.sequence, now_ns: context.now_ns };
     if switch.has(switch_flags::DRY_RUN) {
         let would_move = context.slot != SLOT_PASSTHROUGH;
         count::service(service, |c| {
@@ -91,14 +114,14 @@ fn try_apply_decision<A: Family, const UPLINK: bool>(
                 c.new_primary += 1;
                 c.half_open += permit as u64;
             });
-            pass_and_pin(service, &switch, &key, now_ns)
+            pass_and_pin(&switch, &key, &decision)
         }
         SLOT_REJECT => {
             count::service(service, |c| c.rejected += 1);
             event::send(EventKind::Rejected, service, &switch, &key, None);
             Ok(Verdict::Continue(Stage::Refuse))
         }
-        id => redirect::<A, UPLINK>(packet, segment, context, &switch, &key, id, now_ns),
+        id => redirect::<A, UPLINK>(packet, segment, context, &switch, &key, id, &decision),
     }
 }
 
@@ -111,37 +134,43 @@ fn redirect<A: Family, const UPLINK: bool>(
     switch: &Switch<u8>,
     key: &FlowKey<A>,
     id: u32,
-    now_ns: u64,
+    decision: &Decision,
 ) -> Result<Verdict, PassReason> {
     let service = context.service;
     let Some(backend) = select::backend::<A>(id) else {
-        return fail_open(service, switch, key, now_ns, PassReason::UnknownBackend);
+        return fail_open(key, decision, PassReason::UnknownBackend);
     };
-    let mut flow = pin::new_flow(backend, key, FlowKind::Redirected, service, id, switch.epoch, now_ns);
+    // The answer would leave encrypted, and the programs would not see its header.
+    if UPLINK && HAS_XFRM.load() != 0 && packet.came_by_ipsec() {
+        return fail_open(key, decision, PassReason::Ipsec);
+    }
+    let mut flow = pin::new_flow(backend, key, FlowKind::Redirected, id, decision);
     let hairpin = key.client == flow.backend;
     // The path is decided once: netfilter classifies a connection that it has not seen from the start as INVALID.
     let mut uses = backend_use::REDIRECTED;
-    let mut reply_egress = egress::STACK;
+    let mut reply = ReplyPath::through_stack(context.ingress);
     if backend.ifindex != 0 && !hairpin {
         // (A packet with VLAN tags does not take the fast path: the pod would receive the tags, and the routes name
         // another interface, that of the VLAN, for its client.)
         if switch.has(switch_flags::FAST)
-            && (!UPLINK || segment.l3() == parse::UNTAGGED_L3_OFFSET && fib::reply_leaves_by_ingress_if(packet, key))
+            && (!UPLINK
+                || segment.l3() == parse::UNTAGGED_L3_OFFSET
+                    && fib::reply_leaves_by_ingress_if(packet, key, &mut reply.next_hop))
         {
             flow.path = flow_path::FAST;
             uses |= backend_use::FAST;
-            reply_egress = packet.ifindex() | if UPLINK { egress::NEIGHBOR } else { 0 };
+            reply.egress = context.ingress | if UPLINK { egress::NEIGHBOR } else { 0 };
         } else if UPLINK && select::keeps_client(context.route) {
             flow.path = flow_path::KEEP_CLIENT;
         }
     }
-    if let Err(reason) = pin::pin(key, &mut flow, reply_egress) {
-        return fail_open(service, switch, key, now_ns, reason);
+    if let Err(reason) = pin::pin(key, &mut flow, &reply) {
+        return fail_open(key, decision, reason);
     }
     select::mark_in_use::<A>(id, uses);
     debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
     event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
-    let port_changed = flow.source_port != key.client_port && reply_egress == egress::STACK;
+    let port_changed = flow.source_port != key.client_port && reply.egress == egress::STACK;
     count::service(service, |c| {
         c.new_backup += 1;
         c.hairpin += hairpin as u64;
@@ -176,25 +205,19 @@ pub(super) fn translate<A: Family, const UPLINK: bool>(
     if mark != 0 {
         packet.add_mark(mark);
     }
-    fragment::note(segment, Side::Destination, to.addr, mark, to.egress);
+    fragment::note(segment, Side::Destination, to.addr, mark, to.egress, A::ZERO);
     nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
     count::service(service, |c| c.translated += 1);
-    Ok(forward_to(packet, to.egress))
+    Ok(forward_to(packet, to.egress, A::ZERO))
 }
 
 /// Leaves a new connection to kube-proxy because it could not be moved to a backend. This decision is pinned, too, if
 /// there is room. Otherwise the connection's next segment would look like a segment of a connection from before the
 /// trip.
 #[inline(always)]
-fn fail_open<A: Family>(
-    service: u32,
-    switch: &Switch<u8>,
-    key: &FlowKey<A>,
-    now_ns: u64,
-    reason: PassReason,
-) -> Result<Verdict, PassReason> {
-    count::service(service, |c| c.failed_open += 1);
-    let _ = pin::pin_passed(key, service, switch.epoch, now_ns);
+fn fail_open<A: Family>(key: &FlowKey<A>, decision: &Decision, reason: PassReason) -> Result<Verdict, PassReason> {
+    count::service(decision.service, |c| c.failed_open += 1);
+    let _ = pin::pin_passed(key, decision);
     Err(reason)
 }
 
@@ -206,15 +229,10 @@ fn fail_open<A: Family>(
 /// no usable backup, or the agent's lease has run out, each datagram is decided anew, so that the client moves as
 /// soon as this has changed.
 #[inline(always)]
-fn pass_and_pin<A: Family>(
-    service: u32,
-    switch: &Switch<u8>,
-    key: &FlowKey<A>,
-    now_ns: u64,
-) -> Result<Verdict, PassReason> {
+fn pass_and_pin<A: Family>(switch: &Switch<u8>, key: &FlowKey<A>, decision: &Decision) -> Result<Verdict, PassReason> {
     let tries = switch.state == BreakerState::HalfOpen as u8;
     if switch.state != BreakerState::Closed as u8 && (key.proto == PROTO_TCP || tries) {
-        pin::pin_passed(key, service, switch.epoch, now_ns)?;
+        pin::pin_passed(key, decision)?;
     }
     Ok(Verdict::Next)
 }

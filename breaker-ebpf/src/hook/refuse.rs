@@ -19,7 +19,7 @@ pub(super) fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, c
     let switch = Switch::from_word(context.switch);
     event::send(EventKind::FlowReset, context.service, &switch, &flow::key(segment), None);
     verdict::into_action(
-        reset::both_ends(packet, segment, &context.peer).map(|()| forward_to(packet, context.peer.egress)),
+        reset::both_ends(packet, segment, &context.peer).map(|()| forward_to(packet, context.peer.egress, A::ZERO)),
     )
 }
 

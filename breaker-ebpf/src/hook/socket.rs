@@ -171,7 +171,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     // The socket has no source port yet, so the hash uses the socket's cookie in place of the client's address.
     let hash = |seed| hash::flow(cookie, vip.folded(), [0; 2], port, proto, seed);
     let mut chosen = if agent::may_act_on_decision(&switch, agent::now_ns()) {
-        select::choose_with_hash(index, role.route, &switch, hash)
+        select::choose_with_hash(index, role.route, &switch, false, hash)
     } else {
         count::reason(PassReason::AgentLost);
         count::service(index, |c| c.agent_lost += 1);
@@ -275,6 +275,16 @@ fn record_redirect<A: Family>(
     }
 }
 
+/// Removes the record of a redirect to a destination that the process itself names now: its answers are the backend's
+/// own. Addresses and ports are in wire order.
+#[inline(always)]
+fn forget_redirect<A: Family>(cookie: u64, addr: A, port: [u8; 2], proto: u8) {
+    // Only a backend can have such a record, and all packets of a backend in use take the full path.
+    if endpoint::filter_match(addr, port, proto).all_packets {
+        let _ = sockets().remove(Key { cookie, backend: addr.mapped(), backend_port: port, pad: [0; 6] });
+    }
+}
+
 /// Decides about a destination and replaces it if needed. `set` writes an address in the form that the socket's
 /// family uses.
 #[inline(always)]
@@ -283,7 +293,10 @@ fn redirect<A: Family>(sock: &Sock<'_>, vip: A, set: impl FnOnce(A)) -> i32 {
     let (port, cookie) = (sock.port(), sock.cookie());
     let mut service = 0;
     match decide(sock, vip, port, proto, cookie, &mut service) {
-        Choice::Stays => PROCEED,
+        Choice::Stays => {
+            forget_redirect(cookie, vip, port, proto);
+            PROCEED
+        }
         Choice::Refused => refuse(),
         Choice::Backend(id) => {
             let Some(backend) = select::backend::<A>(id) else { return PROCEED };

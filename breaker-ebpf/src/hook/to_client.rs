@@ -11,7 +11,7 @@
 //! stack. Its replies then pass neither the client's veth nor the stack: the program on the backup's veth
 //! translates them and redirects them into the client's namespace or out of the uplink.
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::{bindings::TC_ACT_SHOT, programs::TcContext};
 use breaker_common::{NONE, PassReason, Reverse, egress};
 
 use super::{
@@ -57,6 +57,9 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
         Kind::IcmpError => return Ok(Verdict::Final(error_to_client::<A, false>(packet, segment))),
         Kind::Transport => fragment::remove_stale(segment, Side::Source),
     }
+    if segment.is_syn_ack() && is_late_answer(segment) {
+        return Ok(Verdict::Final(TC_ACT_SHOT));
+    }
     if segment.is_control() && endpoint::may_count_connections(segment.source, segment.ports.source) {
         admission::record_server_segment(segment);
     }
@@ -65,6 +68,22 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     }
     let Some(reverse) = flow::find_reverse(&flow::reverse_key(segment)) else { return Ok(Verdict::Next) };
     translate_back(packet, segment, reverse, egress::STACK)
+}
+
+/// Whether a segment is the primary's answer to a SYN that has been sent to a backup since. The client would take the
+/// answer, and its next segment would go to a backup that does not know the connection. Counts the answer.
+#[inline(always)]
+fn is_late_answer<A: Family>(segment: &Segment<A>) -> bool {
+    if !endpoint::filter_match(segment.source, segment.ports.source, segment.proto).frontend {
+        return false;
+    }
+    let role = endpoint::look_up(segment.source, segment.ports.source, segment.proto);
+    let Some(service) = role.and_then(|role| endpoint::index(role.service)) else { return false };
+    let is_late = flow::awaits_other_answer(segment);
+    if is_late {
+        count::service(service, |c| c.late_answers += 1);
+    }
+    is_late
 }
 
 /// Handles a packet from a pod that may be a backend's reply on the fast path, on the backend's own veth.
@@ -99,8 +118,9 @@ fn translate_back<A: Family>(
     {
         return Ok(Verdict::Next);
     }
-    fragment::note(segment, Side::Source, reverse.vip, 0, egress);
+    let next_hop = reverse.next_hop;
+    fragment::note(segment, Side::Source, reverse.vip, 0, egress, next_hop);
     nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
     count::service(reverse.service, |c| c.translated += 1);
-    Ok(forward_to(packet, egress))
+    Ok(forward_to(packet, egress, next_hop))
 }

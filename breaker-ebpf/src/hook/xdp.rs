@@ -18,7 +18,7 @@ use crate::{
     agent, count, endpoint, event,
     family::{Family, V4, V6},
     flow,
-    packet::XdpPacket,
+    packet::{Frame as _, XdpPacket},
     parse::{self, Direction, Kind, Peek, Segment},
     reset, select, service,
 };
@@ -73,6 +73,10 @@ fn is_refused<A: Family>(packet: &XdpPacket<'_>, l3: usize, segment: &mut Segmen
     };
     let Some(index) = endpoint::index(role.service) else { return false };
     let Some(switch) = service::switch(index) else { return false };
+    // A packet in several buffers: only its first one can be read, and cut.
+    if segment.end() > packet.len() as usize {
+        return false;
+    }
     // While half-open, permits are counted, and only the full path does that.
     if switch.state != BreakerState::Open as u8 || switch.has(switch_flags::DRY_RUN) || segment.more_fragments != 0 {
         return false;
@@ -82,12 +86,12 @@ fn is_refused<A: Family>(packet: &XdpPacket<'_>, l3: usize, segment: &mut Segmen
         return false;
     }
     if !agent::may_act_on_decision(&switch, agent::now_ns())
-        || select::choose(index, role.route, &switch, &key).slot != SLOT_REJECT
+        || select::choose(index, role.route, &switch, &key, false).slot != SLOT_REJECT
     {
         return false;
     }
     // An earlier connection with the same ports may have left its flow.
-    flow::remove(&key);
+    flow::remove(&key, segment.sequence, switch.epoch);
     event::send(EventKind::Rejected, index, &switch, &key, None);
     *service = index;
     true

@@ -1,8 +1,8 @@
 //! The configured limits of each service, and its counters.
 
 use aya_ebpf::{
-    bindings::BPF_F_MMAPABLE,
-    btf_maps::{Array, PerCpuArray},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, PerCpuHashMap},
     macros::btf_map,
 };
 use breaker_common::{DEFAULT_SERVICES, LimitCounters, ServiceLimits, TierLimits};
@@ -14,9 +14,10 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 #[btf_map]
 static LIMITS: Array<ServiceLimits, SERVICES, MMAPABLE> = Array::new();
 
-/// Counters of each service's limits, one set for each CPU.
+/// Counters of each service's limits, one set for each CPU. The agent adds the entry of a service that has limits.
 #[btf_map]
-static LIMIT_COUNTERS: PerCpuArray<LimitCounters, SERVICES> = PerCpuArray::new();
+static LIMIT_COUNTERS: PerCpuHashMap<u32, LimitCounters, SERVICES, { BPF_F_NO_PREALLOC as usize }> =
+    PerCpuHashMap::new();
 
 /// Index of the primary in [`ServiceLimits::tiers`]; also the offset of its limiter from twice the service's index.
 pub const PRIMARY: u32 = 0;

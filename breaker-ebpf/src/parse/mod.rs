@@ -86,6 +86,8 @@ pub struct Segment<A> {
     pub proto: u8,
     /// TCP flags; 0 for UDP.
     pub flags: u8,
+    /// TCP sequence number, wire order; 0 for UDP.
+    pub sequence: [u8; 4],
     l3: u32,
     l4: u32,
     end: u32,
@@ -156,6 +158,12 @@ impl<A: Parse> Segment<A> {
     #[inline(always)]
     pub fn is_control(&self) -> bool {
         is_control(self.flags)
+    }
+
+    /// Whether it answers a connection request: SYN and ACK.
+    #[inline(always)]
+    pub fn is_syn_ack(&self) -> bool {
+        self.flags & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK
     }
 
     #[inline(always)]

@@ -46,7 +46,7 @@ pub fn peek<A: Parse>(packet: &impl Frame, l3: usize) -> Option<Peek<A>> {
     if ip.proto != PROTO_TCP && ip.proto != PROTO_UDP {
         return None;
     }
-    let (ports, flags) = ports(packet, l3 + A::HEADER, ip.rest, ip.proto)?;
+    let (ports, flags, _) = ports(packet, l3 + A::HEADER, ip.rest, ip.proto)?;
     let may_start_flow = ip.proto != PROTO_TCP || is_request(flags);
     Some(Peek { source: ip.source, destination: ip.destination, ports, proto: ip.proto, may_start_flow, flags })
 }

@@ -26,7 +26,8 @@ pub struct Ports {
 #[repr(C)]
 struct Tcp {
     ports: Ports,
-    numbers: [u32; 2],
+    /// Sequence and acknowledgment number.
+    numbers: [[u8; 4]; 2],
     offset: u8,
     flags: u8,
     rest: [u16; 3],
@@ -50,19 +51,20 @@ pub(super) fn transport<A: Parse>(
 ) -> Result<Kind, PassReason> {
     segment.l4 = l4 as u32;
     segment.end = (l4 + rest) as u32;
-    let (ports, flags) = ports(packet, l4, rest, segment.proto).ok_or(PassReason::Truncated)?;
+    let (ports, flags, sequence) = ports(packet, l4, rest, segment.proto).ok_or(PassReason::Truncated)?;
     if segment.proto == A::ICMP {
         return Ok(if is_error::<A>(ports.source[0]) { Kind::IcmpError } else { Kind::Other });
     }
     segment.flags = flags;
+    segment.sequence = sequence;
     segment.ports = ports;
     Ok(Kind::Transport)
 }
 
-/// The first four bytes of the header at offset `l4`, and the TCP flags (0 for other protocols). `None` if the
-/// header is longer than `rest`, or lies outside of the linear part.
+/// The first four bytes of the header at offset `l4`, and the TCP flags and sequence number (0 for other protocols).
+/// `None` if the header is longer than `rest`, or lies outside of the linear part.
 #[inline(always)]
-pub(super) fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> Option<(Ports, u8)> {
+pub(super) fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> Option<(Ports, u8, [u8; 4])> {
     if proto == PROTO_TCP {
         let tcp = packet.at::<Tcp>(l4)?;
         if rest < size_of::<Tcp>() {
@@ -70,7 +72,7 @@ pub(super) fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> O
         }
         // SAFETY: `at` checked the bounds; any bytes are a valid value.
         let tcp = unsafe { &*tcp };
-        return Some((tcp.ports, tcp.flags));
+        return Some((tcp.ports, tcp.flags, tcp.numbers[0]));
     }
     // UDP and ICMP headers have the same length.
     let header = packet.at::<Udp>(l4)?;
@@ -78,7 +80,7 @@ pub(super) fn ports(packet: &impl Frame, l4: usize, rest: usize, proto: u8) -> O
         return None;
     }
     // SAFETY: as above.
-    Some((unsafe { (*header).ports }, 0))
+    Some((unsafe { (*header).ports }, 0, [0; 4]))
 }
 
 /// Whether TCP flags are those of a connection request: SYN without ACK. (Hosts drop a SYN that also has RST or FIN.)

@@ -103,7 +103,7 @@ impl Agent {
         fs::rename(&temporary, self.config()).context("replace the configuration")
     }
 
-    /// Starts the agent and waits until it answers on its socket.
+    /// Starts the agent and waits until it answers on its socket and the interfaces have its programs.
     ///
     /// # Errors
     /// Fails if the agent exits or does not answer within 120 s; the error contains its log.
@@ -145,7 +145,7 @@ impl Agent {
         let client = Agent::new(&self.ns, &self.dir, &self.pin_path);
         let outcome = wait_for("the agent to be ready", Duration::from_secs(120), || {
             ended = child.try_wait().ok().flatten();
-            ended.is_some() || client.status().is_ok()
+            ended.is_some() || client.status().is_ok_and(|status| status.datapath.waiting_interfaces.is_empty())
         });
         outcome.with_context(|| format!("the agent's log:\n{}", self.log()))?;
         match ended {

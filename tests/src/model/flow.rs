@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use breaker_common::FlowKind;
 
-use super::headers::Headers;
+use super::headers::{Headers, proto};
 
 /// The client's tuple: a connection as its client sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,6 +62,8 @@ pub struct Flow {
     pub source_port: u16,
     /// Epoch of the service when the decision was made; 0 for a direct connection.
     pub epoch: u32,
+    /// Sequence number of the SYN; 0 for datagrams.
+    pub sequence: u32,
     /// The client sent a packet after an answer: the flow is in the tables that evict nothing.
     pub established: bool,
     /// Which of FIN and RST the client has sent.
@@ -70,6 +72,17 @@ pub struct Flow {
     pub fast: bool,
     /// The client is outside, and its address is not masqueraded.
     pub keeps_client: bool,
+}
+
+/// What was known about a flow that a first packet replaces.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Forgotten {
+    /// It was for the same SYN, which the client has repeated.
+    pub same_syn: bool,
+    /// It was decided in the same epoch.
+    pub same_epoch: bool,
+    /// It was redirected, and no answer was seen.
+    pub unanswered: bool,
 }
 
 /// Reverse entry: how a backend's packets are translated for the client.
@@ -123,14 +136,30 @@ impl Book {
         self.ways_back.get_mut(&Self::backend_side(side, flow)).filter(|way| way.owner == *side)
     }
 
-    /// Removes a flow and its reverse entry, before a first packet makes a new decision.
-    pub fn forget(&mut self, side: &ClientSide) {
+    /// Removes a flow and its reverse entry, before a first packet makes a new decision. `sequence` and `epoch`: of that
+    /// packet.
+    pub fn forget(&mut self, side: &ClientSide, sequence: u32, epoch: u32) -> Forgotten {
+        let same = |flow: &&Flow| side.proto == proto::TCP && flow.sequence == sequence;
+        let flow = self.flows.get(side).copied();
+        let forgotten = Forgotten {
+            same_syn: flow.as_ref().filter(same).is_some(),
+            same_epoch: flow.is_some_and(|flow| flow.epoch == epoch),
+            unanswered: flow.is_some_and(|flow| flow.kind == FlowKind::Redirected)
+                && self.way_back(side).is_some_and(|way| !way.answered),
+        };
         if self.way_back(side).is_some()
             && let Some(flow) = self.flows.get(side)
         {
             self.ways_back.remove(&Self::backend_side(side, flow));
         }
         self.flows.remove(side);
+        forgotten
+    }
+
+    /// Whether a flow was redirected, and its backend has not answered yet.
+    pub fn awaits_answer(&mut self, side: &ClientSide) -> bool {
+        self.flows.get(side).is_some_and(|flow| flow.kind == FlowKind::Redirected)
+            && self.way_back(side).is_some_and(|way| !way.answered)
     }
 
     /// The flow of a client's packet that is not its first. Promotes the flow to established if the backend has
@@ -154,13 +183,14 @@ impl Book {
         }
     }
 
-    /// Records a backend's packet. Returns the flow that it belongs to, with the reverse entry.
-    pub fn hear_backend(&mut self, headers: &Headers) -> Option<(ClientSide, WayBack)> {
+    /// Records a backend's packet. Returns the flow that it belongs to, and whether this is the first answer.
+    pub fn hear_backend(&mut self, headers: &Headers) -> Option<(ClientSide, bool)> {
         let way = self.ways_back.get_mut(&BackendSide::of(headers))?;
         way.backend_said.hear(headers);
         // A RST is a refusal, not an answer.
-        way.answered |= !headers.is_rst();
-        Some((way.owner, *way))
+        let is_first = !way.answered && !headers.is_rst();
+        way.answered |= is_first;
+        Some((way.owner, is_first))
     }
 
     /// Pins a decision. The client keeps its source port, unless another live flow has this port toward this backend;
@@ -186,14 +216,13 @@ impl Book {
         Some(flow.source_port)
     }
 
-    /// Whether another live flow holds a reverse key.
+    /// Whether another flow holds a reverse key. One that was closed does, too, while its entry exists: the backend may
+    /// be in TIME-WAIT.
     fn is_taken(&self, backend_side: &BackendSide, by: &ClientSide) -> bool {
         let Some(way) = self.ways_back.get(backend_side).filter(|way| way.owner != *by) else { return false };
         let Some(flow) = self.flows.get(&way.owner) else { return false };
         let reset = flow.client_said.rst || way.backend_said.rst;
-        // The backend's packets of a direct connection are not always inspected: the client's FIN is enough.
-        let closed = flow.client_said.fin && (way.backend_said.fin || flow.kind == FlowKind::Direct);
         let holds = flow.kind != FlowKind::Passed && Self::backend_side(&way.owner, flow) == *backend_side;
-        holds && !reset && !closed
+        holds && !reset
     }
 }

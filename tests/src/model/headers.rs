@@ -83,6 +83,12 @@ impl Headers {
         self.flags & (SYN | ACK | RST | FIN) == SYN
     }
 
+    /// Whether it answers a connection request: SYN and ACK.
+    #[must_use]
+    pub const fn is_syn_ack(&self) -> bool {
+        self.is_tcp() && self.flags & (SYN | ACK) == SYN | ACK
+    }
+
     /// Whether it is a TCP reset.
     #[must_use]
     pub const fn is_rst(&self) -> bool {

@@ -34,7 +34,7 @@ use std::{
 use breaker_common::{BreakerState, DEFAULT_MASQUERADE_MARK, FlowKind, PassReason};
 
 use bytes::{Edit, Sum, word};
-use flow::{BackendSide, Book, ClientSide, Flow, LastWords};
+use flow::{BackendSide, Book, ClientSide, Flow, Forgotten, LastWords};
 use fragment::{Done, Notes, Way};
 use headers::{Frame, Headers, Later, addresses, addresses_at, ip_sum, octets};
 use limit::{Answer, BACKUP, Kind, Ledger, Over, PRIMARY};
@@ -112,6 +112,8 @@ pub struct Model {
     pub near: BTreeSet<IpAddr>,
     /// Some service has, or had, `fastPath: PeerRedirect`.
     pub any_fast: bool,
+    /// Answers that were seen, and attempts that were repeated without one, by service.
+    pub return_paths: BTreeMap<&'static str, (u32, u32)>,
     /// Backends that have a direct connection with a changed source port. All packets of direct connections to them are
     /// inspected; of other direct connections, only SYN, FIN and RST are.
     aside: BTreeSet<(SocketAddr, u8)>,
@@ -240,11 +242,29 @@ impl Model {
         let mut limited = Vec::new();
         // Closed and idle: no choice is made and no flow is pinned; only admitted connections are recorded.
         let settled = !service.tracks() && !service.dry_run;
+        let number = if headers.is_tcp() { sequence(frame, headers) } else { 0 };
+        let mut earlier = Forgotten::default();
         if service.tracks() {
-            self.book.forget(&side);
+            earlier = self.book.forget(&side, number, service.epoch);
         }
-        let (choices, trial) =
-            if settled { (vec![Choice::Primary], false) } else { service.choices(headers.destination) };
+        // A repeated SYN is no new trial.
+        let repeated = earlier.same_syn && earlier.same_epoch;
+        let (mut choices, trial) =
+            if settled { (vec![Choice::Primary], false) } else { service.choices(headers.destination, repeated) };
+        let mut reason = None;
+        if earlier.same_syn && earlier.unanswered && choices.iter().any(|choice| matches!(choice, Choice::Backup(_))) {
+            // Which of several choices the programs made shows only if they did not count the attempt.
+            let made = choice_made(headers, seen, service.fast);
+            if matches!(made, Choice::Backup(_)) || seen.reason == Some(PassReason::NoAnswerSeen) || choices.len() == 1
+            {
+                let (answered, unanswered) = self.return_paths.entry(name).or_default();
+                *unanswered += 1;
+                if *unanswered * 4 > *answered && service.primary_accepts {
+                    reason = Some(PassReason::NoAnswerSeen);
+                    choices = vec![Choice::Primary];
+                }
+            }
+        }
         let mut over = None;
         let mut failed_over = false;
         if let Some(limits) = service.limits {
@@ -255,7 +275,6 @@ impl Model {
                 None => Self::chosen(headers, seen, service, &choices),
             };
             let tier = if first == Choice::Primary { PRIMARY } else { BACKUP };
-            let number = if headers.is_tcp() { sequence(frame, headers) } else { 0 };
             if first != Choice::Refuse
                 && let Answer::Over(kind) = self.ledger.ask(side, name, tier, &limits[tier], number)
             {
@@ -277,7 +296,7 @@ impl Model {
             }
         }
         if settled && !failed_over && over.is_none() || service.dry_run {
-            return Outcome { limited, ..Outcome::untouched(frame, None) };
+            return Outcome { limited, ..Outcome::untouched(frame, reason) };
         }
         let choices = if failed_over { service.backups_for(headers.destination) } else { choices };
         let outcome = match over {
@@ -285,7 +304,7 @@ impl Model {
             Some(_) => refuse(frame, headers),
             None => self.carry_out(frame, headers, name, outside, seen, &choices),
         };
-        Outcome { limited, ..outcome }
+        Outcome { limited, reason: reason.or(outcome.reason), ..outcome }
     }
 
     /// The choice that the programs made among `choices`; the first one if they made none of these.
@@ -319,6 +338,7 @@ impl Model {
             backend: headers.destination,
             source_port: headers.source.port(),
             epoch: service.epoch,
+            sequence: if headers.is_tcp() { sequence(frame, headers) } else { 0 },
             established: false,
             client_said: LastWords::default(),
             fast: false,
@@ -396,12 +416,14 @@ impl Model {
             }
             None if headers.is_tcp() && !headers.is_syn() => return Outcome::untouched(frame, None),
             None => {
-                self.book.forget(&side);
+                let number = if headers.is_tcp() { sequence(frame, headers) } else { 0 };
+                self.book.forget(&side, number, 0);
                 let flow = Flow {
                     kind: FlowKind::Direct,
                     backend: headers.destination,
                     source_port: headers.source.port(),
                     epoch: 0,
+                    sequence: number,
                     established: false,
                     client_said: LastWords::default(),
                     fast: false,
@@ -426,11 +448,15 @@ impl Model {
     fn by_backend(&mut self, frame: &[u8], headers: &Headers) -> Outcome {
         // The source is a frontend: kube-proxy has already translated the primary's reply.
         let of = self.services.iter().find(|(_, s)| s.frontends.contains(&headers.source));
+        // The client would take an answer of the primary, although its connection goes to a backup by now.
+        let side = ClientSide { client: headers.destination, to: headers.source, proto: headers.proto };
+        if of.is_some() && headers.is_syn_ack() && self.book.awaits_answer(&side) {
+            return Outcome { dropped: true, ..Outcome::untouched(frame, None) };
+        }
         if let Some((name, service)) = of
             && headers.is_tcp()
             && service.limits.as_ref().is_some_and(limit::counts)
         {
-            let side = ClientSide { client: headers.destination, to: headers.source, proto: headers.proto };
             self.ledger.hear(&side, name, headers, false);
         }
         if !self.looks_at(headers.source, headers.proto) {
@@ -449,8 +475,12 @@ impl Model {
     }
 
     fn back(&mut self, frame: &[u8], headers: &Headers, fast: bool) -> Outcome {
-        let Some((owner, _)) = self.book.hear_backend(headers) else { return Outcome::untouched(frame, None) };
+        let Some((owner, is_first)) = self.book.hear_backend(headers) else { return Outcome::untouched(frame, None) };
+        let redirected = self.book.flows.get(&owner).is_some_and(|flow| flow.kind == FlowKind::Redirected);
         let of = self.services.iter().find(|(_, s)| s.frontends.contains(&owner.to));
+        if let Some((name, _)) = of.filter(|_| is_first && redirected) {
+            self.return_paths.entry(name).or_default().0 += 1;
+        }
         if let Some((name, service)) = of
             && headers.is_tcp()
             && service.limits.is_some()

@@ -37,6 +37,8 @@ pub struct Service {
     pub half_open_limit: u32,
     /// How many of these connections were let through in this epoch.
     pub half_open_taken: u32,
+    /// The primary accepts connections, although it may fail its checks.
+    pub primary_accepts: bool,
     /// `limits`.
     pub limits: Option<Limits>,
     /// Connections for the primary went to the backup because of a limit: their flows must be looked up.
@@ -80,9 +82,10 @@ impl Service {
     }
 
     /// Where a new connection to a frontend may go. While half-open, exactly `half_open_limit` connections per epoch go
-    /// to the primary first; the second value is true if this connection is one of them.
-    pub fn choices(&mut self, frontend: SocketAddr) -> (Vec<Choice>, bool) {
-        if self.state == BreakerState::HalfOpen && self.half_open_taken < self.half_open_limit {
+    /// to the primary first; the second value is true if this connection is one of them. `repeated`: the SYN was decided
+    /// in this epoch before, and is no new connection.
+    pub fn choices(&mut self, frontend: SocketAddr, repeated: bool) -> (Vec<Choice>, bool) {
+        if self.state == BreakerState::HalfOpen && !repeated && self.half_open_taken < self.half_open_limit {
             self.half_open_taken += 1;
             return (vec![Choice::Primary], true);
         }

@@ -163,7 +163,7 @@ impl TestRig {
     /// # Errors
     /// Fails if the kernel refuses the run.
     pub fn run_xdp(&mut self, packet: &[u8]) -> Result<(u32, Vec<u8>)> {
-        let program: &Xdp = self.programs.program("breaker_xdp").context("no program breaker_xdp")?.try_into()?;
+        let program: &Xdp = self.programs.program("breaker_xdp_fr").context("no program breaker_xdp_fr")?.try_into()?;
         let mut out = vec![0; packet.len() + 256];
         let options = TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
         let result = program.test_run(options)?;

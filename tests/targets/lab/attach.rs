@@ -1,5 +1,7 @@
 //! Attaching to interfaces that come, change and go; and the complete removal of the agent's programs.
 
+use std::fs;
+
 use anyhow::{Context as _, Result};
 use aya::programs::{SchedClassifier, TcAttachType};
 use breaker_agent::datapath::sys::has_tcx;
@@ -98,7 +100,7 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     };
     assert_eq!(programs()?, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
-    assert!(text(&cleaned.stdout).starts_with("removed 15 links and 32 maps"), "{}", text(&cleaned.stdout));
+    assert!(text(&cleaned.stdout).starts_with("removed 15 links and 33 maps"), "{}", text(&cleaned.stdout));
     wait_for("the kernel to detach the programs", LONG, || programs().is_ok_and(|count| count == 0))?;
     assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());
@@ -218,4 +220,56 @@ fn an_interface_that_is_renamed_set_down_and_up_or_made_again_keeps_or_gets_its_
     wait_for("the new veth to have programs", LONG, || {
         named(&lab, "veth5eed5eed") && lab.ask().is_ok_and(|answer| answer.pod() == Some(backup.as_str()))
     })
+}
+
+/// TRIALS C6: another `agent.attach` leaves nothing of the kind before.
+#[test]
+fn a_changed_kind_of_attaching_leaves_no_old_programs() -> Result<()> {
+    if !has_tcx() {
+        return Ok(());
+    }
+    let mut lab = Lab::new(Checks::Fast)?;
+    let node = lab.world.node(0).ns().clone();
+    let veth = lab.client.veth.clone();
+    let links = |lab: &Lab| -> Result<usize> {
+        let names = fs::read_dir(lab.agent.pinned("links"))?.flatten();
+        Ok(names.filter(|name| name.file_name().to_string_lossy().ends_with("_in")).count())
+    };
+    for (kind, filters, linked) in [("Clsact", true, 0), ("Tcx", false, 3), ("Clsact", true, 0)] {
+        let agent = format!("  attach: {kind}\n");
+        lab.agent.write_config(&agent, &lab.services(Checks::Fast, "    override: ForceOpen\n"))?;
+        lab.agent.start()?;
+        wait_all_up(&lab)?;
+        let shown = node.output("tc", &["filter", "show", "dev", &veth, "ingress"])?;
+        assert_eq!((shown.contains("breaker_in"), links(&lab)?), (filters, linked), "{kind}: {shown}");
+        assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
+        lab.agent.stop()?;
+    }
+    Ok(())
+}
+
+/// TRIALS C5: while no agent runs, a pod's device moves to another namespace with the pinned links, and another device gets
+/// its index.
+#[test]
+fn a_device_that_took_a_moved_ones_index_gets_programs() -> Result<()> {
+    let mut lab = start_healthy_lab("    override: ForceOpen\n")?;
+    let backup = lab.backup.address().to_string();
+    let node = lab.world.node(0).ns().clone();
+    let veth = lab.client.veth.clone();
+    let shown = node.output("ip", &["-o", "link", "show", "dev", &veth])?;
+    let index = shown.split(':').next().context("no index")?.trim().to_owned();
+    lab.agent.stop()?;
+    node.ip(&["link", "set", &veth, "netns", lab.world.lan().name()])?;
+    lab.client.ns.ip(&["link", "set", "eth0", "name", "old0"])?;
+    let pair = ["link", "add", &veth, "index", &index, "mtu", "1450", "type", "veth", "peer", "name", "eth0"];
+    node.ip(&[&pair[..], &["mtu", "1450", "netns", lab.client.ns.name()]].concat())?;
+    node.ip(&["link", "set", &veth, "master", "cni0", "up"])?;
+    lab.client.ns.ip(&["addr", "flush", "dev", "old0"])?;
+    lab.client.ns.ip(&["addr", "add", &format!("{}/24", lab.client.address), "dev", "eth0"])?;
+    lab.client.ns.ip(&["link", "set", "eth0", "up"])?;
+    lab.client.ns.ip(&["route", "replace", "default", "via", "10.42.1.1", "dev", "eth0"])?;
+    node.ip(&["neigh", "flush", "dev", "cni0"])?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    wait_for("the backup to answer", LONG, || lab.ask().is_ok_and(|answer| answer.pod() == Some(backup.as_str())))
 }

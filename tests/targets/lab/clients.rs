@@ -279,6 +279,47 @@ fn real_clients_past_the_stack_and_no_bad_checksum() -> Result<()> {
     Ok(())
 }
 
+/// TRIALS B5: two uplinks, and a default route with a next hop on each. On the fast path, an answer leaves by the uplink
+/// that the client came in on, to the next hop of that uplink.
+#[test]
+fn answers_take_the_next_hop_of_their_uplink() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    add_vip_routes(&lab)?;
+    let (lan, node) = (lab.world.lan().clone(), lab.world.node(0).ns().clone());
+    lan.ip(&["link", "add", "second", "type", "veth", "peer", "name", "eth1", "netns", node.name()])?;
+    lan.ip(&["addr", "add", "fd32::1/64", "dev", "second", "nodad"])?;
+    lan.ip(&["link", "set", "second", "up"])?;
+    node.ip(&["addr", "add", "fd32::11/64", "dev", "eth1", "nodad"])?;
+    node.ip(&["link", "set", "eth1", "up"])?;
+    lan.sysctl(&["net.ipv6.conf.all.forwarding=1"])?;
+    let next_hops = ["nexthop", "via", "fd31::1", "dev", "eth0", "nexthop", "via", "fd32::1", "dev", "eth1"];
+    node.ip(&[&["-6", "route", "add", "default"], &next_hops[..]].concat())?;
+    let pod = lab.backup.pod.clone();
+    let backups = [IpAddr::V4(pod.address), IpAddr::V6(pod.address6)];
+    let text = service(&lab, HTTP, false, backups, "    fastPath: PeerRedirect\n");
+    lab.agent.write_config("  uplinks: true\n", &format!("services:\n{text}"))?;
+    lab.agent.start()?;
+    node.output("curl", &["-sS", "--max-time", "5", &format!("http://[{}]/", pod.address6)])?;
+    let name = format!("port-{HTTP}");
+    wait_for("the agent to find the backup on this node", LONG, || {
+        lab.agent.service(&name).is_ok_and(|s| s.tiers[1].backends.iter().any(|b| b.local))
+    })?;
+    // Eight clients, and each comes in by either uplink in turn.
+    for gateway in ["fd31::11", "fd32::11"] {
+        lan.ip(&["-6", "route", "replace", VIPS[1], "via", gateway])?;
+        for number in 1..=8 {
+            let client = format!("2001:db8::{number}");
+            let _ = lan.ip(&["addr", "add", &format!("{client}/128"), "dev", "lo", "nodad"]);
+            let url = format!("http://[{}]/", VIPS[1]);
+            let asked = lan.output("curl", &["-sS", "--max-time", "5", "--interface", &client, &url]);
+            asked.with_context(|| format!("{client} by {gateway}"))?;
+        }
+    }
+    let flows = crate::text(&lab.agent.cli(&["flows", &name])?.stdout);
+    ensure!(flows.contains(" veth "), "no flow took the fast path: {flows}");
+    Ok(())
+}
+
 /// A link with a smaller MTU on the path to an external backup: the router's ICMP error reaches the client, quotes
 /// the packet as the client sent it, and the transfer goes on in smaller packets.
 #[test]

@@ -4,6 +4,7 @@
 
 mod attach;
 mod clients;
+mod coverage;
 mod failover;
 mod fast_path;
 mod lifecycle;
@@ -12,6 +13,7 @@ mod masquerade;
 mod netfilter;
 mod policy;
 mod pressure;
+mod return_path;
 mod sockets;
 mod surroundings;
 mod third_party;

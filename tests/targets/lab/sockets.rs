@@ -4,7 +4,7 @@
 use breaker_common::BreakerState;
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, SocketAddrV4, TcpStream},
+    net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
     time::Duration,
 };
 
@@ -83,5 +83,43 @@ fn they_are_left_alone_where_it_is_switched_off() -> Result<()> {
     lab.agent.wait_all_up(LONG)?;
     assert_eq!(lab.agent.status()?.datapath.node_sockets.as_deref(), Some("switched off"));
     assert!(!lab.agent.pinned("links").join("breaker_conn4").exists());
+    Ok(())
+}
+
+/// TRIALS E5: a socket asks the VIP, and later the backup itself. The second answer comes from the backup.
+#[test]
+fn a_socket_that_asks_the_backup_itself_is_answered_by_it() -> Result<()> {
+    const PORT: u16 = 7007;
+    let mut lab = Lab::new(Checks::Fast)?;
+    let backup = SocketAddr::from((lab.backup.pod.address, PORT));
+    let vip = SocketAddr::from((*lab.vip.ip(), PORT));
+    let services = format!(
+        "services:\n  - name: echo\n    frontends: [{{address: {}, port: {PORT}, protocol: UDP}}]\n    \
+         primary: {{backends: [{{address: {}, port: {PORT}}}]}}\n    \
+         backups: [{{backends: [{{address: {}, port: {PORT}}}]}}]\n    override: ForceOpen\n",
+        vip.ip(),
+        lab.primary.pod.address,
+        backup.ip()
+    );
+    lab.agent.write_config("", &services)?;
+    lab.agent.start()?;
+    let server = lab.backup.pod.ns.enter(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
+    std::thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((length, from)) = server.recv_from(&mut buffer) {
+            let _ = server.send_to(&buffer[..length], from);
+        }
+    });
+    let senders = lab.world.node(0).ns().enter(move || -> std::io::Result<Vec<SocketAddr>> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut senders = Vec::new();
+        for target in [vip, backup, vip] {
+            socket.send_to(b"ping", target)?;
+            senders.push(socket.recv_from(&mut [0; 64])?.1);
+        }
+        Ok(senders)
+    })??;
+    assert_eq!(senders, [vip, backup, vip]);
     Ok(())
 }

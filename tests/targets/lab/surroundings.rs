@@ -16,7 +16,7 @@ use breaker_common::BreakerState;
 use breaker_tests::lab::{
     agent::Agent,
     binary,
-    client::{Load, Plan, summary},
+    client::{Load, Plan, ask_once, summary},
     service::Fault,
     stage::{Checks, Lab, SERVICE},
     wait_for,
@@ -491,5 +491,33 @@ fn l7_what_others_take_away_comes_back() -> Result<()> {
     let shown = text(&lab.agent.cli(&["status"])?.stdout);
     assert!(shown.contains("taken away by others and put back"), "{shown}");
     assert!(lab.agent.events()?.iter().any(|event| event.kind == EventType::Restored));
+    Ok(())
+}
+
+/// TRIALS C6: another file system is mounted over the pins. A new pod gets its programs all the same, and they are pinned
+/// once the pins are back.
+#[test]
+fn c6_hidden_pins_do_not_keep_pods_from_their_programs() -> Result<()> {
+    let mut lab = Lab::with(Checks::Fast, "    override: ForceOpen\n")?;
+    lab.agent.launch_by(&["unshare", "--mount", "--propagation", "private"]);
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let pins = lab.world.bpffs().display().to_string();
+    in_mounts_of(&lab.agent, &["mount", "-t", "tmpfs", "none", &pins])?;
+    let late = lab.world.node_mut(0).add_pod("late")?;
+    let backup = lab.backup.address().to_string();
+    let asks = |lab: &Lab| ask_once(&late.ns, lab.vip).is_ok_and(|answer| answer.pod() == Some(backup.as_str()));
+    wait_for("the late pod to be protected", LONG, || asks(&lab))?;
+    wait_for("the status to say so", LONG, || {
+        lab.agent.status().is_ok_and(|s| s.datapath.notes.iter().any(|note| note.contains(&late.veth)))
+    })?;
+    in_mounts_of(&lab.agent, &["umount", &pins])?;
+    let node = lab.world.node(0).ns();
+    let index = node.output("ip", &["-o", "link", "show", "dev", &late.veth])?;
+    let index = index.split(':').next().context("no index")?.trim().to_owned();
+    wait_for("the links to be pinned", LONG, || lab.agent.pinned("links").join(format!("{index}_in")).exists())?;
+    wait_for("the status to be clean", LONG, || lab.agent.status().is_ok_and(|s| s.datapath.notes.is_empty()))?;
+    lab.agent.kill()?;
+    assert!(asks(&lab), "the programs outlive the agent");
     Ok(())
 }

@@ -28,6 +28,22 @@ fn a_socket_load_balancer_is_found() -> Result<()> {
     Ok(())
 }
 
+/// TRIALS B3: with Cilium's BPF host routing, answers enter pods past breaker's programs.
+#[test]
+fn another_datapath_is_found() -> Result<()> {
+    use breaker_agent::datapath::preflight::other_datapath;
+    assert_eq!(other_datapath(), None);
+    let mut third_party = aya::Ebpf::load(aya::include_bytes_aligned!(env!("THIRD_PARTY_OBJECT")))?;
+    let program: &mut aya::programs::SchedClassifier =
+        third_party.program_mut("cil_from_container").context("cil_from_container")?.try_into()?;
+    program.load()?;
+    let found = other_datapath().context("the other datapath was not detected")?;
+    assert!(found.contains("cil_from_contai") && found.contains("hostLegacyRouting"), "{found}");
+    drop(third_party);
+    assert_eq!(other_datapath(), None);
+    Ok(())
+}
+
 #[test]
 fn reject_answers_a_syn_with_the_reset_that_connect_believes() -> Result<()> {
     let mut rig = TestRig::new()?;

@@ -85,6 +85,30 @@ pub fn cil_sock4_connect(_ctx: SockAddrContext) -> i32 {
     1
 }
 
+/// Has the name of a program of Cilium's datapath, and passes every packet.
+#[classifier]
+pub fn cil_from_container(_ctx: TcContext) -> i32 {
+    aya_ebpf::bindings::TC_ACT_UNSPEC
+}
+
+/// Interface into whose peer [`third_peer`] delivers. The loader sets it.
+#[unsafe(no_mangle)]
+static PEER: aya_ebpf::Global<u32> = aya_ebpf::Global::new(0);
+/// IPv4 address, wire order, whose packets [`third_peer`] delivers. The loader sets it.
+#[unsafe(no_mangle)]
+static PEER_ADDRESS: aya_ebpf::Global<u32> = aya_ebpf::Global::new(0);
+
+/// Delivers packets to one pod straight into its network namespace, as Cilium's BPF host routing does.
+#[classifier]
+pub fn third_peer(ctx: TcContext) -> i32 {
+    let is_ipv4 = ctx.load::<u16>(12).is_ok_and(|kind| kind == 0x0800_u16.to_be());
+    if !is_ipv4 || ctx.load::<u32>(30).is_ok_and(|destination| destination != PEER_ADDRESS.load()) {
+        return aya_ebpf::bindings::TC_ACT_UNSPEC;
+    }
+    // SAFETY: no pointer is passed.
+    unsafe { aya_ebpf::helpers::bpf_redirect_peer(PEER.load(), 0) as i32 }
+}
+
 /// Header fields that [`wrap`] writes into the packet before each run. `BPF_PROG_TEST_RUN` does not restore the
 /// packet between repetitions, so a program that rewrites packets would otherwise get its own output as input.
 #[repr(C)]

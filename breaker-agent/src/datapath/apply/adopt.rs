@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use breaker_common::{NONE, Route, SINGLE_BACKEND, SLOT_REJECT, SLOTS, V4, V6, switch_flags};
+use breaker_common::{NONE, Route, SINGLE_BACKEND, SLOT_REJECT, TABLE_LEN, TableRef, V4, V6, switch_flags};
 use breaker_core::{
     datapath::Adopted,
     model::{Frontend, Protocol},
@@ -37,6 +37,7 @@ impl KernelDatapath {
             let switch = self.maps.switch(index);
             let Some(mut service) = record::decode(&record, switch) else { continue };
             self.service_indices.reserve(index);
+            self.maps.add_counters(index)?;
             let mut routes: BTreeMap<u32, InstalledRoute> = BTreeMap::new();
             for (frontend, route) in frontends.remove(&index).unwrap_or_default() {
                 service.frontends.push(frontend);
@@ -48,7 +49,7 @@ impl KernelDatapath {
                 let Route { tables, flags } = self.maps.routes.get(&route, 0).context("read the routes")?;
                 let in_force = tables[switch.buffer() as usize];
                 for table in in_force.into_iter().filter(|table| table & SINGLE_BACKEND == 0) {
-                    self.table_indices.reserve(table);
+                    self.table_indices.reserve(TableRef::from_word(table).number);
                 }
                 service.backup.extend(self.backends_in(frontend.address, in_force[1])?);
                 routes.insert(
@@ -61,6 +62,7 @@ impl KernelDatapath {
                 self.set_full_path(&service.name, service.frontends.iter().copied().collect());
             }
             if switch.has(switch_flags::LIMITED) {
+                self.maps.limits.add_counters(index)?;
                 let counts =
                     self.maps.limits.get(index).tiers.iter().any(breaker_common::TierLimits::counts_connections);
                 self.limited.insert(service.name.clone(), Limited { counts, ..Limited::default() });
@@ -96,7 +98,11 @@ impl KernelDatapath {
     pub(crate) fn backends_in(&self, like: SocketAddr, table: u32) -> Result<BTreeSet<SocketAddr>> {
         let mut ids = BTreeSet::new();
         if table & SINGLE_BACKEND == 0 {
-            ids.extend(&self.maps.slots.get(&table, 0).context("read the slots")?.slots[..SLOTS as usize]);
+            let table = TableRef::from_word(table);
+            for part in 0..table.parts() {
+                let used = (table.slots() - part * TABLE_LEN).min(TABLE_LEN) as usize;
+                ids.extend(&self.maps.slots.get(&table.key(part), 0).context("read the slots")?.slots[..used]);
+            }
         } else if table < SLOT_REJECT {
             ids.insert(table & !SINGLE_BACKEND);
         }

@@ -28,8 +28,9 @@ use crate::{
 impl KernelDatapath {
     /// Writes a plan's limits. If they count connections, sets the filter bits that send SYN, FIN and RST segments
     /// to the full path. Called before the plan is in force.
-    pub(crate) fn write_limits(&mut self, plan: &ServicePlan, index: u32) {
-        let Some(limits) = plan.limits else { return };
+    pub(crate) fn write_limits(&mut self, plan: &ServicePlan, index: u32) -> Result<()> {
+        let Some(limits) = plan.limits else { return Ok(()) };
+        self.maps.limits.add_counters(index)?;
         let limited = self.limited.entry(plan.name.clone()).or_default();
         if limited.limits != Some(limits) {
             limited.limits = Some(limits);
@@ -45,6 +46,7 @@ impl KernelDatapath {
             self.maps.set_counts_sockets(true);
         }
         self.set_counted_frontends(&plan.name, wanted.union(&before).copied().collect());
+        Ok(())
     }
 
     /// Removes limits, counts and filter bits that the plan does not need. Called after the plan is in force.

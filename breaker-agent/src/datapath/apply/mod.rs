@@ -130,7 +130,7 @@ impl KernelDatapath {
         if filter_changes {
             self.widen_full_path(plan);
         }
-        self.write_limits(plan, index);
+        self.write_limits(plan, index)?;
         self.commit_switch(plan, index, before.buffer());
         if filter_changes {
             self.narrow_full_path(plan, index);
@@ -164,8 +164,9 @@ impl KernelDatapath {
             let tables = if buffer == 1 { [in_force, route.tables] } else { [route.tables, in_force] };
             self.write_route(route.index, if changed { tables } else { [route.tables; 2] }, route.flags)?;
         }
+        self.maps.add_counters(index)?;
         self.widen_full_path(plan);
-        self.write_limits(plan, index);
+        self.write_limits(plan, index)?;
         Ok(Staged { index, old, new, changed, buffer })
     }
 
@@ -245,7 +246,8 @@ impl KernelDatapath {
         self.set_full_path(name, BTreeSet::new());
         self.remove_limits(name, index)?;
         self.maps.set_record(index, &record::EMPTY);
-        self.maps.clear_counters(index)?;
+        self.maps.remove_counters(index)?;
+        self.remove_return_paths_of(index);
         for route in routes {
             self.write_route(route.index, Route::NOTHING.tables, 0)?;
             self.route_indices.release_later(route.index);

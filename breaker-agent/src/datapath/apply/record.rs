@@ -19,6 +19,7 @@ pub(crate) const EMPTY: ServiceRecord<u8> = ServiceRecord {
     trips: 0,
     reason: 0,
     override_kind: 0,
+    primary_accepts: 0,
     pad: 0,
 };
 
@@ -43,6 +44,7 @@ pub(crate) fn of(plan: &ServicePlan, index: u32) -> ServiceRecord<u8> {
             Override::ForceOpen => 1,
             Override::ForceClosed => 2,
         },
+        primary_accepts: u8::from(plan.primary_accepts),
         pad: 0,
     }
 }

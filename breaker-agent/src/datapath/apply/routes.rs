@@ -1,7 +1,9 @@
 //! Routes and their selection tables, staged before the switch puts them in force.
 
 use anyhow::{Context as _, Result};
-use breaker_common::{Route, SINGLE_BACKEND, SLOT_PASSTHROUGH, SLOT_REJECT, SLOTS, Table, route_flags};
+use breaker_common::{
+    Route, SINGLE_BACKEND, SLOT_PASSTHROUGH, SLOT_REJECT, TABLE_LEN, TABLE_SIZES, Table, TableRef, route_flags,
+};
 use breaker_core::{
     model::Protocol,
     plan::{RoutePlan, ServicePlan, Slot, SlotTable},
@@ -11,7 +13,7 @@ use super::InstalledRoute;
 use crate::datapath::KernelDatapath;
 
 impl KernelDatapath {
-    /// Writes a selection table. Returns the value for [`Route::tables`]: the table's index or, without a table,
+    /// Writes a selection table. Returns the value for [`Route::tables`]: the table's reference or, without a table,
     /// its only content.
     pub(crate) fn write_table(&mut self, protocol: Protocol, table: &SlotTable) -> Result<u32> {
         let value = |slot: &Slot, datapath: &mut Self| match slot {
@@ -24,23 +26,34 @@ impl KernelDatapath {
             SlotTable::All(slot) => return value(slot, self),
             SlotTable::Balanced(_) => table.slots(),
         };
-        let mut table = Table { slots: [0; SLOTS.next_power_of_two() as usize] };
-        for (entry, slot) in table.slots.iter_mut().zip(&slots) {
-            *entry = value(slot, self)?;
+        let values = slots.iter().map(|slot| value(slot, self)).collect::<Result<Vec<u32>>>()?;
+        let size = TABLE_SIZES.iter().position(|size| *size as usize == values.len()).unwrap_or(0);
+        let number = self.table_indices.allocate()?;
+        let table = TableRef { number, size: u32::try_from(size).unwrap_or(0) };
+        for (part, values) in (0..).zip(values.chunks(TABLE_LEN as usize)) {
+            let mut content = Table { slots: [0; TABLE_LEN as usize] };
+            content.slots[..values.len()].copy_from_slice(values);
+            if let Err(error) = self.maps.slots.insert(table.key(part), content, 0) {
+                self.remove_table(number);
+                self.table_indices.release(number);
+                return Err(error).with_context(|| format!("write selection table {number}"));
+            }
         }
-        let index = self.table_indices.allocate()?;
-        if let Err(error) = self.maps.slots.insert(index, table, 0) {
-            self.table_indices.release(index);
-            return Err(error).with_context(|| format!("write selection table {index}"));
-        }
-        Ok(index)
+        Ok(table.to_word())
     }
 
-    /// Releases the index of a table, if it has one, after a grace period: packets that have already read the route
+    /// Removes all parts of a selection table from the map. No route may name it.
+    pub(in crate::datapath) fn remove_table(&mut self, number: u32) {
+        let table = TableRef { number, size: 0 };
+        let mut parts = 0..;
+        while parts.next().is_some_and(|part| self.maps.slots.remove(&table.key(part)).is_ok()) {}
+    }
+
+    /// Releases the number of a table, if it has one, after a grace period: packets that have already read the route
     /// may still read the table.
     pub(crate) fn release_table(&mut self, table: u32) {
         if table & SINGLE_BACKEND == 0 {
-            self.table_indices.release_later(table);
+            self.table_indices.release_later(TableRef::from_word(table).number);
         }
     }
 

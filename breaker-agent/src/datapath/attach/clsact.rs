@@ -2,13 +2,13 @@
 
 use std::{fs, path::Path};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::programs::{
     SchedClassifier, TcAttachType,
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
 };
 
-use super::links::Placed;
+use super::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, links::Placed, qdisc};
 use crate::datapath::options::AttachOrder;
 
 /// Priority of breaker's clsact filters. `First` is early, but not among the very first numbers, which others like
@@ -35,8 +35,17 @@ pub(crate) fn attach(
     let marker = markers.join(index.to_string());
     match tc::qdisc_add_clsact(name) {
         Ok(()) => fs::create_dir_all(&marker).with_context(|| format!("create {}", marker.display()))?,
-        // The qdisc belongs to somebody else, or an earlier agent created it.
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+        // The qdisc belongs to somebody else, or an earlier agent created it. One of kind ingress has the same place, and
+        // a filter for egress would end up on ingress.
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {
+            let theirs = if marker.exists() { None } else { qdisc::kind_on_ingress(index)? };
+            if let Some(kind) = theirs.filter(|kind| kind != "clsact") {
+                bail!(
+                    "the interface has a qdisc of kind {kind} (the CNI's bandwidth plugin makes one of kind ingress), \
+                     which leaves no place for clsact; kernel 6.6 and later need no qdisc"
+                );
+            }
+        }
         Err(error) => return Err(error).context("add a clsact qdisc"),
     }
     // A filter of an earlier agent keeps its priority, as a tcx link keeps its position.
@@ -58,4 +67,23 @@ pub(crate) fn attach(
     // The filter must outlive the agent, but dropping the link would remove it.
     std::mem::forget(program.take_link(id)?);
     Ok(placed)
+}
+
+/// Removes breaker's filters of an interface, and the qdisc if the agent created it and it is empty.
+///
+/// # Errors
+/// The qdisc cannot be removed.
+pub(crate) fn detach(index: u32, name: &str, markers: &Path) -> Result<()> {
+    for ((direction, _), program) in
+        DIRECTIONS.into_iter().zip(POD_PROGRAMS).chain(DIRECTIONS.into_iter().zip(UPLINK_PROGRAMS))
+    {
+        // There may be none.
+        let _ = tc::qdisc_detach_program(name, direction, program);
+    }
+    let marker = markers.join(index.to_string());
+    if marker.exists() {
+        qdisc::remove_if_empty(index)?;
+        fs::remove_dir(&marker).with_context(|| format!("remove {}", marker.display()))?;
+    }
+    Ok(())
 }

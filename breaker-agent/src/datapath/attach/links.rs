@@ -1,6 +1,10 @@
 //! Pinned links, which outlive the agent.
 
-use std::{fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -25,21 +29,61 @@ impl Placed {
     }
 }
 
+/// Links that could not be pinned: the pin directory is out of reach. They last as long as the agent, which tries again
+/// to pin them.
+#[derive(Debug, Default)]
+pub(crate) struct HeldLinks(BTreeMap<PathBuf, FdLink>);
+
+impl HeldLinks {
+    /// Whether the link that belongs to a pin is held.
+    pub(crate) fn has(&self, pin: &Path) -> bool {
+        self.0.contains_key(pin)
+    }
+
+    /// Forgets a link. The kernel detaches it.
+    pub(crate) fn forget(&mut self, pin: &Path) {
+        self.0.remove(pin);
+    }
+
+    /// Pins a link, or holds it if the kernel refuses the pin.
+    fn pin(&mut self, link: FdLink, pin: &Path) -> Result<()> {
+        // `FdLink::pin` closes the link when it fails, so the usual cause is looked for before: another file system is
+        // mounted over the pin directory.
+        if pin.parent().is_none_or(Path::is_dir) {
+            return repin(link, pin);
+        }
+        tracing::debug!(pin = %pin.display(), "the pin directory is out of reach, the link is held");
+        self.0.insert(pin.to_owned(), link);
+        Ok(())
+    }
+}
+
 /// Attaches a program. If a usable link is pinned at `pin`, `replace` puts the program behind that link without a gap.
-/// Otherwise `attach` creates a new link, which is then pinned. Both functions return the link. Returns which of the two
-/// it was.
+/// `is_in_place` says whether a pinned link is still where it should be: a device may have moved to another network
+/// namespace with its link. Otherwise `attach` creates a new link, which is then pinned. Returns which of the two it was.
 ///
 /// # Errors
-/// The kernel refused the program, the link or the pin.
+/// The kernel refused the program or the link.
 pub(crate) fn attach<P>(
     program: &mut P,
     pin: &Path,
+    held: &mut HeldLinks,
+    is_in_place: impl FnOnce(&FdLink) -> bool,
     replace: impl FnOnce(&mut P, FdLink) -> Result<FdLink>,
     attach: impl FnOnce(&mut P) -> Result<FdLink>,
 ) -> Result<Placed> {
-    if pin.exists() {
+    if let Some(link) = held.0.remove(pin) {
+        if is_in_place(&link) {
+            held.pin(link, pin)?;
+            return Ok(Placed::Kept);
+        }
+    } else if pin.exists() {
         let link = PinnedLink::from_pin(pin).map_err(anyhow::Error::new);
-        match link.and_then(|link| replace(program, link.into())) {
+        let link = link.map(FdLink::from).and_then(|link| {
+            anyhow::ensure!(is_in_place(&link), "the link is not on the interface");
+            Ok(link)
+        });
+        match link.and_then(|link| replace(program, link)) {
             // The pin keeps the link alive, so our descriptor can be closed.
             Ok(link) => {
                 drop(link);
@@ -53,7 +97,7 @@ pub(crate) fn attach<P>(
             }
         }
     }
-    repin(attach(program)?, pin)?;
+    held.pin(attach(program)?, pin)?;
     Ok(Placed::New)
 }
 

@@ -5,17 +5,18 @@
 //!   configured. It returns `TCX_NEXT`, so that the programs behind it run, too.
 //! * [`clsact`]: one filter for each direction on the shared qdisc, with a priority and handle of its own. A restarted
 //!   agent replaces the filter in place. A cleanup removes the qdisc only if the agent created it and no other filter
-//!   is left on it ([`qdisc_removal`]).
+//!   is left on it ([`qdisc`]). If the interface has a qdisc of kind ingress, there is no place for clsact.
 //! * [`xdp`]: one pinned link on each uplink, in the driver's native mode.
 //! * [`cgroup`]: pinned links at the root of the cgroup2 tree, for the node's own sockets.
 
 pub(super) mod cgroup;
 pub(super) mod clsact;
 mod links;
-pub(super) mod qdisc_removal;
+pub(super) mod qdisc;
 mod tcx;
 pub(super) mod xdp;
 
+use links::HeldLinks;
 pub use links::Placed;
 
 use std::{
@@ -24,7 +25,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::{
     Ebpf,
     programs::{SchedClassifier, TcAttachType},
@@ -54,14 +55,12 @@ const XDP: &str = "xdp";
 /// An interface that has breaker's programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
-    /// Name of the interface when the programs were attached.
-    pub name: String,
-    /// What is behind the interface.
-    pub side: Side,
-    /// How the programs are attached.
-    pub mode: AttachMode,
-    /// Whether the interface is a veth.
-    pub is_veth: bool,
+    /// The interface when the programs were attached.
+    pub interface: Interface,
+    /// Whether the links could not be pinned: they end with the agent.
+    pub is_unpinned: bool,
+    /// Names of programs of others on the same hooks, as far as the kernel tells them.
+    pub others: Vec<String>,
     /// Whether XDP is attached, or why not; `None` for a pod's interface, or if XDP is off.
     pub xdp: Option<Result<(), String>>,
 }
@@ -76,6 +75,7 @@ pub struct Attacher {
     mode: AttachMode,
     order: AttachOrder,
     xdp: XdpPolicy,
+    held: HeldLinks,
     attached: BTreeMap<u32, Attached>,
 }
 
@@ -103,6 +103,7 @@ impl Attacher {
             mode,
             order,
             xdp,
+            held: HeldLinks::default(),
             attached: BTreeMap::new(),
         }
     }
@@ -133,31 +134,43 @@ impl Attacher {
     /// an error.
     ///
     /// # Errors
-    /// The kernel refused a program; the interface may be gone.
-    pub fn attach(&mut self, Interface { index, name, side, is_veth }: &Interface) -> Result<()> {
-        let (index, side) = (*index, *side);
-        self.attach_tc(index, name, side)?;
-        let xdp = (side == Side::Uplink)
-            .then(|| self.attach_xdp(index, *is_veth).map(drop).map_err(|error| format!("{error:#}")));
+    /// The programs cannot work there, or the kernel refused one; the interface may be gone.
+    pub fn attach(&mut self, interface: &Interface) -> Result<&Attached> {
+        let Interface { index, name, side, .. } = interface;
+        if let Some(obstacle) = interface.obstacle {
+            bail!("{obstacle}");
+        }
+        self.attach_tc(interface)?;
+        self.remove_other_kind(*index, name);
+        let xdp =
+            (*side == Side::Uplink).then(|| self.attach_xdp(interface).map(drop).map_err(|error| format!("{error:#}")));
         if let Some(Err(why)) = &xdp {
             tracing::info!(interface = name, "XDP is not attached, tc handles all packets: {why}");
         }
-        let xdp = xdp.filter(|_| self.xdp != XdpPolicy::Off);
-        self.attached.insert(index, Attached { name: name.clone(), side, mode: self.mode, is_veth: *is_veth, xdp });
-        Ok(())
+        let attached = Attached {
+            interface: interface.clone(),
+            is_unpinned: self.is_unpinned(*index),
+            others: if self.mode == AttachMode::Tcx { Self::others_on(name) } else { Vec::new() },
+            xdp: xdp.filter(|_| self.xdp != XdpPolicy::Off),
+        };
+        Ok(self.attached.entry(*index).insert_entry(attached).into_mut())
     }
 
     /// Looks after an interface that got programs: somebody else may have taken them away. Programs that are there stay,
-    /// without a gap. Returns [`Placed::New`] if one was missing. `name` is the interface's name now.
+    /// without a gap. Returns [`Placed::New`] if one was missing.
     ///
     /// # Errors
     /// The kernel refused a program; the interface may be gone.
-    pub fn restore(&mut self, index: u32, name: &str) -> Result<Placed> {
-        let Some(Attached { side, is_veth, xdp, .. }) = self.attached.get(&index).cloned() else {
+    pub fn restore(&mut self, index: u32) -> Result<Placed> {
+        let Some(Attached { interface, xdp, .. }) = self.attached.get(&index).cloned() else {
             return Ok(Placed::Kept);
         };
-        let tc = self.attach_tc(index, name, side)?;
-        let xdp = if xdp == Some(Ok(())) { self.attach_xdp(index, is_veth)? } else { Placed::Kept };
+        let tc = self.attach_tc(&interface)?;
+        let xdp = if xdp == Some(Ok(())) { self.attach_xdp(&interface)? } else { Placed::Kept };
+        let is_unpinned = self.is_unpinned(index);
+        if let Some(attached) = self.attached.get_mut(&index) {
+            attached.is_unpinned = is_unpinned;
+        }
         Ok(tc.or(xdp))
     }
 
@@ -169,7 +182,7 @@ impl Attacher {
         cgroup::restore(&mut self.programs, &self.links)
     }
 
-    fn attach_tc(&mut self, index: u32, name: &str, side: Side) -> Result<Placed> {
+    fn attach_tc(&mut self, Interface { index, name, side, .. }: &Interface) -> Result<Placed> {
         let programs = match side {
             Side::Pod => POD_PROGRAMS,
             Side::Uplink => UPLINK_PROGRAMS,
@@ -183,9 +196,10 @@ impl Attacher {
                 .try_into()
                 .with_context(|| format!("{program_name} is not a tc program"))?;
             let here = match self.mode {
-                AttachMode::Clsact => clsact::attach(program, name, index, direction, self.order, &self.clsact),
+                AttachMode::Clsact => clsact::attach(program, name, *index, direction, self.order, &self.clsact),
                 AttachMode::Tcx | AttachMode::Auto => {
-                    tcx::attach(program, name, direction, self.order, &self.links.join(format!("{index}_{suffix}")))
+                    let pin = tcx::pin(&self.links, *index, suffix);
+                    tcx::attach(program, (*index, name), direction, self.order, &pin, &mut self.held)
                 }
             }
             .with_context(|| format!("attach {program_name} to {name}"))?;
@@ -194,16 +208,50 @@ impl Attacher {
         Ok(placed)
     }
 
-    fn attach_xdp(&mut self, index: u32, is_veth: bool) -> Result<Placed> {
-        let pin = self.links.join(format!("{index}_{XDP}"));
-        xdp::attach(&mut self.programs, index, is_veth, self.xdp, &pin)
+    /// Removes what an agent with another `agent.attach` left on the interface.
+    fn remove_other_kind(&mut self, index: u32, name: &str) {
+        match self.mode {
+            AttachMode::Clsact => self.forget_links(index, DIRECTIONS.map(|(_, suffix)| suffix)),
+            AttachMode::Tcx | AttachMode::Auto => {
+                let marker = self.clsact.join(index.to_string());
+                if marker.exists()
+                    && let Err(error) = clsact::detach(index, name, &self.clsact)
+                {
+                    tracing::warn!(interface = name, "cannot remove an earlier agent's filters: {error:#}");
+                }
+            }
+        }
+    }
+
+    fn is_unpinned(&self, index: u32) -> bool {
+        DIRECTIONS.iter().any(|(_, suffix)| self.held.has(&tcx::pin(&self.links, index, suffix)))
+    }
+
+    /// Names of the programs of others on an interface, as far as this process may ask for them.
+    fn others_on(name: &str) -> Vec<String> {
+        let programs = DIRECTIONS.iter().filter_map(|(direction, _)| SchedClassifier::query_tcx(name, *direction).ok());
+        let names: BTreeSet<String> =
+            programs.flat_map(|(_, programs)| programs).filter_map(|p| p.name_as_str().map(str::to_owned)).collect();
+        let ours = |name: &String| POD_PROGRAMS.iter().chain(&UPLINK_PROGRAMS).any(|ours| ours == name);
+        names.into_iter().filter(|name| !ours(name)).collect()
+    }
+
+    fn attach_xdp(&mut self, interface: &Interface) -> Result<Placed> {
+        let pin = tcx::pin(&self.links, interface.index, XDP);
+        xdp::attach(&mut self.programs, interface, self.xdp, &pin, &mut self.held)
+    }
+
+    fn forget_links(&mut self, index: u32, suffixes: impl IntoIterator<Item = &'static str>) {
+        for suffix in suffixes {
+            let pin = tcx::pin(&self.links, index, suffix);
+            self.held.forget(&pin);
+            let _ = fs::remove_file(pin);
+        }
     }
 
     /// Removes the pins of an interface that is gone. Returns its entry, if it had programs.
     pub fn forget(&mut self, index: u32) -> Option<Attached> {
-        for suffix in DIRECTIONS.map(|(_, suffix)| suffix).into_iter().chain([XDP]) {
-            let _ = fs::remove_file(self.links.join(format!("{index}_{suffix}")));
-        }
+        self.forget_links(index, DIRECTIONS.map(|(_, suffix)| suffix).into_iter().chain([XDP]));
         let _ = fs::remove_dir(self.clsact.join(index.to_string()));
         self.attached.remove(&index)
     }

@@ -11,38 +11,61 @@ use aya::{
     programs::{ProgramError, Xdp, XdpMode, xdp::XdpLink},
 };
 
-use super::links::{self, Placed};
-use crate::datapath::options::XdpPolicy;
+use super::links::{self, HeldLinks, Placed};
+use crate::datapath::{interfaces::Interface, options::XdpPolicy};
 
-const PROGRAM: &str = "breaker_xdp";
+/// The program for packets in one or several buffers (kernel 5.18): drivers need it for an MTU of more than about 3,500
+/// bytes. Then the one for kernels before.
+const PROGRAMS: [&str; 2] = ["breaker_xdp_fr", "breaker_xdp"];
 
-/// Loads the XDP program into the kernel.
+/// Loads the first XDP program that the kernel takes.
 pub(crate) fn load(programs: &mut Ebpf) -> Result<()> {
-    program(programs)?.load().with_context(|| format!("load the program {PROGRAM} into the kernel"))
+    let mut outcome = Ok(());
+    for name in PROGRAMS {
+        outcome = program(programs, name)?.load().with_context(|| format!("load the program {name} into the kernel"));
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    outcome
 }
 
 /// Attaches the program to an uplink, or replaces the program behind the pinned link. With [`XdpPolicy::Off`] it
-/// removes that link. `virtual_`: the interface is a veth.
+/// removes that link.
 ///
 /// # Errors
 /// The reason why XDP is not attached, for the operator. tc then handles all packets.
-pub(crate) fn attach(programs: &mut Ebpf, index: u32, virtual_: bool, policy: XdpPolicy, pin: &Path) -> Result<Placed> {
+pub(crate) fn attach(
+    programs: &mut Ebpf,
+    interface: &Interface,
+    policy: XdpPolicy,
+    pin: &Path,
+    held: &mut HeldLinks,
+) -> Result<Placed> {
     if policy == XdpPolicy::Off {
         links::unpin(pin)?;
         return Ok(Placed::Kept);
     }
-    if virtual_ && policy == XdpPolicy::Auto {
+    if let Some(obstacle) = interface.xdp_obstacle {
+        links::unpin(pin)?;
+        held.forget(pin);
+        bail!("{obstacle}");
+    }
+    if interface.is_veth && policy == XdpPolicy::Auto {
         bail!("a veth: native XDP would turn its segmentation offload off");
     }
+    let name = loaded(programs)?;
     links::attach(
-        program(programs)?,
+        program(programs, name)?,
         pin,
+        held,
+        |_| true,
         |program, link| {
             let id = program.attach_to_link(XdpLink::try_from(link)?)?;
             Ok(program.take_link(id)?.try_into()?)
         },
         |program| {
-            let id = program.attach_to_if_index(index, XdpMode::Driver).map_err(why)?;
+            let id = program.attach_to_if_index(interface.index, XdpMode::Driver).map_err(why)?;
             program.take_link(id)?.try_into().context("needs kernel 5.9 (XDP links)")
         },
     )
@@ -61,7 +84,17 @@ fn why(error: ProgramError) -> anyhow::Error {
     }
 }
 
-fn program(programs: &mut Ebpf) -> Result<&mut Xdp> {
-    let program = programs.program_mut(PROGRAM).with_context(|| format!("the BPF object has no program {PROGRAM}"))?;
-    program.try_into().with_context(|| format!("{PROGRAM} is not an XDP program"))
+/// The name of the program that [`load`] loaded.
+fn loaded(programs: &mut Ebpf) -> Result<&'static str> {
+    for name in PROGRAMS {
+        if program(programs, name)?.fd().is_ok() {
+            return Ok(name);
+        }
+    }
+    bail!("no XDP program is loaded")
+}
+
+fn program<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
+    let program = programs.program_mut(name).with_context(|| format!("the BPF object has no program {name}"))?;
+    program.try_into().with_context(|| format!("{name} is not an XDP program"))
 }

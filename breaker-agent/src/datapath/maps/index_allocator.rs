@@ -67,11 +67,12 @@ impl IndexAllocator {
     }
 
     /// Ends one of the two steps of the grace period: indices that were released before the previous call become free.
-    pub(crate) fn end_grace_period(&mut self) {
+    /// Returns them.
+    pub(crate) fn end_grace_period(&mut self) -> Vec<u32> {
         let [young, old] = &mut self.later;
-        for index in std::mem::replace(old, std::mem::take(young)) {
-            self.release(index);
-        }
+        let free = std::mem::replace(old, std::mem::take(young));
+        free.iter().for_each(|index| self.release(*index));
+        free
     }
 }
 

@@ -11,10 +11,13 @@ mod mmap;
 use std::{os::fd::AsFd as _, path::Path, sync::atomic::Ordering, time::Duration};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
+use aya::{
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, RingBuf},
+    util::nr_cpus,
+};
 use breaker_common::{
-    ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, Route, ServiceCounters, ServiceRecord, SocketKey,
-    SocketOrigin, Switch, Table, V4, V6,
+    ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, ReturnPath, ReturnPathKey, Route, ServiceCounters,
+    ServiceRecord, SocketKey, SocketOrigin, Switch, Table, V4, V6,
 };
 
 use self::{
@@ -23,11 +26,11 @@ use self::{
     limits::LimitMaps,
     mmap::SharedArray,
 };
-use super::sizes::Sizes;
+use super::sizes::{MORE_PARTS, Sizes};
 use crate::clock;
 
 /// Name, key size and value size (in bytes) of the maps that both IP families share, without the maps of limits.
-const SHARED: [(&str, usize, usize); 12] = [
+const SHARED: [(&str, usize, usize); 13] = [
     ("FILTER", 4, size_of::<FilterWords>()),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
@@ -39,6 +42,7 @@ const SHARED: [(&str, usize, usize); 12] = [
     ("HEARTBEAT", 4, size_of::<Heartbeat>()),
     ("COUNTERS", 4, size_of::<ServiceCounters>()),
     ("REASONS", 4, 8),
+    ("RETURN_PATHS", size_of::<ReturnPathKey>(), size_of::<ReturnPath>()),
     ("EVENTS", 0, 0),
 ];
 
@@ -60,7 +64,10 @@ pub struct Maps {
     pub(crate) limits: LimitMaps,
     /// The actual sizes. They may differ from the configuration, because maps of an earlier agent keep their sizes.
     pub(crate) sizes: Sizes,
-    counters: PerCpuArray<MapData, ServiceCounters>,
+    counters: PerCpuHashMap<MapData, u32, ServiceCounters>,
+    pub(crate) return_paths: HashMap<MapData, ReturnPathKey, ReturnPath>,
+    /// Whether the last sweep found a table of established flows more than half full.
+    pub(crate) crowded: bool,
     reasons: PerCpuArray<MapData, u64>,
     events: RingBuf<MapData>,
     switches: SharedArray,
@@ -112,7 +119,7 @@ impl Maps {
         let sizes = Sizes {
             services: entries(&switches)?,
             routes: entries(&routes)?,
-            tables: entries(&slots)?,
+            tables: entries(&slots)?.saturating_sub(MORE_PARTS),
             backends: v4.backends.len(),
             flows: v4.room.0,
             pending: v4.room.1,
@@ -130,6 +137,8 @@ impl Maps {
             limits,
             sizes,
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
+            return_paths: typed(open("RETURN_PATHS")?, "RETURN_PATHS")?,
+            crowded: false,
             reasons: typed(open("REASONS")?, "REASONS")?,
             events: typed(open("EVENTS")?, "EVENTS")?,
             switches: shared(&switches, size_of::<Switch>())?,
@@ -232,14 +241,20 @@ impl Maps {
     /// # Errors
     /// The map cannot be read.
     pub fn counters(&self, index: u32) -> Result<ServiceCounters> {
-        let per_cpu = self.counters.get(&index, 0).context("read the counters")?;
-        Ok(per_cpu.iter().fold(ServiceCounters::default(), add))
+        match self.counters.get(&index, 0) {
+            Ok(per_cpu) => Ok(per_cpu.iter().fold(ServiceCounters::default(), add)),
+            Err(error) if is_not_found(&error) => Ok(ServiceCounters::default()),
+            Err(error) => Err(error).context("read the counters"),
+        }
     }
 
-    pub(crate) fn clear_counters(&mut self, index: u32) -> Result<()> {
-        let cpus = self.counters.get(&index, 0).context("read the counters")?.len();
-        let zeros = PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]).context("clear the counters")?;
-        self.counters.set(index, zeros, 0).context("clear the counters")
+    /// Adds a service's counters. If it has counters already, they stay.
+    pub(crate) fn add_counters(&mut self, index: u32) -> Result<()> {
+        add_per_cpu(&mut self.counters, index).context("add the counters")
+    }
+
+    pub(crate) fn remove_counters(&mut self, index: u32) -> Result<()> {
+        remove_per_cpu(&mut self.counters, index).context("remove the counters")
     }
 
     /// Returns the number of packets that failed open, by reason, summed over all CPUs. Reasons with 0 packets are
@@ -260,6 +275,27 @@ impl Maps {
     }
 }
 
+/// Adds an entry with zeros for every possible CPU. An entry that exists stays.
+pub(crate) fn add_per_cpu<V: aya::Pod + Default>(map: &mut PerCpuHashMap<MapData, u32, V>, index: u32) -> Result<()> {
+    let cpus = nr_cpus().map_err(|(file, error)| anyhow::Error::new(error).context(format!("read {file}")))?;
+    let zeros = PerCpuValues::try_from(vec![V::default(); cpus])?;
+    match map.insert(index, zeros, BPF_NOEXIST) {
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        outcome => Ok(outcome?),
+    }
+}
+
+/// Removes an entry. It may be gone already.
+pub(crate) fn remove_per_cpu<V: aya::Pod>(map: &mut PerCpuHashMap<MapData, u32, V>, index: u32) -> Result<()> {
+    match map.remove(&index) {
+        Err(error) if !is_not_found(&error) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// `BPF_NOEXIST` in linux/bpf.h: create an entry, and fail if it exists.
+const BPF_NOEXIST: u64 = 1;
+
 fn add(a: ServiceCounters, b: &ServiceCounters) -> ServiceCounters {
     ServiceCounters {
         new_primary: a.new_primary + b.new_primary,
@@ -274,6 +310,7 @@ fn add(a: ServiceCounters, b: &ServiceCounters) -> ServiceCounters {
         dry_run: a.dry_run + b.dry_run,
         agent_lost: a.agent_lost + b.agent_lost,
         failed_open: a.failed_open + b.failed_open,
+        late_answers: a.late_answers + b.late_answers,
     }
 }
 

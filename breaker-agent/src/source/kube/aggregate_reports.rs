@@ -1,7 +1,8 @@
 //! Merges the nodes' reports into the status of a CircuitBreaker, and derives its Events. All functions are pure.
 
 use breaker_api::crd::{
-    CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, OwnerKind, PortStatus, ReportedService, ReportedState,
+    CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, OwnerKind, PortStatus, ReportedAgent, ReportedService,
+    ReportedState,
 };
 use std::collections::BTreeMap;
 
@@ -238,6 +239,16 @@ fn degraded(
         ));
     }
     live().next()?;
+    let suspended = nodes.iter().filter(|(node, _)| node.state.is_known());
+    let mut suspended = suspended.flat_map(|(node, ports)| ports.iter().map(move |service| (node, service)));
+    if let Some((node, service)) = suspended.find(|(_, service)| !service.suspended_on.is_empty()) {
+        let text = format!(
+            "{}: no answers of the backup are seen on {}, so new connections are left to kube-proxy there",
+            node.node,
+            service.suspended_on.join(", ")
+        );
+        return Some(("NoAnswerSeen", short(&text)));
+    }
     if !backup_usable {
         return Some(("BackupUnavailable", "no backup is usable: in state Open, whenAllUnhealthy applies".into()));
     }
@@ -259,6 +270,12 @@ fn degraded(
         return Some(("PrimaryPartlyDown", text));
     }
     None
+}
+
+/// Why breaker cannot work on a node as it should: the reason of the condition, and a text.
+fn incompatible(agent: &ReportedAgent) -> Option<(&'static str, &str)> {
+    let hidden = agent.incompatible.as_deref().map(|why| ("SocketLoadBalancer", why));
+    hidden.or_else(|| agent.bypass.as_deref().map(|why| ("OtherDatapath", why)))
 }
 
 fn conditions(
@@ -295,12 +312,19 @@ fn conditions(
         |(reason, text)| ("Degraded", "True", reason.to_owned(), text),
     );
     let live = || reports.nodes.iter().filter(|n| n.ready);
-    let hidden = live().find_map(|n| Some((n.node.as_str(), n.report.spec.agent.incompatible.as_deref()?)));
-    let compatible = match hidden {
-        Some((node, why)) => {
-            ("DatapathCompatible", "False", "SocketLoadBalancer".to_owned(), short(&format!("{node}: {why}")))
+    let unseen = || {
+        let notes = |n: &NodeReportView| Some((n.node.clone(), n.report.spec.agent.unseen.first()?.clone()));
+        live().find_map(|n| notes(n))
+    };
+    let compatible = match (live().find_map(|n| Some((n.node.as_str(), incompatible(&n.report.spec.agent)?))), unseen())
+    {
+        (Some((node, (reason, why))), _) => {
+            ("DatapathCompatible", "False", reason.to_owned(), short(&format!("{node}: {why}")))
         }
-        None => {
+        (None, Some((node, why))) => {
+            ("DatapathCompatible", "True", "PartlyCovered".to_owned(), short(&format!("{node}: {why}")))
+        }
+        (None, None) => {
             let blind = live().filter_map(|n| Some((n.node.as_str(), n.report.spec.agent.node_sockets.as_deref()?)));
             let text = match blind.clone().next() {
                 None => "connections of pods, external clients and the nodes' own processes are redirected".to_owned(),
@@ -423,7 +447,7 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
             ("Programmed", "True", _) if old.is_some() && was.as_ref().is_none_or(|w| w.0 != "True") => {
                 found.push(normal("Programmed", message));
             }
-            ("Degraded", "True", "WriteFailed" | "NotAttached" | "BackupUnavailable") => {
+            ("Degraded", "True", "WriteFailed" | "NotAttached" | "NoAnswerSeen" | "BackupUnavailable") => {
                 found.push(warning(&reason, message))
             }
             ("Degraded", _, _) if was_reason == Some("BackupUnavailable") => {

@@ -31,6 +31,7 @@ mod watch;
 mod watches;
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -107,6 +108,13 @@ pub struct NodeState {
     pub sockets: Option<String>,
     /// The socket load balancer that hides Services' addresses from the programs; `None` if there is none.
     pub incompatible: Option<String>,
+    /// Programs of another datapath, which may deliver answers past breaker's programs; `None` if there are none.
+    pub bypass: Option<String>,
+    /// What the programs cannot see on the node, in words.
+    pub unseen: Vec<String>,
+    /// Interfaces on which a service's new connections are left to kube-proxy, because no answers were seen there: name
+    /// of the service, and the interfaces.
+    pub suspended: BTreeMap<String, Vec<String>>,
 }
 
 /// Identity of an agent in the cluster, and its access to the API server.

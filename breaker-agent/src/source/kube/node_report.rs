@@ -76,6 +76,7 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
                 message: short(&summary.message),
                 share: coarse(summary.applied.map_or(0, |applied| applied.share)),
                 error: summary.error.as_deref().map(short),
+                suspended_on: state.suspended.get(name).cloned().unwrap_or_default(),
                 limits_shared_by: i32::try_from(summary.limits_shared_by).unwrap_or(i32::MAX),
                 limited: summary.limited.as_ref().map(|active| ReportedLimit {
                     since: Some(clock::timestamp(active.since_unix_ns)),
@@ -100,6 +101,8 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
             open: count(services.iter().filter(|s| s.state == ReportedState::Open).count()),
             node_sockets: state.sockets.as_deref().map(short),
             incompatible: state.incompatible.clone(),
+            bypass: state.bypass.clone(),
+            unseen: state.unseen.iter().map(|note| short(note)).collect(),
         },
         services,
         refused: state.update.results.iter().filter_map(refused).take(REFUSED).collect(),
@@ -144,12 +147,13 @@ fn is_urgent(old: Option<&NodeReportSpec>, new: &NodeReportSpec) -> bool {
     let usable = |s: &ReportedService| s.backups.iter().any(|tier| tier.active);
     old.services.len() != new.services.len()
         || old.agent.failed_interfaces != new.agent.failed_interfaces
-        || old.agent.incompatible != new.agent.incompatible
+        || (&old.agent.incompatible, &old.agent.bypass) != (&new.agent.incompatible, &new.agent.bypass)
         || old.services.iter().zip(&new.services).any(|(a, b)| {
             (&a.name, &a.namespace, a.port, &a.kind) != (&b.name, &b.namespace, b.port, &b.kind)
                 || (a.desired_generation, a.applied_generation) != (b.desired_generation, b.applied_generation)
                 || (&a.state, &a.since, &a.reason, &a.error) != (&b.state, &b.since, &b.reason, &b.error)
                 || usable(a) != usable(b)
+                || a.suspended_on != b.suspended_on
                 || (a.limited.is_some(), a.limits_shared_by) != (b.limited.is_some(), b.limits_shared_by)
         })
 }

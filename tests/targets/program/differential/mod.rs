@@ -201,6 +201,7 @@ impl Bench {
                 reset_on_close: false,
                 reject: false,
                 half_open_limit: 1,
+                primary_accepts: false,
                 fast: false,
                 keeps_client: false,
                 near: false,
@@ -233,7 +234,8 @@ impl Bench {
         let name = SERVICES[decision.service];
         let before = model.services.get(name).filter(|s| decision.in_epoch && s.state == decision.state);
         let (epoch, half_open_taken) = before.map_or((self.epoch, 0), |s| (s.epoch, s.half_open_taken));
-        let plan = plan_with(service, decision.state, epoch, decision.share, decision.draining, &usable);
+        let mut plan = plan_with(service, decision.state, epoch, decision.share, decision.draining, &usable);
+        plan.primary_accepts = decision.primary_accepts;
         self.rig.apply(&plan)?;
         let pods = service.backups[0].backends.iter().map(|b| b.address.ip());
         // The services share a backup pod, so its location holds for both.
@@ -271,6 +273,7 @@ impl Bench {
                 keeps_client: decision.keeps_client,
                 half_open_limit: decision.half_open_limit,
                 half_open_taken,
+                primary_accepts: decision.primary_accepts,
                 limits: decision.limits,
                 overflowed,
             },

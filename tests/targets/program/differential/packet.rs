@@ -42,6 +42,8 @@ pub enum Body {
 pub struct Transport {
     /// TCP flags (byte 13 of the header).
     pub flags: u8,
+    /// Added to the sequence number.
+    pub sequence: u8,
     /// TCP options, in 32-bit words.
     pub options: usize,
     /// Bytes of payload.
@@ -124,7 +126,7 @@ fn transport(body: &Transport, ends: &Ends) -> (u8, Vec<u8>) {
         bytes.extend([0, 0]);
         (proto::UDP, 6)
     } else {
-        bytes.extend(0xffff_fff0_u32.to_be_bytes());
+        bytes.extend((0xffff_fff0 + u32::from(body.sequence)).to_be_bytes());
         bytes.extend(77_u32.to_be_bytes());
         bytes.extend([u8::try_from(5 + body.options).unwrap() << 4, body.flags, 0x20, 0, 0, 0, 0, 0]);
         bytes.extend(vec![1; body.options * 4]);

@@ -42,6 +42,8 @@ pub struct Decision {
     pub reset_on_close: bool,
     pub reject: bool,
     pub half_open_limit: u32,
+    /// The primary accepts connections.
+    pub primary_accepts: bool,
     /// `fastPath: PeerRedirect`.
     pub fast: bool,
     /// External clients keep their address (`externalTrafficPolicy: Local`).
@@ -227,10 +229,10 @@ fn decision() -> impl Strategy<Value = Decision> {
         prop_oneof![4 => Just(2_usize), 1 => 0..2_usize],
     );
     let policy = (rare(), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u32, any::<bool>());
-    let near = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.8));
+    let near = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.8), any::<bool>());
     let limits = prop::option::of([tier_limits(), tier_limits()]);
     (of, policy, near, limits).prop_map(|((service, state, share, draining, usable), policy, near, limits)| {
-        let (fast, keeps_client, near) = near;
+        let (fast, keeps_client, near, primary_accepts) = near;
         let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
         // A closed breaker sends all connections to the primary, or ramps up to that.
         let share = if state == BreakerState::Closed && share == 0 { 1000 } else { share };
@@ -245,6 +247,7 @@ fn decision() -> impl Strategy<Value = Decision> {
             reset_on_close,
             reject,
             half_open_limit,
+            primary_accepts,
             fast,
             keeps_client,
             near,
@@ -318,9 +321,13 @@ fn shape(syn: u32) -> impl Strategy<Value = Shape> {
         6 => Just(0x10_u8), 3 => Just(0x12), 1 => Just(0x11), 1 => Just(0x04), 1 => Just(0x14), 1 => any::<u8>(),
     ];
     let flags = prop_oneof![1 => Just(0x02_u8), syn => flags];
+    // Most SYNs of a client and port are repetitions.
+    let sequence = prop_oneof![3 => Just(0_u8), 1 => 0..3_u8];
+    let flags = (flags, sequence);
     let transport = (flags, 0..4_usize, prop_oneof![0..4_usize, 0..64_usize], any::<u16>(), unlikely(), unlikely())
-        .prop_map(|(flags, options, payload, word, unchecked, wrong)| Transport {
+        .prop_map(|((flags, sequence), options, payload, word, unchecked, wrong)| Transport {
             flags,
+            sequence,
             options,
             payload,
             word,
