@@ -5,7 +5,7 @@
 //! the packet, and the sender has to retransmit it.
 
 use aya_ebpf::bindings::BPF_ANY;
-use breaker_common::{Fragment, FragmentKey, PassReason, egress};
+use breaker_common::{Fragment, FragmentKey, PassReason, Reverse, egress};
 
 use crate::{
     family::Family,
@@ -25,15 +25,40 @@ fn key<A: Family>(segment: &Segment<A>) -> FragmentKey<A> {
     }
 }
 
-/// Records the translation of a packet if later fragments follow. `addr`: the new address at `end`. `mark`: bits
-/// set in the packet's mark. `egress`, `next_hop`: where the packet went, as in [`breaker_common::Reverse`].
+/// Records the translation of a client's packet if later fragments follow. `addr`: the new destination. `mark`: bits set
+/// in the packet's mark. `egress`: where the packet went, see [`egress`].
 #[inline(always)]
-pub fn note<A: Family>(segment: &Segment<A>, end: Side, addr: A, mark: u32, egress: u32, next_hop: A) {
+pub fn note_to_backend<A: Family>(segment: &Segment<A>, addr: &A, mark: u32, egress: u32) {
     if segment.more_fragments != 0 {
-        let value = Fragment { addr, mark, egress, next_hop, end: end as u8, pad: [0; 3] };
-        // If the entry cannot be stored, the later fragments pass unchanged.
-        let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
+        store_to_backend(segment, addr, mark, egress);
     }
+}
+
+/// Records the translation of a backend's packet if later fragments follow. `egress`: as in [`note_to_backend`].
+#[inline(always)]
+pub fn note_to_client<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>, egress: u32) {
+    if segment.more_fragments != 0 {
+        store_to_client(segment, reverse, egress);
+    }
+}
+
+/// BPF subprogram (not inlined), for a stack frame of its own: see [`crate::hook::from_client`].
+#[inline(never)]
+fn store_to_backend<A: Family>(segment: &Segment<A>, addr: &A, mark: u32, egress: u32) {
+    store(segment, Side::Destination, *addr, mark, egress, A::ZERO);
+}
+
+/// BPF subprogram, as [`store_to_backend`].
+#[inline(never)]
+fn store_to_client<A: Family>(segment: &Segment<A>, reverse: &Reverse<A>, egress: u32) {
+    store(segment, Side::Source, reverse.vip, 0, egress, reverse.next_hop);
+}
+
+/// If the entry cannot be stored, the later fragments pass unchanged.
+#[inline(always)]
+fn store<A: Family>(segment: &Segment<A>, end: Side, addr: A, mark: u32, egress: u32, next_hop: A) {
+    let value = Fragment { addr, mark, egress, next_hop, end: end as u8, pad: [0; 3] };
+    let _ = A::fragments().insert(key(segment), value, BPF_ANY as u64);
 }
 
 /// Removes the entry for an earlier packet with the same identification that was translated at `end`.

@@ -222,8 +222,9 @@ impl<'a> Packet<'a> {
         }
     }
 
-    /// Whether the packet was decrypted by IPsec (in whatever mode).
-    #[inline(always)]
+    /// Whether the packet was decrypted by IPsec (in whatever mode). BPF subprogram (not inlined), for a stack frame of
+    /// its own: see [`crate::hook::from_client`].
+    #[inline(never)]
     pub fn came_by_ipsec(&self) -> bool {
         // SAFETY: the struct holds only integers, for which zero is a valid value.
         let mut state: bpf_xfrm_state = unsafe { core::mem::zeroed() };

@@ -9,18 +9,6 @@ use crate::{
     family::Family,
 };
 
-/// What a decision about a flow was based on.
-pub struct Decision {
-    /// Index of the service; [`NONE`] for a direct connection.
-    pub service: u32,
-    /// The service's epoch.
-    pub epoch: u32,
-    /// Sequence number of the SYN, wire order; 0 for datagrams.
-    pub sequence: [u8; 4],
-    /// When it was made, ns of `CLOCK_MONOTONIC`.
-    pub now_ns: u64,
-}
-
 /// The way of a flow's replies.
 pub struct ReplyPath<A> {
     /// As [`Reverse::egress`].
@@ -39,39 +27,41 @@ impl<A: Family> ReplyPath<A> {
     }
 }
 
-/// The entry of a new flow to a backend, through the stack and with the client's own port.
+/// The entry of a new flow that is left to kube-proxy. `sequence`: that of its SYN, wire order; 0 for datagrams. `now_ns`:
+/// time of the decision, ns of `CLOCK_MONOTONIC`.
 #[inline(always)]
-pub fn new_flow<A: Family>(
-    backend: &Backend<A>,
-    key: &FlowKey<A>,
-    kind: FlowKind,
-    backend_id: u32,
-    decision: &Decision,
-) -> Flow<A> {
+pub fn passed<A: Family>(key: &FlowKey<A>, service: u32, epoch: u32, sequence: [u8; 4], now_ns: u64) -> Flow<A> {
     Flow {
-        backend: backend.addr,
-        backend_port: backend.port,
+        backend: key.vip,
+        backend_port: key.vip_port,
         source_port: key.client_port,
-        service: decision.service,
-        backend_id,
-        epoch: decision.epoch,
-        kind,
+        service,
+        backend_id: NONE,
+        epoch,
+        kind: FlowKind::Passed,
         seen: 0,
         path: 0,
         pad: 0,
-        created_tick: agent::tick(decision.now_ns),
-        sequence: decision.sequence,
+        created_tick: agent::tick(now_ns),
+        sequence,
         last_seen_tick: agent::heartbeat_tick(),
     }
 }
 
-/// Pins the decision to leave a flow to kube-proxy.
+/// Turns the entry of a new flow into one that leads to a backend, through the stack and with the client's own port.
+#[inline(always)]
+pub fn lead_to<A: Family>(flow: &mut Flow<A>, backend: &Backend<A>, backend_id: u32, kind: FlowKind) {
+    (flow.backend, flow.backend_port) = (backend.addr, backend.port);
+    (flow.backend_id, flow.kind) = (backend_id, kind);
+}
+
+/// Pins the decision to leave a flow to kube-proxy, whatever `flow` led to.
 ///
 /// # Errors
 /// [`PassReason::FlowTableFull`].
 #[inline(always)]
-pub fn pin_passed<A: Family>(key: &FlowKey<A>, decision: &Decision) -> Result<(), PassReason> {
-    match pin_passed_in_table(key, decision) {
+pub fn pin_passed<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>) -> Result<(), PassReason> {
+    match pin_passed_in_table(key, flow) {
         PINNED => Ok(()),
         _ => Err(PassReason::FlowTableFull),
     }
@@ -79,23 +69,10 @@ pub fn pin_passed<A: Family>(key: &FlowKey<A>, decision: &Decision) -> Result<()
 
 /// [`pin_passed`] as a BPF subprogram (not inlined), for a stack frame of its own. Returns `PINNED` or `TABLE_FULL`.
 #[inline(never)]
-fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, decision: &Decision) -> u32 {
-    let flow = Flow {
-        backend: key.vip,
-        backend_port: key.vip_port,
-        source_port: key.client_port,
-        service: decision.service,
-        backend_id: NONE,
-        epoch: decision.epoch,
-        kind: FlowKind::Passed,
-        seen: 0,
-        path: 0,
-        pad: 0,
-        created_tick: agent::tick(decision.now_ns),
-        sequence: decision.sequence,
-        last_seen_tick: agent::heartbeat_tick(),
-    };
-    if A::pending().insert(key, flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
+fn pin_passed_in_table<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
+    (flow.backend, flow.backend_port, flow.source_port) = (key.vip, key.vip_port, key.client_port);
+    (flow.backend_id, flow.kind, flow.path) = (NONE, FlowKind::Passed, 0);
+    if A::pending().insert(key, &*flow, BPF_ANY as u64).is_ok() { PINNED } else { TABLE_FULL }
 }
 
 /// Pins a flow to a backend in both tables, under a reverse key of its own. If another live flow uses the client's

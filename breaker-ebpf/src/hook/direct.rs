@@ -5,11 +5,10 @@ use breaker_common::{FlowKind, NONE, PassReason, backend_use, egress};
 use crate::{
     agent,
     family::Family,
-    flow, fragment,
-    nat::{self, Side},
+    flow, fragment, nat,
     packet::Packet,
     parse::Segment,
-    pin::{self, Decision, ReplyPath},
+    pin::{self, ReplyPath},
     select,
     verdict::{self, Verdict},
 };
@@ -49,8 +48,8 @@ fn try_to_backend_directly<A: Family>(
         None => {
             flow::remove(&key, segment.sequence, 0);
             let backend = select::backend(id).ok_or(PassReason::UnknownBackend)?;
-            let decision = Decision { service: NONE, epoch: 0, sequence: segment.sequence, now_ns: agent::now_ns() };
-            let mut flow = pin::new_flow(backend, &key, FlowKind::Direct, id, &decision);
+            let mut flow = pin::passed(&key, NONE, 0, segment.sequence, agent::now_ns());
+            pin::lead_to(&mut flow, backend, id, FlowKind::Direct);
             pin::pin(&key, &mut flow, &ReplyPath::through_stack(packet.ifindex()))?;
             if flow.source_port != key.client_port {
                 select::mark_in_use::<A>(id, backend_use::DIRECT);
@@ -59,7 +58,7 @@ fn try_to_backend_directly<A: Family>(
         }
     };
     if source_port != key.client_port {
-        fragment::note(segment, Side::Destination, key.vip, 0, egress::STACK, A::ZERO);
+        fragment::note_to_backend(segment, &key.vip, 0, egress::STACK);
         nat::to_backend(packet, segment, key.vip, key.vip_port, source_port)?;
     }
     Ok(Verdict::Next)

@@ -137,7 +137,7 @@ fn try_classify<A: Family, const UPLINK: bool>(
 ) -> Result<Verdict, PassReason> {
     match parse::headers(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
-        Kind::LaterFragment => return follow(packet, segment, Side::Destination),
+        Kind::LaterFragment => return Ok(Verdict::Final(follow(packet, segment, Side::Destination))),
         Kind::IcmpError => return Ok(Verdict::Continue(Stage::IcmpErrorFromClient)),
         Kind::Transport => fragment::remove_stale(segment, Side::Destination),
     }

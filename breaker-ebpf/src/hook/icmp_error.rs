@@ -2,7 +2,7 @@
 
 use breaker_common::{FlowKey, FlowKind, PassReason, ReverseKey, egress};
 
-use super::forward::forward_to;
+use super::forward::{forward_to_backend, forward_to_client};
 use crate::{
     agent, count, endpoint,
     family::Family,
@@ -56,7 +56,7 @@ fn try_error_to_client<A: Family, const FAST: bool>(
     };
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(forward_to(packet, egress, next_hop))
+    Ok(forward_to_client(packet, egress, next_hop))
 }
 
 /// Handles an ICMP error from a client to a backend. It quotes the backend's packet as breaker translated it, so
@@ -104,5 +104,5 @@ fn try_error_from_client<A: Family, const UPLINK: bool>(
     let egress = Peer::of(flow).egress;
     icmp::translate(packet, segment, &quote, &change)?;
     count::service(service, |c| c.icmp_errors += 1);
-    Ok(forward_to(packet, egress, A::ZERO))
+    Ok(forward_to_backend(packet, egress))
 }

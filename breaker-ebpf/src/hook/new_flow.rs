@@ -2,21 +2,20 @@
 
 use aya_log_ebpf::debug;
 use breaker_common::{
-    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, FlowKey, FlowKind, PROTO_TCP, PassReason, SLOT_PASSTHROUGH,
+    BreakerState, DEFAULT_MASQUERADE_MARK, EventKind, Flow, FlowKey, FlowKind, PROTO_TCP, PassReason, SLOT_PASSTHROUGH,
     SLOT_REJECT, Switch, backend_use, egress, flow_path, switch_flags,
 };
 
-use super::{context::PacketContext, forward::forward_to};
+use super::{context::PacketContext, forward::forward_to_backend};
 use crate::{
     agent, count, event,
     family::Family,
     fib,
     flow::{self, Peer, removed},
-    fragment,
-    nat::{self, Side},
+    fragment, nat,
     packet::Packet,
     parse::{self, Segment},
-    pin::{self, Decision, ReplyPath},
+    pin::{self, ReplyPath},
     return_path, select, service,
     verdict::{self, Stage, Verdict},
 };
@@ -98,7 +97,7 @@ fn try_apply_decision<A: Family, const UPLINK: bool>(
 ) -> Result<Verdict, PassReason> {
     let (service, switch) = (context.service, Switch::from_word(context.switch));
     let key = flow::key(segment);
-    let decision = Decision { service, epoch: switch.epoch, sequence: segment.sequence, now_ns: context.now_ns };
+    let mut flow = pin::passed(&key, service, switch.epoch, segment.sequence, context.now_ns);
     if switch.has(switch_flags::DRY_RUN) {
         let would_move = context.slot != SLOT_PASSTHROUGH;
         count::service(service, |c| {
@@ -114,14 +113,14 @@ fn try_apply_decision<A: Family, const UPLINK: bool>(
                 c.new_primary += 1;
                 c.half_open += permit as u64;
             });
-            pass_and_pin(&switch, &key, &decision)
+            pass_and_pin(&switch, &key, &mut flow)
         }
         SLOT_REJECT => {
             count::service(service, |c| c.rejected += 1);
             event::send(EventKind::Rejected, service, &switch, &key, None);
             Ok(Verdict::Continue(Stage::Refuse))
         }
-        id => redirect::<A, UPLINK>(packet, segment, context, &switch, &key, id, &decision),
+        id => redirect::<A, UPLINK>(packet, segment, context, &switch, &key, id, &mut flow),
     }
 }
 
@@ -134,17 +133,17 @@ fn redirect<A: Family, const UPLINK: bool>(
     switch: &Switch<u8>,
     key: &FlowKey<A>,
     id: u32,
-    decision: &Decision,
+    flow: &mut Flow<A>,
 ) -> Result<Verdict, PassReason> {
     let service = context.service;
     let Some(backend) = select::backend::<A>(id) else {
-        return fail_open(key, decision, PassReason::UnknownBackend);
+        return fail_open(key, flow, PassReason::UnknownBackend);
     };
     // The answer would leave encrypted, and the programs would not see its header.
     if UPLINK && HAS_XFRM.load() != 0 && packet.came_by_ipsec() {
-        return fail_open(key, decision, PassReason::Ipsec);
+        return fail_open(key, flow, PassReason::Ipsec);
     }
-    let mut flow = pin::new_flow(backend, key, FlowKind::Redirected, id, decision);
+    pin::lead_to(flow, backend, id, FlowKind::Redirected);
     let hairpin = key.client == flow.backend;
     // The path is decided once: netfilter classifies a connection that it has not seen from the start as INVALID.
     let mut uses = backend_use::REDIRECTED;
@@ -164,19 +163,19 @@ fn redirect<A: Family, const UPLINK: bool>(
             flow.path = flow_path::KEEP_CLIENT;
         }
     }
-    if let Err(reason) = pin::pin(key, &mut flow, &reply) {
-        return fail_open(key, decision, reason);
+    if let Err(reason) = pin::pin(key, flow, &reply) {
+        return fail_open(key, flow, reason);
     }
     select::mark_in_use::<A>(id, uses);
     debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
-    event::send(EventKind::FlowMoved, service, switch, key, Some(&flow));
+    event::send(EventKind::FlowMoved, service, switch, key, Some(&*flow));
     let port_changed = flow.source_port != key.client_port && reply.egress == egress::STACK;
     count::service(service, |c| {
         c.new_backup += 1;
         c.hairpin += hairpin as u64;
         c.port_changed += port_changed as u64;
     });
-    context.peer = Peer::of(&flow);
+    context.peer = Peer::of(flow);
     Ok(Verdict::Continue(Stage::Translate))
 }
 
@@ -205,19 +204,19 @@ pub(super) fn translate<A: Family, const UPLINK: bool>(
     if mark != 0 {
         packet.add_mark(mark);
     }
-    fragment::note(segment, Side::Destination, to.addr, mark, to.egress, A::ZERO);
+    fragment::note_to_backend(segment, &to.addr, mark, to.egress);
     nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
     count::service(service, |c| c.translated += 1);
-    Ok(forward_to(packet, to.egress, A::ZERO))
+    Ok(forward_to_backend(packet, to.egress))
 }
 
 /// Leaves a new connection to kube-proxy because it could not be moved to a backend. This decision is pinned, too, if
 /// there is room. Otherwise the connection's next segment would look like a segment of a connection from before the
 /// trip.
 #[inline(always)]
-fn fail_open<A: Family>(key: &FlowKey<A>, decision: &Decision, reason: PassReason) -> Result<Verdict, PassReason> {
-    count::service(decision.service, |c| c.failed_open += 1);
-    let _ = pin::pin_passed(key, decision);
+fn fail_open<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reason: PassReason) -> Result<Verdict, PassReason> {
+    count::service(flow.service, |c| c.failed_open += 1);
+    let _ = pin::pin_passed(key, flow);
     Err(reason)
 }
 
@@ -229,10 +228,10 @@ fn fail_open<A: Family>(key: &FlowKey<A>, decision: &Decision, reason: PassReaso
 /// no usable backup, or the agent's lease has run out, each datagram is decided anew, so that the client moves as
 /// soon as this has changed.
 #[inline(always)]
-fn pass_and_pin<A: Family>(switch: &Switch<u8>, key: &FlowKey<A>, decision: &Decision) -> Result<Verdict, PassReason> {
+fn pass_and_pin<A: Family>(switch: &Switch<u8>, key: &FlowKey<A>, flow: &mut Flow<A>) -> Result<Verdict, PassReason> {
     let tries = switch.state == BreakerState::HalfOpen as u8;
     if switch.state != BreakerState::Closed as u8 && (key.proto == PROTO_TCP || tries) {
-        pin::pin_passed(key, decision)?;
+        pin::pin_passed(key, flow)?;
     }
     Ok(Verdict::Next)
 }

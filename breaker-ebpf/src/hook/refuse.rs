@@ -2,7 +2,7 @@
 
 use breaker_common::{EventKind, Switch};
 
-use super::{context::PacketContext, forward::forward_to};
+use super::{context::PacketContext, forward::forward_to_backend};
 use crate::{
     count, event,
     family::Family,
@@ -19,7 +19,7 @@ pub(super) fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, c
     let switch = Switch::from_word(context.switch);
     event::send(EventKind::FlowReset, context.service, &switch, &flow::key(segment), None);
     verdict::into_action(
-        reset::both_ends(packet, segment, &context.peer).map(|()| forward_to(packet, context.peer.egress, A::ZERO)),
+        reset::both_ends(packet, segment, &context.peer).map(|()| forward_to_backend(packet, context.peer.egress)),
     )
 }
 

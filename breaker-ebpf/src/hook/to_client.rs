@@ -16,7 +16,7 @@ use breaker_common::{NONE, PassReason, Reverse, egress};
 
 use super::{
     admission, by_family,
-    forward::{follow, forward_to},
+    forward::{follow, forward_to_client},
     icmp_error::error_to_client,
 };
 use crate::{
@@ -53,7 +53,7 @@ fn try_to_client<A: Family>(packet: &Packet<'_>, l3: usize) -> Result<Verdict, P
     let Some(segment) = Segment::<A>::scratch(Direction::Egress) else { return Ok(Verdict::Next) };
     match parse::headers(packet, l3, segment)? {
         Kind::Other => return Ok(Verdict::Next),
-        Kind::LaterFragment => return follow(packet, segment, Side::Source),
+        Kind::LaterFragment => return Ok(Verdict::Final(follow(packet, segment, Side::Source))),
         Kind::IcmpError => return Ok(Verdict::Final(error_to_client::<A, false>(packet, segment))),
         Kind::Transport => fragment::remove_stale(segment, Side::Source),
     }
@@ -118,9 +118,8 @@ fn translate_back<A: Family>(
     {
         return Ok(Verdict::Next);
     }
-    let next_hop = reverse.next_hop;
-    fragment::note(segment, Side::Source, reverse.vip, 0, egress, next_hop);
+    fragment::note_to_client(segment, reverse, egress);
     nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
     count::service(reverse.service, |c| c.translated += 1);
-    Ok(forward_to(packet, egress, next_hop))
+    Ok(forward_to_client(packet, egress, reverse.next_hop))
 }
