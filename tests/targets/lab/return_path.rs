@@ -19,6 +19,7 @@ use breaker_agent::datapath::sys::has_tcx;
 use breaker_api::events::EventType;
 use breaker_common::BreakerState;
 use breaker_tests::lab::{
+    client::ask_once,
     netns::NetNs,
     service::Fault,
     stage::{Checks, Lab, SERVICE},
@@ -127,5 +128,46 @@ fn answers_that_enter_the_pod_past_the_programs_are_missed() -> Result<()> {
     let counters = lab.agent.service(SERVICE)?.counters;
     assert!(is_alive(&lab.client.ns, vip)?);
     assert_eq!(lab.agent.service(SERVICE)?.counters.moved, counters.moved, "new connections are left to kube-proxy");
+    Ok(())
+}
+
+/// TRIALS B4: IPsec by policy between a client outside and the node. The programs see the client's packets decrypted, and
+/// the answers leave encrypted.
+#[test]
+fn clients_behind_ipsec_are_left_to_kube_proxy() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    let (lan, node) = (lab.world.lan().clone(), lab.world.node(0).ns().clone());
+    let (client, gateway, vips) = ("172.31.0.1", "172.31.0.11", "10.43.0.0/24");
+    lan.ip(&["route", "add", vips, "via", gateway])?;
+    for (ns, (from, to, spi)) in
+        [&lan, &node].into_iter().flat_map(|ns| [(client, gateway, "1"), (gateway, client, "2")].map(|sa| (ns, sa)))
+    {
+        let association =
+            ["xfrm", "state", "add", "src", from, "dst", to, "proto", "esp", "spi", spi, "mode", "tunnel"];
+        let nothing = ["auth", "digest_null", "", "enc", "cipher_null", ""];
+        if ns.ip(&[&association[..], &nothing[..]].concat()).is_err() {
+            eprintln!("skipped: the kernel has no ciphers for IPsec");
+            return Ok(());
+        }
+    }
+    let policy = |ns: &NetNs, selector: [&str; 2], way: &str, tunnel: [&str; 2]| {
+        let [from, to] = selector;
+        let [outer_from, outer_to] = tunnel;
+        let template = ["tmpl", "src", outer_from, "dst", outer_to, "proto", "esp", "mode", "tunnel"];
+        ns.ip(&[&["xfrm", "policy", "add", "src", from, "dst", to, "dir", way][..], &template[..]].concat())
+    };
+    let any = "0.0.0.0/0";
+    policy(&lan, ["172.31.0.1/32", vips], "out", [client, gateway])?;
+    policy(&lan, [vips, "172.31.0.1/32"], "in", [gateway, client])?;
+    policy(&node, ["172.31.0.1/32", any], "fwd", [client, gateway])?;
+    policy(&node, [vips, "172.31.0.1/32"], "out", [gateway, client])?;
+    let services = lab.services(Checks::Fast, "    override: ForceOpen\n");
+    lab.agent.write_config("  veths: false\n  uplinks: true\n", &services)?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let answer = ask_once(&lan, lab.vip)?;
+    assert_eq!(answer.pod(), Some(lab.primary.address().to_string().as_str()), "{answer}");
+    let reasons = lab.agent.status()?.datapath.reasons;
+    assert_eq!(reasons.get("Ipsec"), Some(&1), "{reasons:?}");
     Ok(())
 }

@@ -11,6 +11,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
 modprobe br_netfilter
 modprobe veth
+modprobe tun
 cat /proc/sys/kernel/osrelease
 # Load keeps many sockets open where everything takes its time.
 ulimit -n 65536

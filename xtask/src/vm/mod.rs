@@ -78,9 +78,16 @@ const LAB_PROGRAMS: &[&str] = &[
 const USERS: &str = "root:x:0:0::/:/bin/sh\ntcpdump:x:100:100::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
 const GROUPS: &str = "root:x:0:\ntcpdump:x:100:\nnogroup:x:65534:\n";
 
-/// Kernel modules that the tests need: bridge and netfilter, veth for pods' interfaces, and vxlan for flannel's
+/// Kernel modules that the tests need: bridge and netfilter, veth for pods' interfaces, tun, ciphers for IPsec, and vxlan for flannel's
 /// tunnel.
-const MODULES: &[&str] = &["kernel/net", "kernel/lib", "kernel/drivers/net/veth.ko", "kernel/drivers/net/vxlan"];
+const MODULES: &[&str] = &[
+    "kernel/net",
+    "kernel/lib",
+    "kernel/crypto",
+    "kernel/drivers/net/veth.ko",
+    "kernel/drivers/net/tun.ko",
+    "kernel/drivers/net/vxlan",
+];
 
 /// A tier that runs in the guest.
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]

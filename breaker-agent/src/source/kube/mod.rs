@@ -269,6 +269,7 @@ async fn follow(
         policies.evict_unused();
         next = resolution.next;
         watches.set_wanted(&resolution.wanted);
+        watches.set_needs_zones(resolution.needs_zones);
         // The first update must be complete, because the engine removes every service of an earlier agent that is not
         // in it.
         if serial == 0 && resolution.results.iter().any(|result| result.pending) {

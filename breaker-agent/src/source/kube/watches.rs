@@ -3,7 +3,7 @@
 //! The agent watches all Services, as kube-proxy does, because no selector can match annotations. It also watches all
 //! CircuitBreakers, ReferenceGrants and NetworkPolicies. EndpointSlices are the most numerous and change most often,
 //! so it watches only those of referenced Services: one watch per namespace, by label. Of the Nodes it watches only
-//! its own. It does not watch pods, because EndpointSlices contain all that it needs about pods. All objects are
+//! its own, or all of them while a CircuitBreaker prefers pods of its zone. It does not watch pods, because EndpointSlices contain all that it needs about pods. All objects are
 //! trimmed before they are stored.
 
 use std::{
@@ -29,7 +29,7 @@ use super::{
     intent::Key,
     kube_proxy::KubeProxy,
     network_policy,
-    objects::{EndpointSlice, Node, Service},
+    objects::{EndpointSlice, Node, NodeStatus, Service},
     resolve::{NodeView, World},
     watch::{Watch, always},
 };
@@ -54,6 +54,8 @@ pub(super) struct Watches {
     grants: Watch<ReferenceGrant>,
     services: Watch<Service>,
     nodes: Watch<Node>,
+    /// All Nodes, for their zones, while a CircuitBreaker needs them.
+    zones: Option<Watch<Node>>,
     policies: Watch<NetworkPolicy>,
     slices: BTreeMap<String, NamespaceSlices>,
     /// Each CircuitBreaker in the last version that could be parsed.
@@ -138,11 +140,31 @@ impl Watches {
                 },
                 |old, new| old.spec != new.spec,
             ),
+            zones: None,
             slices: BTreeMap::new(),
             last_parsed: HashMap::new(),
             client: client.clone(),
             changed,
             node_name: node_name.to_owned(),
+        }
+    }
+
+    /// Watches the zones of all Nodes, or of this one only.
+    pub(super) fn set_needs_zones(&mut self, needs: bool) {
+        if !needs {
+            self.zones = None;
+        } else if self.zones.is_none() {
+            self.zones = Some(Watch::start(
+                Api::all(self.client.clone()),
+                watcher::Config::default(),
+                "the zones of Nodes".into(),
+                self.changed.clone(),
+                |node: &mut Node| {
+                    trim_node(node);
+                    node.status = NodeStatus::default();
+                },
+                |old, new| zone(old) != zone(new),
+            ));
         }
     }
 
@@ -217,6 +239,10 @@ impl Watches {
             grants: self.grants.get()?,
             services: services.into_iter().map(|service| (Key::of(&*service), service)).collect(),
             endpoints: HashMap::new(),
+            zones: self.zones.as_ref().and_then(Watch::get).map(|nodes| {
+                let zones = nodes.iter().filter_map(|node| Some((node.name_any(), zone(node)?)));
+                zones.collect()
+            }),
             // NetworkPolicies are optional: without them, only warnings are missing.
             policies: network_policy::by_namespace(self.policies.get().unwrap_or_default()),
         };
@@ -259,9 +285,13 @@ fn node_view(name: &str, node: Option<&Node>) -> NodeView {
             .filter(|address| address.r#type == "InternalIP" || address.r#type == "ExternalIP")
             .filter_map(|address| address.address.parse().ok())
             .collect(),
-        zone: node.labels().get("topology.kubernetes.io/zone").cloned(),
+        zone: zone(node),
         kube_proxy: KubeProxy::of_version(&node.status.node_info.kubelet_version, has_ipvs_services()),
     }
+}
+
+fn zone(node: &Node) -> Option<String> {
+    node.labels().get("topology.kubernetes.io/zone").cloned()
 }
 
 /// Whether this node's network has virtual servers of IPVS. kube-proxy in mode `ipvs` makes them.

@@ -24,7 +24,7 @@ use std::{
     sync::Arc,
 };
 
-use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, Override, OwnerKind, ReferenceGrant};
+use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, Override, OwnerKind, ReferenceGrant, Topology};
 use breaker_common::NAME_LEN;
 use breaker_core::model::{self, Frontend, ServiceName};
 use jiff::{SignedDuration, Timestamp};
@@ -80,6 +80,8 @@ pub struct World {
     pub services: HashMap<Key, Arc<Service>>,
     /// EndpointSlices by Service. The endpoints of a Service without an entry are not known yet.
     pub endpoints: HashMap<Key, Vec<Arc<EndpointSlice>>>,
+    /// Zone of each Node that has one, by the Node's name; `None` while nobody needs them, or they are not known yet.
+    pub zones: Option<HashMap<String, String>>,
     /// All NetworkPolicies.
     pub policies: network_policy::ByNamespace,
     /// Which addresses of Services are frontends, beside their cluster IPs.
@@ -160,6 +162,8 @@ pub struct Resolution {
     pub results: Vec<ResolvedBreaker>,
     /// Services whose EndpointSlices must be watched.
     pub wanted: BTreeSet<Key>,
+    /// Whether the zones of other Nodes matter.
+    pub needs_zones: bool,
     /// When the result changes without a change of an object: the earliest end of an override.
     pub next: Option<Timestamp>,
 }
@@ -242,6 +246,7 @@ pub fn resolve(
             }
         };
         let mut apply = |spec: &CircuitBreakerSpec, result: &mut ResolvedBreaker| {
+            resolution.needs_zones |= spec.topology != Topology::Any;
             let (cluster_ips, wanted) = (&cluster_ips, &mut resolution.wanted);
             Resolver { world, cluster_ips, policies, spec, result, wanted }.resolve(now);
         };

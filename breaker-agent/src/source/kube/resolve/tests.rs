@@ -481,6 +481,26 @@ fn near_pods_come_first_if_asked() {
     assert_eq!(tiers("PreferSameZone"), [row("backup (same zone)", "10.42.0.3:80"), row("backup", "10.42.1.3:80")]);
 }
 
+/// TRIALS A8: a slice keeps the zone that the pod's Node had, whatever its label says now.
+#[test]
+fn zones_are_those_of_the_nodes() {
+    let mut lab = Lab::new().with_breaker(with(|s| s["topology"] = json!("PreferSameZone")));
+    let near = |lab: &Lab| {
+        let result = lab.resolve().results.remove(0);
+        (addresses(&result.ports[&8080].backups[0]), result.notes)
+    };
+    let zones = |of: &[(&str, &str)]| Some(of.iter().map(|(node, zone)| ((*node).into(), (*zone).into())).collect());
+    assert!(lab.resolve().needs_zones);
+    lab.0.node.zone = Some("b".into());
+    let both = vec!["10.42.0.3:80".to_owned(), "10.42.1.3:80".to_owned()];
+    assert_eq!(near(&lab), (both, vec![]), "not known yet: this Node's own label, and the slice's");
+    lab.0.zones = zones(&[("node1", "c"), ("node2", "b")]);
+    assert_eq!(near(&lab).0, ["10.42.1.3:80"]);
+    lab.0.zones = zones(&[]);
+    let (_, notes) = near(&lab);
+    assert!(notes[0].contains("PreferSameZone has no effect on backup"), "{notes:?}");
+}
+
 #[test]
 fn backups_of_one_priority_share_by_weight_whatever_the_number_of_their_pods() {
     let mut lab = Lab::new().with_breaker(with(|s| {

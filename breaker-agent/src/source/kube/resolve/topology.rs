@@ -5,20 +5,28 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use breaker_api::crd::Topology;
 use breaker_core::model::{Backend, Tier};
 
-use super::{Resolver, references::ResolvedBackup};
+use super::{Resolver, World, references::ResolvedBackup};
 use crate::source::kube::endpoints::{Endpoint, Endpoints};
 
 impl Resolver<'_> {
     /// The endpoints of one priority as tiers: one tier or, if `topology` prefers close pods, one tier for each
     /// distance (same node, same zone, elsewhere).
     pub(super) fn tiers_by_distance(
-        &self,
+        &mut self,
         name: &str,
         pools: &[(&&ResolvedBackup<'_>, Endpoints)],
         model: &Tier,
     ) -> Vec<Tier> {
-        let node = &self.world.node;
-        let same_zone = |e: &Endpoint| node.zone.is_some() && e.zone == node.zone;
+        let (node, world) = (&self.world.node, self.world);
+        let zone_of = |e: &Endpoint| zone_of(world, e);
+        let same_zone = |e: &Endpoint| node.zone.is_some() && zone_of(e) == node.zone;
+        let nobody = || !pools.iter().flat_map(|(_, endpoints)| endpoints.usable()).any(|e| zone_of(e).is_some());
+        if self.spec.topology == Topology::PreferSameZone && (node.zone.is_none() || nobody()) {
+            let what = if node.zone.is_none() { "this Node" } else { "the Node of any of its pods" };
+            self.result.notes.push(format!(
+                "topology PreferSameZone has no effect on {name}: {what} has no label topology.kubernetes.io/zone"
+            ));
+        }
         let rank = |e: &Endpoint| match self.spec.topology {
             Topology::Any => 0,
             Topology::PreferSameNode => match () {
@@ -49,6 +57,17 @@ impl Resolver<'_> {
             None => tiers.push(Tier { draining, ..empty(2) }),
         }
         tiers
+    }
+}
+
+/// The zone of an endpoint's Node. The slice has the zone that the Node had when the endpoint was added: Kubernetes does
+/// not update it when the Node's label changes.
+fn zone_of(world: &World, endpoint: &Endpoint) -> Option<String> {
+    let node = endpoint.node.as_deref();
+    match &world.zones {
+        Some(zones) if node.is_some() => node.and_then(|node| zones.get(node)).cloned(),
+        _ if node == Some(world.node.name.as_str()) => world.node.zone.clone(),
+        _ => endpoint.zone.clone(),
     }
 }
 
