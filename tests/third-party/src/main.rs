@@ -6,7 +6,7 @@
 #![cfg_attr(feature = "strict", deny(warnings))]
 
 use aya_ebpf::{
-    btf_maps::{Array, ProgramArray},
+    btf_maps::{Array, PerCpuArray, ProgramArray},
     macros::{btf_map, cgroup_sock_addr, classifier, xdp},
     programs::{SockAddrContext, TcContext, XdpContext},
 };
@@ -131,7 +131,7 @@ struct Template {
 }
 
 #[btf_map]
-static TEMPLATE: Array<Template, 1> = Array::new();
+static TEMPLATE: PerCpuArray<Template, 1> = PerCpuArray::new();
 
 /// The program under measurement, at index 0.
 #[btf_map]
@@ -141,7 +141,7 @@ static MEASURED: ProgramArray<1> = ProgramArray::new();
 #[classifier]
 pub fn wrap(ctx: TcContext) -> i32 {
     if let Some(template) = TEMPLATE.get_ptr_mut(0) {
-        // SAFETY: the kernel returned a pointer to the only value of this map, and a test runs on one CPU.
+        // SAFETY: the kernel returned a pointer to this CPU's value, and a test runs on one CPU.
         let template = unsafe { &mut *template };
         template.next = template.next.wrapping_add(1);
         // Multiplication by an odd number permutes the numbers below a power of two and spreads consecutive ones.

@@ -21,6 +21,7 @@ pub const SYSTEM: &str = "breaker-system";
 pub struct Hooks {
     pub load_image: String,
     pub lan: Option<String>,
+    pub on_node: Option<String>,
     pub node: Option<(String, String)>,
     pub api: Option<(String, String)>,
 }
@@ -220,6 +221,12 @@ impl Cluster {
     pub fn ask_from_lan(&self, url: &str) -> Result<String> {
         let lan = self.hooks.lan.as_deref().context("no --lan")?;
         shell(&format!("{lan} curl -s -S -m 3 {url}"))
+    }
+
+    /// Runs a command line of the shell on a node, in its network, and returns its output.
+    pub fn on_node(&self, node: &str, command: &str) -> Result<String> {
+        let hook = self.hooks.on_node.as_deref().context("no --on-node")?;
+        shell(&format!("{} sh -c '{command}'", hook.replace("{}", node)))
     }
 
     /// Switches the fake-error mode of a Deployment's pods on or off.

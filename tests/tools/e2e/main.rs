@@ -3,6 +3,7 @@
 //! commands are given as options; without them, the scenarios that need them are skipped and reported as such.
 
 mod cluster;
+mod kube_proxy_rules;
 mod load;
 mod measure;
 mod scenarios;
@@ -31,6 +32,9 @@ struct Cli {
     /// Command that runs its appended arguments on a machine outside the cluster that reaches the nodes.
     #[arg(long, value_name = "CMD")]
     lan: Option<String>,
+    /// Command that runs its appended arguments on a node, in its network; {} stands for the node's name.
+    #[arg(long, value_name = "CMD")]
+    on_node: Option<String>,
     /// Command that powers a node off; {} stands for the node's name.
     #[arg(long, value_name = "CMD", requires = "start_node")]
     stop_node: Option<String>,
@@ -72,6 +76,7 @@ fn run(cli: Cli) -> Result<bool> {
     let hooks = Hooks {
         load_image: cli.load_image,
         lan: cli.lan,
+        on_node: cli.on_node,
         node: cli.stop_node.zip(cli.start_node),
         api: cli.stop_api.zip(cli.start_api),
     };

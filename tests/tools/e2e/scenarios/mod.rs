@@ -1,7 +1,9 @@
 //! The list of scenarios. Every scenario starts from the lab as `k8s/lab` defines it, with the breaker
 //! closed.
 
+mod choices;
 mod disturbances;
+mod matrix;
 mod objects;
 mod setup;
 mod traffic;
@@ -34,6 +36,10 @@ fn needs_lan(cluster: &Cluster) -> Option<&'static str> {
     cluster.hooks.lan.is_none().then_some("no --lan")
 }
 
+fn needs_nodes(cluster: &Cluster) -> Option<&'static str> {
+    cluster.hooks.on_node.is_none().then_some("no --on-node")
+}
+
 fn needs_power(cluster: &Cluster) -> Option<&'static str> {
     match (&cluster.hooks.node, cluster.nodes.len()) {
         (None, _) => Some("no --stop-node and --start-node"),
@@ -50,6 +56,9 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "lab", skip: always, play: traffic::lab },
     Scenario { name: "lab-from-lan", skip: needs_lan, play: traffic::lab_from_lan },
     Scenario { name: "families-and-datagrams", skip: always, play: traffic::families_and_datagrams },
+    Scenario { name: "kube-proxy-choices", skip: needs_nodes, play: choices::kube_proxy_choices },
+    Scenario { name: "opening-widens-nothing", skip: needs_lan, play: matrix::opening_widens_nothing },
+    Scenario { name: "applied-in-every-way", skip: always, play: objects::applied_in_every_way },
     Scenario { name: "local-backups", skip: needs_lan, play: traffic::local_backups },
     Scenario { name: "refused-by-kubectl", skip: always, play: objects::refused_by_kubectl },
     Scenario { name: "edit-override-delete", skip: always, play: objects::edit_override_delete },

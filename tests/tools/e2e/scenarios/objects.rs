@@ -12,6 +12,46 @@ use crate::{
     wait_for,
 };
 
+/// TRIALS A3: `kubectl apply` client-side, then server-side, then by a second manager with the same file: no conflict, and
+/// no new generation.
+pub(super) fn applied_in_every_way(cluster: &Cluster) -> Result<String> {
+    let samples = [
+        json!({ "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }] }),
+        json!({
+            "service": { "name": "dummy-deployment", "ports": [8080] },
+            "backups": [{
+                "name": "backup-deployment", "weight": 3, "priority": 1,
+                "check": { "httpGet": { "path": "/ready" }, "periodMillis": 500 },
+            }],
+            "check": { "tcpSocket": {}, "periodSeconds": 2 }, "onOpen": "Keep", "onClose": "Keep", "topology": "PreferSameNode",
+            "breaker": { "openMillis": 2000, "rampMillis": 1000 }, "limits": { "newConnectionsPerSecond": 1000 },
+        }),
+    ];
+    let delete = || cluster.lab(&["delete", "cb/dummy", "--ignore-not-found"]);
+    for spec in &samples {
+        delete()?;
+        let object = json!({
+            "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "dummy" }, "spec": spec,
+        });
+        let text = object.to_string();
+        let ways: [&[&str]; 5] = [
+            &["apply", "-f", "-"],
+            &["apply", "--server-side", "-f", "-"],
+            &["apply", "--server-side", "--field-manager=flux", "-f", "-"],
+            &["apply", "--server-side", "--field-manager=argocd", "-f", "-"],
+            &["apply", "-f", "-"],
+        ];
+        for way in ways {
+            cluster.feed(&[&["-n", NAMESPACE], way].concat(), &text).with_context(|| format!("{way:?} of {spec}"))?;
+        }
+        let generation = cluster.breaker("dummy")?["metadata"]["generation"].clone();
+        ensure!(generation == 1, "generation {generation} after the same spec five times: {spec}");
+        cluster.wait_programmed("dummy")?;
+    }
+    delete()?;
+    Ok(format!("{} samples, client-side, server-side and by three managers: no conflict, generation 1", samples.len()))
+}
+
 /// `kubectl apply` refuses invalid specs and names the field.
 pub(super) fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
     let good = json!({ "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }] });

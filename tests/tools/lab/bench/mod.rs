@@ -7,6 +7,7 @@ mod limits;
 mod maps;
 mod packets;
 mod probes;
+mod scale;
 mod ways;
 
 use anyhow::{Context as _, Result, ensure};
@@ -42,6 +43,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("limits-packets", limits::packets),
     ("failover", failover::rows),
     ("probes", probes::rows),
+    ("scale", scale::rows),
     ("maps", maps::rows),
 ];
 

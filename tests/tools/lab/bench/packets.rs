@@ -6,8 +6,9 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, TestRun as _,
-    maps::{Array, MapData, ProgramArray},
+    maps::{MapData, PerCpuArray, PerCpuValues, ProgramArray},
     programs::{SchedClassifier, TestRunOptions},
+    util::nr_cpus,
 };
 use breaker_agent::datapath::sizes::Sizes;
 use breaker_common::BreakerState::{Closed, Open};
@@ -53,7 +54,7 @@ pub(super) struct Bench {
     pub rig: TestRig,
     third_party: Ebpf,
     measured: ProgramArray<MapData>,
-    template: Array<MapData, Template>,
+    template: PerCpuArray<MapData, Template>,
 }
 
 pub(super) fn rows() -> Result<Vec<Row>> {
@@ -118,25 +119,40 @@ impl Bench {
         let mut ends = [0; 36];
         ends[..bytes.len()].copy_from_slice(&bytes);
         let version = if segment.source.is_ipv4() { 4 } else { 6 };
-        Ok(self.template.set(0, Template { ends, flags: segment.flags, version, vary, pad: 0, flows, next: 0 }, 0)?)
+        let template = Template { ends, flags: segment.flags, version, vary, pad: 0, flows, next: 0 };
+        let cpus = nr_cpus().map_err(|(file, error)| anyhow::Error::new(error).context(file))?;
+        Ok(self.template.set(0, PerCpuValues::try_from(vec![template; cpus])?, 0)?)
     }
 
     /// Nanoseconds per packet in the wrapper and the program behind it: `breaker_in` if `ours`, else the empty program.
     pub(super) fn time(&mut self, ours: bool, packet: &[u8], repeat: u32) -> Result<f64> {
-        let program: &SchedClassifier = if ours {
-            self.rig.program("breaker_in")?
-        } else {
-            self.third_party.program("empty").context("no program named empty")?.try_into()?
+        self.choose(ours.then_some("breaker_in"))?;
+        run(self.wrapper()?, packet, repeat)
+    }
+
+    /// Puts a program behind the wrapper: one of breaker's, or the empty one.
+    pub(super) fn choose(&mut self, ours: Option<&str>) -> Result<()> {
+        let program: &SchedClassifier = match ours {
+            Some(name) => self.rig.program(name)?,
+            None => self.third_party.program("empty").context("no program named empty")?.try_into()?,
         };
-        self.measured.set(0, program.fd()?, 0)?;
-        let wrap: &SchedClassifier = self.third_party.program("wrap").context("no program named wrap")?.try_into()?;
-        let result = wrap.test_run(TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::new() })?;
-        Ok(result.duration.as_secs_f64() * 1e9)
+        Ok(self.measured.set(0, program.fd()?, 0)?)
+    }
+
+    /// The wrapper.
+    pub(super) fn wrapper(&self) -> Result<&SchedClassifier> {
+        Ok(self.third_party.program("wrap").context("no program named wrap")?.try_into()?)
     }
 
     /// Opens all flows that the wrapper cycles through and has the backup answer them, so that they are promoted to the
     /// established tables.
-    fn establish(&mut self, client: SocketAddr, vip: SocketAddr, backup: SocketAddr, flows: u32) -> Result<()> {
+    pub(super) fn establish(
+        &mut self,
+        client: SocketAddr,
+        vip: SocketAddr,
+        backup: SocketAddr,
+        flows: u32,
+    ) -> Result<()> {
         self.prepare(&Segment::new(client, vip, SYN), flows, 0)?;
         self.time(true, &Segment::new(client, vip, SYN).bytes(), flows.max(2))?;
         for flow in 0..flows {
@@ -154,7 +170,8 @@ impl Bench {
     }
 
     fn row(&mut self, name: &str, segment: &Segment, flows: u32, aim: &'static str) -> Result<Row> {
-        self.prepare(segment, flows, 0)?;
+        // Every SYN is a new connection. A repeated one that has no answer would be a case of its own.
+        self.prepare(segment, flows, if segment.flags == SYN { NEW } else { 0 })?;
         let packet = segment.bytes();
         self.time(true, &packet, REPEAT)?;
         let mut differences = Vec::new();
@@ -173,4 +190,10 @@ impl Bench {
             aim,
         })
     }
+}
+
+/// Nanoseconds per packet in the wrapper and the program behind it, on the CPU of the calling thread.
+pub(super) fn run(wrapper: &SchedClassifier, packet: &[u8], repeat: u32) -> Result<f64> {
+    let result = wrapper.test_run(TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::new() })?;
+    Ok(result.duration.as_secs_f64() * 1e9)
 }
