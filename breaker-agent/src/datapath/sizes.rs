@@ -7,6 +7,11 @@ use std::path::Path;
 #[expect(clippy::cast_possible_truncation, reason = "the value is 8")]
 const WAYS: u32 = breaker_common::WAYS as u32;
 
+/// Memory of the array of counters, at most: 8 MiB. All possible CPUs have counters of their own.
+const MOST_COUNTERS_BYTES: u32 = 8 << 20;
+#[expect(clippy::cast_possible_truncation, reason = "the value is about 100")]
+const COUNTERS_BYTES: u32 = size_of::<breaker_common::ServiceCounters>() as u32;
+
 /// Entries of `SLOTS` beyond the number of tables, for tables of more than one part.
 pub(super) const MORE_PARTS: u32 = 4096;
 
@@ -93,8 +98,9 @@ impl Sizes {
     }
 
     /// Sizes of the maps that both IP families share, by map name.
-    pub(super) fn shared(&self, cpus: u32) -> [(&'static str, u32); 13] {
+    pub(super) fn shared(&self, cpus: u32) -> [(&'static str, u32); 14] {
         [
+            ("MORE_COUNTERS", self.services),
             ("RETURN_PATHS", breaker_common::DEFAULT_RETURN_PATHS),
             ("SOCKETS", with_reserve(breaker_common::DEFAULT_SOCKETS, cpus)),
             ("LIMITS", self.services),
@@ -105,7 +111,7 @@ impl Sizes {
             ("SWITCHES", self.services),
             ("SERVICES", self.services),
             ("RUNTIME", self.services),
-            ("COUNTERS", self.services),
+            ("COUNTERS", self.services.min(MOST_COUNTERS_BYTES / (cpus.max(1) * COUNTERS_BYTES))),
             ("ROUTES", self.routes),
             ("SLOTS", self.tables.saturating_add(MORE_PARTS)),
         ]
@@ -205,6 +211,17 @@ mod tests {
         file("memory/a/b/memory.limit_in_bytes", "134217728\n");
         file("memory/memory.limit_in_bytes", "9223372036854771712\n");
         assert_eq!(limit(), Some(128));
+    }
+
+    /// TRIALS D2: counters take no more memory on machines with many CPUs.
+    #[test]
+    fn counters_take_bounded_memory_on_any_number_of_cpus() {
+        for cpus in 1..=512 {
+            let shared = Sizes::for_memory(512 * 1024).shared(cpus);
+            let counters = shared.iter().find(|(name, _)| *name == "COUNTERS").map(|(_, entries)| *entries).unwrap();
+            let bytes = u64::from(counters) * u64::from(cpus) * u64::from(COUNTERS_BYTES);
+            assert!(bytes <= 8 << 20 && counters >= 100, "{cpus} CPUs: {counters} services, {bytes} bytes");
+        }
     }
 
     /// TRIALS D3: an LRU map on a machine with many CPUs keeps what it should keep.

@@ -30,7 +30,7 @@ use super::sizes::{MORE_PARTS, Sizes};
 use crate::clock;
 
 /// Name, key size and value size (in bytes) of the maps that both IP families share, without the maps of limits.
-const SHARED: [(&str, usize, usize); 13] = [
+const SHARED: [(&str, usize, usize); 14] = [
     ("FILTER", 4, size_of::<FilterWords>()),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
@@ -41,6 +41,7 @@ const SHARED: [(&str, usize, usize); 13] = [
     ("PROGRAMS", 4, 4),
     ("HEARTBEAT", 4, size_of::<Heartbeat>()),
     ("COUNTERS", 4, size_of::<ServiceCounters>()),
+    ("MORE_COUNTERS", 4, size_of::<ServiceCounters>()),
     ("REASONS", 4, 8),
     ("RETURN_PATHS", size_of::<ReturnPathKey>(), size_of::<ReturnPath>()),
     ("EVENTS", 0, 0),
@@ -64,7 +65,9 @@ pub struct Maps {
     pub(crate) limits: LimitMaps,
     /// The actual sizes. They may differ from the configuration, because maps of an earlier agent keep their sizes.
     pub(crate) sizes: Sizes,
-    counters: PerCpuHashMap<MapData, u32, ServiceCounters>,
+    /// Counters of the services with the lowest indices, and of the others.
+    counters: PerCpuArray<MapData, ServiceCounters>,
+    more_counters: PerCpuHashMap<MapData, u32, ServiceCounters>,
     pub(crate) return_paths: HashMap<MapData, ReturnPathKey, ReturnPath>,
     /// Whether the last sweep found a table of established flows more than half full.
     pub(crate) crowded: bool,
@@ -137,6 +140,7 @@ impl Maps {
             limits,
             sizes,
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
+            more_counters: typed(open("MORE_COUNTERS")?, "MORE_COUNTERS")?,
             return_paths: typed(open("RETURN_PATHS")?, "RETURN_PATHS")?,
             crowded: false,
             reasons: typed(open("REASONS")?, "REASONS")?,
@@ -241,7 +245,9 @@ impl Maps {
     /// # Errors
     /// The map cannot be read.
     pub fn counters(&self, index: u32) -> Result<ServiceCounters> {
-        match self.counters.get(&index, 0) {
+        let found =
+            if index < self.counters.len() { self.counters.get(&index, 0) } else { self.more_counters.get(&index, 0) };
+        match found {
             Ok(per_cpu) => Ok(per_cpu.iter().fold(ServiceCounters::default(), add)),
             Err(error) if is_not_found(&error) => Ok(ServiceCounters::default()),
             Err(error) => Err(error).context("read the counters"),
@@ -250,11 +256,19 @@ impl Maps {
 
     /// Adds a service's counters. If it has counters already, they stay.
     pub(crate) fn add_counters(&mut self, index: u32) -> Result<()> {
-        add_per_cpu(&mut self.counters, index).context("add the counters")
+        if index < self.counters.len() {
+            return Ok(());
+        }
+        add_per_cpu(&mut self.more_counters, index).context("add the counters")
     }
 
     pub(crate) fn remove_counters(&mut self, index: u32) -> Result<()> {
-        remove_per_cpu(&mut self.counters, index).context("remove the counters")
+        if index >= self.counters.len() {
+            return remove_per_cpu(&mut self.more_counters, index).context("remove the counters");
+        }
+        let cpus = self.counters.get(&index, 0).context("read the counters")?.len();
+        let zeros = PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]).context("clear the counters")?;
+        self.counters.set(index, zeros, 0).context("clear the counters")
     }
 
     /// Returns the number of packets that failed open, by reason, summed over all CPUs. Reasons with 0 packets are
