@@ -290,6 +290,18 @@ fn an_unknown_field_names_itself_its_line_and_the_known_ones() {
     assert!(errors[0].contains("httpget") && errors[0].contains("httpGet"), "{errors:?}");
 }
 
+/// TRIALS C4: no program sees packets to a loopback address; the programs for the node's own sockets see the sockets.
+#[test]
+fn a_loopback_frontend_needs_the_programs_for_sockets() {
+    let local = GOOD.replace("10.43.0.10", "127.0.0.1");
+    assert!(parse(Path::new("lab.yaml"), &local).is_ok());
+    let errors = errors(&format!("agent: {{nodeSockets: false}}\n{local}"));
+    assert!(
+        errors[0].starts_with("lab.yaml:5: services[0].frontends[0].address: 127.0.0.1 is reached by"),
+        "{errors:?}"
+    );
+}
+
 #[test]
 fn duplicates_name_both_places() {
     let twice = format!("{GOOD}{}", GOOD.trim_start_matches("services:\n"));

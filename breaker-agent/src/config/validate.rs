@@ -48,6 +48,14 @@ pub(super) fn validate(file: &Path, raw: format::File) -> Result<Config, Vec<Con
         let locations: Vec<Location> = raw.frontends.value.iter().map(|f| f.address.referenced).collect();
         let service = service(&mut problems, &path, raw, true);
         for (i, (frontend, at)) in service.frontends.iter().zip(locations).enumerate() {
+            if frontend.address.ip().is_loopback() && !agent.node_sockets {
+                let problem = format!(
+                    "{} is reached by this node's own processes only, and agent.nodeSockets is false; allowed: an address \
+                     that packets carry, or agent.nodeSockets: true",
+                    frontend.address.ip()
+                );
+                problems.add(at, &format!("{path}.frontends[{i}].address"), problem);
+            }
             if let Some(first) = frontends.insert(*frontend, (service.name.clone(), at.line())) {
                 let problem = format!(
                     "{frontend} is already a frontend of {} (line {}); allowed: each frontend in one service, once",
