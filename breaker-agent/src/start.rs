@@ -1,6 +1,11 @@
 //! Starts an agent: pins, programs, maps, sources and control, then the loop.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use breaker_core::{engine::Engine, model::Service};
@@ -18,7 +23,7 @@ use crate::{
         interfaces::{self, Wanted},
         masquerade, neighbors,
         options::{AttachMode, XdpPolicy},
-        pins::PinDir,
+        pins::{PinDir, PinError},
         preflight, programs,
         sizes::Sizes,
         sys::has_tcx,
@@ -79,7 +84,14 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         config.attach != AttachMode::Tcx || has_tcx(),
         "agent.attach: Tcx needs kernel 6.6; allowed here: Auto, Clsact"
     );
-    let pins = PinDir::open(&config.pin_path)?;
+    let pins = match &options.origin {
+        Origin::File { .. } => PinDir::open(&config.pin_path)?,
+        // During a rollout with maxSurge, the old agent runs until this one is ready.
+        Origin::Kubernetes(_) => match take_over(&config.pin_path, &mut signals).await? {
+            Some(pins) => pins,
+            None => return Ok(()),
+        },
+    };
     let adopted = pins.adopted();
     let loaded = programs::load(
         &pins,
@@ -182,6 +194,26 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         tracing::info!("the datapath stays in place; the next agent adopts it");
     }
     Ok(())
+}
+
+/// Opens the pin directory as soon as no other agent holds it. `None`: the agent is to end.
+async fn take_over(path: &Path, signals: &mut Signals) -> Result<Option<PinDir>> {
+    const INTERVAL: Duration = Duration::from_millis(500);
+    let mut told = false;
+    loop {
+        match PinDir::open(path) {
+            Ok(pins) => return Ok(Some(pins)),
+            Err(PinError::Busy { pid, .. }) if !std::mem::replace(&mut told, true) => {
+                tracing::info!(pid, "another agent is running on {}, waiting for its end", path.display());
+            }
+            Err(PinError::Busy { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            () = signals.end() => return Ok(None),
+            () = tokio::time::sleep(INTERVAL) => {}
+        }
+    }
 }
 
 /// The sizes of the maps: from the configuration, otherwise from the node's memory.

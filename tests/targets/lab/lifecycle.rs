@@ -5,9 +5,10 @@ use breaker_api::events::EventType;
 use breaker_common::BreakerState;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use breaker_tests::lab::{
     agent::Agent,
+    binary,
     client::{Load, Plan, summary},
     service::Fault,
     stage::{Checks, Lab, SERVICE},
@@ -128,6 +129,25 @@ fn a_second_agent_names_the_first() -> Result<()> {
     let error = format!("{:#}", second.start().unwrap_err());
     assert!(error.contains(&format!("(pid {})", lab.agent.pid()?)), "{error}");
     assert!(lab.ask()?.is_success());
+    Ok(())
+}
+
+/// TRIALS A10: in a rollout with maxSurge, the new agent of a node waits for the end of the old one.
+#[test]
+fn a_second_agent_of_a_cluster_waits_for_the_first() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let (log, config) = (lab.world.dir().join("second.log"), lab.world.dir().join("second.yaml"));
+    let pins = lab.agent.pin_path().display();
+    std::fs::write(&config, format!("agent: {{pinPath: {pins}, socket: {pins}.sock}}\n"))?;
+    let mut second = lab.world.node(0).ns().command(binary("breaker")?);
+    let second = second.args(["agent", "--kubernetes", "--node-name", "node1", "--config"]).arg(&config);
+    let mut second = second.stderr(std::fs::File::create(&log)?).spawn()?;
+    let waits = || std::fs::read_to_string(&log).unwrap_or_default().contains("waiting for its end");
+    wait_for("the second agent to wait", LONG, waits)?;
+    assert!(lab.ask()?.is_success());
+    let id = i32::try_from(second.id()).ok().and_then(rustix::process::Pid::from_raw).context("its id")?;
+    rustix::process::kill_process(id, Signal::TERM)?;
+    assert!(second.wait()?.success(), "{}", std::fs::read_to_string(&log)?);
     Ok(())
 }
 
