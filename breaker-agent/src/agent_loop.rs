@@ -228,14 +228,13 @@ impl Agent {
     fn publish_node_state(&mut self, kube: &KubeSource) {
         let changes = self.engine.changes();
         self.unreported |= changes != self.reported_changes;
-        let now_all = self.clock.now();
-        let now = now_all.mono;
-        if !self.unreported || !self.update.synced || now < self.reported_at + MIN_REPORT_INTERVAL {
+        let now = self.clock.now();
+        if !self.unreported || !self.update.synced || now.mono < self.reported_at + MIN_REPORT_INTERVAL {
             return;
         }
         self.unreported = false;
         self.reported_changes = changes;
-        self.reported_at = now;
+        self.reported_at = now.mono;
         kube.publish_node_state(NodeState {
             update: self.update.clone(),
             summaries: self.engine.summaries(),
@@ -243,7 +242,7 @@ impl Agent {
             interfaces: self.interfaces.count(),
             failed_interfaces: self.interfaces.failures(),
             unseen: self.interfaces.notes(),
-            suspended: self.suspended(now_all).into_iter().fold(BTreeMap::new(), |mut by_service, path| {
+            suspended: self.suspended(now).into_iter().fold(BTreeMap::new(), |mut by_service, path| {
                 by_service.entry(path.service).or_default().push(path.interface);
                 by_service
             }),

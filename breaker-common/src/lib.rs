@@ -46,8 +46,8 @@ pub use pass_reason::PassReason;
 pub use service::*;
 pub use telemetry::*;
 
-/// Version of every layout in this crate. The pin directory is named after it (`v7`), so an agent never adopts maps
-/// with a different layout.
+/// Version of every layout in this crate. The pin directory is named after it (`v` and the number), so an agent
+/// never adopts maps with a different layout.
 pub const ABI_VERSION: u32 = 9;
 
 /// Default maximum number of services on one node. The agent may choose another size when it creates the maps; the

@@ -83,8 +83,11 @@ pub struct TableRef {
 }
 
 impl TableRef {
+    /// Number of bits of a table number in a key of `SLOTS`.
+    const NUMBER_BITS: u32 = 22;
+
     /// Limit of table numbers.
-    pub const NUMBERS: u32 = 1 << 22;
+    pub const NUMBERS: u32 = 1 << Self::NUMBER_BITS;
 
     /// The reference as one word, below [`crate::SINGLE_BACKEND`].
     #[inline(always)]
@@ -124,7 +127,7 @@ impl TableRef {
     #[inline(always)]
     #[must_use]
     pub const fn key(self, part: u32) -> u32 {
-        part << 22 | self.number
+        part << Self::NUMBER_BITS | self.number
     }
 }
 

@@ -3,11 +3,10 @@
 use std::{fs, io, path::Path};
 
 use anyhow::{Context as _, Result};
-use aya::programs::tc;
 use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
 
 use super::{
-    attach::{DIRECTIONS, POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, qdisc},
+    attach::{cgroup, clsact},
     masquerade,
     pins::{self, PinDir, PinError},
 };
@@ -103,19 +102,9 @@ fn detach_all(links: &Path, markers: &Path) -> Result<usize> {
         }
     }
     for (index, name) in interfaces()? {
-        let ours = DIRECTIONS.into_iter().zip(POD_PROGRAMS).chain(DIRECTIONS.into_iter().zip(UPLINK_PROGRAMS));
-        for ((direction, _), program) in ours.rev() {
-            if tc::qdisc_detach_program(&name, direction, program).is_ok() {
-                count += 1;
-            }
-        }
-        let marker = markers.join(index.to_string());
-        if marker.exists() {
-            qdisc::remove_if_empty(index).with_context(|| {
-                format!("remove breaker's clsact qdisc on {name}; to remove it by hand: tc qdisc del dev {name} clsact")
-            })?;
-        }
+        count += clsact::detach(index, &name, markers)?;
     }
+    // Markers of interfaces that no longer exist.
     if let Ok(entries) = fs::read_dir(markers) {
         for entry in entries.flatten() {
             fs::remove_dir(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;

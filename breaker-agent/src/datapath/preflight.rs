@@ -161,12 +161,7 @@ const SOCKET_LB: &[&str] = &["cil_sock4_conn", "cil_sock6_conn", "sock4_connect"
 /// Returns a message if another program on this machine hides Services' addresses from packets.
 #[must_use]
 pub fn socket_load_balancer() -> Option<String> {
-    let programs = loaded_programs().flatten();
-    let mut names = programs.filter_map(|program| {
-        let connects = program.program_type() as u32 == CGROUP_SOCK_ADDR;
-        connects.then(|| program.name_as_str().map(str::to_owned)).flatten()
-    });
-    let found = names.find(|name| SOCKET_LB.iter().any(|known| name.starts_with(known)))?;
+    let found = loaded_program(CGROUP_SOCK_ADDR, SOCKET_LB)?;
     Some(format!(
         "the program {found} translates Services' addresses in connect(2), so packets do not carry them and are not \
          redirected; with Cilium, set socketLB.hostNamespaceOnly=true to exclude pods from it (breaker cannot see \
@@ -181,17 +176,21 @@ const OTHER_DATAPATHS: &[&str] = &["cil_from_contai", "cil_to_containe", "cil_fr
 /// Returns a message if the programs of another datapath on this machine may deliver answers past breaker's.
 #[must_use]
 pub fn other_datapath() -> Option<String> {
-    let programs = loaded_programs().flatten();
-    let mut names = programs.filter_map(|program| {
-        let classifies = program.program_type() as u32 == SCHED_CLS;
-        classifies.then(|| program.name_as_str().map(str::to_owned)).flatten()
-    });
-    let found = names.find(|name| OTHER_DATAPATHS.iter().any(|known| name.starts_with(known)))?;
+    let found = loaded_program(SCHED_CLS, OTHER_DATAPATHS)?;
     Some(format!(
         "the tc program {found} belongs to Cilium: with BPF host routing, answers enter pods past breaker's programs, and \
          redirected connections of pods time out; set bpf.hostLegacyRouting=true (breaker cannot see whether it is set, and \
          stops redirecting where no answers are seen)"
     ))
+}
+
+/// Returns the name of a program in the kernel that has the type `program_type` (`enum bpf_prog_type` in linux/bpf.h)
+/// and a name with one of `prefixes`.
+fn loaded_program(program_type: u32, prefixes: &[&str]) -> Option<String> {
+    loaded_programs().flatten().filter(|program| program.program_type() as u32 == program_type).find_map(|program| {
+        let name = program.name_as_str()?;
+        prefixes.iter().any(|prefix| name.starts_with(prefix)).then(|| name.to_owned())
+    })
 }
 
 /// `BPF_PROG_TYPE_SCHED_CLS` in linux/bpf.h.

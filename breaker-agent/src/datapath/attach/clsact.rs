@@ -69,21 +69,27 @@ pub(crate) fn attach(
     Ok(placed)
 }
 
-/// Removes breaker's filters of an interface, and the qdisc if the agent created it and it is empty.
+/// Removes breaker's filters of an interface, and the qdisc if the agent created it and it is empty. Returns the
+/// number of filters removed.
 ///
 /// # Errors
-/// The qdisc cannot be removed.
-pub(crate) fn detach(index: u32, name: &str, markers: &Path) -> Result<()> {
-    for ((direction, _), program) in
-        DIRECTIONS.into_iter().zip(POD_PROGRAMS).chain(DIRECTIONS.into_iter().zip(UPLINK_PROGRAMS))
-    {
-        // There may be none.
-        let _ = tc::qdisc_detach_program(name, direction, program);
+/// The qdisc or its marker cannot be removed.
+pub(crate) fn detach(index: u32, name: &str, markers: &Path) -> Result<usize> {
+    // Requests before replies, the opposite of `DIRECTIONS`.
+    let ours = DIRECTIONS.into_iter().zip(POD_PROGRAMS).chain(DIRECTIONS.into_iter().zip(UPLINK_PROGRAMS)).rev();
+    let mut removed = 0;
+    for ((direction, _), program) in ours {
+        // An error means that the interface has no filter with this program.
+        if tc::qdisc_detach_program(name, direction, program).is_ok() {
+            removed += 1;
+        }
     }
     let marker = markers.join(index.to_string());
     if marker.exists() {
-        qdisc::remove_if_empty(index)?;
+        qdisc::remove_if_empty(index).with_context(|| {
+            format!("remove breaker's clsact qdisc on {name}; to remove it by hand: tc qdisc del dev {name} clsact")
+        })?;
         fs::remove_dir(&marker).with_context(|| format!("remove {}", marker.display()))?;
     }
-    Ok(())
+    Ok(removed)
 }
