@@ -17,6 +17,7 @@
 pub mod aggregate_reports;
 pub mod annotations;
 pub mod endpoints;
+mod event_publisher;
 mod hold;
 pub mod intent;
 pub mod kube_proxy;

@@ -12,12 +12,10 @@ use std::{
 
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use jiff::SignedDuration;
-use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Api, Client, ResourceExt as _,
     api::{Patch, PatchParams},
     runtime::{
-        events::{Event, EventType, Recorder, Reporter},
         reflector::{ObjectRef, Store},
         watcher,
     },
@@ -31,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Update,
-    aggregate_reports::{self, EventRecord, NodeReportView, NodeReports},
+    aggregate_reports::{self, NodeReportView, NodeReports},
+    event_publisher::EventPublisher,
     intent::Owner,
     lease::Election,
     objects::Node,
@@ -149,8 +148,7 @@ pub(super) async fn run(
 
 struct Publisher {
     client: Client,
-    recorder: Recorder,
-    reporter: Reporter,
+    events: EventPublisher,
     published: Published,
     /// The status that this agent wrote last for each owner, and the uid of the owner then.
     written: HashMap<Owner, (String, CircuitBreakerStatus)>,
@@ -177,10 +175,8 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
         trim,
         |old, new| old.is_ready() != new.is_ready(),
     );
-    let reporter = Reporter { controller: GROUP.into(), instance: Some(node) };
-    let recorder = Recorder::new(client.clone(), reporter.clone());
-    let mut publisher =
-        Publisher { client, recorder, reporter, published, written: HashMap::new(), repaired: HashMap::new() };
+    let events = EventPublisher::new(client.clone(), node);
+    let mut publisher = Publisher { client, events, published, written: HashMap::new(), repaired: HashMap::new() };
     loop {
         let mut quiet = false;
         tokio::select! {
@@ -249,30 +245,25 @@ impl Publisher {
                 self.repaired.insert(owner.clone(), found);
             }
         }
-        let tell = EventPublisher { client: &self.client, recorder: &self.recorder, reporter: &self.reporter };
-        let jobs: Vec<BoxFuture<'_, _>> = due.into_iter().map(|job| write_and_emit(&tell, job).boxed()).collect();
+        let (client, events) = (&self.client, &self.events);
+        let jobs: Vec<BoxFuture<'_, _>> =
+            due.into_iter().map(|job| write_and_emit(client, events, job).boxed()).collect();
         let outcomes: Vec<Option<(Owner, String, CircuitBreakerStatus)>> =
             stream::iter(jobs).buffer_unordered(AT_ONCE).collect().await;
         self.written.extend(outcomes.into_iter().flatten().map(|(owner, uid, status)| (owner, (uid, status))));
     }
 }
 
-/// The clients that write a status and emit its Events.
-struct EventPublisher<'a> {
-    client: &'a Client,
-    recorder: &'a Recorder,
-    reporter: &'a Reporter,
-}
-
 /// Writes one status, and emits the Events for its changes. Returns `None` if the status could not be written and
 /// must be written again; a lost Event is not repeated.
 async fn write_and_emit(
-    publisher: &EventPublisher<'_>,
+    client: &Client,
+    events: &EventPublisher,
     (result, new, old): Due<'_>,
 ) -> Option<(Owner, String, CircuitBreakerStatus)> {
     let owner = result.owner.clone();
     if owner.kind == OwnerKind::CircuitBreaker {
-        let outcome = timeout(TIMEOUT, write(publisher.client, &owner, &new)).await;
+        let outcome = timeout(TIMEOUT, write(client, &owner, &new)).await;
         let error = match outcome {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error_text(&error)),
@@ -285,7 +276,7 @@ async fn write_and_emit(
     }
     let why = new.reason.as_deref().unwrap_or("Protect");
     for record in aggregate_reports::event_records(old.as_ref(), &new) {
-        let outcome = timeout(TIMEOUT, publish_event(publisher, result, why, &record)).await;
+        let outcome = timeout(TIMEOUT, events.publish(result, why, &record)).await;
         let error = match outcome {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error_text(&error),
@@ -310,44 +301,5 @@ async fn write(client: &Client, owner: &Owner, status: &CircuitBreakerStatus) ->
         // The object was deleted meanwhile.
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         Err(error) => Err(error),
-    }
-}
-
-async fn publish_event(
-    publisher: &EventPublisher<'_>,
-    result: &ResolvedBreaker,
-    why: &str,
-    record: &EventRecord,
-) -> Result<(), kube::Error> {
-    let (api_version, kind) = match result.owner.kind {
-        OwnerKind::CircuitBreaker => (format!("{GROUP}/v1alpha1"), "CircuitBreaker"),
-        OwnerKind::Service => ("v1".to_owned(), "Service"),
-    };
-    let about = ObjectReference {
-        api_version: Some(api_version),
-        kind: Some(kind.into()),
-        namespace: Some(result.owner.key.namespace.clone()),
-        name: Some(result.owner.key.name.clone()),
-        uid: Some(result.uid.clone()),
-        ..ObjectReference::default()
-    };
-    let event = Event {
-        type_: if record.warning { EventType::Warning } else { EventType::Normal },
-        reason: record.reason.clone(),
-        // The API accepts up to 1024 bytes.
-        note: Some(record.note.chars().take(900).collect()),
-        // The reason of the state makes the Event differ from an earlier one with another cause. Otherwise the
-        // Recorder would count up the earlier Event, which keeps its first note.
-        action: why.to_owned(),
-        secondary: None,
-    };
-    let new_recorder = || Recorder::new(publisher.client.clone(), publisher.reporter.clone());
-    if !record.counted {
-        return new_recorder().publish(&event, &about).await;
-    }
-    match publisher.recorder.publish(&event, &about).await {
-        // The Event that the Recorder wanted to count up was deleted meanwhile. A new Recorder creates a new Event.
-        Err(kube::Error::Api(status)) if status.code == 404 => new_recorder().publish(&event, &about).await,
-        outcome => outcome,
     }
 }
