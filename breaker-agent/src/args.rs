@@ -13,7 +13,7 @@ use breaker_cli::{
     args::{Command as CliCommand, Global, TableOutput},
     run::{self, complain, exit_code, out},
 };
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, parser::ValueSource};
 
 use crate::{
     config::{self, AgentConfig, Config, ConfigError, FrontendRules},
@@ -110,13 +110,32 @@ const BAD_INPUT: u8 = 2;
 /// Parses the arguments and runs the command.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse_from(arguments(std::env::args_os()));
+    let matches = Cli::command().get_matches_from(arguments(std::env::args_os()));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if let Command::Agent(args) = cli.command {
-        return if args.check { check(args) } else { agent(args) };
+        let unused = unused_options(&matches);
+        return match args.check {
+            _ if !unused.is_empty() => refuse(&unused),
+            true => check(args),
+            false => agent(args),
+        };
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = runtime.context("start").and_then(|runtime| runtime.block_on(execute(cli)));
     exit_code("breaker", outcome)
+}
+
+/// Returns a problem for each option on the command line that the agent takes from its configuration instead.
+fn unused_options(matches: &ArgMatches) -> Vec<String> {
+    let given = |id| {
+        let all = [Some(matches), matches.subcommand().map(|(_, of_agent)| of_agent)];
+        all.into_iter().flatten().any(|matches| matches.value_source(id) == Some(ValueSource::CommandLine))
+    };
+    [("socket", "--socket", "agent.socket"), ("pin_path", "--pin-path", "agent.pinPath")]
+        .into_iter()
+        .filter(|(id, ..)| given(id))
+        .map(|(_, option, field)| format!("{option} does not apply to the agent; set {field} in its configuration"))
+        .collect()
 }
 
 /// Checks the configuration. Reports every problem.
