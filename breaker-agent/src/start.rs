@@ -21,7 +21,7 @@ use crate::{
         KernelDatapath,
         attach::Attacher,
         interfaces::{self, Wanted},
-        masquerade, neighbors,
+        masquerade, memory, neighbors,
         options::{AttachMode, XdpPolicy},
         pins::{PinDir, PinError},
         preflight, programs,
@@ -218,10 +218,17 @@ async fn take_over(path: &Path, signals: &mut Signals) -> Result<Option<PinDir>>
 
 /// The sizes of the maps: from the configuration, otherwise from the node's memory.
 fn sizes(config: &AgentConfig) -> Sizes {
-    let by_memory = Sizes::default();
+    let by_memory = memory::default_sizes();
     let sizes =
         config.max_services.map_or(by_memory, |services| Sizes::for_services(services).with_flows(by_memory.flows));
-    config.max_flows.map_or(sizes, |flows| sizes.with_flows(flows))
+    let sizes = config.max_flows.map_or(sizes, |flows| sizes.with_flows(flows));
+    if let Some((full, limit)) = memory::over_limit(&sizes) {
+        tracing::warn!(
+            "full maps would take {full} MiB, and the memory limit is {limit} MiB; lower agent.maxServices or \
+             agent.maxFlows, or raise the limit"
+        );
+    }
+    sizes
 }
 
 /// Installs breaker's own netfilter rule for the masquerade mark, or removes it if the configuration says so. A

@@ -48,7 +48,7 @@ pub use telemetry::*;
 
 /// Version of every layout in this crate. The pin directory is named after it (`v` and the number), so an agent
 /// never adopts maps with a different layout.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = 10;
 
 /// Default maximum number of services on one node. The agent may choose another size when it creates the maps; the
 /// same holds for every other constant whose name starts with `DEFAULT_`.
@@ -74,7 +74,7 @@ pub const DEFAULT_FRAGMENTS: u32 = 4096;
 
 /// Default maximum number of remembered redirects of sockets in the host network namespace. A full table evicts the
 /// oldest.
-pub const DEFAULT_SOCKETS: u32 = 16_384;
+pub const DEFAULT_SOCKETS: u32 = 8192;
 
 /// Default number of buckets of `CONNECTIONS`, which remembers connections to services with limits. A bucket has
 /// [`WAYS`] entries.
@@ -89,9 +89,9 @@ pub const LIMITED_CLIENTS: u32 = 4096;
 pub const DEFAULT_RETURN_PATHS: u32 = 16_384;
 
 /// Numbers of slots that a selection table may have. Maglev requires primes (Eisenbud et al., NSDI 2016, section 3.4).
-/// 251 slots give weights a resolution of 0.4 % and fit into 1 KiB. More backends, or very unequal weights, need more
-/// slots. The sizes are the largest primes below 256, 1,024, 4,096 and 16,384.
-pub const TABLE_SIZES: [u32; 4] = [251, 1021, 4093, 16_381];
+/// 61 slots are enough for ten backends and take 256 bytes. More backends, or unequal weights, need more slots. The sizes
+/// are the largest primes below 64, 256, 1,024, 4,096 and 16,384.
+pub const TABLE_SIZES: [u32; 5] = [61, 251, 1021, 4093, 16_381];
 /// Flag in [`Route::tables`]: all slots would hold the same backend, so no table exists and the remaining bits are
 /// that backend's id. [`SLOT_PASSTHROUGH`] and [`SLOT_REJECT`] have this bit set too; test for them first.
 pub const SINGLE_BACKEND: u32 = 1 << 31;

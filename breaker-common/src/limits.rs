@@ -207,7 +207,7 @@ pub struct LimitedClient {
 /// A window of [`LimitedClient`] is 2^36 ns (69 s) of `CLOCK_MONOTONIC`.
 pub const LIMITED_WINDOW_SHIFT: u32 = 36;
 
-/// Counters of the limits of one service on one CPU: value of `LIMIT_COUNTERS`. The index is the service's. The
+/// Counters of the limits of one service: value of `LIMIT_COUNTERS`. The index is the service's. The
 /// arrays are indexed by tier (0 = primary) and [`crate::LimitKind`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]

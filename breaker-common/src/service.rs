@@ -62,7 +62,7 @@ impl Route {
 }
 
 /// Number of slots in one [`Table`]. A power of two, so that a mask proves to the verifier that an index is in bounds.
-pub const TABLE_LEN: u32 = 256;
+pub const TABLE_LEN: u32 = 64;
 
 /// A part of a selection table: value of `SLOTS`. The smallest tables have one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +100,7 @@ impl TableRef {
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u32) -> Self {
-        Self { number: word & (Self::NUMBERS - 1), size: word >> 28 & 3 }
+        Self { number: word & (Self::NUMBERS - 1), size: word >> 28 & 7 }
     }
 
     /// Number of slots.
@@ -112,7 +112,8 @@ impl TableRef {
             0 => crate::TABLE_SIZES[0],
             1 => crate::TABLE_SIZES[1],
             2 => crate::TABLE_SIZES[2],
-            _ => crate::TABLE_SIZES[3],
+            3 => crate::TABLE_SIZES[3],
+            _ => crate::TABLE_SIZES[4],
         }
     }
 
@@ -123,7 +124,7 @@ impl TableRef {
         self.slots().div_ceil(TABLE_LEN)
     }
 
-    /// Key of one of the table's parts in `SLOTS`: at most 64 parts.
+    /// Key of one of the table's parts in `SLOTS`: at most 256 parts.
     #[inline(always)]
     #[must_use]
     pub const fn key(self, part: u32) -> u32 {

@@ -24,7 +24,8 @@ pub struct Heartbeat {
     pub counts_sockets: u32,
 }
 
-/// Counters of one service on one CPU: value of `COUNTERS`. The key is the service's index.
+/// Counters of one service: value of `COUNTERS`, which has one for each CPU, and of `MORE_COUNTERS`. The key is the
+/// service's index.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceCounters {

@@ -33,6 +33,16 @@ pub unsafe fn increment(at: *mut u32) {
     unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(at, 1) };
 }
 
+/// [`increment`] for 64 bits.
+///
+/// # Safety
+/// As for [`compare_exchange`].
+#[inline(always)]
+pub unsafe fn increment64(at: *mut u64) {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(at, 1) };
+}
+
 /// Subtracts one from `*at`.
 ///
 /// # Safety

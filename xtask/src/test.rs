@@ -59,6 +59,9 @@ enum Tier {
         /// Run only this tier in the guest.
         #[arg(long)]
         tier: Option<vm::Guest>,
+        /// Number of the guest's CPUs. One thread of this machine emulates all of them.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=128))]
+        cpus: u8,
     },
 }
 
@@ -78,14 +81,14 @@ pub fn test(args: Args) -> Result<()> {
         Some(Tier::Program(filter)) => program(&filter),
         Some(Tier::Lab(filter)) => lab(&filter),
         Some(Tier::Fuzz { cases, seed }) => fuzz(cases, seed),
-        Some(Tier::Vm { filter, kernel, tier }) => {
+        Some(Tier::Vm { filter, kernel, tier, cpus }) => {
             let guests = tier.as_ref().map_or(vm::Guest::value_variants(), std::slice::from_ref);
             setup::setup_vm()?;
             if guests.contains(&vm::Guest::Lab) {
                 setup::setup_lab()?;
             }
             let all = vm::Kernel::value_variants();
-            vm::test(if kernel.is_empty() { all } else { &kernel }, guests, filter.filter.as_deref())
+            vm::test(if kernel.is_empty() { all } else { &kernel }, guests, cpus, filter.filter.as_deref())
         }
     }
 }

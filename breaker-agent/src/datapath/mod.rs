@@ -27,6 +27,7 @@ pub mod flow_list;
 pub mod interfaces;
 pub mod maps;
 pub mod masquerade;
+pub mod memory;
 pub mod neighbors;
 pub mod offline;
 pub mod options;

@@ -13,6 +13,7 @@ use aya_log::EbpfLogger;
 use super::{
     attach::{POD_PROGRAMS, UPLINK_PROGRAMS, cgroup, xdp},
     maps::{Maps, pinned},
+    memory::possible_cpus,
     pins::PinDir,
     sizes::Sizes,
     sys,
@@ -82,14 +83,12 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         &client_mask,
         true,
     );
-    let cpus = aya::util::nr_cpus().map_or(1, |cpus| u32::try_from(cpus).unwrap_or(1));
+    let cpus = possible_cpus();
     for (name, ..) in pinned() {
         loader.map_pin_path(name, pins.map(name));
-        let shared = sizes.shared(cpus).into_iter().find(|(of, _)| *of == name);
-        let family = || sizes.by_name(cpus).into_iter().find(|(of, _)| name.trim_end_matches(['4', '6']) == *of);
         // As above: a map that is pinned already keeps its size.
         let pinned = MapInfo::from_pin(pins.map(name)).map(|info| info.max_entries());
-        if let Some(entries) = pinned.ok().or(shared.or_else(family).map(|(_, entries)| entries)) {
+        if let Some(entries) = pinned.ok().or(sizes.entries_of(name, cpus)) {
             loader.map_max_entries(name, entries);
         }
     }

@@ -58,18 +58,18 @@ fn try_admit<A: Family>(
         if needs_no_flow(context, &switch) {
             // A datagram of a flow that was admitted before is not a new connection.
             if segment.is_tcp() || answer != limit::REPEATED {
-                count::service(service, |c| c.new_primary += 1);
+                count::service(service, |c| &mut c.new_primary);
             }
             return Ok(Verdict::Next);
         }
         return Ok(Verdict::Continue(Stage::Apply));
     };
     if dry_run {
-        settings::counters(service, |c| *settings::counter_of(&mut c.dry_run, tier, kind) += 1);
+        settings::count(service, |c| settings::counter_of(&mut c.dry_run, tier, kind));
         return Ok(Verdict::Continue(Stage::Apply));
     }
     let action = settings::tier_limits(limits, tier).action;
-    settings::counters(service, |c| *settings::counter_of(&mut c.limited, tier, kind) += 1);
+    settings::count(service, |c| settings::counter_of(&mut c.limited, tier, kind));
     if context.permit != 0 {
         service::return_permit(service, switch.epoch);
         context.permit = 0;
@@ -79,7 +79,7 @@ fn try_admit<A: Family>(
         let slot = select::backup_slot(service, context.route, &switch, &key);
         if slot < SLOT_REJECT {
             context.slot = slot;
-            settings::counters(service, |c| c.failed_over += 1);
+            settings::count(service, |c| &mut c.failed_over);
             limiter::mark_overflowed(service);
             endpoint::set_all_packets_bit(key.vip, key.vip_port, key.proto);
             return Ok(Verdict::Continue(Stage::AdmitToBackup));

@@ -249,7 +249,7 @@ fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) ->
         if service::record_epoch(service, switch.epoch) {
             event::send(EventKind::StateAdopted, service, switch, &flow::key(segment), None);
         }
-        count::service(service, |c| c.new_primary += 1);
+        count::service(service, |c| &mut c.new_primary);
     }
     Ok(Verdict::Next)
 }

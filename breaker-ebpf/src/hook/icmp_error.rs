@@ -55,7 +55,7 @@ fn try_error_to_client<A: Family, const FAST: bool>(
         other_port: reverse.client_port,
     };
     icmp::translate(packet, segment, &quote, &change)?;
-    count::service(service, |c| c.icmp_errors += 1);
+    count::service(service, |c| &mut c.icmp_errors);
     Ok(forward_to_client(packet, egress, next_hop))
 }
 
@@ -103,6 +103,6 @@ fn try_error_from_client<A: Family, const UPLINK: bool>(
     };
     let egress = Peer::of(flow).egress;
     icmp::translate(packet, segment, &quote, &change)?;
-    count::service(service, |c| c.icmp_errors += 1);
+    count::service(service, |c| &mut c.icmp_errors);
     Ok(forward_to_backend(packet, egress))
 }

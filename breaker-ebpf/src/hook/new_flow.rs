@@ -61,7 +61,7 @@ fn choose<A: Family>(segment: &Segment<A>, context: &mut PacketContext<A>) -> St
         }
     } else {
         count::reason(PassReason::AgentLost);
-        count::service(service, |c| c.agent_lost += 1);
+        count::service(service, |c| &mut c.agent_lost);
         context.slot = SLOT_PASSTHROUGH;
     }
     let limited = switch.has(switch_flags::LIMITED) && context.slot != SLOT_REJECT;
@@ -100,23 +100,23 @@ fn try_apply_decision<A: Family, const UPLINK: bool>(
     let mut flow = pin::passed(&key, service, switch.epoch, segment.sequence, context.now_ns);
     if switch.has(switch_flags::DRY_RUN) {
         let would_move = context.slot != SLOT_PASSTHROUGH;
-        count::service(service, |c| {
-            c.new_primary += 1;
-            c.dry_run += would_move as u64;
-        });
+        count::service(service, |c| &mut c.new_primary);
+        if would_move {
+            count::service(service, |c| &mut c.dry_run);
+        }
         return Ok(Verdict::Next);
     }
     match context.slot {
         SLOT_PASSTHROUGH => {
             let permit = context.permit;
-            count::service(service, |c| {
-                c.new_primary += 1;
-                c.half_open += permit as u64;
-            });
+            count::service(service, |c| &mut c.new_primary);
+            if permit != 0 {
+                count::service(service, |c| &mut c.half_open);
+            }
             pass_and_pin(&switch, &key, &mut flow)
         }
         SLOT_REJECT => {
-            count::service(service, |c| c.rejected += 1);
+            count::service(service, |c| &mut c.rejected);
             event::send(EventKind::Rejected, service, &switch, &key, None);
             Ok(Verdict::Continue(Stage::Refuse))
         }
@@ -170,11 +170,13 @@ fn redirect<A: Family, const UPLINK: bool>(
     debug!(packet.context(), "moved port {} to backend {}", u16::from_be_bytes(key.client_port), id);
     event::send(EventKind::FlowMoved, service, switch, key, Some(&*flow));
     let port_changed = flow.source_port != key.client_port && reply.egress == egress::STACK;
-    count::service(service, |c| {
-        c.new_backup += 1;
-        c.hairpin += hairpin as u64;
-        c.port_changed += port_changed as u64;
-    });
+    count::service(service, |c| &mut c.new_backup);
+    if hairpin {
+        count::service(service, |c| &mut c.hairpin);
+    }
+    if port_changed {
+        count::service(service, |c| &mut c.port_changed);
+    }
     context.peer = Peer::of(flow);
     Ok(Verdict::Continue(Stage::Translate))
 }
@@ -206,7 +208,7 @@ pub(super) fn translate<A: Family, const UPLINK: bool>(
     }
     fragment::note_to_backend(segment, &to.addr, mark, to.egress);
     nat::to_backend(packet, segment, to.addr, to.port, to.source_port)?;
-    count::service(service, |c| c.translated += 1);
+    count::service(service, |c| &mut c.translated);
     Ok(forward_to_backend(packet, to.egress))
 }
 
@@ -215,7 +217,7 @@ pub(super) fn translate<A: Family, const UPLINK: bool>(
 /// trip.
 #[inline(always)]
 fn fail_open<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reason: PassReason) -> Result<Verdict, PassReason> {
-    count::service(flow.service, |c| c.failed_open += 1);
+    count::service(flow.service, |c| &mut c.failed_open);
     let _ = pin::pin_passed(key, flow);
     Err(reason)
 }

@@ -15,7 +15,7 @@ use crate::{
 
 #[inline(never)]
 pub(super) fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, context: &PacketContext<A>) -> i32 {
-    count::service(context.service, |c| c.resets += 1);
+    count::service(context.service, |c| &mut c.resets);
     let switch = Switch::from_word(context.switch);
     event::send(EventKind::FlowReset, context.service, &switch, &flow::key(segment), None);
     verdict::into_action(

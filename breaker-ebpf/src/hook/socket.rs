@@ -165,7 +165,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     let dry_run = switch.has(switch_flags::DRY_RUN);
     let limited = switch.has(switch_flags::LIMITED);
     if !service::tracks(index, &switch) && !dry_run && !limited {
-        count::service(index, |c| c.new_primary += 1);
+        count::service(index, |c| &mut c.new_primary);
         return Choice::Stays;
     }
     // The socket has no source port yet, so the hash uses the socket's cookie in place of the client's address.
@@ -174,7 +174,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
         select::choose_with_hash(index, role.route, &switch, false, hash)
     } else {
         count::reason(PassReason::AgentLost);
-        count::service(index, |c| c.agent_lost += 1);
+        count::service(index, |c| &mut c.agent_lost);
         select::Choice { slot: SLOT_PASSTHROUGH, permit: false }
     };
     if limited && chosen.slot != SLOT_REJECT {
@@ -199,7 +199,7 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
             if over >= SLOT_REJECT {
                 return Choice::Refused;
             }
-            settings::counters(index, |c| c.failed_over += 1);
+            settings::count(index, |c| &mut c.failed_over);
             if let Over::Refused(_) = ask(&request, true) {
                 return Choice::Refused;
             }
@@ -208,15 +208,17 @@ fn decide<A: Family>(sock: &Sock<'_>, vip: A, port: [u8; 2], proto: u8, cookie: 
     }
     if dry_run || chosen.slot == SLOT_PASSTHROUGH {
         let would_move = dry_run && chosen.slot != SLOT_PASSTHROUGH;
-        count::service(index, |c| {
-            c.new_primary += 1;
-            c.half_open += (chosen.permit && !dry_run) as u64;
-            c.dry_run += would_move as u64;
-        });
+        count::service(index, |c| &mut c.new_primary);
+        if chosen.permit && !dry_run {
+            count::service(index, |c| &mut c.half_open);
+        }
+        if would_move {
+            count::service(index, |c| &mut c.dry_run);
+        }
         return Choice::Stays;
     }
     if chosen.slot == SLOT_REJECT {
-        count::service(index, |c| c.rejected += 1);
+        count::service(index, |c| &mut c.rejected);
         return Choice::Refused;
     }
     Choice::Backend(chosen.slot)
@@ -267,7 +269,7 @@ fn record_redirect<A: Family>(
         let _ = sockets().insert(&key, &origin, BPF_ANY as u64);
     }
     if first || proto == PROTO_TCP {
-        count::service(service, |c| c.new_backup += 1);
+        count::service(service, |c| &mut c.new_backup);
         if let Some(switch) = service::switch(service) {
             let key = FlowKey { client: A::ZERO, vip, client_port: [0; 2], vip_port, proto, pad: [0; 3] };
             event::send(EventKind::FlowMoved, service, &switch, &key, None);

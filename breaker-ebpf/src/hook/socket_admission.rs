@@ -47,8 +47,8 @@ pub(super) fn ask(request: &SocketRequest, backup: bool) -> Over {
     };
     let Some(kind) = refusing_limit(question.admit()) else { return Over::No };
     let dry_run = Switch::from_word(request.switch).has(switch_flags::DRY_RUN);
-    settings::counters(request.service, |c| {
-        *settings::counter_of(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind) += 1;
+    settings::count(request.service, |c| {
+        settings::counter_of(if dry_run { &mut c.dry_run } else { &mut c.limited }, tier, kind)
     });
     if dry_run { Over::No } else { Over::Refused(tier) }
 }

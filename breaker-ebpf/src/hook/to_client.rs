@@ -81,7 +81,7 @@ fn is_late_answer<A: Family>(segment: &Segment<A>) -> bool {
     let Some(service) = role.and_then(|role| endpoint::index(role.service)) else { return false };
     let is_late = flow::awaits_other_answer(segment);
     if is_late {
-        count::service(service, |c| c.late_answers += 1);
+        count::service(service, |c| &mut c.late_answers);
     }
     is_late
 }
@@ -120,6 +120,6 @@ fn translate_back<A: Family>(
     }
     fragment::note_to_client(segment, reverse, egress);
     nat::from_backend(packet, segment, reverse.vip, reverse.vip_port, reverse.client_port)?;
-    count::service(reverse.service, |c| c.translated += 1);
+    count::service(reverse.service, |c| &mut c.translated);
     Ok(forward_to_client(packet, egress, reverse.next_hop))
 }

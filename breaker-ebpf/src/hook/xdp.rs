@@ -50,7 +50,7 @@ fn refuse<A: Family>(packet: &XdpPacket<'_>, l3: usize) -> u32 {
         count::reason(PassReason::RewriteFailed);
         return XDP_PASS;
     }
-    count::service(service, |c| c.rejected += 1);
+    count::service(service, |c| &mut c.rejected);
     XDP_TX
 }
 

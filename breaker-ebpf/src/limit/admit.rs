@@ -10,7 +10,7 @@ use super::{
     limiter::{
         Arrival, CONTENDED, Owner, REFUSED, breaker_count, breaker_rate, full_count_refuses, give_back, state_of,
     },
-    settings::{counters, tier_limits},
+    settings::{self, tier_limits},
 };
 use crate::{agent, atomic, count};
 
@@ -27,7 +27,7 @@ pub fn admit(request: &UnpackedRequest, limits: &ServiceLimits) -> u32 {
     ) {
         if entry.is_same_connection(request, index) {
             entry.touch(agent::tick(request.now_ns));
-            counters(request.service, |c| c.repeated += 1);
+            settings::count(request.service, |c| &mut c.repeated);
             return REPEATED;
         }
         // The client reuses its port: the earlier connection has ended, or now belongs to the other tier.
@@ -53,13 +53,11 @@ pub fn admit(request: &UnpackedRequest, limits: &ServiceLimits) -> u32 {
     }
     let untracked = !remembered || limit.has_client_limits() && client == 0;
     if untracked {
+        settings::count(request.service, |c| &mut c.untracked);
         count::reason(PassReason::LimitTableFull);
     }
-    if contended | untracked {
-        counters(request.service, |c| {
-            c.contended += contended as u64;
-            c.untracked += untracked as u64;
-        });
+    if contended {
+        settings::count(request.service, |c| &mut c.contended);
     }
     ADMITTED
 }

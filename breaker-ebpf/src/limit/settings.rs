@@ -2,10 +2,12 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, PerCpuHashMap},
+    btf_maps::{Array, HashMap},
     macros::btf_map,
 };
 use breaker_common::{DEFAULT_SERVICES, LimitCounters, ServiceLimits, TierLimits};
+
+use crate::atomic;
 
 const SERVICES: usize = DEFAULT_SERVICES as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -14,10 +16,10 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 #[btf_map]
 static LIMITS: Array<ServiceLimits, SERVICES, MMAPABLE> = Array::new();
 
-/// Counters of each service's limits, one set for each CPU. The agent adds the entry of a service that has limits.
+/// Counters of each service's limits. The agent adds the entry of a service that has limits. All CPUs share it, as they
+/// share the limits; see `count::MORE_COUNTERS` on per-CPU hashes.
 #[btf_map]
-static LIMIT_COUNTERS: PerCpuHashMap<u32, LimitCounters, SERVICES, { BPF_F_NO_PREALLOC as usize }> =
-    PerCpuHashMap::new();
+static LIMIT_COUNTERS: HashMap<u32, LimitCounters, SERVICES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 /// Index of the primary in [`ServiceLimits::tiers`]; also the offset of its limiter from twice the service's index.
 pub const PRIMARY: u32 = 0;
@@ -36,12 +38,12 @@ pub fn tier_limits(limits: &ServiceLimits, tier: u32) -> &TierLimits {
     if tier == PRIMARY { &limits.tiers[0] } else { &limits.tiers[1] }
 }
 
-/// Changes the limit counters of a service on this CPU.
+/// Adds one to the counter of a service's limits that `counter` selects.
 #[inline(always)]
-pub fn counters(service: u32, change: impl FnOnce(&mut LimitCounters)) {
+pub fn count(service: u32, counter: impl FnOnce(&mut LimitCounters) -> &mut u64) {
     if let Some(counters) = LIMIT_COUNTERS.get_ptr_mut(service) {
-        // SAFETY: the kernel returned a pointer to this CPU's value; see `count::service` on preemption.
-        change(unsafe { &mut *counters });
+        // SAFETY: the kernel returned a pointer to the value, whose counters all programs change by atomics.
+        unsafe { atomic::increment64(counter(&mut *counters)) };
     }
 }
 

@@ -10,6 +10,7 @@ mod fast_path;
 mod lifecycle;
 mod limits;
 mod masquerade;
+mod memory;
 mod netfilter;
 mod policy;
 mod pressure;

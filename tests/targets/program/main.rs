@@ -12,6 +12,7 @@ mod filter;
 mod flows;
 mod footprint;
 mod limits;
+mod many_cpus;
 mod repeated;
 mod selection;
 mod translation;

@@ -38,10 +38,9 @@ const DEADLINE: Duration = Duration::from_secs(5400);
 /// All CPU features that qemu emulates, except cmpxchg16b. The memory allocator of kernel 6.12 uses that instruction
 /// and reports corrupt lists within seconds under qemu 7.2 (Debian 12). Without the instruction it uses a lock.
 const CPU: &str = "max,cx16=off";
-/// Emulates both CPUs on one host thread. With two threads, the guest sometimes executes an instruction that its
+/// Emulates all CPUs on one host thread. With two threads, the guest sometimes executes an instruction that its
 /// kernel has only half replaced (a jump label, such as the hook that tcx enables), and dies with `Oops: int3`.
 const ACCELERATOR: &str = "tcg,thread=single";
-const PROCESSORS: &str = "2";
 /// Memory of the guest. The tests create maps sized for a node with 1 GiB, two sets at a time, and all files are in
 /// memory too.
 const MEMORY: &str = "3G";
@@ -107,19 +106,20 @@ impl Guest {
     }
 }
 
-/// Runs the tiers on each of the kernels, one after the other.
+/// Runs the tiers on each of the kernels, one after the other, in a guest with this number of CPUs.
 ///
 /// # Errors
 /// Tests failed (the message names the kernels; the remaining kernels run first), or something could not be built,
 /// downloaded or started.
-pub fn test(kernels: &[Kernel], tiers: &[Guest], filter: Option<&str>) -> Result<()> {
+pub fn test(kernels: &[Kernel], tiers: &[Guest], cpus: u8, filter: Option<&str>) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "the tests on other kernels run on x86-64 machines only");
     build::programs()?;
     let build = || tiers.iter().map(|tier| Tests::build(*tier)).collect::<Result<_>>();
     let tests: Vec<Tests> = step("build what runs in the guest", build)?;
     let mut failed = Vec::new();
     for kernel in kernels {
-        if let Err(error) = step(&format!("run the tests on kernel {kernel}"), || run_on(*kernel, &tests, filter)) {
+        if let Err(error) = step(&format!("run the tests on kernel {kernel}"), || run_on(*kernel, &tests, cpus, filter))
+        {
             eprintln!("kernel {kernel}: {error:#}");
             failed.push(kernel.to_string());
         }
@@ -173,7 +173,7 @@ fn iptables_extensions() -> Result<PathBuf> {
     places.find(|path| path.is_dir()).context("the directory of iptables' extensions (xtables) was not found")
 }
 
-fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
+fn run_on(kernel: Kernel, tests: &[Tests], cpus: u8, filter: Option<&str>) -> Result<()> {
     let dir = ebpf_builder::workspace().join("target/vm").join(kernel.to_string());
     let image = kernel.fetch(&dir)?;
     let mut files = Initramfs::new()?;
@@ -193,7 +193,7 @@ fn run_on(kernel: Kernel, tests: &[Tests], filter: Option<&str>) -> Result<()> {
     files.add_bytes("filter", filter.unwrap_or_default().as_bytes(), 0o644)?;
     let initramfs = dir.join("initramfs.cpio");
     fs::write(&initramfs, files.finish()?).with_context(|| format!("write {}", initramfs.display()))?;
-    boot(&image.vmlinuz, &initramfs)
+    boot(&image.vmlinuz, &initramfs, cpus)
 }
 
 /// Builds a binary and returns its path. `test`: whether it is a test binary.
@@ -214,11 +214,11 @@ fn built(args: &[&str], name: &str, test: bool) -> Result<PathBuf> {
 /// # Errors
 /// The tests failed, or the guest ended without reporting their status (because of a panic, for example) or did not
 /// end in time.
-fn boot(vmlinuz: &Path, initramfs: &Path) -> Result<()> {
+fn boot(vmlinuz: &Path, initramfs: &Path, cpus: u8) -> Result<()> {
     let mut qemu = Command::new("qemu-system-x86_64")
         // Without KVM, even where it is available, so that runs are the same everywhere. No disk, no network, no
         // screen.
-        .args(["-accel", ACCELERATOR, "-cpu", CPU, "-smp", PROCESSORS, "-m", MEMORY])
+        .args(["-accel", ACCELERATOR, "-cpu", CPU, "-smp", &cpus.to_string(), "-m", MEMORY])
         .args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
         .arg("-kernel")
         .arg(vmlinuz)

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Map, MapData, PerCpuHashMap};
+use aya::maps::{self, Map, MapData};
 use breaker_common::{
     Bucket, ClientState, ConnectionState, LIMITED_CLIENTS, LIMITED_WINDOW_SHIFT, LimitCounters, LimitedClient, Limiter,
     ServiceLimits, limit_flags,
@@ -19,7 +19,7 @@ use breaker_core::{
     model::TierRole,
 };
 
-use super::{add_per_cpu, array, entries, is_not_found, mmap::SharedArray, remove_per_cpu, shared, typed};
+use super::{add_entry, array, entries, entry_or_default, mmap::SharedArray, remove_entry, shared, typed};
 use crate::clock;
 
 pub(super) type Connections = Bucket<ConnectionState>;
@@ -32,7 +32,7 @@ pub(crate) struct LimitMaps {
     pub(super) connections: SharedArray,
     pub(super) clients: SharedArray,
     pub(super) limited: SharedArray,
-    pub(super) counters: PerCpuHashMap<MapData, u32, LimitCounters>,
+    pub(super) counters: maps::HashMap<MapData, u32, LimitCounters>,
     /// Number of buckets in `CONNECTIONS`.
     pub connection_buckets: u32,
     /// Number of buckets in `CLIENTS`.
@@ -108,12 +108,12 @@ impl LimitMaps {
             self.limiters.write(limiter, &Limiter { arrival_ns: 0, concurrent: 0, overflowed: 0, pad: [0; 6] });
             self.drift.remove(&limiter);
         }
-        remove_per_cpu(&mut self.counters, index).context("remove the counters of limits")
+        remove_entry(&mut self.counters, index).context("remove the counters of limits")
     }
 
     /// Adds the counters of a service's limits. If it has counters already, they stay.
     pub(crate) fn add_counters(&mut self, index: u32) -> Result<()> {
-        add_per_cpu(&mut self.counters, index).context("add the counters of limits")
+        add_entry(&mut self.counters, index).context("add the counters of limits")
     }
 
     /// Returns the counters of a service's limits, with up to `clients` of its most refused clients.
@@ -143,27 +143,12 @@ impl LimitMaps {
         self.limiters.word32(index * 2, offset_of!(Limiter, overflowed))
     }
 
-    /// Returns a service's counters of limits, summed over all CPUs.
+    /// Returns a service's counters of limits.
     ///
     /// # Errors
     /// The counters cannot be read.
     fn counters(&self, index: u32) -> Result<LimitCounters> {
-        let mut sum = LimitCounters::default();
-        let per_cpu = match self.counters.get(&index, 0) {
-            Err(error) if is_not_found(&error) => return Ok(sum),
-            outcome => outcome.context("read the counters of limits")?,
-        };
-        for one in per_cpu.iter() {
-            for (tier, kind) in [0, 1].into_iter().flat_map(|tier| (0..4).map(move |kind| (tier, kind))) {
-                sum.limited[tier][kind] += one.limited[tier][kind];
-                sum.dry_run[tier][kind] += one.dry_run[tier][kind];
-            }
-            sum.failed_over += one.failed_over;
-            sum.contended += one.contended;
-            sum.repeated += one.repeated;
-            sum.untracked += one.untracked;
-        }
-        Ok(sum)
+        entry_or_default(&self.counters, index).context("read the counters of limits")
     }
 
     /// Returns up to `most` clients of a service that had connections refused in the last minute, the most refused

@@ -11,10 +11,7 @@ mod mmap;
 use std::{os::fd::AsFd as _, path::Path, sync::atomic::Ordering, time::Duration};
 
 use anyhow::{Context as _, Result};
-use aya::{
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, RingBuf},
-    util::nr_cpus,
-};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
     ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, ReturnPath, ReturnPathKey, Route, ServiceCounters,
     ServiceRecord, SocketKey, SocketOrigin, Switch, Table, V4, V6,
@@ -67,7 +64,7 @@ pub struct Maps {
     pub(crate) sizes: Sizes,
     /// Counters of the services with the lowest indices, and of the others.
     counters: PerCpuArray<MapData, ServiceCounters>,
-    more_counters: PerCpuHashMap<MapData, u32, ServiceCounters>,
+    more_counters: HashMap<MapData, u32, ServiceCounters>,
     pub(crate) return_paths: HashMap<MapData, ReturnPathKey, ReturnPath>,
     /// Whether the last sweep found a table of established flows more than half full.
     pub(crate) crowded: bool,
@@ -245,13 +242,11 @@ impl Maps {
     /// # Errors
     /// The map cannot be read.
     pub fn counters(&self, index: u32) -> Result<ServiceCounters> {
-        let found =
-            if index < self.counters.len() { self.counters.get(&index, 0) } else { self.more_counters.get(&index, 0) };
-        match found {
-            Ok(per_cpu) => Ok(per_cpu.iter().fold(ServiceCounters::default(), add)),
-            Err(error) if is_not_found(&error) => Ok(ServiceCounters::default()),
-            Err(error) => Err(error).context("read the counters"),
+        if index >= self.counters.len() {
+            return entry_or_default(&self.more_counters, index).context("read the counters");
         }
+        let per_cpu = self.counters.get(&index, 0).context("read the counters")?;
+        Ok(per_cpu.iter().fold(ServiceCounters::default(), add))
     }
 
     /// Adds a service's counters. If it has counters already, they stay.
@@ -259,12 +254,12 @@ impl Maps {
         if index < self.counters.len() {
             return Ok(());
         }
-        add_per_cpu(&mut self.more_counters, index).context("add the counters")
+        add_entry(&mut self.more_counters, index).context("add the counters")
     }
 
     pub(crate) fn remove_counters(&mut self, index: u32) -> Result<()> {
         if index >= self.counters.len() {
-            return remove_per_cpu(&mut self.more_counters, index).context("remove the counters");
+            return remove_entry(&mut self.more_counters, index).context("remove the counters");
         }
         let cpus = self.counters.get(&index, 0).context("read the counters")?.len();
         let zeros = PerCpuValues::try_from(vec![ServiceCounters::default(); cpus]).context("clear the counters")?;
@@ -289,18 +284,24 @@ impl Maps {
     }
 }
 
-/// Adds an entry with zeros for every possible CPU. An entry that exists stays.
-pub(crate) fn add_per_cpu<V: aya::Pod + Default>(map: &mut PerCpuHashMap<MapData, u32, V>, index: u32) -> Result<()> {
-    let cpus = nr_cpus().map_err(|(file, error)| anyhow::Error::new(error).context(format!("read {file}")))?;
-    let zeros = PerCpuValues::try_from(vec![V::default(); cpus])?;
-    match map.insert(index, zeros, BPF_NOEXIST) {
+/// Returns an entry of counters; zeros if there is none.
+fn entry_or_default<V: aya::Pod + Default>(map: &HashMap<MapData, u32, V>, index: u32) -> Result<V> {
+    match map.get(&index, 0) {
+        Err(error) if is_not_found(&error) => Ok(V::default()),
+        outcome => Ok(outcome?),
+    }
+}
+
+/// Adds an entry of counters with zeros. An entry that exists stays.
+fn add_entry<V: aya::Pod + Default>(map: &mut HashMap<MapData, u32, V>, index: u32) -> Result<()> {
+    match map.insert(index, V::default(), BPF_NOEXIST) {
         Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
         outcome => Ok(outcome?),
     }
 }
 
-/// Removes an entry. It may be gone already.
-pub(crate) fn remove_per_cpu<V: aya::Pod>(map: &mut PerCpuHashMap<MapData, u32, V>, index: u32) -> Result<()> {
+/// Removes an entry of counters. It may be gone already.
+fn remove_entry<V: aya::Pod>(map: &mut HashMap<MapData, u32, V>, index: u32) -> Result<()> {
     match map.remove(&index) {
         Err(error) if !is_not_found(&error) => Err(error.into()),
         _ => Ok(()),

@@ -5,6 +5,7 @@ mod failover;
 mod http;
 mod limits;
 mod maps;
+mod node;
 mod packets;
 mod probes;
 mod scale;
@@ -45,6 +46,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("probes", probes::rows),
     ("scale", scale::rows),
     ("maps", maps::rows),
+    ("node", node::rows),
 ];
 
 /// Runs the groups whose name contains `name`.
