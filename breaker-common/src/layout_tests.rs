@@ -24,6 +24,7 @@ fn sizes_are_pinned() {
     assert_eq!((size_of::<Fragment<V4>>(), size_of::<Fragment<V6>>()), (20, 44));
     assert_eq!((size_of::<SocketKey>(), size_of::<SocketOrigin>()), (32, 24));
     assert_eq!((size_of::<ReturnPathKey>(), size_of::<ReturnPath>()), (8, 16));
+    assert_eq!(size_of::<DownBackendKey>(), 8);
     assert_eq!(size_of::<Heartbeat>(), 40);
     assert_eq!(size_of::<ServiceCounters>(), 104);
     assert_eq!(size_of::<Event>(), 80);

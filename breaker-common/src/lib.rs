@@ -85,6 +85,9 @@ pub const DEFAULT_CLIENT_BUCKETS: u32 = 2048;
 /// Number of entries of `LIMITED`, the list of the clients that limits refuse most often. A power of two.
 pub const LIMITED_CLIENTS: u32 = 4096;
 
+/// Default maximum number of entries of `DOWN_BACKENDS`: pairs of a service and a backend.
+pub const DEFAULT_DOWN_BACKENDS: u32 = 16_384;
+
 /// Default maximum number of entries of `RETURN_PATHS`: pairs of an interface and a service.
 pub const DEFAULT_RETURN_PATHS: u32 = 16_384;
 

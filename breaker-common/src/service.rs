@@ -163,7 +163,8 @@ pub mod switch_flags {
     /// Reset established flows on the primary that were decided in an older epoch or whose SYN the programs did not
     /// see (`onOpen: Reset`).
     pub const RESET_PRIMARY: u8 = 1 << 1;
-    /// Reset established flows on a backup that were decided in an older epoch (`onClose: Reset`).
+    /// Closed: reset established flows on a backup that were decided in an older epoch (`onClose: Reset`). In the other
+    /// states: reset those to the backends in `DOWN_BACKENDS` (`onBackupDown: Reset`).
     pub const RESET_BACKUP: u8 = 1 << 2;
     /// Dry run: decide and count, but rewrite no packet.
     pub const DRY_RUN: u8 = 1 << 3;
@@ -280,6 +281,21 @@ pub struct Backend<A> {
     /// Index of the host-side interface of the backend's pod, if the pod is on this node and breaker's programs are
     /// attached to that interface; 0 otherwise. Written by the agent.
     pub ifindex: u32,
+}
+
+/// A backend of a service: key of `DOWN_BACKENDS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(C)]
+pub struct DownBackendKey {
+    /// Index of the service.
+    pub service: u32,
+    /// Id of the backend, with [`DownBackendKey::IPV6`] for an id in `BACKENDS6`.
+    pub backend: u32,
+}
+
+impl DownBackendKey {
+    /// Set in `backend` if the id is one of `BACKENDS6`.
+    pub const IPV6: u32 = 1 << 31;
 }
 
 /// Bits of [`Backend::in_use`].

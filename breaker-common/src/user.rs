@@ -4,9 +4,9 @@
 use aya::Pod;
 
 use crate::{
-    Address, Backend, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey, Heartbeat,
-    ReturnPath, ReturnPathKey, Reverse, ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime, SocketKey,
-    SocketOrigin, Switch, Table,
+    Address, Backend, DownBackendKey, EndpointKey, EndpointRole, FilterWords, Flow, FlowKey, Fragment, FragmentKey,
+    Heartbeat, ReturnPath, ReturnPathKey, Reverse, ReverseKey, Route, ServiceCounters, ServiceRecord, ServiceRuntime,
+    SocketKey, SocketOrigin, Switch, Table,
 };
 use crate::{Bucket, ClientState, ConnectionState, LimitCounters, LimitedClient, Limiter, ServiceLimits};
 
@@ -27,6 +27,7 @@ macro_rules! pod_of_address {
 }
 
 pod!(
+    DownBackendKey,
     EndpointRole,
     FilterWords,
     Bucket<ClientState>,

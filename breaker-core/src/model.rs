@@ -469,6 +469,9 @@ pub struct Service {
     pub on_open: EstablishedPolicy,
     /// What happens to established flows to a backup when the breaker closes.
     pub on_close: EstablishedPolicy,
+    /// What happens to established flows to a backend of a backup that is Down, while the breaker is not closed and another
+    /// backend of a backup is usable.
+    pub on_backup_down: EstablishedPolicy,
     /// What a new connection gets while the breaker is open and no backup is usable.
     pub when_all_unhealthy: WhenAllUnhealthy,
     /// What the programs do when the agent's lease has expired.
@@ -518,6 +521,7 @@ impl Service {
             override_: Override::Auto,
             on_open: EstablishedPolicy::Keep,
             on_close: EstablishedPolicy::Keep,
+            on_backup_down: EstablishedPolicy::Keep,
             when_all_unhealthy: WhenAllUnhealthy::PassThrough,
             on_agent_loss: OnAgentLoss::PassThrough,
             fast_path: FastPath::Off,

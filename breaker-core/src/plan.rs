@@ -120,6 +120,8 @@ pub struct ServicePlan {
     pub limits: Option<Limits>,
     /// Whether the primary accepts connections, although it may fail its checks.
     pub primary_accepts: bool,
+    /// Backends of the backups that are Down, and whose established flows are reset.
+    pub down: BTreeSet<SocketAddr>,
 }
 
 impl ServicePlan {
@@ -135,6 +137,17 @@ impl ServicePlan {
             half_open_limit: service.breaker.half_open_connections,
             limits: service.limits,
             primary_accepts: false,
+            down: BTreeSet::new(),
+        }
+    }
+
+    /// Has the programs reset the established flows to these backends of the backups, which are Down. The policy for
+    /// closed breakers is another one, and a dry run resets nothing.
+    pub fn reset_flows_to(&mut self, down: BTreeSet<SocketAddr>) {
+        let is_dry_run = self.flags & switch_flags::DRY_RUN != 0;
+        if self.decision.state != BreakerState::Closed && !is_dry_run && !down.is_empty() {
+            self.flags |= switch_flags::RESET_BACKUP;
+            self.down = down;
         }
     }
 

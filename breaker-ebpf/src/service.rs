@@ -1,8 +1,15 @@
 //! A service's switch (where new connections go), its record, and the state that the programs keep for it: the
 //! epoch and the half-open permits.
 
-use aya_ebpf::{bindings::BPF_F_MMAPABLE, btf_maps::Array, macros::btf_map};
-use breaker_common::{DEFAULT_SERVICES, ServiceRecord, ServiceRuntime, Switch, switch_flags};
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap},
+    macros::btf_map,
+};
+use breaker_common::{
+    BreakerState, DEFAULT_DOWN_BACKENDS, DEFAULT_SERVICES, DownBackendKey, Flow, ServiceRecord, ServiceRuntime, Switch,
+    switch_flags,
+};
 
 use crate::{atomic, limit::limiter};
 
@@ -22,6 +29,12 @@ static SERVICES: Array<ServiceRecord, SERVICES_LEN, MMAPABLE> = Array::new();
 #[btf_map]
 static RUNTIME: Array<ServiceRuntime, SERVICES_LEN> = Array::new();
 
+/// The backends of each service that are Down, and whose established flows are to be reset (`onBackupDown: Reset`).
+/// Written by the agent. The programs look here only if the switch says so.
+#[btf_map]
+static DOWN_BACKENDS: HashMap<DownBackendKey, u8, { DEFAULT_DOWN_BACKENDS as usize }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
 /// Number of attempts at a compare-and-swap before the caller takes the safe result.
 const TRIES: usize = 4;
 
@@ -38,6 +51,18 @@ pub fn switch(service: u32) -> Option<Switch<u8>> {
 #[inline(always)]
 pub fn tracks(service: u32, switch: &Switch<u8>) -> bool {
     switch.has(switch_flags::TRACK) || switch.has(switch_flags::LIMITED) && limiter::has_overflowed(service)
+}
+
+/// Whether an established flow on a backup is to be reset. The switch has [`switch_flags::RESET_BACKUP`].
+#[inline(always)]
+pub fn resets_on_backup<A>(flow: &Flow<A>, switch: &Switch<u8>) -> bool {
+    if switch.state == BreakerState::Closed as u8 {
+        return flow.epoch != switch.epoch;
+    }
+    let family = if size_of::<A>() == 4 { 0 } else { DownBackendKey::IPV6 };
+    let key = DownBackendKey { service: flow.service, backend: flow.backend_id | family };
+    // SAFETY: the value is not read.
+    unsafe { DOWN_BACKENDS.get(&key) }.is_some()
 }
 
 /// A service's record.

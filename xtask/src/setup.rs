@@ -53,6 +53,7 @@ const LAB: &[Requirement] = &[
     requirement("ethtool", "ethtool", "sets the offloads of the lab's interfaces"),
     requirement("tcpdump", "tcpdump", "captures packets"),
     requirement("tshark", "tshark", "checks the checksums of captured packets"),
+    requirement("/usr/lib/cni/bandwidth", "containernetworking-plugins", "gives pods' interfaces qdiscs of its own"),
 ];
 
 /// What the benchmarks need in addition.

@@ -60,6 +60,7 @@ pub(super) struct Service {
     pub override_: Option<Spanned<String>>,
     pub on_open: Option<Spanned<String>>,
     pub on_close: Option<Spanned<String>>,
+    pub on_backup_down: Option<Spanned<String>>,
     pub when_all_unhealthy: Option<Spanned<String>>,
     pub on_agent_loss: Option<Spanned<String>>,
     pub fast_path: Option<Spanned<String>>,

@@ -112,6 +112,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
     if complete {
         families_have_backups(problems, &field("backups"), &frontends, &backups, raw.backups.referenced);
     }
+    let on_open = problems.word(raw.on_open.as_ref(), &field("onOpen"), &established, EstablishedPolicy::Reset);
     Service {
         name: ServiceName::new(&raw.name.value),
         frontends,
@@ -123,8 +124,9 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         starting: false,
         mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
-        on_open: problems.word(raw.on_open.as_ref(), &field("onOpen"), &established, EstablishedPolicy::Reset),
+        on_open,
         on_close: problems.word(raw.on_close.as_ref(), &field("onClose"), &established, EstablishedPolicy::Keep),
+        on_backup_down: problems.word(raw.on_backup_down.as_ref(), &field("onBackupDown"), &established, on_open),
         when_all_unhealthy: problems.word(
             raw.when_all_unhealthy.as_ref(),
             &field("whenAllUnhealthy"),

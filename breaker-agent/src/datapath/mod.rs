@@ -45,7 +45,7 @@ use std::{
     time::Duration,
 };
 
-use breaker_common::{PassReason, ServiceCounters, switch_flags};
+use breaker_common::{DownBackendKey, PassReason, ServiceCounters, switch_flags};
 use breaker_core::{
     datapath::{Adopted, Datapath, DatapathError, Destination, FlowSnapshot, LimitReport, PacketEvent, Sweep},
     model::{Frontend, ServiceName},
@@ -79,6 +79,8 @@ pub struct KernelDatapath {
     /// Interface index of each pod on this node, by the pod's address.
     local_pods: LocalPods,
     return_paths: ReturnPaths,
+    /// The content of `DOWN_BACKENDS`.
+    down_backends: BTreeSet<DownBackendKey>,
     service_indices: IndexAllocator,
     route_indices: IndexAllocator,
     table_indices: IndexAllocator,
@@ -100,6 +102,7 @@ impl KernelDatapath {
             fast_path_seen: true,
             local_pods: LocalPods::new(),
             return_paths: ReturnPaths::default(),
+            down_backends: BTreeSet::new(),
             service_indices: IndexAllocator::new("services", sizes.services),
             route_indices: IndexAllocator::new("routes", sizes.routes),
             table_indices: IndexAllocator::new("selection tables", sizes.tables),

@@ -83,6 +83,7 @@ impl Sizes {
             "FRAGMENTS" => with_reserve(breaker_common::DEFAULT_FRAGMENTS, cpus),
             "SOCKETS" => with_reserve(breaker_common::DEFAULT_SOCKETS, cpus),
             "RETURN_PATHS" => breaker_common::DEFAULT_RETURN_PATHS,
+            "DOWN_BACKENDS" => breaker_common::DEFAULT_DOWN_BACKENDS,
             "SWITCHES" | "SERVICES" | "RUNTIME" | "LIMITS" | "LIMIT_COUNTERS" => self.services,
             "LIMITERS" => self.services.saturating_mul(2),
             "CONNECTIONS" => self.connection_buckets,

@@ -1,6 +1,6 @@
 //! Plans: what the maps should have, from the configuration and the breaker's decision.
 
-use std::{net::SocketAddr, path::Path};
+use std::{collections::BTreeSet, net::SocketAddr, path::Path};
 
 use breaker_agent::config;
 use breaker_common::{BreakerState, StateReason, TABLE_SIZES, switch_flags};
@@ -54,6 +54,23 @@ fn flags_follow_from_state_and_policy() {
         let backup = if *usable { service.backups[0].backends.clone() } else { vec![] };
         let plan = ServicePlan::new(&service, decision(*state, *share, *draining), &backup);
         assert_eq!(plan.flags, *expected, "{extra} {state:?} {share} {draining} {usable}");
+    }
+}
+
+/// TRIALS E3: flows to backends that are Down are reset while the breaker is not closed, and not by a dry run.
+#[test]
+fn flows_to_backends_that_are_down_are_reset_unless_closed_or_dry() {
+    let down: BTreeSet<SocketAddr> = ["10.42.0.9:80".parse().unwrap()].into();
+    for (extra, state, resets) in [
+        ("", BreakerState::Open, true),
+        ("", BreakerState::HalfOpen, true),
+        ("", BreakerState::Closed, false),
+        ("mode: DryRun,", BreakerState::Open, false),
+    ] {
+        let service = service(extra);
+        let mut plan = ServicePlan::new(&service, decision(state, 0, false), &service.backups[0].backends);
+        plan.reset_flows_to(down.clone());
+        assert_eq!((plan.flags & RESET_BACKUP != 0, !plan.down.is_empty()), (resets, resets), "{extra} {state:?}");
     }
 }
 

@@ -85,6 +85,11 @@ pub struct CircuitBreakerSpec {
     /// until they end. Reset: both ends get a TCP reset at the next packet.
     #[serde(default = "keep")]
     pub on_close: EstablishedPolicy,
+    /// What happens to established connections to a pod of a backup that is Down, while the breaker is open and another
+    /// pod of a backup is usable. Keep: the connections continue. Reset: both ends get a TCP reset at the next packet.
+    /// Without this field: as onOpen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_backup_down: Option<EstablishedPolicy>,
     /// What happens to new connections while the breaker is open and no backup is usable. PassThrough: they go to the
     /// primary, healthy or not. Reject: they are refused at once (TCP reset; UDP: ICMP port unreachable).
     #[serde(default)]

@@ -180,9 +180,15 @@ impl Tiers {
 
     /// All addresses of the backups' backends that are Down. Empty for a service without UDP frontends.
     pub fn down_for_datagrams(&self, service: &Service) -> BTreeSet<SocketAddr> {
-        if !service.frontends.iter().any(|frontend| frontend.protocol == Protocol::Udp) {
-            return BTreeSet::new();
+        if service.frontends.iter().any(|frontend| frontend.protocol == Protocol::Udp) {
+            self.down_backups(service)
+        } else {
+            BTreeSet::new()
         }
+    }
+
+    /// All addresses of the backups' backends that are Down.
+    pub fn down_backups(&self, service: &Service) -> BTreeSet<SocketAddr> {
         let down = self.tiers.iter().skip(1).flatten().filter(|state| state.health == Health::Down);
         down.flat_map(|state| service.addresses(state.backend.address)).collect()
     }

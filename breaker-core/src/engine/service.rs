@@ -286,7 +286,13 @@ impl ServiceState {
         let mut plan = match self.lifecycle {
             Lifecycle::Configured => {
                 let backup = self.tiers.active_backup(&self.service).map(|(_, backends)| backends);
-                ServicePlan::new(&self.service, decision, &backup.unwrap_or_default())
+                let backup = backup.unwrap_or_default();
+                let mut plan = ServicePlan::new(&self.service, decision, &backup);
+                // Without a usable backup, a reset would break connections that have nowhere else to go.
+                if self.service.on_backup_down == EstablishedPolicy::Reset && !backup.is_empty() {
+                    plan.reset_flows_to(self.tiers.down_backups(&self.service));
+                }
+                plan
             }
             Lifecycle::Leaving => {
                 let service = Service { on_close: EstablishedPolicy::Keep, limits: None, ..self.service.clone() };

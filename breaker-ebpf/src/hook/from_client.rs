@@ -266,12 +266,12 @@ fn established<A: Family, const UPLINK: bool>(
 ) -> Result<Verdict, PassReason> {
     flow::touch(flow, segment);
     let redirected = flow.kind as u8 == FlowKind::Redirected as u8;
-    let policy = if redirected { switch_flags::RESET_BACKUP } else { switch_flags::RESET_PRIMARY };
-    if switch.has(policy)
-        && flow.epoch != switch.epoch
-        && !segment.is_rst()
-        && agent::may_act_on_decision(switch, agent::now_ns())
-    {
+    let resets = if redirected {
+        switch.has(switch_flags::RESET_BACKUP) && service::resets_on_backup(flow, switch)
+    } else {
+        switch.has(switch_flags::RESET_PRIMARY) && flow.epoch != switch.epoch
+    };
+    if resets && !segment.is_rst() && agent::may_act_on_decision(switch, agent::now_ns()) {
         flow.seen |= seen::RST;
         context.peer = Peer::of(flow);
         return Ok(Verdict::Continue(Stage::Reset));

@@ -217,8 +217,12 @@ impl Model {
         self.book.hear_client(&side, headers);
         // A flow keeps its backend, unless the policy for flows of its tier is Reset.
         let redirected = flow.kind == FlowKind::Redirected;
-        let resets = if redirected { service.resets_backup() } else { service.resets_primary() };
-        if resets && flow.epoch != service.epoch && !headers.is_rst() {
+        let resets = if redirected {
+            service.resets_backup(flow.backend, flow.epoch)
+        } else {
+            service.resets_primary() && flow.epoch != service.epoch
+        };
+        if resets && !headers.is_rst() {
             if let Some(flow) = self.book.flows.get_mut(&side) {
                 flow.client_said.rst = true;
             }

@@ -27,6 +27,8 @@ pub struct Service {
     pub reset_on_open: bool,
     /// `onClose: Reset`.
     pub reset_on_close: bool,
+    /// Backends of the backup that are Down, and whose connections are reset (`onBackupDown: Reset`).
+    pub down: Vec<SocketAddr>,
     /// `whenAllUnhealthy: Reject`.
     pub reject: bool,
     /// `fastPath: PeerRedirect`.
@@ -75,10 +77,15 @@ impl Service {
         !self.dry_run && self.state == BreakerState::Open && self.reset_on_open && !self.backups.is_empty()
     }
 
-    /// Whether older connections on a backup are reset, by policy.
+    /// Whether a connection on a backend of the backup is reset, by policy: older ones while the breaker is closed, and
+    /// otherwise those to backends that are Down.
     #[must_use]
-    pub fn resets_backup(&self) -> bool {
-        !self.dry_run && self.state == BreakerState::Closed && self.reset_on_close
+    pub fn resets_backup(&self, backend: SocketAddr, epoch: u32) -> bool {
+        !self.dry_run
+            && match self.state {
+                BreakerState::Closed => self.reset_on_close && epoch != self.epoch,
+                _ => self.down.contains(&backend) && !self.backups.is_empty(),
+            }
     }
 
     /// Where a new connection to a frontend may go. While half-open, exactly `half_open_limit` connections per epoch go

@@ -1,13 +1,16 @@
 //! Which interfaces are covered, which are not, and that both are said: devices of every kind.
 
-use std::{fmt::Write as _, fs};
+use std::{fmt::Write as _, fs, io::Write as _, path::Path, process::Stdio};
 
 use anyhow::{Context as _, Result};
+use breaker_agent::datapath::sys::has_tcx;
 use breaker_tests::lab::{
     netns::NetNs,
     stage::{Checks, Lab},
     wait_for,
+    world::Pod,
 };
+use serde_json::json;
 
 use crate::{LONG, start_healthy_lab, text, wait_all_up};
 
@@ -31,6 +34,73 @@ fn an_ingress_qdisc_leaves_no_place_for_clsact() -> Result<()> {
     // The qdisc goes, and the pod gets its programs.
     node.output("tc", &["qdisc", "del", "dev", &veth, "ingress"])?;
     wait_for("the programs", LONG, || lab.ask().is_ok_and(|a| a.pod() == Some(&lab.backup.address().to_string())))
+}
+
+/// TRIALS B1: the CNI plugin bandwidth limits a pod's rates by qdiscs of its own: `tbf`, and `ingress` with a redirect to an
+/// ifb device. With clsact, this pod gets no programs; with tcx, it gets them. The plugin's rules stay in both cases.
+#[test]
+fn the_bandwidth_plugin_keeps_its_qdiscs() -> Result<()> {
+    let mut lab = Lab::with(Checks::Fast, "    override: ForceOpen\n")?;
+    let node = lab.world.node(0).ns().clone();
+    let veth = lab.client.veth.clone();
+    run_bandwidth_plugin(&node, &lab.client)?;
+    let rules = || -> Result<String> {
+        let qdiscs = node.output("tc", &["qdisc", "show", "dev", &veth])?;
+        let filters = node.output("tc", &["filter", "show", "dev", &veth, "ingress"])?;
+        assert!(
+            qdiscs.contains("tbf") && qdiscs.contains("ingress") && filters.contains("mirred"),
+            "{qdiscs}{filters}"
+        );
+        Ok(format!("{qdiscs}{filters}"))
+    };
+    let before = rules()?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let status = lab.agent.status()?.datapath;
+    let why = status.failed_interfaces.get(&veth);
+    if has_tcx() {
+        assert_eq!(why, None);
+        assert_eq!(lab.ask()?.pod(), Some(lab.backup.address().to_string().as_str()));
+    } else {
+        assert!(why.is_some_and(|why| why.contains("ingress") && why.contains("bandwidth")), "{why:?}");
+        assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()), "left to kube-proxy");
+    }
+    assert_eq!(rules()?, before);
+    Ok(())
+}
+
+/// Runs the bandwidth plugin for a pod's interface, as a container runtime does (CNI specification 0.4.0).
+fn run_bandwidth_plugin(node: &NetNs, pod: &Pod) -> Result<()> {
+    let installed = Path::new("/usr/lib/cni/bandwidth");
+    let program = if installed.exists() { installed } else { Path::new("bandwidth") };
+    let namespace = pod.ns.path();
+    let input = json!({
+        "cniVersion": "0.4.0", "name": "lab", "type": "bandwidth",
+        "runtimeConfig": { "bandwidth": {
+            "ingressRate": 100_000_000, "ingressBurst": 10_000_000,
+            "egressRate": 100_000_000, "egressBurst": 10_000_000,
+        } },
+        "prevResult": {
+            "cniVersion": "0.4.0",
+            "interfaces": [{ "name": pod.veth }, { "name": "eth0", "sandbox": namespace }],
+            "ips": [{ "version": "4", "interface": 1, "address": format!("{}/24", pod.address) }],
+        },
+    });
+    let mut plugin = node
+        .command(program)
+        .env("CNI_COMMAND", "ADD")
+        .env("CNI_CONTAINERID", "lab")
+        .env("CNI_NETNS", namespace)
+        .env("CNI_IFNAME", "eth0")
+        .env("CNI_PATH", "/usr/lib/cni")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start the bandwidth plugin")?;
+    plugin.stdin.take().context("no standard input")?.write_all(input.to_string().as_bytes())?;
+    let output = plugin.wait_with_output()?;
+    anyhow::ensure!(output.status.success(), "the bandwidth plugin: {}", text(&output.stdout));
+    Ok(())
 }
 
 /// TRIALS C1, C4: a device without an Ethernet header, an alternative name, and a pattern without a device.

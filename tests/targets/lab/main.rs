@@ -18,6 +18,7 @@ mod return_path;
 mod sockets;
 mod surroundings;
 mod third_party;
+mod uplink_devices;
 mod xdp;
 
 use std::time::Duration;

@@ -3,19 +3,20 @@
 use breaker_api::status::Health;
 use breaker_common::BreakerState;
 use std::{
-    net::TcpStream,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
 use breaker_tests::lab::{
     client::{Connection, Outcome, Plan},
-    service::Fault,
-    stage::{Lab, SERVICE},
+    service::{Fault, ServicePod},
+    stage::{Checks, Lab, SERVICE, frontend},
     wait_for,
 };
 
-use crate::{LONG, start_healthy_lab};
+use crate::{LONG, pressure::ask, start_healthy_lab, wait_all_up};
 
 /// Sends two requests on one connection, with `between` in between.
 fn two_requests(lab: &Lab, between: impl FnOnce() -> Result<()> + Send + 'static) -> Result<[Outcome; 2]> {
@@ -82,6 +83,42 @@ fn on_close_keep_and_reset() -> Result<()> {
         assert_eq!(first.pod(), Some(lab.backup.address().to_string().as_str()));
         assert_eq!(second, if kept { first } else { Outcome::Reset });
         assert_eq!(lab.ask()?.pod(), Some(lab.primary.address().to_string().as_str()));
+    }
+    Ok(())
+}
+
+/// TRIALS E3: the backup in use goes Down, and another one takes over. Established connections stay or are reset by policy.
+#[test]
+fn on_backup_down_keep_and_reset() -> Result<()> {
+    for (policy, kept) in [("", false), ("    onBackupDown: Keep\n", true), ("    onOpen: Keep\n", true)] {
+        let mut lab = Lab::new(Checks::Fast)?;
+        let second = ServicePod::start(lab.world.node_mut(0), "second")?;
+        let tier = format!(
+            "      - backends: [{}]\n        check: {{httpGet: {{path: /ready}}}}\n    override: ForceOpen\n{policy}",
+            frontend(second.address())
+        );
+        lab.configure(Checks::Fast, &tier)?;
+        lab.agent.start()?;
+        wait_all_up(&lab)?;
+        let target = SocketAddr::V4(lab.vip);
+        let connect = move || TcpStream::connect_timeout(&target, LONG);
+        let mut connection = lab.client.ns.enter(connect)??;
+        connection.set_read_timeout(Some(LONG))?;
+        assert_eq!(ask(&mut connection)?, lab.backup.address().to_string());
+        lab.backup.inject(Fault::FakeError)?;
+        wait_for("the backup to be Down", LONG, || {
+            lab.agent
+                .service(SERVICE)
+                .is_ok_and(|s| s.tiers[1].backends[0].health == Health::Down && s.applied == Some(s.desired))
+        })?;
+        assert_eq!(lab.ask()?.pod(), Some(second.address().to_string().as_str()), "new connections move");
+        // With errors switched on, the backup still answers.
+        connection.write_all(b"GET /alive HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+        let answer = connection.read(&mut [0; 1024]);
+        assert_eq!(answer.is_ok_and(|length| length > 0), kept, "{policy:?}");
+        // The other backup stays where it is: a connection to it goes on.
+        let mut other = lab.client.ns.enter(connect)??;
+        assert_eq!([ask(&mut other)?, ask(&mut other)?], [second.address().to_string(), second.address().to_string()]);
     }
     Ok(())
 }

@@ -50,7 +50,7 @@ impl Initramfs {
     /// The program is not installed, or a file cannot be read.
     pub fn add_program(&mut self, name: &str) -> Result<()> {
         let path = env::var_os("PATH").unwrap_or_default();
-        let dirs = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+        let dirs = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into(), "/usr/lib/cni".into()]);
         let found = dirs.map(|dir| dir.join(name)).find(|path| path.is_file());
         let found =
             found.with_context(|| format!("the guest needs the program {name}, which this machine does not have"))?;

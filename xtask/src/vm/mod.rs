@@ -51,6 +51,7 @@ const PROGRAMS: &[&str] =
 
 /// Programs that the lab tests call in addition.
 const LAB_PROGRAMS: &[&str] = &[
+    "bandwidth",
     "bash",
     "bpftool",
     "bridge",
@@ -77,8 +78,8 @@ const LAB_PROGRAMS: &[&str] = &[
 const USERS: &str = "root:x:0:0::/:/bin/sh\ntcpdump:x:100:100::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n";
 const GROUPS: &str = "root:x:0:\ntcpdump:x:100:\nnogroup:x:65534:\n";
 
-/// Kernel modules that the tests need: bridge and netfilter, veth for pods' interfaces, tun, ciphers for IPsec, and vxlan for flannel's
-/// tunnel.
+/// Kernel modules that the tests need: bridge, netfilter and VLANs, veth for pods' interfaces, tun, ciphers for IPsec, vxlan
+/// for flannel's tunnel, bonds, VRFs, and ifb for the bandwidth plugin.
 const MODULES: &[&str] = &[
     "kernel/net",
     "kernel/lib",
@@ -86,6 +87,9 @@ const MODULES: &[&str] = &[
     "kernel/drivers/net/veth.ko",
     "kernel/drivers/net/tun.ko",
     "kernel/drivers/net/vxlan",
+    "kernel/drivers/net/bonding",
+    "kernel/drivers/net/vrf.ko",
+    "kernel/drivers/net/ifb.ko",
 ];
 
 /// A tier that runs in the guest.

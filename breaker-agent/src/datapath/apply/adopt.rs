@@ -26,6 +26,7 @@ impl KernelDatapath {
         self.adopt_backends::<V4>()?;
         self.adopt_backends::<V6>()?;
         self.maps.adopt_filter()?;
+        self.adopt_down_backends();
         // An earlier agent may have died after it wrote a backend and before it wrote the backend's role.
         for (destination, id) in self.backends.clone() {
             self.update_role(destination, |role| role.backend = id)?;

@@ -65,6 +65,7 @@ impl KernelDatapath {
             SocketAddr::V6(_) => self.clear_backend::<V6>(destination, id)?,
         }
         self.backends.remove(&destination);
+        self.remove_down_backends(|key| *key == super::down::key(key.service, &destination, id));
         self.backend_ids(destination.0).release(id);
         Ok(())
     }

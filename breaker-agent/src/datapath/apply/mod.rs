@@ -17,6 +17,7 @@
 
 pub(crate) mod adopt;
 mod backends;
+mod down;
 mod full_path;
 mod limits;
 mod local_pods;
@@ -131,7 +132,9 @@ impl KernelDatapath {
             self.widen_full_path(plan);
         }
         self.write_limits(plan, index)?;
+        self.add_down_backends(plan, index);
         self.commit_switch(plan, index, before.buffer());
+        self.trim_down_backends(plan, index);
         if filter_changes {
             self.narrow_full_path(plan, index);
         }
@@ -140,7 +143,9 @@ impl KernelDatapath {
 
     fn apply_routes(&mut self, plan: &ServicePlan, index: u32, old: Vec<InstalledRoute>) -> Result<()> {
         let staged = self.stage(plan, index, old)?;
+        self.add_down_backends(plan, index);
         self.commit_switch(plan, index, staged.buffer);
+        self.trim_down_backends(plan, index);
         // From here on the new routes are in force. If a write below fails, the engine applies the plan again.
         self.release_old_tables(&staged);
         self.move_frontends(plan, &staged)?;
@@ -248,6 +253,7 @@ impl KernelDatapath {
         self.maps.set_record(index, &record::EMPTY);
         self.maps.remove_counters(index)?;
         self.remove_return_paths_of(index);
+        self.remove_down_backends(|key| key.service == index);
         for route in routes {
             self.write_route(route.index, Route::NOTHING.tables, 0)?;
             self.route_indices.release_later(route.index);

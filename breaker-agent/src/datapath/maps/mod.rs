@@ -13,8 +13,8 @@ use std::{os::fd::AsFd as _, path::Path, sync::atomic::Ordering, time::Duration}
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use breaker_common::{
-    ABI_VERSION, EndpointRole, FilterWords, Heartbeat, PassReason, ReturnPath, ReturnPathKey, Route, ServiceCounters,
-    ServiceRecord, SocketKey, SocketOrigin, Switch, Table, V4, V6,
+    ABI_VERSION, DownBackendKey, EndpointRole, FilterWords, Heartbeat, PassReason, ReturnPath, ReturnPathKey, Route,
+    ServiceCounters, ServiceRecord, SocketKey, SocketOrigin, Switch, Table, V4, V6,
 };
 
 use self::{
@@ -27,7 +27,7 @@ use super::sizes::{MORE_PARTS, Sizes};
 use crate::clock;
 
 /// Name, key size and value size (in bytes) of the maps that both IP families share, without the maps of limits.
-const SHARED: [(&str, usize, usize); 14] = [
+const SHARED: [(&str, usize, usize); 15] = [
     ("FILTER", 4, size_of::<FilterWords>()),
     ("SOCKETS", size_of::<SocketKey>(), size_of::<SocketOrigin>()),
     ("SWITCHES", 4, size_of::<Switch>()),
@@ -40,6 +40,7 @@ const SHARED: [(&str, usize, usize); 14] = [
     ("COUNTERS", 4, size_of::<ServiceCounters>()),
     ("MORE_COUNTERS", 4, size_of::<ServiceCounters>()),
     ("REASONS", 4, 8),
+    ("DOWN_BACKENDS", size_of::<DownBackendKey>(), 1),
     ("RETURN_PATHS", size_of::<ReturnPathKey>(), size_of::<ReturnPath>()),
     ("EVENTS", 0, 0),
 ];
@@ -66,6 +67,7 @@ pub struct Maps {
     counters: PerCpuArray<MapData, ServiceCounters>,
     more_counters: HashMap<MapData, u32, ServiceCounters>,
     pub(crate) return_paths: HashMap<MapData, ReturnPathKey, ReturnPath>,
+    pub(crate) down_backends: HashMap<MapData, DownBackendKey, u8>,
     /// Whether the last sweep found a table of established flows more than half full.
     pub(crate) crowded: bool,
     reasons: PerCpuArray<MapData, u64>,
@@ -139,6 +141,7 @@ impl Maps {
             counters: typed(open("COUNTERS")?, "COUNTERS")?,
             more_counters: typed(open("MORE_COUNTERS")?, "MORE_COUNTERS")?,
             return_paths: typed(open("RETURN_PATHS")?, "RETURN_PATHS")?,
+            down_backends: typed(open("DOWN_BACKENDS")?, "DOWN_BACKENDS")?,
             crowded: false,
             reasons: typed(open("REASONS")?, "REASONS")?,
             events: typed(open("EVENTS")?, "EVENTS")?,

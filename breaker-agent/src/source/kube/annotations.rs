@@ -35,6 +35,7 @@ const FIELDS: &[(&str, &str, Form)] = &[
     ("topology", "topology", Form::Text),
     ("on-open", "onOpen", Form::Text),
     ("on-close", "onClose", Form::Text),
+    ("on-backup-down", "onBackupDown", Form::Text),
     ("when-all-unhealthy", "whenAllUnhealthy", Form::Text),
     ("on-agent-loss", "onAgentLoss", Form::Text),
     ("fast-path", "fastPath", Form::Text),

@@ -55,6 +55,9 @@ impl Policies {
         if let (Some(limits), Value::Object(service)) = (&spec.limits, &mut service) {
             service.insert("limits".into(), json!(limits));
         }
+        if let (Some(policy), Value::Object(service)) = (spec.on_backup_down, &mut service) {
+            service.insert("onBackupDown".into(), json!(policy));
+        }
         if let (Some(least), Value::Object(primary)) = (spec.min_healthy, &mut service["primary"]) {
             primary.insert("minHealthy".into(), json!(least));
         }

@@ -199,6 +199,7 @@ impl Bench {
                 dry_run: false,
                 reset_on_open: false,
                 reset_on_close: false,
+                reset_on_backup_down: false,
                 reject: false,
                 half_open_limit: 1,
                 primary_accepts: false,
@@ -236,6 +237,13 @@ impl Bench {
         let (epoch, half_open_taken) = before.map_or((self.epoch, 0), |s| (s.epoch, s.half_open_taken));
         let mut plan = plan_with(service, decision.state, epoch, decision.share, decision.draining, &usable);
         plan.primary_accepts = decision.primary_accepts;
+        let unusable = &service.backups[0].backends[usable.len()..];
+        let down: Vec<_> = if decision.reset_on_backup_down && !usable.is_empty() {
+            unusable.iter().map(|b| b.address).collect()
+        } else {
+            Vec::new()
+        };
+        plan.reset_flows_to(down.iter().copied().collect());
         self.rig.apply(&plan)?;
         let pods = service.backups[0].backends.iter().map(|b| b.address.ip());
         // The services share a backup pod, so its location holds for both.
@@ -268,6 +276,7 @@ impl Bench {
                 dry_run: decision.dry_run,
                 reset_on_open: decision.reset_on_open,
                 reset_on_close: decision.reset_on_close,
+                down,
                 reject: decision.reject,
                 fast: decision.fast,
                 keeps_client: decision.keeps_client,

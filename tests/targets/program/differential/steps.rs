@@ -40,6 +40,7 @@ pub struct Decision {
     pub dry_run: bool,
     pub reset_on_open: bool,
     pub reset_on_close: bool,
+    pub reset_on_backup_down: bool,
     pub reject: bool,
     pub half_open_limit: u32,
     /// The primary accepts connections.
@@ -228,12 +229,13 @@ fn decision() -> impl Strategy<Value = Decision> {
         any::<bool>(),
         prop_oneof![4 => Just(2_usize), 1 => 0..2_usize],
     );
-    let policy = (rare(), any::<bool>(), any::<bool>(), any::<bool>(), 0..3_u32, any::<bool>());
+    let policy = (rare(), any::<[bool; 3]>(), any::<bool>(), 0..3_u32, any::<bool>());
     let near = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.8), any::<bool>());
     let limits = prop::option::of([tier_limits(), tier_limits()]);
     (of, policy, near, limits).prop_map(|((service, state, share, draining, usable), policy, near, limits)| {
         let (fast, keeps_client, near, primary_accepts) = near;
-        let (dry_run, reset_on_open, reset_on_close, reject, half_open_limit, in_epoch) = policy;
+        let (dry_run, [reset_on_open, reset_on_close, reset_on_backup_down], reject, half_open_limit, in_epoch) =
+            policy;
         // A closed breaker sends all connections to the primary, or ramps up to that.
         let share = if state == BreakerState::Closed && share == 0 { 1000 } else { share };
         Decision {
@@ -245,6 +247,7 @@ fn decision() -> impl Strategy<Value = Decision> {
             dry_run,
             reset_on_open,
             reset_on_close,
+            reset_on_backup_down,
             reject,
             half_open_limit,
             primary_accepts,
