@@ -6,7 +6,7 @@
 use core::arch::asm;
 
 use aya_ebpf::{
-    bindings::{BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh, bpf_xfrm_state},
+    bindings::{BPF_F_INGRESS, BPF_F_PSEUDO_HDR, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh, bpf_xfrm_state},
     helpers::{
         bpf_clone_redirect, bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
         bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_change_type, bpf_skb_get_xfrm_state, bpf_skb_pull_data,
@@ -238,6 +238,15 @@ impl<'a> Packet<'a> {
     pub fn send_copy_back(&self) -> Option<()> {
         // SAFETY: as in `pull`.
         let ret = unsafe { bpf_clone_redirect(self.ctx.skb.skb, self.ifindex(), 0) };
+        (ret == 0).then_some(())
+    }
+
+    /// Has the packet's own interface receive a copy of the packet, which passes the programs of its own. `None` if the
+    /// kernel cannot.
+    #[inline(always)]
+    pub fn receive_copy(&self) -> Option<()> {
+        // SAFETY: as in `pull`.
+        let ret = unsafe { bpf_clone_redirect(self.ctx.skb.skb, self.ifindex(), BPF_F_INGRESS as u64) };
         (ret == 0).then_some(())
     }
 }

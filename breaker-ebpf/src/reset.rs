@@ -11,7 +11,11 @@
 //!   3.5.2, rule 1).
 //! * A reset to an established client has the sequence number that the client expects next, which is the one that it
 //!   acknowledged last. By RFC 5961, section 3.2, a client accepts no other number at once.
-//! * A reset to the peer has the sequence number of the client's segment.
+//! * The peer gets two resets, and one of them has the number that it expects next, which is the only one that it
+//!   accepts at once. The first has the segment's own number: the peer expects it if the segment brings something new.
+//!   The second has the number behind the segment: the peer expects it if it has the segment's data already. A segment
+//!   without data may be a keepalive or window probe, whose number is one too low (RFC 9293, sections 3.8.4 and 3.8.6.1),
+//!   so there the second has the number plus one.
 //!
 //! # UDP
 //!
@@ -39,6 +43,8 @@ struct Numbers {
     acknowledgment: u32,
     /// The sequence number that follows the segment.
     next: u32,
+    /// The sequence number of the second reset to the peer.
+    second: u32,
     /// MAC addresses of the segment's sender and receiver.
     sender: [u8; 6],
     receiver: [u8; 6],
@@ -75,8 +81,9 @@ pub fn refuse_datagram<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> 
     unreachable(packet, segment).ok_or(PassReason::RewriteFailed)
 }
 
-/// Resets an established connection at both ends, given a segment from the client. Sends a reset back to the client
-/// and turns the packet into a reset for the peer, which the caller sends on.
+/// Resets an established connection at both ends, given a segment from the client. Sends a reset back to the client,
+/// has the interface receive one for the peer as if the client had sent it, and turns the packet into another one for the
+/// peer, which the caller sends on.
 ///
 /// # Errors
 /// [`PassReason::RewriteFailed`].
@@ -87,6 +94,18 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
     // A veth whose queue is full drops the copy. The peer is reset nevertheless, and the client's next segment is
     // answered.
     let _ = packet.send_copy_back();
+    let from_client = Reset {
+        sender: numbers.sender,
+        receiver: numbers.receiver,
+        source: segment.source,
+        destination: segment.destination,
+        source_port: segment.ports.source,
+        destination_port: segment.ports.destination,
+        sequence: numbers.second,
+        acknowledgment: numbers.acknowledgment,
+    };
+    write(packet, segment, &from_client).ok_or(PassReason::RewriteFailed)?;
+    let _ = packet.receive_copy();
     let forward_to = Reset {
         sender: numbers.sender,
         receiver: numbers.receiver,
@@ -142,10 +161,12 @@ fn shorten<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> Option<Numbe
     if segment.more_fragments != 0 {
         make_whole(packet, segment)?;
     }
+    let length = payload + syn + fin;
     Some(Numbers {
         sequence,
         acknowledgment,
-        next: sequence.wrapping_add(payload + syn + fin),
+        next: sequence.wrapping_add(length),
+        second: sequence.wrapping_add(if length == 0 { 1 } else { length }),
         sender: eth.src_addr,
         receiver: eth.dst_addr,
     })

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -109,6 +110,16 @@ impl ServicePod {
             let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned();
             Ok((status, body))
         })?
+    }
+
+    /// Sends the service's process a signal.
+    ///
+    /// # Errors
+    /// Fails if the service is not running.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let process = self.process.as_ref().context("dummy-service is not running")?;
+        let pid = i32::try_from(process.id()).ok().and_then(Pid::from_raw).context("invalid process id")?;
+        kill_process(pid, signal).context("signal dummy-service")
     }
 
     /// Injects a fault.

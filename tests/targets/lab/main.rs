@@ -14,6 +14,7 @@ mod memory;
 mod netfilter;
 mod policy;
 mod pressure;
+mod resets;
 mod return_path;
 mod sockets;
 mod surroundings;

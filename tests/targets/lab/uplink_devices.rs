@@ -45,6 +45,14 @@ fn connect(lan: &NetNs, far: &str, node: &NetNs, near: &str) -> Result<()> {
     lan.ip(&["route", "add", "10.43.0.0/24", "via", NEAR, "src", CLIENT])
 }
 
+/// Gives the node a default route that makes a device an uplink, and a route to the client.
+fn add_routes(node: &NetNs, device: &str, table: &[&str]) -> Result<()> {
+    for (to, metric) in [("default", "900"), (CLIENT, "0")] {
+        node.ip(&[&["route", "add", to, "via", FAR, "dev", device, "metric", metric], table].concat())?;
+    }
+    Ok(())
+}
+
 /// Asks the service several times as the client outside, with new connections. Returns how many were answered.
 fn answers(lan: &NetNs, target: SocketAddr) -> Result<usize> {
     lan.enter(move || {
@@ -101,7 +109,7 @@ fn clients_behind_a_vlan_are_served() -> Result<()> {
     lan.ip(&["link", "set", "far0", "up"])?;
     node.ip(&["link", "set", "near0", "up"])?;
     connect(&lan, "far0.10", &node, "near0.10")?;
-    node.ip(&["route", "add", CLIENT, "via", FAR, "dev", "near0.10"])?;
+    add_routes(&node, "near0.10", &[])?;
     is_served_on_every_path(&mut lab, &lan, true)
 }
 
@@ -118,7 +126,7 @@ fn clients_behind_a_bond_are_served() -> Result<()> {
         }
     }
     connect(&lan, "bond0", &node, "bond0")?;
-    node.ip(&["route", "add", CLIENT, "via", FAR, "dev", "bond0"])?;
+    add_routes(&node, "bond0", &[])?;
     is_served_on_every_path(&mut lab, &lan, true)
 }
 
@@ -132,7 +140,7 @@ fn clients_behind_a_vrf_are_served() -> Result<()> {
     node.ip(&["link", "set", "vrf0", "up"])?;
     node.ip(&["link", "set", "near0", "master", "vrf0"])?;
     connect(&lan, "far0", &node, "near0")?;
-    node.ip(&["route", "add", CLIENT, "via", FAR, "dev", "near0", "table", "10"])?;
+    add_routes(&node, "near0", &["table", "10"])?;
     node.ip(&["route", "add", "10.42.0.0/24", "dev", "cni0", "table", "10"])?;
     node.ip(&["route", "add", CLIENT, "dev", "vrf0"])?;
     is_served_on_every_path(&mut lab, &lan, true)

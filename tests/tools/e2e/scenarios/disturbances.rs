@@ -124,8 +124,20 @@ pub(super) fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
         "--force",
     ])?;
     cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"])?;
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "ds/breaker-agent"])?;
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=90s"])?;
+    let before = cluster.get(SYSTEM, "ds/breaker-agent", "")?["spec"]["updateStrategy"].to_string();
+    let strategies = [before.as_str(), r#"{"rollingUpdate":{"maxSurge":1,"maxUnavailable":0}}"#];
+    for strategy in strategies {
+        let set = |strategy: &str| {
+            let patch = format!(r#"{{"spec":{{"updateStrategy":{strategy}}}}}"#);
+            cluster.kubectl(&["-n", SYSTEM, "patch", "ds/breaker-agent", "--type=merge", "-p", &patch])
+        };
+        set(strategy)?;
+        cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "ds/breaker-agent"])?;
+        let rolled = cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=90s"]);
+        set(r#"{"rollingUpdate":{"maxSurge":0}}"#)?;
+        set(&before)?;
+        rolled.with_context(|| format!("a rollout with {strategy}"))?;
+    }
     cluster.wait_programmed("dummy")?;
     let mut asked = 0;
     for load in loads {
@@ -133,7 +145,7 @@ pub(super) fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
     }
     let reason = cluster.breaker("dummy")?["status"]["reason"].clone();
     ensure!(reason == "HttpStatus", "the reason did not survive: {reason}");
-    Ok(format!("killed everywhere, then rolled, while open: 0 of {asked} requests failed"))
+    Ok(format!("killed everywhere, then rolled, also with maxSurge, while open: 0 of {asked} requests failed"))
 }
 
 pub(super) fn api_server_away(cluster: &Cluster) -> Result<String> {

@@ -286,20 +286,23 @@ pub(super) fn limits(cluster: &Cluster) -> Result<String> {
 }
 
 pub(super) fn two_for_one_service(cluster: &Cluster) -> Result<String> {
+    // The longest name: an Event about this object has a shortened one.
+    let name = format!("second-{}", "x".repeat(246));
     let second = json!({
-        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": "second" },
+        "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": { "name": name },
         "spec": { "service": { "name": "dummy-deployment" }, "backups": [{ "name": "backup-deployment" }], "override": "ForceOpen" },
     });
     // Creation times have a resolution of one second, and the second object must be newer.
     sleep(Duration::from_millis(1100));
     cluster.apply(&second.to_string())?;
-    cluster.wait_condition("second", "Accepted", "False", "Conflicted")?;
+    cluster.wait_condition(&name, "Accepted", "False", "Conflicted")?;
+    cluster.wait_event("CircuitBreaker", &name, "Conflicted")?;
     cluster.wait_condition("dummy", "Accepted", "True", "")?;
     let primary = ips(cluster, "dummy-deployment")?;
     let url = vip(cluster, "dummy-deployment")?;
     answered_by("the primary's answer, as the older object says", &primary, || cluster.ask("client", &url))?;
     cluster.lab(&["delete", "cb", "dummy"])?;
-    cluster.wait_programmed("second")?;
+    cluster.wait_programmed(&name)?;
     let backup = ips(cluster, "backup-deployment")?;
     answered_by("the backup's answer, as the newer object says", &backup, || cluster.ask("client", &url))?;
     Ok("the older object wins; the newer one reports the conflict, and takes over when it is alone".into())

@@ -1,0 +1,141 @@
+//! Resets of established connections reach both ends, whatever segment the client sends next (RESETS.md, FAULT 1).
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
+
+use anyhow::Result;
+use breaker_common::BreakerState;
+use breaker_tests::lab::{
+    netns::NetNs,
+    service::ServicePod,
+    stage::{Checks, Lab, SERVICE},
+    wait_for,
+};
+use rustix::{
+    net::sockopt::{set_socket_keepalive, set_tcp_keepidle},
+    process::Signal,
+};
+
+use crate::{LONG, pressure::ask, start_healthy_lab, wait_all_up};
+
+/// Connects from a namespace to the service and sends one request.
+fn connected(lab: &Lab, ns: &NetNs) -> Result<TcpStream> {
+    let target = SocketAddr::V4(lab.vip);
+    let mut stream = ns.enter(move || TcpStream::connect_timeout(&target, LONG))??;
+    stream.set_read_timeout(Some(LONG))?;
+    ask(&mut stream)?;
+    Ok(stream)
+}
+
+/// Connects, and lets the client's kernel send a keepalive probe after each second without data.
+fn with_keepalive(lab: &Lab, ns: &NetNs) -> Result<TcpStream> {
+    let stream = connected(lab, ns)?;
+    set_socket_keepalive(&stream, true)?;
+    set_tcp_keepidle(&stream, Duration::from_secs(1))?;
+    Ok(stream)
+}
+
+/// Waits until a pod has no established connection with an address.
+fn wait_closed(pod: &ServicePod, address: &str) -> Result<()> {
+    wait_for("the server's end of the connection to close", LONG, || {
+        pod.pod.ns.output("ss", &["-Htn", "state", "established"]).is_ok_and(|sockets| !sockets.contains(address))
+    })
+}
+
+/// Waits until the node's conntrack has no established connection to the VIP. Without /proc/net/nf_conntrack, nothing is
+/// checked.
+fn wait_forgotten(lab: &Lab) -> Result<()> {
+    let node = lab.world.node(0).ns();
+    let vip = format!("dst={} ", lab.vip.ip());
+    wait_for("conntrack to see the end", LONG, || {
+        node.output("cat", &["/proc/net/nf_conntrack"])
+            .map_or(true, |entries| !entries.lines().any(|entry| entry.contains("ESTABLISHED") && entry.contains(&vip)))
+    })
+}
+
+fn is_reset(stream: &mut TcpStream) -> Result<()> {
+    let end = stream.read(&mut [0; 64]);
+    anyhow::ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset), "{end:?}");
+    Ok(())
+}
+
+/// An idle connection whose next segment is a keepalive probe, from a pod and from outside. Its number is one too low.
+#[test]
+fn f1_a_keepalive_probe_resets_the_primarys_end() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    let lan = lab.world.lan().clone();
+    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
+    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let mut pod = with_keepalive(&lab, &lab.client.ns)?;
+    let mut outside = with_keepalive(&lab, &lan)?;
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    is_reset(&mut pod)?;
+    is_reset(&mut outside)?;
+    wait_closed(&lab.primary, &lab.client.address.to_string())?;
+    wait_forgotten(&lab)
+}
+
+/// The same at the backup, when the breaker closes, on both paths.
+#[test]
+fn f1_a_keepalive_probe_resets_the_backups_end() -> Result<()> {
+    for path in ["", "    fastPath: PeerRedirect\n"] {
+        let lab = start_healthy_lab(&format!("    onClose: Reset\n{path}"))?;
+        lab.agent.cli(&["trip", SERVICE])?;
+        lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+        let mut stream = with_keepalive(&lab, &lab.client.ns)?;
+        lab.agent.cli(&["reset", SERVICE])?;
+        lab.agent.wait_state(SERVICE, BreakerState::Closed, LONG)?;
+        is_reset(&mut stream)?;
+        wait_closed(&lab.backup, &lab.client.address.to_string())?;
+    }
+    Ok(())
+}
+
+/// The client sends data again that the server has, because the server's answers are lost.
+#[test]
+fn f1_data_that_the_server_has_resets_its_end() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let mut stream = connected(&lab, &lab.client.ns)?;
+    let to_client = lab.client.address.to_string();
+    lab.primary.pod.ns.output("iptables", &["-I", "OUTPUT", "-d", &to_client, "-j", "DROP"])?;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    is_reset(&mut stream)?;
+    wait_closed(&lab.primary, &to_client)?;
+    wait_forgotten(&lab)
+}
+
+/// The client uploads to a server that reads nothing: its next segment is a window probe, whose number is one too low.
+#[test]
+fn f1_a_window_probe_resets_both_ends() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let mut stream = connected(&lab, &lab.client.ns)?;
+    lab.primary.signal(Signal::STOP)?;
+    stream.set_nonblocking(true)?;
+    wait_for("a closed window", LONG, || {
+        let full = loop {
+            match stream.write(&[b'x'; 65_536]) {
+                Ok(_) => {}
+                Err(error) => break error.kind() == std::io::ErrorKind::WouldBlock,
+            }
+        };
+        let probes = lab.client.ns.output("ss", &["-Htno", "state", "established"]).unwrap_or_default();
+        full && probes.contains("persist")
+    })?;
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    wait_for(
+        "the client's end to close",
+        LONG,
+        || matches!(stream.write(b"x"), Err(error) if error.kind() != std::io::ErrorKind::WouldBlock),
+    )?;
+    wait_closed(&lab.primary, &lab.client.address.to_string())?;
+    wait_forgotten(&lab)
+}
