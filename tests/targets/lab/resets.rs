@@ -116,6 +116,9 @@ fn f1_data_that_the_server_has_resets_its_end() -> Result<()> {
 #[test]
 fn f1_a_window_probe_resets_both_ends() -> Result<()> {
     let lab = start_healthy_lab("")?;
+    // Small buffers are soon full.
+    lab.primary.pod.ns.sysctl(&["net.ipv4.tcp_rmem=4096 8192 8192"])?;
+    lab.client.ns.sysctl(&["net.ipv4.tcp_wmem=4096 16384 16384"])?;
     let mut stream = connected(&lab, &lab.client.ns)?;
     lab.primary.signal(Signal::STOP)?;
     stream.set_nonblocking(true)?;

@@ -142,6 +142,6 @@ fn clients_behind_a_vrf_are_served() -> Result<()> {
     connect(&lan, "far0", &node, "near0")?;
     add_routes(&node, "near0", &["table", "10"])?;
     node.ip(&["route", "add", "10.42.0.0/24", "dev", "cni0", "table", "10"])?;
-    node.ip(&["route", "add", CLIENT, "dev", "vrf0"])?;
+    node.ip(&["route", "add", CLIENT, "via", FAR, "dev", "near0", "onlink"])?;
     is_served_on_every_path(&mut lab, &lan, true)
 }

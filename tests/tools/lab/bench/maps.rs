@@ -83,7 +83,7 @@ pub(super) fn rows() -> Result<Vec<Row>> {
         });
     }
     rows.push(all_flips(&mut many, &services)?);
-    rows.push(memory_of("10,000 services, 100,000 backends", &many, SERVICE_MAPS, "≤ 16")?);
+    rows.push(memory_of("10,000 services, 100,000 backends", &many, SERVICE_MAPS, "≤ 20")?);
     drop((few, many));
     let mut rig = TestRig::with_sizes(&Sizes::for_memory(1024).with_flows(FLOWS))?;
     establish(&mut rig, FLOWS)?;
