@@ -100,7 +100,7 @@ fn clean_removal_leaves_nothing() -> Result<()> {
     };
     assert_eq!(programs()?, 1);
     let cleaned = lab.agent.cli(&["cleanup"])?;
-    assert!(text(&cleaned.stdout).starts_with("removed 15 links and 34 maps"), "{}", text(&cleaned.stdout));
+    assert!(text(&cleaned.stdout).starts_with("removed 15 links and 35 maps"), "{}", text(&cleaned.stdout));
     wait_for("the kernel to detach the programs", LONG, || programs().is_ok_and(|count| count == 0))?;
     assert!(!lab.world.node(0).ns().output("tc", &["qdisc", "show"])?.contains("clsact"));
     assert!(!lab.agent.pin_path().exists());

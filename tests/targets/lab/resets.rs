@@ -115,7 +115,8 @@ fn f1_data_that_the_server_has_resets_its_end() -> Result<()> {
 /// The client uploads to a server that reads nothing: its next segment is a window probe, whose number is one too low.
 #[test]
 fn f1_a_window_probe_resets_both_ends() -> Result<()> {
-    let lab = start_healthy_lab("")?;
+    // The checks fail, too: the breaker must not open before the window is closed.
+    let lab = start_healthy_lab("    override: ForceClosed\n")?;
     // Small buffers are soon full.
     lab.primary.pod.ns.sysctl(&["net.ipv4.tcp_rmem=4096 8192 8192"])?;
     lab.client.ns.sysctl(&["net.ipv4.tcp_wmem=4096 16384 16384"])?;
@@ -132,7 +133,7 @@ fn f1_a_window_probe_resets_both_ends() -> Result<()> {
         let probes = lab.client.ns.output("ss", &["-Htno", "state", "established"]).unwrap_or_default();
         full && probes.contains("persist")
     })?;
-    lab.agent.cli(&["trip", SERVICE])?;
+    lab.configure(Checks::Fast, "    override: ForceOpen\n")?;
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
     wait_for(
         "the client's end to close",

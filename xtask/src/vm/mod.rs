@@ -79,7 +79,7 @@ const USERS: &str = "root:x:0:0::/:/bin/sh\ntcpdump:x:100:100::/:/bin/sh\nnobody
 const GROUPS: &str = "root:x:0:\ntcpdump:x:100:\nnogroup:x:65534:\n";
 
 /// Kernel modules that the tests need: bridge, netfilter and VLANs, veth for pods' interfaces, tun, ciphers for IPsec, vxlan
-/// for flannel's tunnel, bonds, VRFs, and ifb for the bandwidth plugin.
+/// for flannel's tunnel, bonds, and ifb for the bandwidth plugin.
 const MODULES: &[&str] = &[
     "kernel/net",
     "kernel/lib",
@@ -88,7 +88,6 @@ const MODULES: &[&str] = &[
     "kernel/drivers/net/tun.ko",
     "kernel/drivers/net/vxlan",
     "kernel/drivers/net/bonding",
-    "kernel/drivers/net/vrf.ko",
     "kernel/drivers/net/ifb.ko",
 ];
 
