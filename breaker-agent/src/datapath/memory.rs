@@ -99,12 +99,13 @@ pub fn over_limit(sizes: &Sizes) -> Option<(u64, u64)> {
     own_memory_limit().filter(|limit| full > *limit).map(|limit| (full, limit))
 }
 
-/// Returns the lowest memory limit of this process's cgroup and of those above it, in MiB; `None` if there is none.
+/// [`memory_limit`] of this process.
 fn own_memory_limit() -> Option<u64> {
     memory_limit(Path::new("/proc/self/cgroup"), Path::new("/sys/fs/cgroup"))
 }
 
-/// Returns the lowest memory limit of a process's cgroup and of those above it, in MiB; `None` if there is none. `own` says which cgroup it is (cgroups(7), `/proc/PID/cgroup`), and `tree` is where the hierarchies are mounted.
+/// Returns the lowest memory limit of a process's cgroup and of those above it, in MiB; `None` if there is none. `own` says
+/// which cgroup it is (cgroups(7), `/proc/PID/cgroup`), and `tree` is where the hierarchies are mounted.
 fn memory_limit(own: &Path, tree: &Path) -> Option<u64> {
     let text = std::fs::read_to_string(own).unwrap_or_default();
     let lines = text.lines().filter_map(|line| {

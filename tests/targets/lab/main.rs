@@ -22,10 +22,17 @@ mod third_party;
 mod uplink_devices;
 mod xdp;
 
-use std::time::Duration;
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
 
 use anyhow::Result;
-use breaker_tests::lab::stage::{Checks, Lab};
+use breaker_tests::lab::{
+    netns::NetNs,
+    stage::{Checks, Lab},
+};
 
 /// Time limit for a condition: longer than it takes on a busy machine.
 const LONG: Duration = Duration::from_secs(20);
@@ -46,4 +53,17 @@ fn wait_all_up(lab: &Lab) -> Result<()> {
 
 fn text(output: &[u8]) -> String {
     String::from_utf8_lossy(output).into_owned()
+}
+
+/// Whether a server answers a request for `/alive`, which the dummy service answers also with errors switched on.
+fn is_alive(ns: &NetNs, target: SocketAddr) -> Result<bool> {
+    let answer = ns.enter(move || {
+        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        write!(stream, "GET /alive HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok::<_, std::io::Error>(answer)
+    })?;
+    Ok(answer.is_ok_and(|answer| answer.contains("200 OK")))
 }

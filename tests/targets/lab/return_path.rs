@@ -1,11 +1,7 @@
 //! The safeguard: answers of the backup leave by an interface without programs, for a cause that the agent does not know
 //! of. kube-proxy serves such clients well, and so the primary must.
 
-use std::{
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
-    time::Duration,
-};
+use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result};
 use aya::{
@@ -26,20 +22,7 @@ use breaker_tests::lab::{
     wait_for,
 };
 
-use crate::{LONG, start_healthy_lab, text, wait_all_up};
-
-/// Whether a server answers a request for `/alive`, which the dummy service answers also with errors switched on.
-fn is_alive(ns: &NetNs, target: SocketAddr) -> Result<bool> {
-    let answer = ns.enter(move || {
-        let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(10))?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        write!(stream, "GET /alive HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok::<_, std::io::Error>(answer)
-    })?;
-    Ok(answer.is_ok_and(|answer| answer.contains("200 OK")))
-}
+use crate::{LONG, is_alive, start_healthy_lab, text, wait_all_up};
 
 /// TRIALS B: clients outside come in on one uplink, and the node's routes send answers out of another one.
 #[test]
