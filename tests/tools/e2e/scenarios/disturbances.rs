@@ -134,7 +134,6 @@ pub(super) fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
         set(strategy)?;
         cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "ds/breaker-agent"])?;
         let rolled = cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=90s"]);
-        set(r#"{"rollingUpdate":{"maxSurge":0}}"#)?;
         set(&before)?;
         rolled.with_context(|| format!("a rollout with {strategy}"))?;
     }
