@@ -78,6 +78,16 @@ impl NetNs {
         Ok(())
     }
 
+    /// Runs many commands of ip(8), one on each line, in one process.
+    ///
+    /// # Errors
+    /// Fails if the file for the commands cannot be written, or if a command fails.
+    pub fn ip_batch(&self, commands: &str) -> Result<()> {
+        let file = tempfile::NamedTempFile::new().context("make a file for the commands")?;
+        std::fs::write(file.path(), commands).context("write the commands")?;
+        self.ip(&["-batch", &file.path().display().to_string()])
+    }
+
     /// Adds rules by `iptables-restore` in the namespace, without flushing the rules that exist.
     ///
     /// # Errors

@@ -135,9 +135,7 @@ fn the_agent_answers_while_many_interfaces_wait() -> Result<()> {
     for number in 0..PODS {
         writeln!(batch, "link add vethc{number:07x} type veth peer name p{number} netns {lan}")?;
     }
-    let file = lab.world.dir().join("batch");
-    fs::write(&file, batch)?;
-    node.ip(&["-batch", &file.display().to_string()])?;
+    node.ip_batch(&batch)?;
     let mut waiting = 0;
     wait_for("all to have programs", LONG, || {
         let Ok(status) = lab.agent.status() else { return false };

@@ -16,7 +16,7 @@ use crate::clock;
 
 /// Maximum length of an object's name (Kubernetes, "Object Names and IDs", DNS subdomain names).
 const LONGEST_NAME: usize = 253;
-/// What follows the object's name in an Event's name: a dot, and nanoseconds in hexadecimal notation.
+/// Length of the rest of an Event's name, behind the object's name: a dot, and nanoseconds in hexadecimal notation.
 const SUFFIX: usize = 17;
 
 /// The client that publishes Events.

@@ -2,12 +2,11 @@
 
 use std::{
     fmt::Write as _,
-    fs,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use breaker_tests::lab::{
     agent::Agent,
     stage::{Checks, Lab},
@@ -88,7 +87,7 @@ fn add_veths(lab: &Lab, number: usize) -> Result<()> {
         let lan = lab.world.lan().name();
         writeln!(batch, "link add vethm{n:07x} type veth peer name m{n} netns {lan}")?;
     }
-    ip_batch(lab, &batch)?;
+    lab.world.node(0).ns().ip_batch(&batch)?;
     wait_for("programs", LIMIT, || {
         lab.agent.status().is_ok_and(|status| status.datapath.interfaces.len() >= before + number)
     })
@@ -101,13 +100,7 @@ fn add_routes(lab: &Lab) -> Result<()> {
         let [.., a, b, c] = n.to_be_bytes();
         writeln!(batch, "route add blackhole 172.{}.{b}.{c}/32", 16 + a)?;
     }
-    ip_batch(lab, &batch)
-}
-
-fn ip_batch(lab: &Lab, batch: &str) -> Result<()> {
-    let file = lab.world.dir().join("batch");
-    fs::write(&file, batch).context("write the batch")?;
-    lab.world.node(0).ns().ip(&["-batch", &file.display().to_string()])
+    lab.world.node(0).ns().ip_batch(&batch)
 }
 
 /// Replaces the default route: the metric alternates.
