@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     check::{Checkers, Known, reports::Inbox},
     clock::{self, Clock},
-    command::Command,
+    command::{Command, ReadyCheck},
     config::{AgentConfig, ConfigError},
     datapath::{
         KernelDatapath, interfaces::InterfaceChange, masquerade, neighbors::LocalPods, preflight, return_paths,
@@ -32,13 +32,19 @@ use crate::{
     heartbeat::{self, Lease},
     interfaces::{Interfaces, Outcome},
     logging::Incidents,
+    metrics::{
+        self, Instruments, Snapshot,
+        snapshot::{DatapathInfo, MapFill},
+    },
     process,
     signals::Signals,
     source::{
         file::FileSource,
-        kube::{KubeSource, NodeState, Update},
+        kube::{Access, KubeSource, NodeState, Update},
     },
+    systemd::ServiceManager,
     view,
+    web::Listeners,
 };
 
 /// Longest interval between two ticks of the engine. A tick also reads the ring buffer, so events are read at least
@@ -112,6 +118,14 @@ pub struct Agent {
     pub checkers: Checkers,
     /// Counters of lost log lines and of panics.
     pub incidents: Incidents,
+    /// The numbers that the agent counts itself.
+    pub instruments: Arc<Instruments>,
+    /// What the agent serves over TCP.
+    pub listeners: Listeners,
+    /// The service manager that started the agent, if any.
+    pub service_manager: ServiceManager,
+    /// What the API server does not let the agent do; `None` if the services come from a file.
+    pub access: Option<Access>,
     /// Id of the latest event, for readers that wait.
     pub latest_event: watch::Sender<u64>,
     /// The section `agent` of the configuration, as it was at the start.
@@ -168,7 +182,10 @@ impl Agent {
                     (SourceEvent::Update(update), _) => self.update(update),
                     (SourceEvent::FileChanged, Source::Kubernetes(_)) => {}
                 },
-                _ = heartbeat.tick() => self.heartbeat(),
+                _ = heartbeat.tick() => {
+                    self.heartbeat();
+                    self.service_manager.beat(self.is_ready(), self.engine.by_state());
+                }
                 reports = inputs.reports.recv() => {
                     for report in &reports {
                         self.engine.observe(self.clock.now(), report, &mut self.datapath);
@@ -211,6 +228,7 @@ impl Agent {
                 self.publish_node_state(kube);
             }
         }
+        self.service_manager.stopping();
         if let Source::Kubernetes(kube) = &inputs.source {
             kube.shutdown().await;
         }
@@ -242,6 +260,7 @@ impl Agent {
             interfaces: self.interfaces.count(),
             failed_interfaces: self.interfaces.failures(),
             unseen: self.interfaces.notes(),
+            degraded: self.degraded(),
             suspended: self.suspended(now).into_iter().fold(BTreeMap::new(), |mut by_service, path| {
                 by_service.entry(path.service).or_default().push(path.interface);
                 by_service
@@ -331,6 +350,9 @@ impl Agent {
 
     /// Applies a configuration.
     pub fn configure(&mut self, services: Vec<Service>) {
+        if self.service_count.is_none() {
+            self.instruments.note_first_configuration(clock::wall().as_second());
+        }
         self.service_count = Some(services.len());
         self.needs_local_pods = services.iter().any(Service::needs_local_backends);
         self.update_pods_wanted();
@@ -368,9 +390,11 @@ impl Agent {
                 let count = config.services.len();
                 self.configure(config.services);
                 tracing::info!(services = count, "configuration reloaded ({why})");
+                self.instruments.count_reload(true, clock::wall().as_second());
                 self.engine.note(now, EntryKind::Config, format!("reloaded ({why}): {count} services"));
             }
             Err(errors) => {
+                self.instruments.count_reload(false, clock::wall().as_second());
                 for error in &errors {
                     tracing::error!("the new configuration is refused, the old one stays in force: {error}");
                 }
@@ -401,13 +425,10 @@ impl Agent {
                 let flows = self.engine.flows(&name, limit, &self.datapath);
                 drop(reply.send(flows.map(|flows| flows.iter().map(view::flow).collect())));
             }
-            Command::Ready(reply) => {
-                let waiting = "no configuration from the API server yet; an earlier agent's decisions stay in force";
-                let configured = self.service_count.map(drop).ok_or_else(|| waiting.to_owned());
-                drop(reply.send(configured.and_then(|()| match self.interfaces.waiting_at_start() {
-                    0 => Ok(()),
-                    number => Err(format!("{number} interfaces wait for their programs")),
-                })));
+            Command::Ready(reply) => drop(reply.send(self.ready_checks())),
+            Command::Metrics { level, reply } => drop(reply.send(self.numbers(now, level))),
+            Command::Measures { query, reply } => {
+                drop(reply.send(self.engine.measures(now, &self.datapath, &query)));
             }
             Command::Handover { duration, reply } => {
                 self.lease.hand_over(now.mono, duration);
@@ -419,6 +440,77 @@ impl Agent {
                 let events: Vec<EventLine> = self.engine.events_after(after).into_iter().map(view::event).collect();
                 drop(reply.send(events));
             }
+        }
+    }
+
+    /// Whether the agent is ready, check by check. A failure that a restart would not mend does not count: during a
+    /// rollout, an agent that is not ready stops the replacement of the others.
+    fn ready_checks(&self) -> Vec<ReadyCheck> {
+        let check = |name, counts, outcome| ReadyCheck { name, outcome, counts };
+        let waiting = "no configuration from the API server yet; an earlier agent's decisions stay in force";
+        let programs = match self.interfaces.waiting_at_start() {
+            0 => Ok(()),
+            number => Err(format!("{number} interfaces wait for their programs")),
+        };
+        let interfaces = self.interfaces.failures();
+        let unapplied = self.engine.unapplied();
+        let mut checks = vec![
+            check("config", true, self.service_count.map(drop).ok_or_else(|| waiting.to_owned())),
+            check("programs", true, programs),
+            check("interfaces", false, none(&interfaces, || interfaces.join("; "))),
+            check("writes", false, none(&unapplied, || format!("not in the kernel: {}", unapplied.join(", ")))),
+        ];
+        if let Some(access) = &self.access {
+            checks.push(check("kube-access", true, access.problem().map_or(Ok(()), Err)));
+            let missing: Vec<String> =
+                self.instruments.synced().into_iter().filter_map(|(name, synced)| (!synced).then_some(name)).collect();
+            checks.push(check(
+                "kube-sync",
+                false,
+                none(&missing, || format!("no list yet of: {}", missing.join(", "))),
+            ));
+        }
+        let problems = self.listeners.problems();
+        checks.push(check("listeners", false, none(&problems, || problems.join("; "))));
+        checks
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready_checks().iter().all(|check| check.outcome.is_ok() || !check.counts)
+    }
+
+    /// The numbers for a scrape of metrics.
+    fn numbers(&self, now: Now, level: Option<metrics::Level>) -> Snapshot {
+        let by_state = self.engine.by_state();
+        let breakers = usize::try_from(by_state.iter().sum::<u64>()).unwrap_or(usize::MAX);
+        let tables = self.engine.flow_tables();
+        let fill = self.datapath.fill(tables).into_iter();
+        Snapshot {
+            settings: self.config.metrics,
+            level: metrics::Level::of(level.or(self.config.metrics.level), breakers),
+            is_kubernetes: self.access.is_some(),
+            is_ready: self.is_ready(),
+            lease: self.config.lease,
+            heartbeat_unix_ns: now.unix_ns,
+            listeners: self.listeners.all().into_iter().map(|(name, outcome)| (name, outcome.is_ok())).collect(),
+            panics: self.incidents.panics(),
+            lost_log_lines: self.incidents.lost_log_lines(),
+            process: process::numbers(),
+            interfaces: self.interfaces.by_side(),
+            suspended: self.datapath.suspended_paths().len(),
+            restored: self.restored.values().map(|restored| restored.count).sum(),
+            datapath: DatapathInfo {
+                attach: self.interfaces.attach_mode().label(),
+                xdp: self.config.xdp.label(),
+                node_sockets: self.sockets.is_ok(),
+                masquerade_rule: self.masquerade_rule.is_ok(),
+            },
+            reasons: self.datapath.reasons().unwrap_or_default(),
+            maps: fill.map(|(name, entries, max_entries)| MapFill { name, entries, max_entries }).collect(),
+            flows: tables.map(|tables| tables.live),
+            probes: self.checkers.load(),
+            by_state,
+            services: Vec::new(),
         }
     }
 
@@ -436,6 +528,12 @@ impl Agent {
         paths.map(view).collect()
     }
 
+    /// What the agent does without, in words.
+    fn degraded(&self) -> Vec<String> {
+        let access = self.access.as_ref().and_then(Access::problem);
+        self.listeners.problems().into_iter().chain(access).collect()
+    }
+
     fn status(&self, now: Now) -> AgentStatus {
         let reasons = self.datapath.reasons().unwrap_or_default();
         let services: Vec<ServiceStatus> =
@@ -449,6 +547,7 @@ impl Agent {
             probes: Some(view::probes(self.checkers.load())),
             lost_log_lines: self.incidents.lost_log_lines(),
             panics: self.incidents.panics(),
+            degraded: self.degraded(),
             last_beat: Some(clock::timestamp(now.unix_ns)),
             lease_seconds: self.config.lease.as_secs(),
             datapath: DatapathStatus {
@@ -465,6 +564,11 @@ impl Agent {
             services,
         }
     }
+}
+
+/// Nothing is wrong if there are no problems; otherwise, what `words` says.
+fn none(problems: &[String], words: impl FnOnce() -> String) -> Result<(), String> {
+    if problems.is_empty() { Ok(()) } else { Err(words()) }
 }
 
 /// Every backend that has a check, with the check.

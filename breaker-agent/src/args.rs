@@ -3,6 +3,7 @@
 
 use std::{
     ffi::OsString,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -93,6 +94,10 @@ struct AgentArgs {
     /// Kubeconfig for the API server; default: KUBECONFIG, ~/.kube/config or the pod's service account.
     #[arg(long, requires = "kubernetes", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+    /// Serve metrics at this address, in addition to agent.listen; takes precedence over agent.metricsListen. Allowed:
+    /// ADDRESS:PORT; an IPv6 address needs no brackets.
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = socket_address)]
+    metrics_listen: Option<SocketAddr>,
     /// Remove programs and maps when the agent ends.
     #[arg(long)]
     detach: bool,
@@ -187,8 +192,18 @@ fn refuse(problems: &[String]) -> ExitCode {
 }
 
 fn options(args: AgentArgs) -> Result<Options, Vec<String>> {
-    let AgentArgs { config, kubernetes, node_name, namespace, kubeconfig, detach, program_log, check: _ } = args;
-    let (agent, origin) = match node_name {
+    let AgentArgs {
+        config,
+        kubernetes,
+        node_name,
+        namespace,
+        kubeconfig,
+        metrics_listen,
+        detach,
+        program_log,
+        check: _,
+    } = args;
+    let (mut agent, origin) = match node_name {
         _ if !kubernetes => of_file(config.unwrap_or_default())?,
         Some(node) if !node.is_empty() => {
             let frontends = FrontendRules::default();
@@ -196,7 +211,17 @@ fn options(args: AgentArgs) -> Result<Options, Vec<String>> {
         }
         _ => return Err(vec!["--node-name is missing (in a pod, set NODE_NAME from spec.nodeName)".into()]),
     };
+    agent.metrics_listen = metrics_listen.or(agent.metrics_listen);
     Ok(Options { agent, origin, detach, incidents: Incidents::default(), program_log })
+}
+
+/// Parses an address and a port. Kubernetes passes the node's address without brackets, also if it is IPv6.
+fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    let parsed = text.parse().ok().or_else(|| {
+        let (address, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
+    });
+    parsed.ok_or_else(|| "allowed: an address and port like 192.0.2.1:9811 or [2001:db8::1]:9811".into())
 }
 
 /// Returns the arguments for clap. kubectl runs the binary as a plugin under the name `kubectl-breaker`; under that
@@ -270,6 +295,15 @@ mod tests {
     #[test]
     fn the_command_line_holds_together() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn an_ipv6_address_needs_no_brackets() {
+        for text in ["[2001:db8::1]:9811", "2001:db8::1:9811"] {
+            assert_eq!(socket_address(text).map(|address| address.to_string()), Ok("[2001:db8::1]:9811".into()));
+        }
+        assert_eq!(socket_address("192.0.2.1:9811"), Ok(([192, 0, 2, 1], 9811).into()));
+        assert!(socket_address("192.0.2.1").is_err() && socket_address("localhost:1").is_err());
     }
 
     #[test]

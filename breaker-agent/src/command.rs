@@ -1,4 +1,4 @@
-//! Requests to the main loop, from the control socket and from kubelet. Each carries the channel for its answer.
+//! Requests to the main loop, from the control socket, from kubelet and from scrapes of metrics. Each carries the channel for its answer.
 
 use std::time::Duration;
 
@@ -7,8 +7,24 @@ use breaker_api::{
     flows::FlowView,
     status::{AgentStatus, ServiceStatus},
 };
-use breaker_core::engine::CommandError;
+use breaker_core::engine::{
+    CommandError,
+    measures::{Query, ServiceMeasures},
+};
 use tokio::sync::oneshot;
+
+use crate::metrics::{Level, Snapshot};
+
+/// One of the checks that together say whether the agent is ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadyCheck {
+    /// Its name.
+    pub name: &'static str,
+    /// The error says what is wrong.
+    pub outcome: Result<(), String>,
+    /// Whether the agent is not ready while this check fails.
+    pub counts: bool,
+}
 
 /// A request to the main loop.
 #[derive(Debug)]
@@ -39,8 +55,22 @@ pub enum Command {
         /// Channel for the answer.
         reply: oneshot::Sender<Result<Vec<FlowView>, CommandError>>,
     },
-    /// Whether the agent has a configuration; otherwise the reason why not.
-    Ready(oneshot::Sender<Result<(), String>>),
+    /// Whether the agent is ready.
+    Ready(oneshot::Sender<Vec<ReadyCheck>>),
+    /// The numbers for a scrape of metrics, without those of the services.
+    Metrics {
+        /// The level; `None` = that of the configuration.
+        level: Option<Level>,
+        /// Channel for the answer.
+        reply: oneshot::Sender<Snapshot>,
+    },
+    /// The numbers of some services.
+    Measures {
+        /// Which ones.
+        query: Query,
+        /// Channel for the answer.
+        reply: oneshot::Sender<Vec<ServiceMeasures>>,
+    },
     /// The agent is about to be replaced: extend the lease, so that the programs trust the last decision for longer.
     Handover {
         /// Duration of the extended lease.

@@ -20,6 +20,7 @@ use crate::{
         neighbors::LocalPods,
         options::AttachMode,
     },
+    metrics::snapshot::InterfaceCounts,
     supervise, view,
 };
 
@@ -294,6 +295,18 @@ impl Interfaces {
     #[must_use]
     pub fn count(&self) -> usize {
         self.attached.len()
+    }
+
+    /// Numbers of interfaces with programs, and of those that failed: of pods, and of uplinks.
+    #[must_use]
+    pub fn by_side(&self) -> [InterfaceCounts; 2] {
+        let mut counts = [InterfaceCounts::default(); 2];
+        for (index, interface) in &self.wanted {
+            let counts = &mut counts[usize::from(interface.side == Side::Uplink)];
+            counts.attached += u64::from(self.attached.contains_key(index));
+            counts.failed += u64::from(self.failed.contains_key(index));
+        }
+        counts
     }
 
     /// Number of interfaces of the start that still wait for their programs; 0 from then on.

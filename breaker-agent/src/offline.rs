@@ -34,6 +34,7 @@ pub fn status(pin_path: &Path, socket: &Path) -> Result<AgentStatus> {
         probes: None,
         lost_log_lines: 0,
         panics: 0,
+        degraded: Vec::new(),
         last_beat: view::timestamp_unless_zero(maps.heartbeat.beat_unix_ns),
         lease_seconds: maps.heartbeat.lease_ns / 1_000_000_000,
         datapath: DatapathStatus {

@@ -1,7 +1,9 @@
 //! CPU time and memory of a process, and how the agent gives memory back.
 
 use breaker_api::status::ProcessStatus;
-use procfs::process::Process;
+use procfs::process::{LimitValue, Process};
+
+use crate::metrics::snapshot::ProcessNumbers;
 
 /// CPU time and memory of this process; `None` where /proc cannot be read.
 #[must_use]
@@ -19,6 +21,28 @@ pub fn of(pid: u32) -> Option<ProcessStatus> {
     Some(ProcessStatus {
         cpu_seconds: f64::from(ticks) / f64::from(per_second),
         resident_bytes: stat.rss * procfs::page_size(),
+    })
+}
+
+/// The numbers of this process for metrics; `None` where /proc cannot be read.
+#[must_use]
+pub fn numbers() -> Option<ProcessNumbers> {
+    let process = Process::myself().ok()?;
+    let (stat, limits) = (process.stat().ok()?, process.limits().ok()?);
+    let max_fds = match limits.max_open_files.soft_limit {
+        LimitValue::Value(limit) => limit,
+        LimitValue::Unlimited => u64::MAX,
+    };
+    let ticks = u32::try_from(stat.starttime).ok()?;
+    let per_second = u32::try_from(procfs::ticks_per_second()).ok()?;
+    let boot = u32::try_from(procfs::boot_time_secs().ok()?).ok()?;
+    Some(ProcessNumbers {
+        usage: own()?,
+        virtual_bytes: stat.vsize,
+        open_fds: process.fd_count().ok()? as u64,
+        max_fds,
+        threads: u64::try_from(stat.num_threads).ok()?,
+        start_time: f64::from(boot) + f64::from(ticks) / f64::from(per_second),
     })
 }
 

@@ -31,6 +31,7 @@ use crate::{
     heartbeat::Lease,
     interfaces::Interfaces,
     logging::Incidents,
+    metrics::Instruments,
     process,
     signals::Signals,
     source::{
@@ -38,6 +39,8 @@ use crate::{
         kube::{self, KubeSource, NodeIdentity},
     },
     supervise,
+    systemd::ServiceManager,
+    web,
 };
 
 /// Where the services are configured.
@@ -126,9 +129,9 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     let (commands_in, commands) = mpsc::channel(64);
     let (latest_event, latest_event_out) = watch::channel(0);
     let _socket = control::serve(&config.socket, commands_in.clone(), latest_event_out)?;
-    if let Some(address) = config.listen {
-        control::health::serve(address, commands_in).await?;
-    }
+    let instruments = Instruments::new().context("make the metrics")?;
+    let listeners = web::serve(config.listen, config.metrics_listen, &commands_in, &instruments).await;
+    let mut access = None;
     let (source, services) = match options.origin {
         Origin::File { path, text, services } => (Source::File(FileSource::watch(&path, text)?), Some(services)),
         Origin::Kubernetes(mut identity) => {
@@ -138,7 +141,9 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
                 () = signals.end() => return Ok(()),
                 client = kube::client(identity.kubeconfig.as_deref()) => client?,
             };
-            (Source::Kubernetes(Box::new(KubeSource::start(&client, &identity))), None)
+            let source = KubeSource::start(&client, &identity, &instruments);
+            access = Some(source.access());
+            (Source::Kubernetes(Box::new(source)), None)
         }
     };
     let (pods_wanted, pods_wanted_out) = watch::channel(false);
@@ -148,7 +153,11 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         engine,
         datapath,
         interfaces: Interfaces::new(attacher),
-        checkers: Checkers::start(reports_in)?,
+        checkers: Checkers::start(reports_in, instruments.clone())?,
+        instruments,
+        listeners,
+        service_manager: ServiceManager::of_process(),
+        access,
         latest_event,
         lease: Lease::new(config.lease),
         service_count: None,

@@ -35,6 +35,9 @@ pub struct AgentStatus {
     /// Number of faults (panics) in the agent since it started. Each ended one attempt of one task.
     #[serde(default)]
     pub panics: u64,
+    /// What the agent does without because of an error, like an address that it cannot listen on.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub degraded: Vec<String>,
     /// How busy the probes are; absent without a running agent.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub probes: Option<ProbesStatus>,

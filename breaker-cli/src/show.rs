@@ -75,6 +75,9 @@ pub(crate) fn status(status: &AgentStatus, paint: Paint) -> String {
             );
             let _ = writeln!(text, "{}", paint.with(RED, &words));
         }
+        for problem in &status.degraded {
+            let _ = writeln!(text, "{}", paint.with(YELLOW, problem));
+        }
         if status.lost_log_lines > 0 {
             let words = format!("{} lines of the agent's log are lost: it could not be written", status.lost_log_lines);
             let _ = writeln!(text, "{}", paint.with(YELLOW, &words));

@@ -146,6 +146,15 @@ pub struct LimitReport {
     pub clients: Vec<RefusedClient>,
 }
 
+/// The flow tables of one IP family: of pending flows, and of established ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowTables {
+    /// Entries that remain.
+    pub entries: [usize; 2],
+    /// Those of them whose connection is not over.
+    pub live: [usize; 2],
+}
+
 /// Result of a walk through the flow tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sweep {
@@ -153,6 +162,8 @@ pub struct Sweep {
     pub redirected: BTreeMap<ServiceName, usize>,
     /// Entries in the forward tables after finished flows were removed, without those that only keep their ports.
     pub entries: usize,
+    /// The flow tables of IPv4 and IPv6.
+    pub tables: [FlowTables; 2],
     /// Established flows in the fuller one of the two families' tables.
     pub established: usize,
     /// How full that table is, in percent.

@@ -7,7 +7,7 @@ use breaker_common::StateReason;
 use crate::{health::Health, model::ServiceName};
 
 /// Outcome of a probe in HAProxy's vocabulary (its management guide, section 9.3, `check_status`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CheckCode {
     /// The connection was established, and the check asks for no more.
     L4Ok,

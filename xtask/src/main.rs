@@ -4,6 +4,7 @@
 
 mod build;
 mod crds;
+mod docs;
 mod image;
 mod lint;
 mod progress;
@@ -56,6 +57,8 @@ enum Task {
     },
     /// Generate the CustomResourceDefinitions in k8s/ from the Rust types.
     Crdgen,
+    /// Generate docs/METRICS.md from the agent's list of metrics.
+    Docs,
     /// Run the demo: a service fails over in the kernel and recovers (needs root).
     Demo {
         /// Print one JSON object instead of text.
@@ -111,6 +114,7 @@ fn execute(task: Task) -> Result<()> {
         Task::Test(args) => test::test(args),
         Task::Image { push, tag } => image::image(&tag, push.as_deref()),
         Task::Crdgen => crds::generate(),
+        Task::Docs => docs::generate(),
         Task::Demo { json, keep } => lab("demo", [json.then_some("--json"), keep.then_some("--keep")]),
         Task::E2e { args } => {
             image::image(env!("CARGO_PKG_VERSION"), None)?;

@@ -102,7 +102,33 @@ pub fn setup() -> Result<()> {
 /// # Errors
 /// As for [`setup`].
 pub fn setup_lab() -> Result<()> {
-    install(&missing(LAB))
+    install(&missing(LAB))?;
+    setup_prometheus()
+}
+
+/// Unpacks Debian's package of Prometheus into the target directory, unless both of its programs are there or in `PATH`.
+/// It is not installed, because an installed package starts a server.
+///
+/// # Errors
+/// apt-get or dpkg-deb is missing or failed.
+pub fn setup_prometheus() -> Result<()> {
+    let dir = ebpf_builder::workspace().join("target/tools/prometheus");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let dirs: Vec<_> = env::split_paths(&path).chain([dir.join("usr/bin")]).collect();
+    if ["prometheus", "promtool"].iter().all(|program| dirs.iter().any(|dir| dir.join(program).is_file())) {
+        return Ok(());
+    }
+    step("setup: unpack Debian's package of Prometheus, which checks metrics and alerts", || {
+        std::fs::create_dir_all(&dir)?;
+        let mut download = Command::new("apt-get");
+        run(download.args(["-q", "-q", "download", "prometheus"]).current_dir(&dir))?;
+        let package = std::fs::read_dir(&dir)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+        let Some(package) = package else { bail!("apt-get downloaded no package into {}", dir.display()) };
+        run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(&dir))?;
+        Ok(std::fs::remove_file(package)?)
+    })
 }
 
 /// Installs what is missing for the benchmarks.

@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use breaker_core::{
     health::{Health, RiseFall},
-    model::{Check, ServiceName},
+    model::{Check, ServiceName, TierRole},
     probe::{ProbeLoad, ProbeReport, Target},
 };
 use tokio::{
@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{Prober, reports::Outbox};
-use crate::clock;
+use crate::{clock, metrics::Instruments};
 
 /// The identity of a probe task. Services that check the same backend in the same way share one task.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +46,7 @@ pub struct Checkers {
     threads: Vec<Thread>,
     steps: Arc<Steps>,
     reports: Outbox,
+    instruments: Arc<Instruments>,
     running: HashMap<Probe, Checker>,
     targets: BTreeMap<Target, Probe>,
     epochs: BTreeMap<ServiceName, Epoch>,
@@ -95,11 +96,11 @@ pub struct Known {
 }
 
 impl Checkers {
-    /// Creates an empty set of checks. Results go to `reports`.
+    /// Creates an empty set of checks. Results go to `reports`, and their durations to `instruments`.
     ///
     /// # Errors
     /// A thread cannot be started.
-    pub fn start(reports: Outbox) -> Result<Self> {
+    pub fn start(reports: Outbox, instruments: Arc<Instruments>) -> Result<Self> {
         let mut threads = vec![Thread::start(Prober::start)?];
         let count = std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
         while threads.len() < count {
@@ -109,6 +110,7 @@ impl Checkers {
             threads,
             steps: Arc::new(Steps::new()),
             reports,
+            instruments,
             running: HashMap::new(),
             targets: BTreeMap::new(),
             epochs: BTreeMap::new(),
@@ -152,8 +154,13 @@ impl Checkers {
             let checker = self.running.entry(probe.clone()).or_insert_with(|| {
                 let (changes, changes_out) = mpsc::unbounded_channel();
                 let thread = &self.threads[if number < MANY { 0 } else { number % self.threads.len() }];
-                let (steps, prober, reports) = (self.steps.clone(), thread.prober.clone(), self.reports.clone());
-                let task = thread.handle.spawn(run(probe.clone(), spread, steps, changes_out, prober, reports));
+                let means = Means {
+                    steps: self.steps.clone(),
+                    prober: thread.prober.clone(),
+                    reports: self.reports.clone(),
+                    instruments: self.instruments.clone(),
+                };
+                let task = thread.handle.spawn(run(probe.clone(), spread, changes_out, means));
                 Checker { members: 0, changes, task }
             });
             checker.members += 1;
@@ -234,13 +241,19 @@ struct Member {
     began: u32,
 }
 
+/// What the task of a probe works with.
+struct Means {
+    steps: Arc<Steps>,
+    prober: Prober,
+    reports: Outbox,
+    instruments: Arc<Instruments>,
+}
+
 async fn run(
     Probe { backend, check }: Probe,
     spread: Duration,
-    steps: Arc<Steps>,
     mut changes: mpsc::UnboundedReceiver<Change>,
-    prober: Prober,
-    reports: Outbox,
+    Means { steps, prober, reports, instruments }: Means,
 ) {
     let mut members: BTreeMap<Target, Member> = BTreeMap::new();
     let soon = || clock::instant() + spread.mul_f64(fastrand::f64());
@@ -263,11 +276,17 @@ async fn run(
             },
             () = sleep_until(steps.next(due)) => {}
         }
-        prober.note_start(clock::instant().saturating_duration_since(due));
+        let late = clock::instant().saturating_duration_since(due);
+        prober.note_start(late);
+        instruments.observe_lateness(late);
         for member in members.values_mut() {
             member.began = member.epoch.load(Ordering::Relaxed);
         }
         let result = prober.probe(&check, backend).await;
+        if result.code.is_result() {
+            let roles: BTreeSet<TierRole> = members.keys().map(|target| TierRole::of(target.tier)).collect();
+            instruments.observe_check(&check.action, roles, result.duration);
+        }
         for (target, Member { health, epoch, began }) in &mut members {
             let before = health.health();
             // A probe counts only in the state in which it began.

@@ -9,7 +9,10 @@ use ipnet::IpNet;
 use serde_saphyr::Spanned;
 
 use super::{AgentConfig, FrontendRules, NodePortAddresses, format, problems::Problems};
-use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
+use crate::{
+    datapath::options::{AttachMode, AttachOrder, XdpPolicy},
+    metrics::{Level, Settings},
+};
 
 /// The largest number of services that one node can protect.
 pub(super) const MOST_SERVICES: u32 = 65_536;
@@ -43,7 +46,9 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
     AgentConfig {
         pin_path: path(problems, raw.pin_path, "agent.pinPath", DEFAULT_PIN_PATH),
         socket: path(problems, raw.socket, "agent.socket", DEFAULT_SOCKET),
-        listen: listen(problems, raw.listen.as_ref()),
+        listen: listen(problems, raw.listen.as_ref(), "agent.listen"),
+        metrics_listen: listen(problems, raw.metrics_listen.as_ref(), "agent.metricsListen"),
+        metrics: metrics(problems, &raw.metrics),
         veths: raw.veths.unwrap_or(true),
         uplinks: raw.uplinks.unwrap_or(false),
         node_sockets: raw.node_sockets.unwrap_or(true),
@@ -84,12 +89,25 @@ fn node_port_addresses(problems: &mut Problems<'_>, values: &[Spanned<String>]) 
     addresses
 }
 
-fn listen(problems: &mut Problems<'_>, value: Option<&Spanned<String>>) -> Option<SocketAddr> {
+fn metrics(problems: &mut Problems<'_>, raw: &format::Metrics) -> Settings {
+    let levels = Level::NAMES.map(|(name, level)| (name, Some(level)));
+    let default = Settings::default();
+    let max_backends = default.max_backends as u64;
+    let max_backends =
+        problems.number(raw.max_backends.as_ref(), "agent.metrics.maxBackends", max_backends, 0..=100_000);
+    Settings {
+        level: problems.word(raw.level.as_ref(), "agent.metrics.level", &levels, default.level),
+        per_backend: raw.per_backend.unwrap_or(default.per_backend),
+        max_backends: usize::try_from(max_backends).unwrap_or(default.max_backends),
+    }
+}
+
+fn listen(problems: &mut Problems<'_>, value: Option<&Spanned<String>>, field: &str) -> Option<SocketAddr> {
     let value = value?;
     let address = value.value.parse().ok();
     if address.is_none() {
         let problem = format!("{:?} is not allowed; allowed: an address and port like 127.0.0.1:9810", value.value);
-        problems.add(value.referenced, "agent.listen", problem);
+        problems.add(value.referenced, field, problem);
     }
     address
 }

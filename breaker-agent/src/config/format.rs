@@ -27,6 +27,9 @@ pub(super) struct Agent {
     pub pin_path: Option<Spanned<String>>,
     pub socket: Option<Spanned<String>>,
     pub listen: Option<Spanned<String>>,
+    pub metrics_listen: Option<Spanned<String>>,
+    #[serde(default)]
+    pub metrics: Metrics,
     pub veths: Option<bool>,
     pub uplinks: Option<bool>,
     pub node_sockets: Option<bool>,
@@ -44,6 +47,14 @@ pub(super) struct Agent {
     pub node_port_addresses: Vec<Spanned<String>>,
     #[serde(rename = "externalIPs")]
     pub external_ips: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub(super) struct Metrics {
+    pub level: Option<Spanned<String>>,
+    pub per_backend: Option<bool>,
+    pub max_backends: Option<Spanned<u64>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -24,7 +24,10 @@ use breaker_core::model::Service;
 use globset::Glob;
 use ipnet::IpNet;
 
-use crate::datapath::options::{AttachMode, AttachOrder, XdpPolicy};
+use crate::{
+    datapath::options::{AttachMode, AttachOrder, XdpPolicy},
+    metrics,
+};
 
 /// A valid configuration.
 #[derive(Clone, Debug)]
@@ -43,8 +46,12 @@ pub struct AgentConfig {
     pub pin_path: PathBuf,
     /// Path of the control socket.
     pub socket: PathBuf,
-    /// Address that serves `/livez` and `/readyz`; `None` = they are not served.
+    /// Address that serves health and metrics on this node; `None` = they are not served.
     pub listen: Option<SocketAddr>,
+    /// Address that serves metrics alone, for the cluster; `None` = it is not served.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Which metrics are exported.
+    pub metrics: metrics::Settings,
     /// Whether host-side veths of pods get the programs.
     pub veths: bool,
     /// Whether interfaces of default routes get the programs.

@@ -452,6 +452,7 @@ mod documented {
     fn every_field_of_the_format_is_documented() {
         let documented: Vec<String> = fields().into_iter().map(|field| field.name).collect();
         let structural = [
+            "metrics",
             "services",
             "name",
             "value",

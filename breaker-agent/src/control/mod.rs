@@ -1,7 +1,6 @@
 //! The control socket: a unix socket with mode 0600 that speaks HTTP with JSON bodies. It is described in
-//! docs/CONTROL.md, and `breaker-cli` is its client. [`health`] serves kubelet's probes.
+//! docs/CONTROL.md, and `breaker-cli` is its client.
 
-pub mod health;
 mod server;
 
 pub use server::{Socket, serve};

@@ -47,7 +47,9 @@ use std::{
 
 use breaker_common::{DownBackendKey, PassReason, ServiceCounters, switch_flags};
 use breaker_core::{
-    datapath::{Adopted, Datapath, DatapathError, Destination, FlowSnapshot, LimitReport, PacketEvent, Sweep},
+    datapath::{
+        Adopted, Datapath, DatapathError, Destination, FlowSnapshot, FlowTables, LimitReport, PacketEvent, Sweep,
+    },
     model::{Frontend, ServiceName},
     plan::ServicePlan,
 };
@@ -141,6 +143,33 @@ impl KernelDatapath {
     /// The map cannot be read.
     pub fn reasons(&self) -> anyhow::Result<Vec<(PassReason, u64)>> {
         self.maps.reasons()
+    }
+
+    /// How full the maps are that can fill up: name, entries in use, and entries that there is room for. `flows`: the
+    /// flow tables of IPv4 and IPv6 at the last sweep.
+    #[must_use]
+    pub fn fill(&self, flows: [FlowTables; 2]) -> Vec<(&'static str, u64, u64)> {
+        let sizes = self.sizes();
+        let allocated = [
+            ("SERVICES", &self.service_indices),
+            ("ROUTES", &self.route_indices),
+            ("SLOTS", &self.table_indices),
+            ("BACKENDS4", &self.backend_ids[0]),
+            ("BACKENDS6", &self.backend_ids[1]),
+        ];
+        let allocated = allocated.into_iter().map(|(name, allocator)| {
+            let (used, all) = allocator.fill();
+            (name, used, all)
+        });
+        let [v4, v6] = flows.map(|tables| tables.entries.map(|entries| entries as u64));
+        let (pending, established) = (sizes.pending.into(), sizes.flows.into());
+        let swept = [
+            ("PENDING4", v4[0], pending),
+            ("FLOWS4", v4[1], established),
+            ("PENDING6", v6[0], pending),
+            ("FLOWS6", v6[1], established),
+        ];
+        allocated.chain(swept).collect()
     }
 
     fn names(&self) -> HashMap<u32, ServiceName> {

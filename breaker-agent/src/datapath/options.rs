@@ -30,3 +30,15 @@ pub enum XdpPolicy {
     /// XDP on interfaces whose driver has a native mode, including veths.
     Native,
 }
+
+impl XdpPolicy {
+    /// The name in configuration and metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Off => "Off",
+            Self::Auto => "Auto",
+            Self::Native => "Native",
+        }
+    }
+}

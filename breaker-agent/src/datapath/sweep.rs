@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap as BpfMap, MapData, MapError};
 use breaker_common::{Flow, FlowKey, FlowKind, PROTO_UDP, Reverse, ReverseKey, TICK_SHIFT, V4, V6, flow_path, seen};
 use breaker_core::{
-    datapath::{Destination, Sweep},
+    datapath::{Destination, FlowTables, Sweep},
     model::ServiceName,
 };
 
@@ -49,8 +49,9 @@ pub(super) struct Found {
 /// Walks the tables of both IP families. See [`breaker_core::datapath::Datapath::sweep`].
 pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Option<Duration>) -> Result<Found> {
     let mut found = Found::default();
-    sweep_family::<V4>(maps, names, idle, &mut found)?;
-    sweep_family::<V6>(maps, names, idle, &mut found)?;
+    found.sweep.tables =
+        [sweep_family::<V4>(maps, names, idle, &mut found)?, sweep_family::<V6>(maps, names, idle, &mut found)?];
+    found.sweep.established = found.sweep.tables.iter().map(|tables| tables.entries[1]).max().unwrap_or(0);
     let percent = (found.sweep.established * 100).div_ceil(maps.sizes.flows.max(1) as usize);
     found.sweep.pressure_percent = u8::try_from(percent.min(100)).unwrap_or(100);
     maps.crowded = percent > 50;
@@ -62,11 +63,11 @@ fn sweep_family<A: IpFamily>(
     names: &HashMap<u32, ServiceName>,
     idle: Option<Duration>,
     found: &mut Found,
-) -> Result<()> {
+) -> Result<FlowTables> {
     let now = clock::monotonic_ns();
     let mut over = Vec::new();
     let mut claimed = BTreeSet::new();
-    let mut established = 0;
+    let mut tables = FlowTables::default();
     // The tables at the last sweep: nobody knows how full they are before the walk.
     let linger = if maps.crowded { LINGER } else { TIME_WAIT };
     let family = A::of(maps);
@@ -88,7 +89,7 @@ fn sweep_family<A: IpFamily>(
                 over.push((key, flow, (!passed).then_some(reverse_key)));
                 continue;
             }
-            established += usize::from(kept);
+            tables.entries[usize::from(kept)] += 1;
             let backend = protocol(key.proto).map(|protocol| (flow.backend.socket(flow.backend_port), protocol));
             if let Some(backend) = backend.filter(|_| !passed) {
                 found.all_to.insert(backend);
@@ -98,7 +99,7 @@ fn sweep_family<A: IpFamily>(
             if is_over(&key, &flow, reverse.as_ref(), now, idle, LINGER) {
                 continue;
             }
-            found.sweep.entries += 1;
+            tables.live[usize::from(kept)] += 1;
             found.fast_path_in_use |= flow.path & flow_path::FAST != 0;
             if let Some(backend) = backend.filter(|_| !passed) {
                 // The packets of a direct connection's backend need translation only if the source port was changed.
@@ -111,7 +112,7 @@ fn sweep_family<A: IpFamily>(
             }
         }
     }
-    found.sweep.established = found.sweep.established.max(established);
+    found.sweep.entries += tables.live.iter().sum::<usize>();
     let family = A::of_mut(maps);
     for (key, flow, reverse_key) in over {
         // The walk took some time, and ports are used again: the entry may belong to another connection now.
@@ -125,7 +126,8 @@ fn sweep_family<A: IpFamily>(
             remove_reverse(family, &reverse_key)?;
         }
     }
-    remove_orphans(family, &claimed, now)
+    remove_orphans(family, &claimed, now)?;
+    Ok(tables)
 }
 
 /// Removes a service's flows to the backends for which `doomed` returns true. Returns the number of these flows.

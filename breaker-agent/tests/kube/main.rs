@@ -7,6 +7,7 @@ mod double;
 use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use breaker_agent::config::FrontendRules;
+use breaker_agent::metrics::Instruments;
 use breaker_agent::source::kube::{KubeSource, NodeIdentity, NodeState, Update};
 use breaker_api::crd::AttachMode;
 use breaker_common::{
@@ -68,7 +69,7 @@ fn source(double: &Double) -> KubeSource {
         room: 1000,
         frontends: FrontendRules { external_ips: true, ..FrontendRules::default() },
     };
-    KubeSource::start(&double.client(), &place)
+    KubeSource::start(&double.client(), &place, &Instruments::new().unwrap())
 }
 
 async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -129,6 +130,7 @@ fn node_state(update: &Arc<Update>, state: BreakerState) -> NodeState {
         sockets: None,
         incompatible: None,
         bypass: None,
+        degraded: Vec::new(),
         unseen: Vec::new(),
         suspended: BTreeMap::new(),
     }

@@ -91,6 +91,9 @@ pub struct ReportedAgent {
     /// What the programs cannot see on the node: pods without a host side, patterns without an interface.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unseen: Vec<String>,
+    /// What the agent does without because of an error, like an address that it cannot listen on.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub degraded: Vec<String>,
 }
 
 /// State of one protected Service on the node.

@@ -17,6 +17,7 @@
 //! | [`journal`] | events with ids, lines for the log |
 //! | [`flood`] | how much one service can write to the journal |
 //! | [`snapshot`] | read-only views |
+//! | [`tally`], [`measures`] | counts since the agent started; views for metrics |
 
 mod applied_plan;
 mod backends;
@@ -24,9 +25,11 @@ mod commands;
 mod flood;
 pub mod journal;
 pub mod limit_watch;
+pub mod measures;
 mod service;
 pub mod snapshot;
 mod sweep;
+pub mod tally;
 mod tracking;
 
 use std::{
@@ -46,7 +49,7 @@ use tracking::SWEEP;
 
 use crate::{
     breaker::{Breaker, Transition},
-    datapath::{Adopted, Datapath, DatapathError},
+    datapath::{Adopted, Datapath, DatapathError, FlowTables},
     health::Health,
     model::{Frontend, Override, Service, ServiceName},
     pool::TierHealth,
@@ -67,6 +70,7 @@ pub struct Engine {
     next_sweep: Instant,
     started: Instant,
     flow_entries: usize,
+    flow_tables: [FlowTables; 2],
     flow_pressure: u8,
     changes: u64,
     transitions: Vec<(ServiceName, u32)>,
@@ -86,6 +90,7 @@ impl Engine {
             next_sweep: now.mono + SWEEP,
             started: now.mono,
             flow_entries: 0,
+            flow_tables: [FlowTables::default(); 2],
             flow_pressure: 0,
             changes: 0,
             transitions: Vec::new(),
@@ -95,6 +100,11 @@ impl Engine {
     /// Entries in the flow tables at the last sweep.
     pub const fn flow_entries(&self) -> usize {
         self.flow_entries
+    }
+
+    /// The flow tables of IPv4 and IPv6 at the last sweep.
+    pub const fn flow_tables(&self) -> [FlowTables; 2] {
+        self.flow_tables
     }
 
     /// Fill level of the fuller table of established flows (IPv4 or IPv6) at the last sweep, in percent.
@@ -163,6 +173,7 @@ impl Engine {
             }
             return;
         }
+        state.tally.count_probe(*tier, &report.result);
         let accepted = |last: &Option<ProbeResult>| last.as_ref().is_none_or(|result| result.code.is_accepted());
         let before = backend.last.replace(report.result.clone());
         state.sync.outdate_if(*tier == 0 && accepted(&before) != accepted(&backend.last));
@@ -235,6 +246,12 @@ impl Engine {
     /// Every configured service in short, by name.
     pub fn summaries(&self) -> Vec<Summary> {
         self.services.values().filter(|state| state.is_configured()).map(ServiceState::summary).collect()
+    }
+
+    /// The names of the configured services whose wanted plan is not in the datapath.
+    pub fn unapplied(&self) -> Vec<String> {
+        let services = self.services.values().filter(|state| state.is_configured() && !state.sync.is_in_force());
+        services.map(|state| state.service.name.to_string()).collect()
     }
 
     /// A counter that increases whenever [`Engine::summaries`] may have changed.

@@ -8,6 +8,7 @@ use super::{
     applied_plan::AppliedPlan,
     backends::{Tiers, backup_addresses},
     limit_watch::LimitWatch,
+    tally::Tally,
     tracking::{DrainingFrontends, RemovedBackends, Tracking},
 };
 use crate::{
@@ -76,6 +77,7 @@ pub(super) struct ServiceState {
     pub removed_backends: RemovedBackends,
     pub sync: AppliedPlan,
     pub limit_watch: LimitWatch,
+    pub tally: Tally,
 }
 
 impl ServiceState {
@@ -121,6 +123,7 @@ impl ServiceState {
             removed_backends: RemovedBackends::new(adopted.is_some()),
             sync: AppliedPlan::new(),
             limit_watch: LimitWatch::default(),
+            tally: Tally::default(),
             service,
         }
     }
@@ -147,6 +150,7 @@ impl ServiceState {
         self.sync.outdate();
         self.breaker.set_policy(service.breaker.clone());
         self.tiers.reconfigure(now, &service);
+        self.tally.reconfigure(&self.service, &service);
         self.removed_backends.update(&backup_addresses(&self.service), &backup_addresses(&service));
         // Flows that the new configuration would not track must still be translated until they end.
         self.tracking = Tracking::Active { since: Some(now.mono) };
@@ -189,6 +193,7 @@ impl ServiceState {
     /// Takes over a transition of the breaker.
     pub fn enter(&mut self, now: Now, transition: Transition, message: &str) {
         self.sync.outdate();
+        self.tally.count_transition(transition);
         self.new_epoch();
         self.state_epoch = self.epoch;
         self.since_unix_ns = now.unix_ns;

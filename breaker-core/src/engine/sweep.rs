@@ -69,6 +69,7 @@ impl Engine {
     /// Reports when the tables of established flows fill up, and when they have room again.
     fn report_pressure(&mut self, now: Now, found: &Sweep) {
         self.flow_entries = found.entries;
+        self.flow_tables = found.tables;
         let crowded = found.pressure_percent >= CROWDED;
         if crowded != (self.flow_pressure >= CROWDED) {
             let message = format!(

@@ -12,6 +12,7 @@ mod limits;
 mod masquerade;
 mod memory;
 mod netfilter;
+mod observe;
 mod policy;
 mod pressure;
 mod resets;

@@ -45,6 +45,11 @@ impl IndexAllocator {
         Ok(index)
     }
 
+    /// Number of indices in use, and of all indices.
+    pub(crate) fn fill(&self) -> (u64, u64) {
+        (self.taken.iter().filter(|taken| **taken).count() as u64, self.size.into())
+    }
+
     /// Marks an index as in use. Does nothing if the index is not below `size`.
     pub(crate) fn reserve(&mut self, index: u32) {
         if let Some(taken) = self.taken.get_mut(index as usize) {

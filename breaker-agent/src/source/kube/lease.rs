@@ -18,7 +18,7 @@ use kube::{
     api::{ObjectMeta, PostParams},
 };
 
-use crate::clock;
+use crate::{clock, metrics::instruments::WriteResult};
 
 /// Name of the Lease, in the agents' own namespace.
 pub const NAME: &str = "breaker-status";
@@ -82,9 +82,11 @@ impl Election {
     /// Reads the Lease. Renews it if this agent holds it, and takes it if nobody holds it or its holder stopped
     /// renewing. A holder also writes `agents`, the number of agents that it counted, to the Lease; 0 is not written.
     ///
+    /// Returns what became of the write; `None` if the Lease was only read.
+    ///
     /// # Errors
     /// The API server's error. A holder stays the holder until the Lease expires.
-    pub async fn acquire_or_renew(&mut self, agents: usize) -> Result<(), kube::Error> {
+    pub async fn acquire_or_renew(&mut self, agents: usize) -> Result<Option<WriteResult>, kube::Error> {
         let found = self.api.get_opt(NAME).await?;
         let Some(mut lease) = found else {
             let lease = Lease {
@@ -107,7 +109,7 @@ impl Election {
         };
         if holder != self.me && !holder.is_empty() && unchanged < DURATION {
             self.renewed = None;
-            return Ok(());
+            return Ok(None);
         }
         // An agent that has just taken the Lease has not counted the agents yet.
         if self.is_held() && agents > 0 {
@@ -137,16 +139,16 @@ impl Election {
         }
     }
 
-    fn take(&mut self, outcome: Result<Lease, kube::Error>) -> Result<(), kube::Error> {
+    fn take(&mut self, outcome: Result<Lease, kube::Error>) -> Result<Option<WriteResult>, kube::Error> {
         match outcome {
             Ok(_) => {
                 self.renewed = Some(clock::stopwatch());
-                Ok(())
+                Ok(Some(WriteResult::Ok))
             }
             // Another agent was faster.
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 self.renewed = None;
-                Ok(())
+                Ok(Some(WriteResult::Conflict))
             }
             Err(error) => Err(error),
         }

@@ -14,6 +14,7 @@
 //! unchanged, and reports and statuses are written once the server answers again. Only this module uses the kube
 //! crate.
 
+mod access;
 pub mod aggregate_reports;
 pub mod annotations;
 pub mod endpoints;
@@ -54,13 +55,16 @@ use self::{
     resolve::{LastValidSpecs, NodeView, ResolvedBreaker, resolve},
     spec_policies::Policies,
     status_writer::Published,
+    watch::Observer,
     watches::Watches,
 };
 use crate::{
     clock,
     config::FrontendRules,
+    metrics::Instruments,
     supervise::{self, contained_call},
 };
+pub use access::Access;
 
 /// Delay between a change and the resolution. Changes come in bursts (a rolling update, the first list); one
 /// resolution covers the whole burst.
@@ -113,6 +117,8 @@ pub struct NodeState {
     pub bypass: Option<String>,
     /// What the programs cannot see on the node, in words.
     pub unseen: Vec<String>,
+    /// What the agent does without, in words.
+    pub degraded: Vec<String>,
     /// Interfaces on which a service's new connections are left to kube-proxy, because no answers were seen there: name
     /// of the service, and the interfaces.
     pub suspended: BTreeMap<String, Vec<String>>,
@@ -163,6 +169,7 @@ pub struct KubeSource {
     ending: CancellationToken,
     publisher: Mutex<Option<JoinHandle<()>>>,
     tasks: Vec<JoinHandle<()>>,
+    access: Access,
 }
 
 impl Drop for KubeSource {
@@ -177,12 +184,15 @@ impl Drop for KubeSource {
 impl KubeSource {
     /// Starts to watch the API. Returns at once, whether the API server answers or not.
     #[must_use]
-    pub fn start(client: &Client, identity: &NodeIdentity) -> Self {
+    pub fn start(client: &Client, identity: &NodeIdentity, instruments: &Arc<Instruments>) -> Self {
+        instruments.expect_kube();
         let (updates_in, updates) = channel::channel(Arc::new(Update::default()));
         let (state, state_out) = channel::channel(None);
         let changed = Arc::new(Notify::new());
-        let watches = Watches::start(client, &identity.node, &changed);
-        let published = Published::new(watches.breakers());
+        let access = Access::default();
+        let observer = Observer { changed: changed.clone(), instruments: instruments.clone(), access: access.clone() };
+        let watches = Watches::start(client, &identity.node, &observer);
+        let published = Published::new(watches.breakers(), instruments.clone(), access.clone());
         let ending = CancellationToken::new();
         let tasks = vec![
             tokio::spawn(follow(watches, changed, updates_in, identity.clone(), published.clone())),
@@ -199,7 +209,13 @@ impl KubeSource {
                 status_writer::run(client.clone(), namespace.clone(), node.clone(), input, ending.clone())
             }
         });
-        Self { updates, state, ending, publisher: Mutex::new(Some(publisher)), tasks }
+        Self { updates, state, ending, publisher: Mutex::new(Some(publisher)), tasks, access }
+    }
+
+    /// What the API server refuses to let the agent read.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.access.clone()
     }
 
     /// Waits for the next update. Safe to cancel.

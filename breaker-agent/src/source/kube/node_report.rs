@@ -24,7 +24,7 @@ use super::{
     status_writer::Published,
     watch::{Backoff, error_text},
 };
-use crate::clock;
+use crate::{clock, metrics::instruments::KubeObject};
 use breaker_core::engine::snapshot::{Summary, TierSummary};
 
 /// Shortest time between two writes.
@@ -103,6 +103,7 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
             incompatible: state.incompatible.clone(),
             bypass: state.bypass.clone(),
             unseen: state.unseen.iter().map(|note| short(note)).collect(),
+            degraded: state.degraded.iter().map(|problem| short(problem)).collect(),
         },
         services,
         refused: state.update.results.iter().filter_map(refused).take(REFUSED).collect(),
@@ -147,6 +148,7 @@ fn is_urgent(old: Option<&NodeReportSpec>, new: &NodeReportSpec) -> bool {
     let usable = |s: &ReportedService| s.backups.iter().any(|tier| tier.active);
     old.services.len() != new.services.len()
         || old.agent.failed_interfaces != new.agent.failed_interfaces
+        || old.agent.degraded != new.agent.degraded
         || (&old.agent.incompatible, &old.agent.bypass) != (&new.agent.incompatible, &new.agent.bypass)
         || old.services.iter().zip(&new.services).any(|(a, b)| {
             (&a.name, &a.namespace, a.port, &a.kind) != (&b.name, &b.namespace, b.port, &b.kind)
@@ -196,7 +198,9 @@ pub(super) async fn run(client: Client, mut state: watch::Receiver<Option<Arc<No
         // All nodes see the same event at the same time; the random delay spreads their writes.
         sleep(spread(nodes)).await;
         report.agent.reported_at = Some(clock::wall());
-        let outcome = match timeout(TIMEOUT, write(&api, &now, &report)).await {
+        let outcome = timeout(TIMEOUT, write(&api, &now, &report)).await;
+        published.count_write(KubeObject::Report, outcome.as_ref().ok());
+        let outcome = match outcome {
             Ok(outcome) => outcome.map_err(|error| error_text(&error)),
             Err(_) => Err("no answer in time".into()),
         };
@@ -277,10 +281,55 @@ async fn write(api: &Api<NodeReport>, state: &NodeState, report: &NodeReportSpec
 /// `null`.
 fn nulled(report: &NodeReportSpec) -> Result<serde_json::Value, kube::Error> {
     let mut spec = serde_json::to_value(report).map_err(kube::Error::SerdeError)?;
-    if let Some(agent) = spec["agent"].as_object_mut() {
-        for field in ["failedInterfaces", "incompatible", "nodeSockets"] {
-            agent.entry(field).or_insert(serde_json::Value::Null);
+    for (object, fields) in [("/agent", OMITTED_OF_AGENT), ("", OMITTED)] {
+        if let Some(object) = spec.pointer_mut(object).and_then(serde_json::Value::as_object_mut) {
+            for field in fields {
+                object.entry(*field).or_insert(serde_json::Value::Null);
+            }
         }
     }
     Ok(spec)
+}
+
+/// Fields of a report that are omitted when empty.
+const OMITTED: &[&str] = &["refused"];
+/// Fields of a report's agent that are omitted when empty.
+const OMITTED_OF_AGENT: &[&str] =
+    &["reportedAt", "failedInterfaces", "nodeSockets", "incompatible", "bypass", "unseen", "degraded"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A merge patch that leaves a field out keeps its old value.
+    #[test]
+    fn an_empty_report_clears_every_field_of_a_full_one() {
+        let some = || Some("x".to_owned());
+        let full = NodeReportSpec {
+            agent: ReportedAgent {
+                reported_at: Some(clock::timestamp(1)),
+                failed_interfaces: vec![String::new()],
+                node_sockets: some(),
+                incompatible: some(),
+                bypass: some(),
+                unseen: vec![String::new()],
+                degraded: vec![String::new()],
+                ..ReportedAgent::default()
+            },
+            refused: vec![RefusedService::default()],
+            ..NodeReportSpec::default()
+        };
+        let full = serde_json::to_value(&full).unwrap();
+        let cleared = nulled(&NodeReportSpec::default()).unwrap();
+        let keys = |value: &serde_json::Value, at: &str| -> Vec<String> {
+            let mut keys: Vec<String> = value.pointer(at).unwrap().as_object().unwrap().keys().cloned().collect();
+            keys.sort();
+            keys
+        };
+        for at in ["", "/agent"] {
+            assert_eq!(keys(&cleared, at), keys(&full, at), "{at:?}");
+        }
+        // All fields of the types are in the comparison.
+        assert_eq!(keys(&full, "/agent").len(), 12);
+    }
 }

@@ -28,17 +28,24 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Update,
+    Access, Update,
     aggregate_reports::{self, NodeReportView, NodeReports},
     event_publisher::EventPublisher,
     intent::Owner,
     lease::Election,
     objects::Node,
     resolve::ResolvedBreaker,
-    watch::{Watch, always, error_text},
+    watch::{Observer, Watch, always, error_text},
     watches::Guarded,
 };
-use crate::{clock, supervise};
+use crate::{
+    clock,
+    metrics::{
+        Instruments,
+        instruments::{KubeObject, WriteResult},
+    },
+    supervise,
+};
 
 /// Name of the statuses' field manager in managedFields.
 const MANAGER: &str = "breaker";
@@ -66,11 +73,23 @@ pub(super) struct Published {
     breakers: Store<Guarded>,
     /// Number of agents in the cluster; 0 while it is unknown.
     agents: Arc<AtomicUsize>,
+    instruments: Arc<Instruments>,
+    access: Access,
 }
 
 impl Published {
-    pub(super) fn new(breakers: Store<Guarded>) -> Self {
-        Self { breakers, agents: Arc::default() }
+    pub(super) fn new(breakers: Store<Guarded>, instruments: Arc<Instruments>, access: Access) -> Self {
+        Self { breakers, agents: Arc::default(), instruments, access }
+    }
+
+    /// Counts a request that writes to the API server. `None`: it had no answer in time.
+    pub(super) fn count_write<T>(&self, object: KubeObject, outcome: Option<&Result<T, kube::Error>>) {
+        let result = match outcome {
+            Some(Ok(_)) => WriteResult::Ok,
+            Some(Err(kube::Error::Api(status))) if status.code == 409 => WriteResult::Conflict,
+            Some(Err(_)) | None => WriteResult::Error,
+        };
+        self.instruments.count_kube_write(object, result);
     }
 
     fn get(&self, owner: &Owner) -> Option<CircuitBreakerStatus> {
@@ -98,25 +117,31 @@ pub(super) async fn run(
     let mut election = Election::new(&client, &namespace, &node);
     let mut work: Option<tokio::task::JoinHandle<()>> = None;
     let mut lost = false;
+    let instruments = published.instruments.clone();
     loop {
         let outcome = match timeout(TIMEOUT, election.acquire_or_renew(published.agents())).await {
             Ok(outcome) => outcome.map_err(|error| error_text(&error)),
             Err(_) => Err("no answer in time".into()),
         };
         match outcome {
-            Ok(()) => {
+            Ok(write) => {
+                if let Some(result) = write {
+                    instruments.count_kube_write(KubeObject::Lease, result);
+                }
                 lost = false;
                 // The holder of the Lease counts the agents itself.
                 if !election.is_held() {
                     published.agents.store(election.agents(), Ordering::Relaxed);
                 }
             }
-            Err(error) if !lost => {
-                lost = true;
-                tracing::warn!("cannot read or write the Lease {namespace}/{}: {error}", super::lease::NAME);
+            Err(error) => {
+                instruments.count_kube_write(KubeObject::Lease, WriteResult::Error);
+                if !std::mem::replace(&mut lost, true) {
+                    tracing::warn!("cannot read or write the Lease {namespace}/{}: {error}", super::lease::NAME);
+                }
             }
-            Err(_) => {}
         }
+        instruments.set_status_writer(election.is_held());
         match (election.is_held(), &work) {
             (true, None) => {
                 tracing::info!("this agent was elected: it writes the statuses of CircuitBreakers now");
@@ -140,6 +165,7 @@ pub(super) async fn run(
                     task.abort();
                 }
                 election.release().await;
+                instruments.set_status_writer(false);
                 return;
             }
         }
@@ -159,11 +185,16 @@ struct Publisher {
 
 async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<Update>>, published: Published) {
     let changed = Arc::new(Notify::new());
+    let observer = Observer {
+        changed: changed.clone(),
+        instruments: published.instruments.clone(),
+        access: published.access.clone(),
+    };
     let reports = Watch::<NodeReport>::start(
         Api::all(client.clone()),
         watcher::Config::default(),
         "NodeReports".into(),
-        changed.clone(),
+        observer.clone(),
         |report: &mut NodeReport| report.annotations_mut().clear(),
         always,
     );
@@ -171,7 +202,7 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
         Api::all(client.clone()),
         watcher::Config::default(),
         "Nodes".into(),
-        changed.clone(),
+        observer,
         trim,
         |old, new| old.is_ready() != new.is_ready(),
     );
@@ -245,46 +276,43 @@ impl Publisher {
                 self.repaired.insert(owner.clone(), found);
             }
         }
-        let (client, events) = (&self.client, &self.events);
-        let jobs: Vec<BoxFuture<'_, _>> =
-            due.into_iter().map(|job| write_and_emit(client, events, job).boxed()).collect();
+        let publisher = &*self;
+        let jobs: Vec<BoxFuture<'_, _>> = due.into_iter().map(|job| publisher.write_and_emit(job).boxed()).collect();
         let outcomes: Vec<Option<(Owner, String, CircuitBreakerStatus)>> =
             stream::iter(jobs).buffer_unordered(AT_ONCE).collect().await;
         self.written.extend(outcomes.into_iter().flatten().map(|(owner, uid, status)| (owner, (uid, status))));
     }
-}
 
-/// Writes one status, and emits the Events for its changes. Returns `None` if the status could not be written and
-/// must be written again; a lost Event is not repeated.
-async fn write_and_emit(
-    client: &Client,
-    events: &EventPublisher,
-    (result, new, old): Due<'_>,
-) -> Option<(Owner, String, CircuitBreakerStatus)> {
-    let owner = result.owner.clone();
-    if owner.kind == OwnerKind::CircuitBreaker {
-        let outcome = timeout(TIMEOUT, write(client, &owner, &new)).await;
-        let error = match outcome {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error_text(&error)),
-            Err(_) => Some("no answer in time".to_owned()),
-        };
-        if let Some(error) = error {
-            tracing::warn!("cannot write the status of {owner}, trying again: {error}");
-            return None;
+    /// Writes one status, and emits the Events for its changes. Returns `None` if the status could not be written and
+    /// must be written again; a lost Event is not repeated.
+    async fn write_and_emit(&self, (result, new, old): Due<'_>) -> Option<(Owner, String, CircuitBreakerStatus)> {
+        let owner = result.owner.clone();
+        if owner.kind == OwnerKind::CircuitBreaker {
+            let outcome = timeout(TIMEOUT, write(&self.client, &owner, &new)).await;
+            self.published.count_write(KubeObject::Status, outcome.as_ref().ok());
+            let error = match outcome {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error_text(&error)),
+                Err(_) => Some("no answer in time".to_owned()),
+            };
+            if let Some(error) = error {
+                tracing::warn!("cannot write the status of {owner}, trying again: {error}");
+                return None;
+            }
         }
+        let why = new.reason.as_deref().unwrap_or("Protect");
+        for record in aggregate_reports::event_records(old.as_ref(), &new) {
+            let outcome = timeout(TIMEOUT, self.events.publish(result, why, &record)).await;
+            self.published.count_write(KubeObject::Event, outcome.as_ref().ok());
+            let error = match outcome {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => error_text(&error),
+                Err(_) => "no answer in time".to_owned(),
+            };
+            tracing::warn!("cannot emit an Event about {owner} ({}), it is lost: {error}", record.reason);
+        }
+        Some((owner, result.uid.clone(), new))
     }
-    let why = new.reason.as_deref().unwrap_or("Protect");
-    for record in aggregate_reports::event_records(old.as_ref(), &new) {
-        let outcome = timeout(TIMEOUT, events.publish(result, why, &record)).await;
-        let error = match outcome {
-            Ok(Ok(())) => continue,
-            Ok(Err(error)) => error_text(&error),
-            Err(_) => "no answer in time".to_owned(),
-        };
-        tracing::warn!("cannot emit an Event about {owner} ({}), it is lost: {error}", record.reason);
-    }
-    Some((owner, result.uid.clone(), new))
 }
 
 /// A result, its new status, and the status before.

@@ -22,7 +22,11 @@ use kube::{
 use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, task::JoinHandle};
 
-use crate::supervise;
+use super::access::Access;
+use crate::{
+    metrics::{Instruments, instruments::WatchState},
+    supervise,
+};
 
 /// Longest duration of a watch, after which it continues from the same version. A connection that died without a FIN
 /// or RST (the server lost power) is noticed within this time. Shorter than the client's read timeout.
@@ -30,6 +34,29 @@ const WATCH_SECONDS: u32 = 120;
 
 /// Number of objects per request when everything is listed.
 const PAGE: u32 = 500;
+
+/// Who is told of what a watch sees.
+#[derive(Clone)]
+pub(super) struct Observer {
+    /// Is notified of changes.
+    pub changed: Arc<Notify>,
+    /// Counts restarts and complete lists.
+    pub instruments: Arc<Instruments>,
+    /// Knows what the API server forbids.
+    pub access: Access,
+}
+
+/// Notes that a watch ended, with whatever was forbidden to it.
+struct Noted {
+    access: Access,
+    what: String,
+}
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        self.access.note(&self.what, None);
+    }
+}
 
 /// A running watch and its store. Dropping it ends the watch.
 pub(super) struct Watch<K: Resource<DynamicType = ()> + 'static> {
@@ -49,13 +76,13 @@ where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     /// Starts the watch. `what` names the objects in log messages. `trim` removes fields that are not needed before an
-    /// object is stored. `changed` is notified when an object is deleted, when a list is complete, and when an object
+    /// object is stored. The observer is notified when an object is deleted, when a list is complete, and when an object
     /// changes such that `matters(old, new)` returns true.
     pub(super) fn start(
         api: Api<K>,
         config: watcher::Config,
         what: String,
-        changed: Arc<Notify>,
+        observer: Observer,
         trim: impl Fn(&mut K) + Send + Sync + 'static,
         matters: impl Fn(&K, &K) -> bool + Send + Sync + 'static,
     ) -> Self {
@@ -64,7 +91,11 @@ where
         let is_ready = ready.clone();
         let config = config.timeout(WATCH_SECONDS).page_size(PAGE);
         let known = store.clone();
+        let Observer { changed, instruments, access } = observer;
+        let mut state: WatchState = instruments.watch(&K::kind(&()));
+        let noted = Noted { access, what };
         let task = tokio::spawn(async move {
+            let Noted { access, what } = &noted;
             loop {
                 let attempt = async {
                     let mut events = std::pin::pin!(watcher(api.clone(), config.clone()).modify(|object: &mut K| {
@@ -82,6 +113,7 @@ where
                                     tracing::info!("the watch of {what} works again");
                                 }
                                 if good {
+                                    access.note(what, None);
                                     lost = false;
                                     backoff.reset();
                                 }
@@ -94,11 +126,18 @@ where
                                 };
                                 writer.apply_watcher_event(&event);
                                 if whole {
+                                    state.synced();
                                     is_ready.store(true, Ordering::Release);
                                     changed.notify_one();
                                 }
                             }
                             Err(error) => {
+                                if !is_expired(&error) {
+                                    state.restarted();
+                                }
+                                if let Some(words) = forbidden(&error) {
+                                    access.note(what, Some(words));
+                                }
                                 // Logged once: the stored objects stay in use, and the watch restarts.
                                 if !lost && !is_expired(&error) {
                                     lost = true;
@@ -155,6 +194,18 @@ fn is_expired(error: &watcher::Error) -> bool {
         | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 410,
         _ => false,
     }
+}
+
+/// The API server's words if it forbids the agent to list or watch.
+fn forbidden(error: &watcher::Error) -> Option<String> {
+    let status = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status,
+        _ => return None,
+    };
+    (status.code == 403).then(|| status.message.clone())
 }
 
 /// Delays after consecutive errors: 200 ms, doubled each time, at most 5 s, each multiplied by a random factor from

@@ -23,7 +23,6 @@ use kube::{
         watcher,
     },
 };
-use tokio::sync::Notify;
 
 use super::{
     intent::Key,
@@ -31,7 +30,7 @@ use super::{
     network_policy,
     objects::{EndpointSlice, Node, NodeStatus, Service},
     resolve::{NodeView, World},
-    watch::{Watch, always},
+    watch::{Observer, Watch, always},
 };
 use crate::config::FrontendRules;
 
@@ -48,7 +47,7 @@ pub(super) type Guarded = DeserializeGuard<CircuitBreaker>;
 /// All watches of an agent.
 pub(super) struct Watches {
     client: Client,
-    changed: Arc<Notify>,
+    observer: Observer,
     node_name: String,
     breakers: Watch<Guarded>,
     grants: Watch<ReferenceGrant>,
@@ -71,15 +70,14 @@ struct NamespaceSlices {
 }
 
 impl Watches {
-    pub(super) fn start(client: &Client, node_name: &str, changed: &Arc<Notify>) -> Self {
+    pub(super) fn start(client: &Client, node_name: &str, observer: &Observer) -> Self {
         let all = watcher::Config::default;
-        let changed = changed.clone();
         Self {
             breakers: Watch::start(
                 Api::all(client.clone()),
                 all(),
                 "CircuitBreakers".into(),
-                changed.clone(),
+                observer.clone(),
                 |breaker: &mut Guarded| {
                     // `status.nodes` is for people, and is the largest part of the object.
                     if let Some(status) = breaker.0.as_mut().ok().and_then(|breaker| breaker.status.as_mut()) {
@@ -109,7 +107,7 @@ impl Watches {
                 Api::all(client.clone()),
                 all(),
                 "ReferenceGrants".into(),
-                changed.clone(),
+                observer.clone(),
                 |grant: &mut ReferenceGrant| grant.annotations_mut().clear(),
                 always,
             ),
@@ -117,7 +115,7 @@ impl Watches {
                 Api::all(client.clone()),
                 all(),
                 "Services".into(),
-                changed.clone(),
+                observer.clone(),
                 trim_service,
                 always,
             ),
@@ -125,7 +123,7 @@ impl Watches {
                 Api::all(client.clone()),
                 all().fields(&format!("metadata.name={node_name}")),
                 "this Node".into(),
-                changed.clone(),
+                observer.clone(),
                 trim_node,
                 |old, new| node_view("", Some(old)) != node_view("", Some(new)),
             ),
@@ -133,7 +131,7 @@ impl Watches {
                 Api::all(client.clone()),
                 all(),
                 "NetworkPolicies".into(),
-                changed.clone(),
+                observer.clone(),
                 |policy: &mut NetworkPolicy| {
                     policy.annotations_mut().clear();
                     policy.labels_mut().clear();
@@ -144,7 +142,7 @@ impl Watches {
             slices: BTreeMap::new(),
             last_parsed: HashMap::new(),
             client: client.clone(),
-            changed,
+            observer: observer.clone(),
             node_name: node_name.to_owned(),
         }
     }
@@ -158,7 +156,7 @@ impl Watches {
                 Api::all(self.client.clone()),
                 watcher::Config::default(),
                 "the zones of Nodes".into(),
-                self.changed.clone(),
+                self.observer.clone(),
                 |node: &mut Node| {
                     trim_node(node);
                     node.status = NodeStatus::default();
@@ -182,7 +180,7 @@ impl Watches {
                 // A watch of the whole namespace already has every name. Slices of the new names may have arrived
                 // before they were wanted, so no further event may come for them: trigger a resolution here.
                 Some(old) if old.names.len() > MOST_NAMES && names.len() > MOST_NAMES => {
-                    self.changed.notify_one();
+                    self.observer.changed.notify_one();
                     NamespaceSlices { names, ..old }
                 }
                 old => {
@@ -198,7 +196,7 @@ impl Watches {
                         Api::namespaced(self.client.clone(), namespace),
                         watcher::Config::default().labels(&labels),
                         format!("EndpointSlices of namespace {namespace}"),
-                        self.changed.clone(),
+                        self.observer.clone(),
                         trim_slice,
                         always,
                     );
