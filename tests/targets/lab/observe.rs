@@ -1,19 +1,24 @@
 //! What others see of the agent: metrics, health, and the service manager.
 
-use std::{os::unix::net::UnixDatagram, time::Duration};
+use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use breaker_common::BreakerState;
 use breaker_tests::{
     lab::{
-        client::Plan,
-        service::Fault,
-        stage::{Checks, Lab, SERVICE},
+        agent::Agent,
+        client::{Load, Plan},
+        kubeproxy,
+        netns::NetNs,
+        service::{Fault, ServicePod},
+        stage::{Checks, Lab, SERVICE, entry},
         wait_for,
+        world::World,
     },
-    prometheus,
+    prometheus::{self, Server},
 };
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::{LONG, text, wait_all_up};
 
@@ -197,4 +202,98 @@ fn the_service_manager_is_told() -> Result<()> {
     lab.agent.stop()?;
     while !receive()?.contains("STOPPING=1") {}
     Ok(())
+}
+
+/// The answer of Prometheus' API (version 1) in a node's namespace. `path`: with its query, encoded.
+fn api(ns: &NetNs, path: &str) -> Result<Value> {
+    let url = format!("http://127.0.0.1:9090/api/v1/{path}");
+    Ok(serde_json::from_str(&ns.output("curl", &["-s", "--max-time", "5", &url])?)?)
+}
+
+/// The value of a query with one result; `None` while there is none.
+fn query(ns: &NetNs, query: &str) -> Option<f64> {
+    let encoded: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let answer = api(ns, &format!("query?query={encoded}")).ok()?;
+    answer.pointer("/data/result/0/value/1")?.as_str()?.parse().ok()
+}
+
+/// The state of an alert: `inactive`, `pending` or `firing`.
+fn alert_state(ns: &NetNs, name: &str) -> Option<String> {
+    let answer = api(ns, "rules").ok()?;
+    let rules = answer.pointer("/data/groups/0/rules")?.as_array()?.clone();
+    let rule = rules.into_iter().find(|rule| rule["name"] == name)?;
+    Some(rule["state"].as_str()?.to_owned())
+}
+
+/// A real Prometheus scrapes the agents of two nodes through a failover: states, rates, alerts, and an agent that is
+/// killed in the middle of it.
+#[test]
+fn prometheus_follows_a_failover_on_two_nodes() -> Result<()> {
+    let Some(server) = prometheus::program("prometheus") else {
+        println!("skipped: there is no prometheus; cargo xtask setup unpacks it");
+        return Ok(());
+    };
+    let mut world = World::new(2)?;
+    for node in 0..2 {
+        kubeproxy::base(world.node(node).ns())?;
+    }
+    let mut primary = ServicePod::start(world.node_mut(0), "dummy")?;
+    let backup = ServicePod::start(world.node_mut(1), "backup")?;
+    let vip = kubeproxy::vip(0);
+    let service =
+        kubeproxy::Service { name: "dummy".into(), vip, endpoints: vec![primary.address()], protocols: &["tcp"] };
+    let entry = entry(SERVICE, vip, primary.address(), backup.address(), Checks::Fast, "");
+    let (mut agents, mut clients, mut targets) = (Vec::new(), Vec::new(), String::new());
+    for node in 0..2 {
+        kubeproxy::add_service(world.node(node).ns(), &service)?;
+        let dir = world.dir().join(format!("agent{node}"));
+        fs::create_dir(&dir)?;
+        let mut agent = Agent::new(world.node(node).ns(), &dir, &world.bpffs().join(format!("breaker{node}")));
+        agent.write_config(&format!("  metricsListen: {METRICS}\n"), &format!("services:\n{entry}"))?;
+        agent.start()?;
+        agents.push(agent);
+        clients.push(world.node_mut(node).add_pod(&format!("client{node}"))?);
+        let address = world.node(node).address();
+        targets += &format!("      - {{targets: ['{address}:9811'], labels: {{node: node{node}}}}}\n");
+    }
+    let config = world.dir().join("prometheus.yaml");
+    let rules = ebpf_builder::workspace().join("k8s/monitoring/rules.yaml");
+    let text = format!(
+        "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n  - job_name: \
+         breaker-agent\n    static_configs:\n{targets}",
+        rules.display()
+    );
+    fs::write(&config, text)?;
+    let ns = world.node(0).ns().clone();
+    let _server = Server::start(ns.command(&server), &config, &world.dir().join("prometheus"), "127.0.0.1:9090")?;
+    let wait = |what: &str, value: f64| {
+        wait_for(what, LONG, || query(&ns, what) == Some(value))
+            .with_context(|| format!("{what} is {:?}", query(&ns, what)))
+    };
+    wait("sum(breaker_agent_ready)", 2.0)?;
+    wait("sum(breaker_breakers{state=\"Closed\"})", 2.0)?;
+    primary.inject(Fault::Kill)?;
+    wait("sum(breaker_state{state=\"Open\"})", 2.0)?;
+    let loads = clients.iter().map(|client| Load::start(&client.ns, Plan::usual(vip))).collect::<Result<Vec<_>>>()?;
+    let moved = "breaker_connections_total{decision=\"Backup\"}";
+    wait_for("a rate of moved connections on both nodes", LONG, || {
+        query(&ns, &format!("min(rate({moved}[5s]))")).is_some_and(|rate| rate > 5.0)
+    })?;
+    wait_for("the alert", LONG, || alert_state(&ns, "BreakerTrafficOnBackup").as_deref() == Some("pending"))?;
+    assert_eq!(alert_state(&ns, "BreakerBackupUnavailable").as_deref(), Some("inactive"));
+    agents[1].kill()?;
+    wait("sum(up)", 1.0)?;
+    agents[1].start()?;
+    wait("sum(up)", 2.0)?;
+    wait_for("samples of the new agent", LONG, || {
+        query(&ns, &format!("min(rate({moved}[5s]))")).is_some_and(|rate| rate > 5.0)
+    })?;
+    // What the kernel counts continues, so Prometheus sees no counter that begins anew.
+    wait(&format!("max(resets({moved}[2m]))"), 0.0)?;
+    primary.heal(Fault::Kill)?;
+    wait("sum(breaker_state{state=\"Closed\"})", 2.0)?;
+    wait_for("the end of the alert", LONG, || {
+        alert_state(&ns, "BreakerTrafficOnBackup").as_deref() == Some("inactive")
+    })?;
+    loads.into_iter().try_for_each(|load| load.stop().map(drop))
 }
