@@ -80,7 +80,7 @@ need a command that was not given are skipped.")]
     /// Run benchmarks. They report ratios between alternatives that run side by side (needs root).
     Bench {
         /// Run only the groups whose name contains this: packets, http, ways, limits, limits-packets, failover,
-        /// probes, maps.
+        /// probes, scale, maps, node, scrape.
         name: Option<String>,
         /// Print the results as a JSON list.
         #[arg(long)]

@@ -9,6 +9,7 @@ mod node;
 mod packets;
 mod probes;
 mod scale;
+mod scrape;
 mod ways;
 
 use anyhow::{Context as _, Result, ensure};
@@ -47,6 +48,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("scale", scale::rows),
     ("maps", maps::rows),
     ("node", node::rows),
+    ("scrape", scrape::rows),
 ];
 
 /// Runs the groups whose name contains `name`.
