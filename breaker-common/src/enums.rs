@@ -46,6 +46,29 @@ numbered! {
     }
 }
 
+impl StateReason {
+    /// Whether a breaker opens for this reason because of a failure of the primary.
+    #[must_use]
+    pub const fn is_failure(self) -> bool {
+        match self {
+            Self::HttpStatus
+            | Self::ResponseTimeout
+            | Self::BadResponse
+            | Self::ConnectFailed
+            | Self::ConnectTimeout
+            | Self::TlsFailed
+            | Self::FailureRate
+            | Self::NoEndpoints => true,
+            Self::Initial
+            | Self::Operator
+            | Self::Recovered
+            | Self::OpenTimeOver
+            | Self::TrialPassed
+            | Self::OverrideExpired => false,
+        }
+    }
+}
+
 numbered! {
     /// Decision that is pinned for a flow.
     FlowKind {

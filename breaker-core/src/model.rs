@@ -465,6 +465,8 @@ pub struct Service {
     pub mode: Mode,
     /// The override that the configuration sets.
     pub override_: Override,
+    /// Why the configuration forces the breaker, in the operator's words; may be empty.
+    pub override_reason: String,
     /// What happens to established flows to the primary when the breaker opens.
     pub on_open: EstablishedPolicy,
     /// What happens to established flows to a backup when the breaker closes.
@@ -519,6 +521,7 @@ impl Service {
             starting: false,
             mode: Mode::Enforce,
             override_: Override::Auto,
+            override_reason: String::new(),
             on_open: EstablishedPolicy::Keep,
             on_close: EstablishedPolicy::Keep,
             on_backup_down: EstablishedPolicy::Keep,

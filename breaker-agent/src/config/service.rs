@@ -124,6 +124,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         starting: false,
         mode: problems.word(raw.mode.as_ref(), &field("mode"), &modes, Mode::Enforce),
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
+        override_reason: String::new(),
         on_open,
         on_close: problems.word(raw.on_close.as_ref(), &field("onClose"), &established, EstablishedPolicy::Keep),
         on_backup_down: problems.word(raw.on_backup_down.as_ref(), &field("onBackupDown"), &established, on_open),

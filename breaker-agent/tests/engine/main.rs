@@ -427,6 +427,33 @@ fn an_override_that_ended_while_nobody_looked_waits_for_the_checks() {
     assert_eq!(state(&e), (Closed, 8));
 }
 
+/// TRIALS J5: a CircuitBreaker that is deleted while open and made again is closed, and not because of a failure.
+#[test]
+fn a_service_that_was_removed_while_open_begins_anew() {
+    let mut e = engine("", FakeDatapath { left_behind: vec![left_open()], ..FakeDatapath::default() });
+    assert_eq!(applied(&e).decision.reason, StateReason::ConnectTimeout);
+    e.configure(at(10), Vec::new());
+    assert_eq!((applied(&e).decision.state, applied(&e).decision.reason), (Closed, StateReason::Initial));
+    // The maps of an earlier version: closed, and the reason of the trip.
+    let left = Adopted { state: Closed, share: 1000, ..left_open() };
+    let e = engine("", FakeDatapath { left_behind: vec![left], ..FakeDatapath::default() });
+    let snapshot = e.get(at(10), "dummy").unwrap();
+    assert_eq!((snapshot.state, snapshot.reason), (Closed, StateReason::Initial));
+}
+
+/// The operator's reason in the configuration is the message of the state.
+#[test]
+fn a_configured_override_says_why() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 5, 0, CheckCode::L4Ok);
+    let mut forced = services("override: ForceOpen,");
+    forced[0].override_reason = "database migration".into();
+    e.configure(at(10), forced);
+    assert_eq!((state(&e).0, e.get(at(11), "dummy").unwrap().message.as_str()), (Open, "database migration"));
+    e.configure(at(20), services(""));
+    assert_eq!(e.get(at(21), "dummy").unwrap().message, "the configured override changed");
+}
+
 #[test]
 fn a_rate_that_tripped_stays_tripped_for_a_while() {
     let mut e = engine("breaker: {window: {minimumVolume: 4}},", FakeDatapath::default());

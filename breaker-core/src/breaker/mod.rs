@@ -100,7 +100,12 @@ impl Breaker {
     pub fn restore(policy: BreakerPolicy, seed: u64, now: Instant, was: Restored) -> Self {
         let mut breaker = Self::new(policy, seed, now);
         breaker.state = was.state;
-        breaker.reason = was.reason;
+        // A closed breaker cannot be closed because of a failure: such a pair is of a service that was being removed.
+        breaker.reason = if was.state == BreakerState::Closed && was.reason.is_failure() {
+            StateReason::Initial
+        } else {
+            was.reason
+        };
         breaker.backoff.restore(was.trips, now);
         breaker.deadline = match was.state {
             BreakerState::Closed => now,

@@ -305,7 +305,12 @@ impl Engine {
     fn resolve_override(&mut self, now: Now, name: &ServiceName) {
         let Some(state) = self.services.get_mut(name) else { return };
         let Some(OverrideChange { wanted, expired }) = state.override_change(now) else { return };
-        let message = if expired { "the operator override expired" } else { "the configured override changed" };
+        let reason = state.service.override_reason.clone();
+        let message = match wanted {
+            _ if expired => "the operator override expired".to_owned(),
+            Override::ForceOpen | Override::ForceClosed if !reason.is_empty() => reason,
+            _ => "the configured override changed".to_owned(),
+        };
         self.react(now, name, message, |breaker, _| breaker.set_override(now.mono, wanted, expired));
     }
 

@@ -277,7 +277,11 @@ impl ServiceState {
             },
             share: self.share(now),
             epoch: self.epoch,
-            reason: self.breaker.reason(),
+            // A service that leaves is closed whatever its breaker was: the next one must not find the reason of a trip.
+            reason: match self.lifecycle {
+                Lifecycle::Configured => self.breaker.reason(),
+                Lifecycle::Leaving => StateReason::Initial,
+            },
             since_unix_ns: self.since_unix_ns,
             trips: self.breaker.trips(),
             // The next agent finds the configuration's override in the configuration. The operator's is in the maps
