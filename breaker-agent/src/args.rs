@@ -115,7 +115,14 @@ const BAD_INPUT: u8 = 2;
 /// Parses the arguments and runs the command.
 #[must_use]
 pub fn main() -> ExitCode {
-    let matches = Cli::command().get_matches_from(arguments(std::env::args_os()));
+    if is_plugin(std::env::args_os().next().as_ref()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        return match runtime {
+            Ok(runtime) => runtime.block_on(breaker_cli::plugin(std::env::args_os())),
+            Err(error) => exit_code("kubectl breaker", Err(error).context("start")),
+        };
+    }
+    let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if let Command::Agent(args) = cli.command {
         let unused = unused_options(&matches);
@@ -151,7 +158,7 @@ fn check(args: AgentArgs) -> ExitCode {
                 Origin::File { services, .. } => format!(", {} services", services.len()),
                 Origin::Kubernetes(_) => String::new(),
             };
-            exit_code("breaker", out(&format!("the configuration is valid{services}\n")))
+            exit_code("breaker", out(&format!("the configuration is valid{services}\n")).map(|()| ExitCode::SUCCESS))
         }
         Err(problems) => refuse(&problems),
     }
@@ -180,7 +187,7 @@ fn agent(args: AgentArgs) -> ExitCode {
         };
         // The last lines of the log come before the error.
         drop(log);
-        exit_code("breaker", outcome)
+        exit_code("breaker", outcome.map(|()| ExitCode::SUCCESS))
     })
 }
 
@@ -224,12 +231,9 @@ fn socket_address(text: &str) -> Result<SocketAddr, String> {
     parsed.ok_or_else(|| "allowed: an address and port like 192.0.2.1:9811 or [2001:db8::1]:9811".into())
 }
 
-/// Returns the arguments for clap. kubectl runs the binary as a plugin under the name `kubectl-breaker`; under that
-/// name, the command `cluster` is the default.
-fn arguments(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let args: Vec<OsString> = args.collect();
-    let name = args.first().and_then(|arg| Path::new(arg).file_name()).unwrap_or_default();
-    if name == "kubectl-breaker" { run::as_plugin(args.into_iter(), &Cli::command()) } else { args }
+/// Whether kubectl runs the binary as its plugin, under the name `kubectl-breaker`.
+fn is_plugin(name: Option<&OsString>) -> bool {
+    name.and_then(|name| Path::new(name).file_stem()).is_some_and(|name| name == "kubectl-breaker")
 }
 
 fn lines(errors: &[ConfigError]) -> Vec<String> {
@@ -252,7 +256,7 @@ fn of_cluster(config: Option<PathBuf>, mut identity: NodeIdentity) -> Result<(Ag
     Ok((agent, Origin::Kubernetes(identity)))
 }
 
-async fn execute(cli: Cli) -> Result<()> {
+async fn execute(cli: Cli) -> Result<ExitCode> {
     let (socket, pin_path) = (&cli.global.socket, &cli.pin_path);
     match cli.command {
         Command::Cli(command) => {
@@ -266,7 +270,7 @@ async fn execute(cli: Cli) -> Result<()> {
             if findings.iter().any(|finding| finding.verdict == Verdict::Bad) {
                 bail!("this machine cannot run the datapath as it is");
             }
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
         Command::Cleanup { wait } => {
             let cleaned = cleanup::cleanup(pin_path)?;
@@ -281,10 +285,10 @@ async fn execute(cli: Cli) -> Result<()> {
                 let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
                 terminate.recv().await;
             }
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
         // `main` handles this command.
-        Command::Agent(_) => Ok(()),
+        Command::Agent(_) => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -307,14 +311,9 @@ mod tests {
     }
 
     #[test]
-    fn the_plugin_of_kubectl_shows_the_cluster() {
-        let args = |words: &[&str]| arguments(words.iter().map(OsString::from));
-        assert_eq!(
-            args(&["/usr/bin/kubectl-breaker", "-n", "lab"]),
-            ["/usr/bin/kubectl-breaker", "cluster", "-n", "lab"]
-        );
-        assert_eq!(args(&["kubectl-breaker"]), ["kubectl-breaker", "cluster"]);
-        assert_eq!(args(&["kubectl-breaker", "status"]), ["kubectl-breaker", "status"]);
-        assert_eq!(args(&["breaker", "-n"]), ["breaker", "-n"]);
+    fn kubectl_runs_the_binary_as_its_plugin() {
+        let is = |name: &str| is_plugin(Some(&OsString::from(name)));
+        assert!(is("/usr/bin/kubectl-breaker") && is("kubectl-breaker"));
+        assert!(!is("/usr/bin/breaker") && !is_plugin(None));
     }
 }

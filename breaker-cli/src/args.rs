@@ -6,7 +6,8 @@ use breaker_api::DEFAULT_SOCKET;
 use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::duration;
+pub use crate::output::{Output, TableOutput};
+use crate::{cluster::args::ClusterArgs, duration};
 
 /// Options of every command.
 #[derive(Clone, Debug, Args)]
@@ -75,20 +76,9 @@ pub enum Command {
         #[arg(short, long, default_value = "table")]
         output: TableOutput,
     },
-    /// Show every CircuitBreaker on every node, from the Kubernetes API. Also available as `kubectl breaker` if
-    /// kubectl-breaker is on the PATH.
+    /// Show and force the CircuitBreakers of a cluster, by the Kubernetes API: the commands of `kubectl breaker`.
     #[command(display_order = 9)]
-    Cluster {
-        /// Kubeconfig file; KUBECONFIG, ~/.kube/config or the pod's service account if not given.
-        #[arg(long, value_name = "FILE")]
-        kubeconfig: Option<PathBuf>,
-        /// Show this namespace only.
-        #[arg(short, long, value_name = "NAME")]
-        namespace: Option<String>,
-        /// Output format: a table, or the complete objects as JSON or YAML.
-        #[arg(short, long, default_value = "table")]
-        output: TableOutput,
-    },
+    Cluster(ClusterArgs),
     /// Print the definitions of breaker's Kubernetes types (CRDs), for kubectl apply.
     #[command(display_order = 10)]
     Crds,
@@ -108,23 +98,6 @@ pub enum Command {
         /// The shell.
         shell: Shell,
     },
-}
-
-/// A table for people, or a format for programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[allow(missing_docs, reason = "a documented value is a line of its own in --help")]
-pub enum TableOutput {
-    Table,
-    Json,
-    Yaml,
-}
-
-/// A format for programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[allow(missing_docs, reason = "a documented value is a line of its own in --help")]
-pub enum Output {
-    Json,
-    Yaml,
 }
 
 /// The format of events.

@@ -8,21 +8,25 @@
 //! | [`args`] | the commands and their options |
 //! | [`run`] | executes a command |
 //! | [`client`] | the client's side of the control socket |
-//! | [`kubernetes`] | configuration of the client for the API server |
-//! | [`overview`] | breaker's objects in a cluster, read once |
+//! | [`cluster`] | `kubectl breaker`: a whole cluster, by the API server |
 //! | [`duration`] | times as people write them |
-//! | `show`, `cluster`, `table` | text output |
+//! | `output`, `show`, `table`, `visible` | standard output and its formats; text |
 
 // They panic where the output cannot be written.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 #![forbid(unsafe_code)]
 
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::Parser;
+
+use cluster::args::ClusterArgs;
+
 pub mod args;
 pub mod client;
-mod cluster;
+pub mod cluster;
 pub mod duration;
-pub mod kubernetes;
-pub mod overview;
+mod output;
 pub mod run;
 mod show;
 mod table;
@@ -32,4 +36,31 @@ mod visible;
 pub fn install_crypto() {
     // It fails only if one is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// The command line of `kubectl breaker`.
+#[derive(Debug, Parser)]
+#[command(name = "kubectl-breaker", bin_name = "kubectl breaker", version, about = PLUGIN)]
+struct Plugin {
+    #[command(flatten)]
+    args: ClusterArgs,
+}
+
+const PLUGIN: &str = "Shows what breaker does in a cluster, and forces breakers open.";
+
+/// Runs `kubectl breaker`. `args`: the process' arguments, with its name.
+pub async fn plugin(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let plugin = Plugin::parse_from(args);
+    run::exit_code("kubectl breaker", cluster::run(plugin.args).await)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Plugin::command().debug_assert();
+    }
 }

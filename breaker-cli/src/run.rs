@@ -1,20 +1,17 @@
 //! Executes a command.
 
-use std::{
-    ffi::OsString,
-    io::{self, Write as _},
-    path::Path,
-    process::ExitCode,
-};
+use std::{io, path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, anyhow};
 use breaker_api::{BreakerState, commands::TripBody, crd, events::EventLine, preflight::Finding, status::AgentStatus};
-use serde::Serialize;
 
+pub use crate::output::{complain, out};
 use crate::{
-    args::{Command, EventOutput, Output, TableOutput},
+    args::{Command, EventOutput},
     client::Client,
-    cluster, kubernetes, overview, show,
+    cluster,
+    output::{TableOutput, print, print_as},
+    show,
     table::Paint,
     visible::visible,
 };
@@ -58,7 +55,14 @@ impl Context<'_> {
 ///
 /// # Errors
 /// The command failed; the message is meant for the user.
-pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
+pub async fn run(command: Command, context: &Context<'_>) -> Result<ExitCode> {
+    if let Command::Cluster(args) = command {
+        return cluster::run(args).await;
+    }
+    run_on_node(command, context).await.map(|()| ExitCode::SUCCESS)
+}
+
+async fn run_on_node(command: Command, context: &Context<'_>) -> Result<()> {
     let paint = Paint::for_stdout();
     match command {
         Command::Status { output } => {
@@ -86,19 +90,8 @@ pub async fn run(command: Command, context: &Context<'_>) -> Result<()> {
             let flows = context.client()?.flows(&name, limit).await?;
             print_as(output, &flows, || Ok(show::flows(&visible(&flows)?, paint)))
         }
-        Command::Cluster { kubeconfig, namespace, output } => {
-            let config = kubernetes::config(kubeconfig.as_deref()).await?;
-            let client = kube::Client::try_from(config).context("make a client for the API server")?;
-            let mut overview = overview::read(client).await?;
-            if let Some(namespace) = namespace {
-                overview.circuit_breakers.retain(|breaker| breaker.namespace == namespace);
-                for node in &mut overview.nodes {
-                    node.report.services.retain(|service| service.namespace == namespace);
-                    node.report.refused.retain(|service| service.namespace == namespace);
-                }
-            }
-            print_as(output, &overview, || Ok(cluster::overview(&visible(&overview)?, paint)))
-        }
+        // `run` handles this command.
+        Command::Cluster(_) => Ok(()),
         Command::Crds => out(&crd::definitions().context("write the definitions")?),
         Command::Handover { duration } => {
             context.client()?.handover(duration).await?;
@@ -122,49 +115,22 @@ pub fn print_findings(output: TableOutput, findings: &[Finding]) -> Result<()> {
     print_as(output, &findings, || Ok(show::preflight(findings, Paint::for_stdout())))
 }
 
-/// Writes to standard output. Unlike `print!`, it returns an error if the reader has closed the pipe.
-///
-/// # Errors
-/// A closed standard output.
-pub fn out(text: &str) -> Result<()> {
-    let mut stdout = io::stdout();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("write to standard output")
-}
-
-/// Writes a line to standard error. Unlike `eprintln!`, it does not panic where standard error cannot be written: there
-/// is nobody to tell.
-pub fn complain(line: &str) {
-    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
-}
-
 /// The exit code for the outcome of a command. An error is reported on standard error, in the name of `program`. If it
 /// means only that the reader of the output has closed the pipe, as in `breaker events | head`, it is no error.
 #[must_use]
-pub fn exit_code(program: &str, outcome: Result<()>) -> ExitCode {
+pub fn exit_code(program: &str, outcome: Result<ExitCode>) -> ExitCode {
     match outcome {
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&format!("{program}: {error:#}"));
             ExitCode::FAILURE
         }
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
     }
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// Inserts the command `cluster` into the arguments of a kubectl plugin, unless they begin with a subcommand of `own`
-/// or with `help`.
-#[must_use]
-pub fn as_plugin(args: impl Iterator<Item = OsString>, own: &clap::Command) -> Vec<OsString> {
-    let mut args: Vec<OsString> = args.collect();
-    let is_own = |arg: &OsString| own.get_subcommands().any(|command| *arg == command.get_name()) || arg == "help";
-    if !args.get(1).is_some_and(is_own) {
-        args.insert(1.min(args.len()), "cluster".into());
-    }
-    args
 }
 
 fn event_line(output: EventOutput, event: &EventLine, paint: Paint) -> Result<()> {
@@ -173,19 +139,4 @@ fn event_line(output: EventOutput, event: &EventLine, paint: Paint) -> Result<()
         EventOutput::Text => show::event(&visible(event)?, paint),
     };
     out(&text)
-}
-
-fn print_as(output: TableOutput, value: &impl Serialize, table: impl FnOnce() -> Result<String>) -> Result<()> {
-    match output {
-        TableOutput::Table => out(&table()?),
-        TableOutput::Json => print(Output::Json, value),
-        TableOutput::Yaml => print(Output::Yaml, value),
-    }
-}
-
-fn print(output: Output, value: &impl Serialize) -> Result<()> {
-    match output {
-        Output::Json => out(&format!("{}\n", serde_json::to_string_pretty(value)?)),
-        Output::Yaml => out(&serde_saphyr::to_string(value).context("write YAML")?),
-    }
 }

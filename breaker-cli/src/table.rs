@@ -56,13 +56,20 @@ pub(crate) fn plain(text: impl Into<String>) -> Cell {
 /// A table of text.
 pub(crate) struct Table {
     rows: Vec<Vec<Cell>>,
+    /// Widths of the first columns, at least.
+    least: Vec<usize>,
 }
 
 impl Table {
     /// Creates a table with a line of headings, or without one if `head` is empty.
     pub(crate) fn new(head: &[&str]) -> Self {
         let head: Vec<Cell> = head.iter().map(|cell| ((*cell).to_owned(), Some(BOLD))).collect();
-        Self { rows: if head.is_empty() { Vec::new() } else { vec![head] } }
+        Self { rows: if head.is_empty() { Vec::new() } else { vec![head] }, least: Vec::new() }
+    }
+
+    /// Makes the first columns at least this wide, so that tables of one row each stand below each other.
+    pub(crate) fn set_least_widths(&mut self, least: &[usize]) {
+        self.least = least.to_vec();
     }
 
     pub(crate) fn row(&mut self, cells: Vec<Cell>) {
@@ -73,7 +80,8 @@ impl Table {
     pub(crate) fn print(&self, paint: Paint) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |i: usize| self.rows.iter().filter_map(|row| row.get(i)).map(|cell| cell.0.width()).max();
-        let widths: Vec<usize> = (0..columns).map(|i| width(i).unwrap_or(0)).collect();
+        let widths: Vec<usize> =
+            (0..columns).map(|i| width(i).unwrap_or(0).max(self.least.get(i).copied().unwrap_or(0))).collect();
         let mut text = String::new();
         for row in &self.rows {
             let mut line = String::new();

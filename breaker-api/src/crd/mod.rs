@@ -1,5 +1,5 @@
 //! The Kubernetes API of breaker: group `breaker.dev`, version `v1alpha1`. `cargo xtask crdgen` generates the CRDs in
-//! k8s/base/crds.yaml and k8s/chart/crds/crds.yaml from these types, so `kubectl explain` shows these doc comments.
+//! k8s/base/crds.yaml and k8s/chart/templates/crds.yaml from these types, so `kubectl explain` shows these doc comments.
 
 /// Defines an enum whose variants are the words of a field.
 macro_rules! words {
@@ -41,6 +41,9 @@ pub use report::{
     ReportedTier,
 };
 pub use status::{CircuitBreakerStatus, NodeCounts, NodeStatus, PortStatus, ReportedState};
+
+/// Annotation of a CircuitBreaker with the operator's reason for an override, for people.
+pub const REASON_ANNOTATION: &str = "breaker.dev/override-reason";
 
 /// The API group.
 pub const GROUP: &str = "breaker.dev";
@@ -93,6 +96,8 @@ impl JsonSchema for Port {
 
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         schemars::json_schema!({
+            // Without it, tools that check offline accept an object.
+            "anyOf": [{ "type": "integer" }, { "type": "string" }],
             "x-kubernetes-int-or-string": true,
             "x-kubernetes-validations": [{
                 "rule": "type(self) == int ? self >= 1 && self <= 65535 : size(self) >= 1 && size(self) <= 63",
@@ -109,14 +114,33 @@ impl JsonSchema for Port {
 pub fn definitions() -> Result<String, serde_saphyr::ser_error::Error> {
     let mut text = String::from("# Generated from breaker-api/src/crd by `cargo xtask crdgen`.\n");
     for crd in [CircuitBreaker::crd(), NodeReport::crd(), ReferenceGrant::crd()] {
+        let is_breaker = crd.spec.names.kind == "CircuitBreaker";
         let mut crd = serde_json::json!(crd);
         for version in crd["spec"]["versions"].as_array_mut().into_iter().flatten() {
-            remove_defaults_in_lists(&mut version["schema"]["openAPIV3Schema"], false);
+            let schema = &mut version["schema"]["openAPIV3Schema"];
+            remove_defaults_in_lists(schema, false);
+            if let Some(status) = schema.pointer_mut("/properties/status").filter(|_| is_breaker) {
+                status["default"] = first_status();
+            }
         }
         text.push_str("---\n");
         text.push_str(&serde_saphyr::to_string(&crd)?);
     }
     Ok(text)
+}
+
+/// The status of a CircuitBreaker that no agent has seen: the API server adds it. Without it, tools that wait would take
+/// a cluster without agents for one in which everything is done.
+fn first_status() -> serde_json::Value {
+    serde_json::json!({
+        "conditions": [{
+            "type": "Reconciling",
+            "status": "True",
+            "reason": "NoAgents",
+            "message": "no agent has reported yet",
+            "lastTransitionTime": "1970-01-01T00:00:00Z",
+        }],
+    })
 }
 
 /// Removes the defaults of fields inside of lists that belong to one manager as a whole (`x-kubernetes-list-type:

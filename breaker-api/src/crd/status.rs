@@ -14,7 +14,7 @@ use super::date_time;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CircuitBreakerStatus {
-    /// Generation of the spec that this status is about.
+    /// Generation of the spec that every reporting node works with.
     #[serde(default)]
     pub observed_generation: i64,
     /// Closed, HalfOpen or Open: the most open state of all nodes. NotProtected if the request is refused and nothing is
@@ -52,7 +52,8 @@ pub struct CircuitBreakerStatus {
     /// Number of nodes by state.
     #[serde(default)]
     pub counts: NodeCounts,
-    /// The conditions Accepted, ResolvedRefs, BackupReachable, Programmed, Degraded and DatapathCompatible.
+    /// The conditions Accepted, ResolvedRefs, BackupReachable, Programmed, Degraded and DatapathCompatible; and, for tools
+    /// that wait, Reconciling and Stalled.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,

@@ -10,6 +10,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use breaker_tests::lab::binary;
+
 use crate::wait_for;
 
 /// Namespace of the lab.
@@ -24,6 +26,12 @@ pub struct Hooks {
     pub on_node: Option<String>,
     pub node: Option<(String, String)>,
     pub api: Option<(String, String)>,
+}
+
+/// What a program said, on standard output and standard error.
+pub struct Said {
+    pub success: bool,
+    pub text: String,
 }
 
 pub struct Cluster {
@@ -65,6 +73,15 @@ impl Cluster {
             bail!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs `kubectl breaker`.
+    pub fn plugin(&self, args: &[&str]) -> Result<Said> {
+        let mut command = Command::new(binary("breaker")?);
+        command.env("KUBECONFIG", &self.kubeconfig).env("NO_COLOR", "1").arg("cluster").args(args);
+        let output = command.stdin(Stdio::null()).output().context("start kubectl breaker")?;
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        Ok(Said { success: output.status.success(), text: text.into_owned() })
     }
 
     /// Runs kubectl in the lab's namespace.
@@ -237,22 +254,6 @@ impl Cluster {
             self.lab(&["exec", "client", "--", "/dummy-service", "ask", "--method", "POST", &url])?;
         }
         Ok(())
-    }
-
-    /// Runs the `breaker` binary as `kubectl breaker` would, under the plugin's name, and returns its output.
-    pub fn plugin(&self) -> Result<String> {
-        let breaker = std::env::current_exe()?.with_file_name("breaker");
-        let plugin = std::env::temp_dir().join(format!("{}-kubectl", std::process::id()));
-        std::fs::create_dir_all(&plugin)?;
-        let path = plugin.join("kubectl-breaker");
-        std::fs::copy(&breaker, &path).with_context(|| format!("copy {}", breaker.display()))?;
-        let output = Command::new(&path).env("KUBECONFIG", &self.kubeconfig).stdin(Stdio::null()).output();
-        std::fs::remove_dir_all(&plugin)?;
-        let output = output.context("start kubectl-breaker")?;
-        if !output.status.success() {
-            bail!("kubectl breaker: {}", String::from_utf8_lossy(&output.stderr).trim());
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Powers a node on or off.

@@ -12,12 +12,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use super::{
     intent::Owner,
     resolve::{Refusal, ResolvedBreaker},
+    text::short,
 };
 
 /// Maximum number of nodes in `status.nodes`; `status.counts` has all nodes.
 pub const MOST_NODES: usize = 32;
-/// Longest message in bytes. It bounds the size of the object.
-const MAX_MESSAGE_BYTES: usize = 256;
 
 /// The last report of a node, and whether it is recent enough to count.
 #[derive(Clone, Debug)]
@@ -64,15 +63,6 @@ impl<'a> NodeReports<'a> {
         }
         by_node
     }
-}
-
-/// Cuts a text to `MAX_MESSAGE_BYTES` bytes, at the boundary of a character, and appends an ellipsis.
-pub(super) fn short(text: &str) -> String {
-    if text.len() <= MAX_MESSAGE_BYTES {
-        return text.to_owned();
-    }
-    let end = (0..=MAX_MESSAGE_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
-    format!("{}…", &text[..end])
 }
 
 /// Merges one node's reports about an owner's ports: the most open port gives the state.
@@ -148,7 +138,7 @@ pub fn status(
     let several = live().count() > 1;
     let refusal = refusal_of_all(result);
     let mut status = CircuitBreakerStatus {
-        observed_generation: result.generation,
+        observed_generation: observed_generation(result, live().map(|(node, _)| node.desired_generation).min(), old),
         state: worst.map(|n| n.state).or_else(|| refusal.map(|_| ReportedState::NotProtected)),
         since: worst.and_then(|n| n.since),
         reason: match (worst, refusal) {
@@ -174,6 +164,7 @@ pub fn status(
     };
     status.conditions = conditions(result, reports, expected, programmed, degraded)
         .into_iter()
+        .chain(progress(result, expected, programmed))
         .map(|new| condition(new, result.generation, old, now))
         .collect();
     nodes.sort_by(|(a, _), (b, _)| {
@@ -185,6 +176,37 @@ pub fn status(
     status.nodes = nodes.into_iter().map(|(node, _)| node).take(MOST_NODES).collect();
     status.nodes.sort_by(|a, b| a.node.cmp(&b.node));
     status
+}
+
+/// The generation that every reporting node works with. Tools that wait compare it with that of the spec: a change is
+/// not observed while a node still has the spec before. `desired`: the lowest generation of any node.
+fn observed_generation(result: &ResolvedBreaker, desired: Option<i64>, old: Option<&CircuitBreakerStatus>) -> i64 {
+    match desired {
+        // A refusal follows from the spec alone.
+        None if refusal_of_all(result).is_some() => result.generation,
+        None => old.map_or(0, |old| old.observed_generation),
+        Some(desired) => desired.min(result.generation),
+    }
+}
+
+/// The conditions of kstatus (sigs.k8s.io/cli-utils), which Helm, Flux and Argo CD wait for: a request is being carried
+/// out, or cannot be. Whether the breaker is open does not matter.
+fn progress(result: &ResolvedBreaker, expected: usize, programmed: usize) -> [NewCondition; 2] {
+    let refusal = result.accepted.as_ref().err().or(result.resolved.as_ref().err());
+    let stalled = match refusal {
+        Some(refusal) => ("Stalled", "True", refusal.reason.to_owned(), short(&refusal.message)),
+        None => {
+            ("Stalled", "False", "Accepted".to_owned(), "nothing keeps the request from being carried out".to_owned())
+        }
+    };
+    let nodes = format!("on {programmed} of {expected} nodes");
+    let reconciling = match () {
+        () if refusal.is_some() => ("Reconciling", "False", "Stalled".to_owned(), "the request is refused".to_owned()),
+        () if expected == 0 => ("Reconciling", "True", "NoAgents".to_owned(), "no node reports".to_owned()),
+        () if programmed < expected => ("Reconciling", "True", "Pending".to_owned(), nodes),
+        () => ("Reconciling", "False", "Programmed".to_owned(), nodes),
+    };
+    [reconciling, stalled]
 }
 
 /// Why nothing of a request is carried out; `None` if something is in force.

@@ -188,3 +188,34 @@ fn a_refusal_is_a_condition_and_an_event_also_for_a_new_object() {
     assert_eq!(row, (Some(ReportedState::NotProtected), Some("RefNotPermitted"), Some("no grant")));
     assert_eq!(event_records(None, &status).into_iter().map(|h| h.reason).collect::<Vec<_>>(), ["RefNotPermitted"]);
 }
+
+/// TRIALS J1: tools that wait (kstatus) see that nodes lag, that a request is refused, and when all of it is done. An open
+/// breaker is done.
+#[test]
+fn tools_that_wait_see_how_far_the_nodes_are() {
+    let progress = |result: &ResolvedBreaker, reports: &[NodeReportView]| {
+        let status = status(result, &NodeReports::new(reports), None, at(9));
+        let conditions = ["Reconciling", "Stalled"].map(|type_| condition_of(&status, type_).0);
+        (status.observed_generation, conditions.map(|status| status == "True"))
+    };
+    let behind = ReportedService { desired_generation: 1, applied_generation: 1, ..port(Closed, 0) };
+    let unwritten = ReportedService { applied_generation: 1, ..port(Closed, 0) };
+    let rows = [
+        ("no agent", vec![], (0, [true, false])),
+        ("a node without a report about it", vec![node("a", true, vec![])], (0, [true, false])),
+        (
+            "a node has the spec before",
+            vec![node("a", true, vec![port(Closed, 0)]), node("b", true, vec![behind])],
+            (1, [true, false]),
+        ),
+        ("a node has not written it", vec![node("a", true, vec![unwritten])], (2, [true, false])),
+        ("closed", vec![node("a", true, vec![port(Closed, 0)])], (2, [false, false])),
+        ("open", vec![node("a", true, vec![port(Open, 5)])], (2, [false, false])),
+    ];
+    for (what, reports, expected) in rows {
+        assert_eq!(progress(&result(), &reports), expected, "{what}");
+    }
+    let mut refused = result();
+    refused.accepted = Err(Refusal { reason: "Conflicted", message: "another one".into() });
+    assert_eq!(progress(&refused, &[node("a", true, vec![])]), (2, [false, true]));
+}

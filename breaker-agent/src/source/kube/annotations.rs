@@ -58,7 +58,7 @@ const FIELDS: &[(&str, &str, Form)] = &[
 const MOST_BYTES: usize = 1024;
 
 /// Annotations with a syntax of their own.
-const OWN: &[&str] = &["backup", "check", "ports"];
+const OWN: &[&str] = &["backup", "check", "ports", "override-reason"];
 
 /// The spec that a Service's annotations describe; `None` if the Service has no annotation of breaker.
 ///

@@ -1,12 +1,12 @@
 //! A request for protection, in either of its two forms: a CircuitBreaker, or annotations on a Service.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, OwnerKind};
+use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, OwnerKind, REASON_ANNOTATION};
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::{annotations, objects::Service};
+use super::{annotations, objects::Service, text::short};
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,6 +64,8 @@ pub struct Intent {
     pub created: Option<Timestamp>,
     /// The Service to protect.
     pub service: Key,
+    /// Why the breaker is forced, in the operator's words; may be empty.
+    pub override_reason: String,
     /// The requested spec, or the error in the annotations.
     pub spec: Result<Arc<CircuitBreakerSpec>, String>,
 }
@@ -78,6 +80,7 @@ pub fn of_breaker(breaker: &CircuitBreaker) -> Intent {
         uid: breaker.uid().unwrap_or_default(),
         generation: breaker.metadata.generation.unwrap_or_default(),
         created: breaker.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        override_reason: override_reason(breaker.annotations()),
         spec: Ok(Arc::new(breaker.spec.clone())),
     }
 }
@@ -93,6 +96,12 @@ pub fn of_service(service: &Service) -> Option<Intent> {
         uid: service.uid().unwrap_or_default(),
         generation: 0,
         created: service.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        override_reason: override_reason(service.annotations()),
         spec: spec.map(Arc::new),
     })
+}
+
+/// The operator's reason for an override, cut to a length that a status and an Event can hold.
+fn override_reason(annotations: &BTreeMap<String, String>) -> String {
+    annotations.get(REASON_ANNOTATION).map(|reason| short(reason.trim())).unwrap_or_default()
 }

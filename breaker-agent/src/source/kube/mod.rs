@@ -29,6 +29,7 @@ pub mod objects;
 pub mod resolve;
 pub mod spec_policies;
 mod status_writer;
+mod text;
 mod watch;
 mod watches;
 
@@ -144,7 +145,7 @@ pub struct NodeIdentity {
 /// # Errors
 /// There is neither a kubeconfig nor a service account, or it is invalid.
 pub async fn client(kubeconfig: Option<&std::path::Path>) -> Result<Client> {
-    client_of(breaker_cli::kubernetes::config(kubeconfig).await?)
+    client_of(breaker_cli::cluster::connection::config(kubeconfig, None).await?)
 }
 
 /// Makes a client with the agent's timeouts and without automatic retries.

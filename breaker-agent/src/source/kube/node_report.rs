@@ -19,9 +19,9 @@ use tokio::{
 
 use super::{
     NodeState,
-    aggregate_reports::short,
     resolve::ResolvedBreaker,
     status_writer::Published,
+    text::short,
     watch::{Backoff, error_text},
 };
 use crate::{clock, metrics::instruments::KubeObject};

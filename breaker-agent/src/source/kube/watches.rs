@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use breaker_api::crd::{CircuitBreaker, ReferenceGrant};
+use breaker_api::crd::{CircuitBreaker, REASON_ANNOTATION, ReferenceGrant};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -83,7 +83,7 @@ impl Watches {
                     if let Some(status) = breaker.0.as_mut().ok().and_then(|breaker| breaker.status.as_mut()) {
                         status.nodes.clear();
                     }
-                    breaker.annotations_mut().clear();
+                    breaker.annotations_mut().retain(|name, _| name == REASON_ANNOTATION);
                     if let Err(error) = &breaker.0 {
                         tracing::warn!(
                             "CircuitBreaker {}/{} cannot be parsed (its last valid version stays in use): {error}",

@@ -39,7 +39,7 @@ pub(super) fn lab(cluster: &Cluster) -> Result<String> {
             None => Ok(Some(())),
         }
     })?;
-    let plugin = cluster.plugin()?;
+    let plugin = cluster.plugin(&["-A", "status", "-o", "wide"])?.text;
     for word in cluster.nodes.iter().map(String::as_str).chain(["dummy", "Open"]) {
         ensure!(plugin.contains(word), "kubectl breaker does not show {word}:\n{plugin}");
     }

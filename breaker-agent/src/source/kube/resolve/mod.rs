@@ -285,6 +285,9 @@ pub fn resolve(
             }
             resolution.next = Some(resolution.next.map_or(until, |next| next.min(until)));
         }
+        for service in result.services_mut() {
+            service.override_reason.clone_from(&intent.override_reason);
+        }
         resolution.results.push(result);
     }
     claim_frontends(&mut resolution.results);

@@ -1,24 +1,32 @@
-//! The text output of `breaker cluster`, which also runs as `kubectl breaker`.
+//! `kubectl breaker status -o wide`: a line for each breaker and node.
 
 use std::{collections::BTreeSet, fmt::Write as _};
 
 use breaker_api::{
     StateReason,
-    crd::{Override, OwnerKind, RefusedService, ReportedState},
+    crd::{Override, OwnerKind, RefusedService, ReportedService, ReportedState},
 };
 use jiff::Timestamp;
 
+use super::overview::{BreakerView, Overview};
 use crate::{
-    overview::{BreakerView, Overview},
     show::{ago, percent},
     table::{GREEN, Paint, RED, Table, YELLOW, plain},
 };
 
 /// A table of every protected Service on every node, followed by a line for each problem.
-pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
+pub(super) fn overview(overview: &Overview, paint: Paint) -> String {
     let mut text = String::new();
-    if overview.nodes.is_empty() {
-        text.push_str("no node reports: is the DaemonSet breaker-agent running?\n");
+    match &overview.nodes_missing {
+        Some(why) => {
+            let _ = writeln!(text, "{}", paint.with(YELLOW, why));
+        }
+        None if overview.nodes.is_empty() => {
+            text.push_str(
+                "no node reports: is the DaemonSet breaker-agent running? `kubectl breaker check` says more\n",
+            );
+        }
+        None => {}
     }
     let mut table =
         Table::new(&["NAMESPACE", "NAME", "NODE", "PORT", "STATE", "SINCE", "REASON", "PRIMARY", "BACKUP", "SHARE"]);
@@ -63,6 +71,18 @@ pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
     for breaker in &overview.circuit_breakers {
         text.push_str(&problems(breaker, paint));
     }
+    text.push_str(&problems_of_nodes(overview, paint));
+    text
+}
+
+/// Whether a service is protected by annotations.
+pub(super) fn is_annotated(service: &ReportedService) -> bool {
+    service.kind == Some(OwnerKind::Service)
+}
+
+/// One line for each refused annotation, and for each problem of a node.
+pub(super) fn problems_of_nodes(overview: &Overview, paint: Paint) -> String {
+    let mut text = String::new();
     let refused: BTreeSet<&RefusedService> = overview.nodes.iter().flat_map(|node| &node.report.refused).collect();
     for service in refused {
         let name = format!("{}/svc/{}", service.namespace, service.name);
@@ -74,6 +94,9 @@ pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
         for interface in &agent.failed_interfaces {
             let _ = writeln!(text, "{}", paint.with(RED, &format!("{}: not attached to {interface}", node.node)));
         }
+        for why in &agent.degraded {
+            let _ = writeln!(text, "{}", paint.with(YELLOW, &format!("{}: {why}", node.node)));
+        }
         if let Some(why) = &agent.incompatible {
             let _ = writeln!(text, "{}", paint.with(RED, &format!("{}: {why}", node.node)));
         }
@@ -82,18 +105,23 @@ pub(crate) fn overview(overview: &Overview, paint: Paint) -> String {
 }
 
 /// One line for each condition that shows a problem, and one for an override.
-fn problems(breaker: &BreakerView, paint: Paint) -> String {
+pub(super) fn problems(breaker: &BreakerView, paint: Paint) -> String {
     let mut text = String::new();
     let name = format!("{}/{}", breaker.namespace, breaker.name);
     let conditions = breaker.status.iter().flat_map(|status| &status.conditions);
     for condition in conditions {
-        let bad = if condition.type_ == "Degraded" { "True" } else { "False" };
+        // Stalled repeats Accepted or ResolvedRefs.
+        let bad = match condition.type_.as_str() {
+            "Degraded" | "Reconciling" => "True",
+            "Stalled" => continue,
+            _ => "False",
+        };
         if condition.status == bad {
             let line = format!(
                 "{name}: {}={} ({}): {}",
                 condition.type_, condition.status, condition.reason, condition.message
             );
-            let _ = writeln!(text, "{}", paint.with(if condition.type_ == "Degraded" { YELLOW } else { RED }, &line));
+            let _ = writeln!(text, "{}", paint.with(if bad == "True" { YELLOW } else { RED }, &line));
         }
     }
     if breaker.spec.r#override != Override::Auto {
@@ -102,7 +130,8 @@ fn problems(breaker: &BreakerView, paint: Paint) -> String {
             Some(until) => format!(" until {until:.0}"),
             None => String::new(),
         };
-        let _ = writeln!(text, "{name}: override {}{until}", breaker.spec.r#override.label());
+        let reason = breaker.override_reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        let _ = writeln!(text, "{name}: override {}{until}{reason}", breaker.spec.r#override.label());
     }
     text
 }

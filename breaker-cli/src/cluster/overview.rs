@@ -1,0 +1,94 @@
+//! CircuitBreakers and NodeReports, read once from the API server.
+
+use anyhow::Result;
+use breaker_api::crd::{
+    CircuitBreaker, CircuitBreakerSpec, CircuitBreakerStatus, NodeReport, NodeReportSpec, REASON_ANNOTATION,
+};
+use kube::{Api, ResourceExt as _, api::ListParams};
+use serde::{Deserialize, Serialize};
+
+use super::connection::{Connection, explain};
+
+/// The breakers of a namespace or of the cluster, and the nodes' views of them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Overview {
+    /// The CircuitBreakers.
+    pub circuit_breakers: Vec<BreakerView>,
+    /// The reports of all nodes; empty if the caller may not read them.
+    pub nodes: Vec<NodeView>,
+    /// Why the reports are missing.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub nodes_missing: Option<String>,
+}
+
+/// A CircuitBreaker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BreakerView {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Why it is forced, in the words of whoever forced it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub override_reason: Option<String>,
+    /// Desired state.
+    pub spec: CircuitBreakerSpec,
+    /// Observed state; absent until an agent has written it.
+    pub status: Option<CircuitBreakerStatus>,
+}
+
+impl From<CircuitBreaker> for BreakerView {
+    fn from(breaker: CircuitBreaker) -> Self {
+        Self {
+            namespace: breaker.namespace().unwrap_or_default(),
+            name: breaker.name_any(),
+            override_reason: breaker.annotations().get(REASON_ANNOTATION).cloned(),
+            spec: breaker.spec,
+            status: breaker.status,
+        }
+    }
+}
+
+/// A node's report.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeView {
+    /// Name of the node.
+    pub node: String,
+    /// The last report of its agent.
+    pub report: NodeReportSpec,
+}
+
+/// Reads the CircuitBreakers of the namespace that is meant, and the NodeReports if the caller may. Of the reports, only
+/// the services of that namespace are kept.
+///
+/// # Errors
+/// The API server does not answer, denies access, or does not have breaker's CRDs.
+pub(super) async fn read(connection: &Connection) -> Result<Overview> {
+    let all = ListParams::default();
+    let breakers = connection.api::<CircuitBreaker>().list(&all).await;
+    let breakers = breakers.map_err(|error| explain(error, "list CircuitBreakers"))?;
+    let reports = Api::<NodeReport>::all(connection.client.clone()).list(&all).await;
+    let (reports, nodes_missing) = match reports {
+        Ok(reports) => (reports.items, None),
+        Err(kube::Error::Api(status)) if status.code == 403 => {
+            (Vec::new(), Some("you may not list NodeReports, which belong to the whole cluster".to_owned()))
+        }
+        Err(error) => (Vec::new(), Some(format!("{:#}", explain(error, "list NodeReports")))),
+    };
+    let view = |report: NodeReport| {
+        let mut view = NodeView { node: report.name_any(), report: report.spec };
+        if let Some(namespace) = &connection.namespace {
+            view.report.services.retain(|service| service.namespace == *namespace);
+            view.report.refused.retain(|service| service.namespace == *namespace);
+        }
+        view
+    };
+    Ok(Overview {
+        circuit_breakers: breakers.items.into_iter().map(BreakerView::from).collect(),
+        nodes: reports.into_iter().map(view).collect(),
+        nodes_missing,
+    })
+}
