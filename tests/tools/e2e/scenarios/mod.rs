@@ -5,6 +5,7 @@ mod choices;
 mod disturbances;
 mod matrix;
 mod objects;
+mod people;
 mod setup;
 mod traffic;
 
@@ -60,6 +61,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "opening-widens-nothing", skip: needs_lan, play: matrix::opening_widens_nothing },
     Scenario { name: "applied-in-every-way", skip: always, play: objects::applied_in_every_way },
     Scenario { name: "local-backups", skip: needs_lan, play: traffic::local_backups },
+    Scenario { name: "people-and-their-rights", skip: always, play: people::people },
     Scenario { name: "refused-by-kubectl", skip: always, play: objects::refused_by_kubectl },
     Scenario { name: "edit-override-delete", skip: always, play: objects::edit_override_delete },
     Scenario { name: "primary-pods-deleted", skip: always, play: disturbances::primary_pods_deleted },
