@@ -266,8 +266,9 @@ fn prometheus_follows_a_failover_on_two_nodes() -> Result<()> {
     fs::write(&config, text)?;
     let ns = world.node(0).ns().clone();
     let _server = Server::start(ns.command(&server), &config, &world.dir().join("prometheus"), "127.0.0.1:9090")?;
+    // Prometheus takes a while to start on a busy machine.
     let wait = |what: &str, value: f64| {
-        wait_for(what, LONG, || query(&ns, what) == Some(value))
+        wait_for(what, 3 * LONG, || query(&ns, what) == Some(value))
             .with_context(|| format!("{what} is {:?}", query(&ns, what)))
     };
     wait("sum(breaker_agent_ready)", 2.0)?;
