@@ -78,6 +78,9 @@ fn with_policies(cluster: &Cluster) -> Result<String> {
         cluster.lab(&["patch", "cb/dummy", "--type=merge", "-p", r#"{"spec":{"override":"Auto"}}"#])?;
         Ok(is_denied.then_some(()))
     })?;
+    // The status follows an override that was set before the policy was in use.
+    cluster.wait_state("dummy", "Closed")?;
+    cluster.wait_programmed("dummy")?;
 
     // A viewer sees, and may not change.
     let seen = plugin_as(cluster, "viewer", &["status"])?;
