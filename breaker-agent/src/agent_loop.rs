@@ -120,11 +120,11 @@ pub struct Agent {
     pub incidents: Incidents,
     /// The numbers that the agent counts itself.
     pub instruments: Arc<Instruments>,
-    /// What the agent serves over TCP.
+    /// The TCP listeners for health and metrics.
     pub listeners: Listeners,
     /// The service manager that started the agent, if any.
     pub service_manager: ServiceManager,
-    /// What the API server does not let the agent do; `None` if the services come from a file.
+    /// The resources that the API server refuses to the agent; `None` if the services come from a file.
     pub access: Option<Access>,
     /// Id of the latest event, for readers that wait.
     pub latest_event: watch::Sender<u64>,
@@ -184,7 +184,9 @@ impl Agent {
                 },
                 _ = heartbeat.tick() => {
                     self.heartbeat();
-                    self.service_manager.beat(self.is_ready(), self.engine.by_state());
+                    if self.service_manager.is_present() {
+                        self.service_manager.beat(self.is_ready(), self.engine.by_state());
+                    }
                 }
                 reports = inputs.reports.recv() => {
                     for report in &reports {
@@ -443,7 +445,7 @@ impl Agent {
         }
     }
 
-    /// Whether the agent is ready, check by check. A failure that a restart would not mend does not count: during a
+    /// The checks of the agent's readiness. A failure that a restart would not mend does not count: during a
     /// rollout, an agent that is not ready stops the replacement of the others.
     fn ready_checks(&self) -> Vec<ReadyCheck> {
         let check = |name, counts, outcome| ReadyCheck { name, outcome, counts };
@@ -457,8 +459,12 @@ impl Agent {
         let mut checks = vec![
             check("config", true, self.service_count.map(drop).ok_or_else(|| waiting.to_owned())),
             check("programs", true, programs),
-            check("interfaces", false, none(&interfaces, || interfaces.join("; "))),
-            check("writes", false, none(&unapplied, || format!("not in the kernel: {}", unapplied.join(", ")))),
+            check("interfaces", false, pass_if_empty(&interfaces, || interfaces.join("; "))),
+            check(
+                "writes",
+                false,
+                pass_if_empty(&unapplied, || format!("not in the kernel: {}", unapplied.join(", "))),
+            ),
         ];
         if let Some(access) = &self.access {
             checks.push(check("kube-access", true, access.problem().map_or(Ok(()), Err)));
@@ -467,11 +473,11 @@ impl Agent {
             checks.push(check(
                 "kube-sync",
                 false,
-                none(&missing, || format!("no list yet of: {}", missing.join(", "))),
+                pass_if_empty(&missing, || format!("no list yet of: {}", missing.join(", "))),
             ));
         }
         let problems = self.listeners.problems();
-        checks.push(check("listeners", false, none(&problems, || problems.join("; "))));
+        checks.push(check("listeners", false, pass_if_empty(&problems, || problems.join("; "))));
         checks
     }
 
@@ -528,7 +534,7 @@ impl Agent {
         paths.map(view).collect()
     }
 
-    /// What the agent does without, in words.
+    /// The functions that an error takes from the agent, in words.
     fn degraded(&self) -> Vec<String> {
         let access = self.access.as_ref().and_then(Access::problem);
         self.listeners.problems().into_iter().chain(access).collect()
@@ -566,8 +572,8 @@ impl Agent {
     }
 }
 
-/// Nothing is wrong if there are no problems; otherwise, what `words` says.
-fn none(problems: &[String], words: impl FnOnce() -> String) -> Result<(), String> {
+/// The outcome of a check: it passes if there are no problems; otherwise `words` says what is wrong.
+fn pass_if_empty(problems: &[String], words: impl FnOnce() -> String) -> Result<(), String> {
     if problems.is_empty() { Ok(()) } else { Err(words()) }
 }
 

@@ -1,4 +1,5 @@
-//! Requests to the main loop, from the control socket, from kubelet and from scrapes of metrics. Each carries the channel for its answer.
+//! Requests to the main loop, from the control socket, from kubelet and from scrapes of metrics. Each carries the channel
+//! for its answer.
 
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ pub struct ReadyCheck {
     pub name: &'static str,
     /// The error says what is wrong.
     pub outcome: Result<(), String>,
-    /// Whether the agent is not ready while this check fails.
+    /// If true, the agent is not ready while this check fails.
     pub counts: bool,
 }
 

@@ -1,7 +1,7 @@
 //! CPU time and memory of a process, and how the agent gives memory back.
 
 use breaker_api::status::ProcessStatus;
-use procfs::process::{LimitValue, Process};
+use procfs::process::{LimitValue, Process, Stat};
 
 use crate::metrics::snapshot::ProcessNumbers;
 
@@ -15,13 +15,20 @@ pub fn own() -> Option<ProcessStatus> {
 /// `None` where that file cannot be read.
 #[must_use]
 pub fn of(pid: u32) -> Option<ProcessStatus> {
-    let stat = Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?;
-    let ticks = u32::try_from(stat.utime + stat.stime).ok()?;
-    let per_second = u32::try_from(procfs::ticks_per_second()).ok()?;
+    usage(&Process::new(i32::try_from(pid).ok()?).ok()?.stat().ok()?)
+}
+
+fn usage(stat: &Stat) -> Option<ProcessStatus> {
     Some(ProcessStatus {
-        cpu_seconds: f64::from(ticks) / f64::from(per_second),
+        cpu_seconds: seconds(stat.utime + stat.stime)?,
         resident_bytes: stat.rss * procfs::page_size(),
     })
+}
+
+/// A time in clock ticks, in seconds.
+fn seconds(ticks: u64) -> Option<f64> {
+    let per_second = u32::try_from(procfs::ticks_per_second()).ok()?;
+    Some(f64::from(u32::try_from(ticks).ok()?) / f64::from(per_second))
 }
 
 /// The numbers of this process for metrics; `None` where /proc cannot be read.
@@ -33,16 +40,14 @@ pub fn numbers() -> Option<ProcessNumbers> {
         LimitValue::Value(limit) => limit,
         LimitValue::Unlimited => u64::MAX,
     };
-    let ticks = u32::try_from(stat.starttime).ok()?;
-    let per_second = u32::try_from(procfs::ticks_per_second()).ok()?;
     let boot = u32::try_from(procfs::boot_time_secs().ok()?).ok()?;
     Some(ProcessNumbers {
-        usage: own()?,
+        usage: usage(&stat)?,
         virtual_bytes: stat.vsize,
         open_fds: process.fd_count().ok()? as u64,
         max_fds,
         threads: u64::try_from(stat.num_threads).ok()?,
-        start_time: f64::from(boot) + f64::from(ticks) / f64::from(per_second),
+        start_time: f64::from(boot) + seconds(stat.starttime)?,
     })
 }
 

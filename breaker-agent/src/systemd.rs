@@ -19,12 +19,15 @@ impl ServiceManager {
         Self { is_present: std::env::var_os("NOTIFY_SOCKET").is_some(), is_told_ready: false, status: String::new() }
     }
 
+    /// Whether a service manager started this process. Without one, nothing needs to be reported.
+    #[must_use]
+    pub const fn is_present(&self) -> bool {
+        self.is_present
+    }
+
     /// Reports that the main loop runs; its watchdog expects this. `by_state`: number of services, by the number of
     /// their state.
     pub fn beat(&mut self, is_ready: bool, by_state: [u64; BreakerState::ALL.len()]) {
-        if !self.is_present {
-            return;
-        }
         let mut states = vec![NotifyState::Watchdog];
         if is_ready && !std::mem::replace(&mut self.is_told_ready, true) {
             states.push(NotifyState::Ready);

@@ -160,16 +160,20 @@ pub struct FlowTables {
 pub struct Sweep {
     /// Live flows on a backup, by service.
     pub redirected: BTreeMap<ServiceName, usize>,
-    /// Entries in the forward tables after finished flows were removed, without those that only keep their ports.
-    pub entries: usize,
     /// The flow tables of IPv4 and IPv6.
     pub tables: [FlowTables; 2],
-    /// Established flows in the fuller one of the two families' tables.
-    pub established: usize,
-    /// How full that table is, in percent.
+    /// How full the fuller one of the two tables of established flows is, in percent.
     pub pressure_percent: u8,
     /// Services whose primary was at a limit since the last sweep, so that connections went to the backup while closed.
     pub overflowed: BTreeSet<ServiceName>,
+}
+
+impl Sweep {
+    /// Entries in the fuller one of the two tables of established flows.
+    #[must_use]
+    pub fn established(&self) -> usize {
+        self.tables.iter().map(|tables| tables.entries[1]).max().unwrap_or(0)
+    }
 }
 
 /// Operations that the engine needs from the datapath.

@@ -117,9 +117,8 @@ pub fn setup_prometheus() {
 
 fn unpack_prometheus() -> Result<()> {
     let dir = ebpf_builder::workspace().join("target/tools/prometheus");
-    let path = env::var_os("PATH").unwrap_or_default();
-    let dirs: Vec<_> = env::split_paths(&path).chain([dir.join("usr/bin")]).collect();
-    if ["prometheus", "promtool"].iter().all(|program| dirs.iter().any(|dir| dir.join(program).is_file())) {
+    let is_here = |program: &&str| dir.join("usr/bin").join(program).is_file() || is_installed(program);
+    if ["prometheus", "promtool"].iter().all(is_here) {
         return Ok(());
     }
     step("setup: unpack Debian's package of Prometheus, which checks metrics and alerts", || {
@@ -153,11 +152,15 @@ pub fn setup_vm() -> Result<()> {
 }
 
 fn missing(requirements: &'static [Requirement]) -> Vec<&'static Requirement> {
+    requirements.iter().filter(|requirement| !is_installed(requirement.file)).collect()
+}
+
+/// Whether a program is in `PATH` or a system directory, or an absolute path exists.
+fn is_installed(file: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
-    let dirs: Vec<_> = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).collect();
+    let mut dirs = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
     // Joining an absolute path to a directory gives the absolute path.
-    let installed = |file: &str| dirs.iter().any(|dir| dir.join(file).exists());
-    requirements.iter().filter(|requirement| !installed(requirement.file)).collect()
+    dirs.any(|dir| dir.join(file).exists())
 }
 
 /// Adds the source of `core` to rustup's nightly toolchain if that lacks it. Returns whether a compiler is available

@@ -241,7 +241,7 @@ struct Member {
     began: u32,
 }
 
-/// What the task of a probe works with.
+/// The parts of the agent that the task of a probe uses.
 struct Means {
     steps: Arc<Steps>,
     prober: Prober,

@@ -51,8 +51,7 @@ pub(super) fn sweep(maps: &mut Maps, names: &HashMap<u32, ServiceName>, idle: Op
     let mut found = Found::default();
     found.sweep.tables =
         [sweep_family::<V4>(maps, names, idle, &mut found)?, sweep_family::<V6>(maps, names, idle, &mut found)?];
-    found.sweep.established = found.sweep.tables.iter().map(|tables| tables.entries[1]).max().unwrap_or(0);
-    let percent = (found.sweep.established * 100).div_ceil(maps.sizes.flows.max(1) as usize);
+    let percent = (found.sweep.established() * 100).div_ceil(maps.sizes.flows.max(1) as usize);
     found.sweep.pressure_percent = u8::try_from(percent.min(100)).unwrap_or(100);
     maps.crowded = percent > 50;
     Ok(found)
@@ -112,7 +111,6 @@ fn sweep_family<A: IpFamily>(
             }
         }
     }
-    found.sweep.entries += tables.live.iter().sum::<usize>();
     let family = A::of_mut(maps);
     for (key, flow, reverse_key) in over {
         // The walk took some time, and ports are used again: the entry may belong to another connection now.

@@ -29,7 +29,7 @@ impl Kind {
     }
 }
 
-/// What a metric belongs to.
+/// The owner of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// The node and its agent.
@@ -49,7 +49,7 @@ pub struct Family {
     pub name: &'static str,
     /// Its type.
     pub kind: Kind,
-    /// What it belongs to.
+    /// Its owner.
     pub owner: Owner,
     /// The names of its labels. Those of a breaker begin with `breaker_namespace` and `breaker`.
     pub labels: &'static [&'static str],

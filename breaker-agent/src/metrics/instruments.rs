@@ -18,7 +18,7 @@ const DURATIONS: [f64; 6] = [0.001, 0.005, 0.025, 0.1, 0.5, 2.0];
 /// Upper bounds of [`families::CHECK_LATENESS`], in seconds.
 const LATENESS: [f64; 7] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0];
 
-/// What the agent writes to the API server.
+/// An object that the agent writes to the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KubeObject {
     /// The status of a CircuitBreaker.
@@ -31,7 +31,7 @@ pub enum KubeObject {
     Lease,
 }
 
-/// What became of a write to the API server.
+/// Outcome of a write to the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteResult {
     /// It was accepted.

@@ -7,7 +7,9 @@ use std::{
 
 use breaker_common::{LimitCounters, ServiceCounters};
 use breaker_core::{
-    datapath::{Adopted, Datapath, DatapathError, Destination, FlowSnapshot, LimitReport, PacketEvent, Sweep},
+    datapath::{
+        Adopted, Datapath, DatapathError, Destination, FlowSnapshot, FlowTables, LimitReport, PacketEvent, Sweep,
+    },
     model::ServiceName,
     plan::ServicePlan,
 };
@@ -72,7 +74,10 @@ impl Datapath for FakeDatapath {
     fn sweep(&mut self, _idle: Option<Duration>) -> Result<Sweep, DatapathError> {
         Ok(Sweep {
             redirected: self.alive.clone(),
-            entries: self.alive.values().sum(),
+            tables: [
+                FlowTables { live: [0, self.alive.values().sum()], ..FlowTables::default() },
+                FlowTables::default(),
+            ],
             overflowed: self.overflowed.clone(),
             ..Sweep::default()
         })

@@ -42,6 +42,12 @@ pub use report::{
 };
 pub use status::{CircuitBreakerStatus, NodeCounts, NodeStatus, PortStatus, ReportedState};
 
+/// Name of the Lease that elects the agent which writes the statuses, in the agents' namespace.
+pub const STATUS_LEASE: &str = "breaker-status";
+
+/// Name of the statuses' field manager in managedFields.
+pub const STATUS_MANAGER: &str = "breaker";
+
 /// Annotation of a CircuitBreaker with the operator's reason for an override, for people.
 pub const REASON_ANNOTATION: &str = "breaker.dev/override-reason";
 

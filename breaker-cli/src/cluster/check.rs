@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
-use breaker_api::crd::{CircuitBreaker, GROUP, NodeReport, Override, ReferenceGrant};
+use breaker_api::crd::{CircuitBreaker, GROUP, NodeReport, Override, ReferenceGrant, STATUS_LEASE};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::{
@@ -27,7 +27,12 @@ use kube::{
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
-use super::{AGENTS, args::CheckArgs, connection::Connection};
+use super::{
+    AGENTS, DAEMON_SET,
+    args::CheckArgs,
+    connection::Connection,
+    overview::{Severity, severity},
+};
 use crate::{
     output::print_as,
     table::{GREEN, Paint, RED, YELLOW},
@@ -274,7 +279,7 @@ fn fields(crd: &CustomResourceDefinition) -> BTreeSet<String> {
 
 async fn daemon_set(connection: &Connection, findings: &mut Findings) {
     let api: Api<DaemonSet> = Api::namespaced(connection.client.clone(), AGENTS);
-    let status = match api.get_opt("breaker-agent").await {
+    let status = match api.get_opt(DAEMON_SET).await {
         Ok(Some(daemon_set)) => daemon_set.status.unwrap_or_default(),
         Ok(None) => {
             return findings.error(
@@ -310,7 +315,7 @@ async fn daemon_set(connection: &Connection, findings: &mut Findings) {
 /// Whether an agent writes the statuses.
 async fn lease(connection: &Connection, findings: &mut Findings) {
     let api: Api<Lease> = Api::namespaced(connection.client.clone(), AGENTS);
-    match api.get_opt("breaker-status").await {
+    match api.get_opt(STATUS_LEASE).await {
         Ok(lease) => {
             let spec = lease.and_then(|lease| lease.spec).unwrap_or_default();
             let holder = spec.holder_identity.unwrap_or_default();
@@ -463,15 +468,14 @@ async fn breakers(connection: &Connection, findings: &mut Findings) {
                 KUBERNETES,
             );
         }
-        for condition in &status.conditions {
+        // What Reconciling says is in Programmed, too, or in the missing state.
+        for condition in status.conditions.iter().filter(|condition| condition.type_ != "Reconciling") {
             let text = format!("{name}: {} ({}): {}", condition.type_, condition.reason, condition.message);
             let anchor = "docs/TROUBLESHOOTING.md#conditions-and-their-reasons";
-            match (condition.type_.as_str(), condition.status.as_str()) {
-                ("Degraded", "True") => findings.warn(text, "see the reason", anchor),
-                ("Accepted" | "ResolvedRefs" | "BackupReachable" | "Programmed" | "DatapathCompatible", "False") => {
-                    findings.error(text, "see the reason", anchor);
-                }
-                _ => {}
+            match severity(condition) {
+                Some(Severity::Warning) => findings.warn(text, "see the reason", anchor),
+                Some(Severity::Error) => findings.error(text, "see the reason", anchor),
+                None => {}
             }
         }
         if breaker.spec.r#override != Override::Auto && breaker.spec.until.is_none() {

@@ -24,7 +24,7 @@ pub(super) async fn run(args: &ConnectionArgs, words: &[String]) -> Result<()> {
     if wants_name(words) {
         candidates.extend(names(&args).await.unwrap_or_default());
     }
-    let (last, _) = words.split_last().map_or(("", &[][..]), |(last, rest)| (last.as_str(), rest));
+    let last = words.last().map_or("", String::as_str);
     let text: String =
         candidates.into_iter().filter(|word| word.starts_with(last)).map(|word| format!("{word}\n")).collect();
     out(&format!("{text}{NO_FILES}\n"))

@@ -46,6 +46,12 @@ impl Connection {
         }
     }
 
+    /// Reads one CircuitBreaker. `name` may be `NAMESPACE/NAME`.
+    pub async fn breaker(&self, name: &str) -> Result<CircuitBreaker> {
+        let (api, namespace, name) = self.one(name);
+        api.get(name).await.map_err(|error| explain(error, &format!("read {namespace}/{name}")))
+    }
+
     /// The CircuitBreakers of one namespace, for commands about one of them. `name` may be `NAMESPACE/NAME`. Returns the
     /// name without the namespace.
     pub fn one<'a>(&self, name: &'a str) -> (Api<CircuitBreaker>, String, &'a str) {

@@ -3,10 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use breaker_api::{
-    crd::{CircuitBreaker, NodeReport},
-    flows::FlowView,
-};
+use breaker_api::{crd::NodeReport, flows::FlowView};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -16,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt as _;
 
 use super::{
-    AGENT_LABELS, AGENTS,
+    AGENT_PODS, AGENTS,
     args::FlowsArgs,
     connection::{Connection, explain},
 };
@@ -65,9 +62,7 @@ pub(super) async fn run(connection: &Connection, args: &FlowsArgs) -> Result<()>
 
 /// The names under which the agents know a breaker: one for each protected port and kind of access.
 async fn service_names(connection: &Connection, namespace: &str, name: &str) -> Result<Vec<String>> {
-    let breaker = Api::<CircuitBreaker>::namespaced(connection.client.clone(), namespace).get(name).await;
-    let breaker = breaker.map_err(|error| explain(error, &format!("read {namespace}/{name}")))?;
-    let service = breaker.spec.service.name;
+    let service = connection.breaker(&format!("{namespace}/{name}")).await?.spec.service.name;
     let reports = Api::<NodeReport>::all(connection.client.clone()).list(&ListParams::default()).await;
     let reports = reports.map_err(|error| explain(error, "list NodeReports"))?;
     let services = reports.items.into_iter().flat_map(|report| report.spec.services);
@@ -80,7 +75,7 @@ async fn service_names(connection: &Connection, namespace: &str, name: &str) -> 
 
 async fn agents(client: &Client, node: Option<&str>) -> Result<Vec<Pod>> {
     let api: Api<Pod> = Api::namespaced(client.clone(), AGENTS);
-    let mut params = ListParams::default().labels(AGENT_LABELS);
+    let mut params = ListParams::default().labels(AGENT_PODS);
     if let Some(node) = node {
         params = params.fields(&format!("spec.nodeName={node}"));
     }

@@ -5,10 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use breaker_api::crd::{CircuitBreaker, Override, REASON_ANNOTATION, ReportedState};
 use jiff::Timestamp;
-use kube::{
-    Api,
-    api::{Patch, PatchParams},
-};
+use kube::api::{Patch, PatchParams};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -58,12 +55,11 @@ async fn follow(
     what: &str,
     is_wanted: impl Fn(ReportedState) -> bool,
 ) -> Result<()> {
-    let (api, namespace, name) = connection.one(name);
     let generation = breaker.metadata.generation.unwrap_or_default();
     let end = Instant::now() + PATIENCE;
     while !is_followed(&breaker, generation, &is_wanted) && Instant::now() < end {
         sleep(Duration::from_millis(200)).await;
-        breaker = read(&api, name).await?;
+        breaker = connection.breaker(name).await?;
     }
     let status = visible(&breaker.status.clone().unwrap_or_default())?;
     let counts = &status.counts;
@@ -80,11 +76,8 @@ async fn follow(
             PATIENCE.as_secs()
         )
     };
+    let (_, namespace, name) = connection.one(name);
     out(&format!("{namespace}/{name}: {what}: {progress}\n"))
-}
-
-async fn read(api: &Api<CircuitBreaker>, name: &str) -> Result<CircuitBreaker> {
-    api.get(name).await.map_err(|error| explain(error, &format!("read {name}")))
 }
 
 /// Whether every node has the generation in force, with a state that is wanted.

@@ -34,8 +34,10 @@ use self::connection::Connection;
 
 /// The namespace of the agents.
 const AGENTS: &str = "breaker-system";
-/// Labels of the agents' pods and of their DaemonSet.
-const AGENT_LABELS: &str = "app.kubernetes.io/name=breaker";
+/// Labels of the agents' pods.
+const AGENT_PODS: &str = "app.kubernetes.io/name=breaker,app.kubernetes.io/component=agent";
+/// The agents' DaemonSet.
+const DAEMON_SET: &str = "breaker-agent";
 
 /// Runs a command. The exit code is 1 if `check` found a problem.
 ///

@@ -8,7 +8,7 @@ use breaker_api::{
 };
 use jiff::Timestamp;
 
-use super::overview::{BreakerView, Overview};
+use super::overview::{BreakerView, Overview, Severity, severity};
 use crate::{
     show::{ago, percent},
     table::{GREEN, Paint, RED, Table, YELLOW, plain},
@@ -35,10 +35,7 @@ pub(super) fn overview(overview: &Overview, paint: Paint) -> String {
         for service in &node.report.services {
             let backup = service.backups.iter().find(|tier| tier.active).or_else(|| service.backups.first());
             let applied = service.applied_generation == service.desired_generation && service.error.is_none();
-            let name = match service.kind {
-                Some(OwnerKind::Service) => format!("svc/{}", service.name),
-                Some(OwnerKind::CircuitBreaker) | None => service.name.clone(),
-            };
+            let name = if is_annotated(service) { format!("svc/{}", service.name) } else { service.name.clone() };
             let state = service.state.label();
             let state = if applied { state.to_owned() } else { format!("{state} (not applied)") };
             rows.push((
@@ -110,19 +107,10 @@ pub(super) fn problems(breaker: &BreakerView, paint: Paint) -> String {
     let name = format!("{}/{}", breaker.namespace, breaker.name);
     let conditions = breaker.status.iter().flat_map(|status| &status.conditions);
     for condition in conditions {
-        // Stalled repeats Accepted or ResolvedRefs.
-        let bad = match condition.type_.as_str() {
-            "Degraded" | "Reconciling" => "True",
-            "Stalled" => continue,
-            _ => "False",
-        };
-        if condition.status == bad {
-            let line = format!(
-                "{name}: {}={} ({}): {}",
-                condition.type_, condition.status, condition.reason, condition.message
-            );
-            let _ = writeln!(text, "{}", paint.with(if bad == "True" { YELLOW } else { RED }, &line));
-        }
+        let Some(severity) = severity(condition) else { continue };
+        let (type_, status) = (&condition.type_, &condition.status);
+        let line = format!("{name}: {type_}={status} ({}): {}", condition.reason, condition.message);
+        let _ = writeln!(text, "{}", paint.with(if severity == Severity::Warning { YELLOW } else { RED }, &line));
     }
     if breaker.spec.r#override != Override::Auto {
         let until = match breaker.spec.until {
@@ -136,7 +124,8 @@ pub(super) fn problems(breaker: &BreakerView, paint: Paint) -> String {
     text
 }
 
-const fn state_colour(state: ReportedState) -> &'static str {
+/// The colour of a state.
+pub(super) const fn state_colour(state: ReportedState) -> &'static str {
     match state {
         ReportedState::Closed => GREEN,
         ReportedState::Open | ReportedState::NotProtected => RED,

@@ -4,6 +4,7 @@ use anyhow::Result;
 use breaker_api::crd::{
     CircuitBreaker, CircuitBreakerSpec, CircuitBreakerStatus, NodeReport, NodeReportSpec, REASON_ANNOTATION,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{Api, ResourceExt as _, api::ListParams};
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +60,24 @@ pub struct NodeView {
     pub node: String,
     /// The last report of its agent.
     pub report: NodeReportSpec,
+}
+
+/// How bad a condition is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Severity {
+    /// The request is carried out, and something is not as it should be.
+    Warning,
+    /// The request, or a part of it, is not carried out.
+    Error,
+}
+
+/// How bad a condition is; `None` if it shows no problem. `Stalled` repeats `Accepted` or `ResolvedRefs`.
+pub(super) fn severity(condition: &Condition) -> Option<Severity> {
+    match (condition.type_.as_str(), condition.status.as_str()) {
+        ("Stalled", _) => None,
+        ("Degraded" | "Reconciling", status) => (status == "True").then_some(Severity::Warning),
+        (_, status) => (status == "False").then_some(Severity::Error),
+    }
 }
 
 /// Reads the CircuitBreakers of the namespace that is meant, and the NodeReports if the caller may. Of the reports, only

@@ -13,14 +13,14 @@ use kube::{
 
 use super::{
     args::{GetArgs, StatusArgs, StatusOutput},
-    connection::{Connection, explain},
+    connection::Connection,
     nodes,
     overview::{self, BreakerView, Overview},
 };
 use crate::{
     output::{Output, out, print},
     show::ago,
-    table::{Cell, GREEN, Paint, RED, Table, YELLOW, plain},
+    table::{Cell, Paint, Table, YELLOW, plain},
     visible::visible,
 };
 
@@ -56,8 +56,8 @@ pub(super) async fn run(connection: &Connection, args: &StatusArgs) -> Result<()
 }
 
 pub(super) async fn get(connection: &Connection, args: &GetArgs) -> Result<()> {
-    let (api, namespace, name) = connection.one(&args.name);
-    let breaker = api.get(name).await.map_err(|error| explain(error, &format!("read {namespace}/{name}")))?;
+    let (_, namespace, name) = connection.one(&args.name);
+    let breaker = connection.breaker(&args.name).await?;
     let mut overview = overview::read(connection).await?;
     overview.circuit_breakers = vec![breaker.into()];
     for node in &mut overview.nodes {
@@ -150,16 +150,11 @@ fn attention(breaker: &BreakerView) -> u8 {
 fn row(breaker: &BreakerView, all_namespaces: bool) -> Vec<Cell> {
     let status = breaker.status.clone().unwrap_or_default();
     let state = status.state.unwrap_or_default();
-    let colour = match state {
-        ReportedState::Closed => GREEN,
-        ReportedState::Open | ReportedState::NotProtected => RED,
-        ReportedState::HalfOpen | ReportedState::NotProgrammed | ReportedState::Unknown => YELLOW,
-    };
     let label = if status.state.is_none() { "no status yet" } else { state.label() };
     let mut cells = if all_namespaces { vec![plain(&breaker.namespace)] } else { Vec::new() };
     cells.extend([
         plain(&breaker.name),
-        (label.to_owned(), Some(colour)),
+        (label.to_owned(), Some(nodes::state_colour(state))),
         plain(status.since.map(ago).unwrap_or_default()),
         plain(status.reason.unwrap_or_default()),
         plain(status.share.unwrap_or_default()),

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use breaker_api::crd::{CircuitBreaker, GROUP, NodeReport};
+use breaker_api::crd::{CircuitBreaker, GROUP, NodeReport, STATUS_LEASE, STATUS_MANAGER};
 use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
@@ -14,13 +14,13 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, PropagationPolicy},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::{
-    AGENT_LABELS, AGENTS,
+    AGENT_PODS, AGENTS, DAEMON_SET,
     args::UninstallArgs,
     connection::{Connection, explain},
 };
@@ -32,11 +32,6 @@ const JOB: &str = include_str!("../../../k8s/cleanup/job.yaml");
 const JOB_IMAGE: &str = "localhost:5000/breaker:0.1.0";
 /// Label of the Jobs.
 const JOBS: &str = "app.kubernetes.io/component=cleanup";
-/// Label of the agents' pods.
-const PODS: &str = "app.kubernetes.io/component=agent";
-const DAEMON_SET: &str = "breaker-agent";
-/// The field manager of the statuses.
-const STATUS_MANAGER: &str = "breaker";
 
 pub(super) async fn run(connection: &Connection, args: &UninstallArgs) -> Result<()> {
     let client = &connection.client;
@@ -46,9 +41,9 @@ pub(super) async fn run(connection: &Connection, args: &UninstallArgs) -> Result
     let image = args.image.clone().or_else(|| set.as_ref().and_then(image_of));
     let Some(image) = image else { bail!("--image is missing: there is no DaemonSet breaker-agent that names one") };
     if set.is_some() {
-        let foreground =
-            DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
-        sets.delete(DAEMON_SET, &foreground).await.map_err(|error| explain(error, "delete the DaemonSet"))?;
+        sets.delete(DAEMON_SET, &DeleteParams::background())
+            .await
+            .map_err(|error| explain(error, "delete the DaemonSet"))?;
         out("the agents stop\n")?;
     }
     let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await;
@@ -67,9 +62,7 @@ pub(super) async fn run(connection: &Connection, args: &UninstallArgs) -> Result
     }
     let missing = jobs_done(&jobs, &ready, end).await?;
     forget(client).await?;
-    let background =
-        DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
-    jobs.delete_collection(&background, &ListParams::default().labels(JOBS)).await?;
+    jobs.delete_collection(&DeleteParams::background(), &ListParams::default().labels(JOBS)).await?;
     let cleaned = ready.len() - missing.len();
     out(&format!("nothing of breaker is left in the kernels of {cleaned} nodes\n"))?;
     let left: Vec<String> = missing.into_iter().chain(others.iter().map(ResourceExt::name_any)).collect();
@@ -94,7 +87,7 @@ fn is_ready(node: &Node) -> bool {
 async fn agents_gone(client: &Client, nodes: &[String], end: Instant) -> Result<()> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), AGENTS);
     loop {
-        let list = pods.list(&ListParams::default().labels(&format!("{AGENT_LABELS},{PODS}"))).await?;
+        let list = pods.list(&ListParams::default().labels(AGENT_PODS)).await?;
         let is_here =
             |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref()).is_some_and(|n| nodes.contains(n));
         if !list.items.iter().any(is_here) {
@@ -145,7 +138,7 @@ async fn forget(client: &Client) -> Result<()> {
     }
     Api::<NodeReport>::all(client.clone()).delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
     let leases: Api<Lease> = Api::namespaced(client.clone(), AGENTS);
-    match leases.delete("breaker-status", &DeleteParams::default()).await {
+    match leases.delete(STATUS_LEASE, &DeleteParams::default()).await {
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         outcome => outcome.map(drop).map_err(Into::into),
     }

@@ -69,7 +69,6 @@ pub struct Engine {
     journal: Journal,
     next_sweep: Instant,
     started: Instant,
-    flow_entries: usize,
     flow_tables: [FlowTables; 2],
     flow_pressure: u8,
     changes: u64,
@@ -89,7 +88,6 @@ impl Engine {
             journal: Journal::new(),
             next_sweep: now.mono + SWEEP,
             started: now.mono,
-            flow_entries: 0,
             flow_tables: [FlowTables::default(); 2],
             flow_pressure: 0,
             changes: 0,
@@ -97,9 +95,9 @@ impl Engine {
         })
     }
 
-    /// Entries in the flow tables at the last sweep.
-    pub const fn flow_entries(&self) -> usize {
-        self.flow_entries
+    /// Entries in the flow tables at the last sweep, without those that only keep their ports.
+    pub fn flow_entries(&self) -> usize {
+        self.flow_tables.iter().flat_map(|tables| tables.live).sum()
     }
 
     /// The flow tables of IPv4 and IPv6 at the last sweep.

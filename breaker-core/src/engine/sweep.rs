@@ -68,14 +68,13 @@ impl Engine {
 
     /// Reports when the tables of established flows fill up, and when they have room again.
     fn report_pressure(&mut self, now: Now, found: &Sweep) {
-        self.flow_entries = found.entries;
         self.flow_tables = found.tables;
         let crowded = found.pressure_percent >= CROWDED;
         if crowded != (self.flow_pressure >= CROWDED) {
             let message = format!(
                 "the table of established flows is {} % full: {} flows (the fuller of the IPv4 and the IPv6 table){}",
                 found.pressure_percent,
-                found.established,
+                found.established(),
                 if crowded { "; raise agent.maxFlows to make room for more" } else { "" }
             );
             if crowded {

@@ -160,7 +160,7 @@ fn values() -> Value {
 
 #[test]
 fn the_chart_is_base_but_for_labels() {
-    let rendered = by_helm().unwrap_or_else(|| render(&values()));
+    let rendered = rendered();
     let (mut chart, base) = (objects(&rendered), base());
     // Hooks are no objects of the installation.
     chart.retain(|_, object| object["metadata"]["annotations"].get("helm.sh/hook").is_none());

@@ -192,7 +192,7 @@ fn observed_generation(result: &ResolvedBreaker, desired: Option<i64>, old: Opti
 /// The conditions of kstatus (sigs.k8s.io/cli-utils), which Helm, Flux and Argo CD wait for: a request is being carried
 /// out, or cannot be. Whether the breaker is open does not matter.
 fn progress(result: &ResolvedBreaker, expected: usize, programmed: usize) -> [NewCondition; 2] {
-    let refusal = result.accepted.as_ref().err().or(result.resolved.as_ref().err());
+    let refusal = result.refusal();
     let stalled = match refusal {
         Some(refusal) => ("Stalled", "True", refusal.reason.to_owned(), short(&refusal.message)),
         None => {
@@ -211,8 +211,7 @@ fn progress(result: &ResolvedBreaker, expected: usize, programmed: usize) -> [Ne
 
 /// Why nothing of a request is carried out; `None` if something is in force.
 fn refusal_of_all(result: &ResolvedBreaker) -> Option<&Refusal> {
-    let refusal = result.accepted.as_ref().err().or(result.resolved.as_ref().err());
-    refusal.filter(|_| result.services().next().is_none())
+    result.refusal().filter(|_| result.services().next().is_none())
 }
 
 /// Name and pods of the backup from the node where it is weakest, and whether a backup is usable on every node.

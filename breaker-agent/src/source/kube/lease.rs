@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use breaker_api::crd::STATUS_LEASE;
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
     apimachinery::pkg::apis::meta::v1::MicroTime,
@@ -20,8 +21,6 @@ use kube::{
 
 use crate::{clock, metrics::instruments::WriteResult};
 
-/// Name of the Lease, in the agents' own namespace.
-pub const NAME: &str = "breaker-status";
 /// How long the Lease must stay unrenewed before another agent takes it.
 const DURATION: Duration = Duration::from_secs(10);
 /// How often the holder renews the Lease, and how often the other agents read it.
@@ -87,10 +86,10 @@ impl Election {
     /// # Errors
     /// The API server's error. A holder stays the holder until the Lease expires.
     pub async fn acquire_or_renew(&mut self, agents: usize) -> Result<Option<WriteResult>, kube::Error> {
-        let found = self.api.get_opt(NAME).await?;
+        let found = self.api.get_opt(STATUS_LEASE).await?;
         let Some(mut lease) = found else {
             let lease = Lease {
-                metadata: ObjectMeta { name: Some(NAME.into()), ..ObjectMeta::default() },
+                metadata: ObjectMeta { name: Some(STATUS_LEASE.into()), ..ObjectMeta::default() },
                 spec: Some(self.spec(&LeaseSpec::default())),
             };
             return self.take(self.api.create(&PostParams::default(), &lease).await);
@@ -119,7 +118,7 @@ impl Election {
         // The metadata has the resourceVersion that was read: if another agent was faster, the server answers 409
         // Conflict.
         let new = Lease { metadata: lease.metadata, spec: Some(self.spec(&spec)) };
-        let outcome = self.api.replace(NAME, &PostParams::default(), &new).await;
+        let outcome = self.api.replace(STATUS_LEASE, &PostParams::default(), &new).await;
         self.take(outcome)
     }
 
@@ -129,13 +128,13 @@ impl Election {
             return;
         }
         self.renewed = None;
-        if let Ok(Some(lease)) = self.api.get_opt(NAME).await
+        if let Ok(Some(lease)) = self.api.get_opt(STATUS_LEASE).await
             && let Some(spec) = lease.spec.clone().filter(|spec| spec.holder_identity.as_deref() == Some(&self.me))
         {
             let free = LeaseSpec { holder_identity: Some(String::new()), ..spec };
             let lease = Lease { spec: Some(free), ..lease };
             // If this fails, the Lease expires.
-            let _ = self.api.replace(NAME, &PostParams::default(), &lease).await;
+            let _ = self.api.replace(STATUS_LEASE, &PostParams::default(), &lease).await;
         }
     }
 

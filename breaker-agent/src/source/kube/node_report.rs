@@ -112,7 +112,7 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
 
 /// The refusal of a Service's annotations.
 fn refused(result: &ResolvedBreaker) -> Option<RefusedService> {
-    let refusal = result.accepted.as_ref().err().or(result.resolved.as_ref().err())?;
+    let refusal = result.refusal()?;
     (result.owner.kind == OwnerKind::Service).then(|| RefusedService {
         namespace: result.owner.key.namespace.clone(),
         name: result.owner.key.name.clone(),

@@ -1,6 +1,8 @@
 //! The elected agent's task: combines the nodes' reports into the status of every CircuitBreaker, and emits Events.
 
-use breaker_api::crd::{CircuitBreaker, CircuitBreakerStatus, GROUP, NodeReport, OwnerKind};
+use breaker_api::crd::{
+    CircuitBreaker, CircuitBreakerStatus, GROUP, NodeReport, OwnerKind, STATUS_LEASE, STATUS_MANAGER,
+};
 use std::{
     collections::{HashMap, HashSet},
     sync::{
@@ -47,8 +49,6 @@ use crate::{
     supervise,
 };
 
-/// Name of the statuses' field manager in managedFields.
-const MANAGER: &str = "breaker";
 /// Delay between a change and the round. The reports of several nodes arrive close together; one write covers all of
 /// them.
 const BATCH_DELAY: Duration = Duration::from_millis(150);
@@ -137,7 +137,7 @@ pub(super) async fn run(
             Err(error) => {
                 instruments.count_kube_write(KubeObject::Lease, WriteResult::Error);
                 if !std::mem::replace(&mut lost, true) {
-                    tracing::warn!("cannot read or write the Lease {namespace}/{}: {error}", super::lease::NAME);
+                    tracing::warn!("cannot read or write the Lease {namespace}/{}: {error}", STATUS_LEASE);
                 }
             }
         }
@@ -323,7 +323,7 @@ type Due<'a> = (&'a ResolvedBreaker, CircuitBreakerStatus, Option<CircuitBreaker
 async fn write(client: &Client, owner: &Owner, status: &CircuitBreakerStatus) -> Result<(), kube::Error> {
     let api: Api<CircuitBreaker> = Api::namespaced(client.clone(), &owner.key.namespace);
     let patch = json!({ "apiVersion": format!("{GROUP}/v1alpha1"), "kind": "CircuitBreaker", "status": status });
-    let params = PatchParams::apply(MANAGER).force();
+    let params = PatchParams::apply(STATUS_MANAGER).force();
     match api.patch_status(&owner.key.name, &params, &Patch::Apply(&patch)).await {
         Ok(_) => Ok(()),
         // The object was deleted meanwhile.

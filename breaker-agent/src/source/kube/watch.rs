@@ -46,7 +46,7 @@ pub(super) struct Observer {
     pub access: Access,
 }
 
-/// Notes that a watch ended, with whatever was forbidden to it.
+/// Name of a running watch. When dropped, a refusal of this watch is forgotten.
 struct Noted {
     access: Access,
     what: String,

@@ -149,6 +149,12 @@ impl ResolvedBreaker {
         self.ports.values_mut().chain(self.outside.values_mut())
     }
 
+    /// Why the request, or a part of it, is refused; `None` if it is not.
+    #[must_use]
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.accepted.as_ref().err().or(self.resolved.as_ref().err())
+    }
+
     fn keep_services(&mut self, wanted: impl Fn(&model::Service) -> bool) {
         self.ports.retain(|_, service| wanted(service));
         self.outside.retain(|_, service| wanted(service));
