@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use breaker_api::{
     events::EventLine,
-    status::{AgentStatus, DatapathStatus, Restored, ServiceStatus, SuspendedPath},
+    status::{AgentStatus, DatapathStatus, Restored, SuspendedPath},
 };
 use breaker_core::{
     engine::{
@@ -413,6 +413,11 @@ impl Agent {
         // A failed `send` is no error: the requester may have gone away.
         match command {
             Command::Status(reply) => drop(reply.send(self.status(now))),
+            Command::Agent(reply) => drop(reply.send(self.own_status(now))),
+            Command::Services { after, most, reply } => {
+                let services = self.engine.snapshots_after(now, &self.datapath, after.as_ref(), most);
+                drop(reply.send(services.into_iter().map(view::service).collect()));
+            }
             Command::Get(name, reply) => {
                 drop(reply.send(status(self.engine.snapshot(now, &name, &self.datapath))));
             }
@@ -541,9 +546,13 @@ impl Agent {
     }
 
     fn status(&self, now: Now) -> AgentStatus {
+        let services = self.engine.snapshots(now, &self.datapath).into_iter().map(view::service).collect();
+        AgentStatus { services, ..self.own_status(now) }
+    }
+
+    /// The status without services.
+    fn own_status(&self, now: Now) -> AgentStatus {
         let reasons = self.datapath.reasons().unwrap_or_default();
-        let services: Vec<ServiceStatus> =
-            self.engine.snapshots(now, &self.datapath).into_iter().map(view::service).collect();
         AgentStatus {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -567,7 +576,7 @@ impl Agent {
                 reasons: reasons.into_iter().map(|(reason, count)| (reason.label().to_owned(), count)).collect(),
                 ..self.interfaces.status()
             },
-            services,
+            services: Vec::new(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Requests to the main loop, from the control socket, from kubelet and from scrapes of metrics. Each carries the channel
+//! Requests to the main loop, from the control socket, from kubelet, from scrapes of metrics and from the page. Each carries the channel
 //! for its answer.
 
 use std::time::Duration;
@@ -8,9 +8,12 @@ use breaker_api::{
     flows::FlowView,
     status::{AgentStatus, ServiceStatus},
 };
-use breaker_core::engine::{
-    CommandError,
-    measures::{Query, ServiceMeasures},
+use breaker_core::{
+    engine::{
+        CommandError,
+        measures::{Query, ServiceMeasures},
+    },
+    model::ServiceName,
 };
 use tokio::sync::oneshot;
 
@@ -32,6 +35,17 @@ pub struct ReadyCheck {
 pub enum Command {
     /// The status of the agent and of every service.
     Status(oneshot::Sender<AgentStatus>),
+    /// The status of the agent without services.
+    Agent(oneshot::Sender<AgentStatus>),
+    /// The status of some services.
+    Services {
+        /// Only services whose names come after this one.
+        after: Option<ServiceName>,
+        /// This many services, at most.
+        most: usize,
+        /// Channel for the answer.
+        reply: oneshot::Sender<Vec<ServiceStatus>>,
+    },
     /// The status of one service.
     Get(String, oneshot::Sender<Result<ServiceStatus, CommandError>>),
     /// Force a service open.

@@ -3,7 +3,7 @@
 //! ```text
 //! source (file, kube) ──▶ config ──▶ breaker_core::model ─┐
 //! check (probes) ─────────────────────────────────────────┼─▶ agent_loop ──▶ breaker_core::engine
-//! control (CLI, kubelet) ──▶ command ─────────────────────┘       │                 │ plans
+//! control, web (CLI, kubelet, page) ──▶ command ──────────┘       │                 │ plans
 //!                                                                 ▼                 ▼
 //!                                  view ──▶ JSON            interfaces ──▶ datapath ──▶ programs, maps
 //! ```
@@ -23,7 +23,9 @@
 //! | [`config`] | the configuration file |
 //! | [`source`] | where services come from: a file, or Kubernetes |
 //! | [`check`] | probes |
-//! | [`control`] | the control socket, and the health endpoints for kubelet |
+//! | [`control`] | the control socket |
+//! | [`web`], [`metrics`] | health, metrics and the live page over TCP; the numbers of a scrape |
+//! | [`systemd`] | tells the service manager how the agent is |
 //! | [`datapath`] | programs and maps; the only module that uses aya |
 //!
 //! docs/ARCHITECTURE.md lists which module may import which, and `cargo xtask lint` checks the imports.

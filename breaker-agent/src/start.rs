@@ -128,9 +128,14 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     let (reports_in, reports) = check::reports::channel();
     let (commands_in, commands) = mpsc::channel(64);
     let (latest_event, latest_event_out) = watch::channel(0);
-    let _socket = control::serve(&config.socket, commands_in.clone(), latest_event_out)?;
+    let _socket = control::serve(&config.socket, commands_in.clone(), latest_event_out.clone())?;
     let instruments = Instruments::new().context("make the metrics")?;
-    let listeners = web::serve(config.listen, config.metrics_listen, &commands_in, &instruments).await;
+    let node = match &options.origin {
+        Origin::File { .. } => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        Origin::Kubernetes(identity) => identity.node.clone(),
+    };
+    let addresses = web::Addresses { local: config.listen, metrics: config.metrics_listen, node };
+    let listeners = web::serve(addresses, &commands_in, latest_event_out, &instruments).await;
     let mut access = None;
     let (source, services) = match options.origin {
         Origin::File { path, text, services } => (Source::File(FileSource::watch(&path, text)?), Some(services)),

@@ -47,6 +47,15 @@ pub fn tool(name: &str) -> Result<Command> {
     Ok(Command::new(release_binaries()?.join(name)))
 }
 
+/// Builds an example and returns its path.
+///
+/// # Errors
+/// The build failed.
+pub fn example(name: &str) -> Result<PathBuf> {
+    step(&format!("build the example {name}"), || run(cargo().args(RELEASE).args(["--example", name])))?;
+    Ok(release_binaries()?.join("examples").join(name))
+}
+
 /// Directory of cargo's release binaries, found from the path of the running binary.
 ///
 /// # Errors

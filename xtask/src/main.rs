@@ -7,10 +7,12 @@ mod crds;
 mod docs;
 mod image;
 mod lint;
+mod page;
 mod progress;
 mod run;
 mod setup;
 mod test;
+mod vendor;
 mod vm;
 
 use std::process::ExitCode;
@@ -59,6 +61,8 @@ enum Task {
     Crdgen,
     /// Generate docs/METRICS.md from the agent's list of metrics.
     Docs,
+    /// Copy the code of others that the page uses from npm packages into breaker-web/vendor.
+    Vendor,
     /// Run the demo: a service fails over in the kernel and recovers (needs root).
     Demo {
         /// Print one JSON object instead of text.
@@ -115,6 +119,7 @@ fn execute(task: Task) -> Result<()> {
         Task::Image { push, tag } => image::image(&tag, push.as_deref()),
         Task::Crdgen => crds::generate(),
         Task::Docs => docs::generate(),
+        Task::Vendor => vendor::vendor(),
         Task::Demo { json, keep } => lab("demo", [json.then_some("--json"), keep.then_some("--keep")]),
         Task::E2e { args } => {
             image::image(env!("CARGO_PKG_VERSION"), None)?;

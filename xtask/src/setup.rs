@@ -67,6 +67,16 @@ const VM: &[Requirement] = &[
     requirement("awk", "mawk", "a program of the guest"),
 ];
 
+/// What the tests of the live page need in addition.
+const PAGE: &[Requirement] = &[
+    requirement(BROWSER, "chromium", "the browser that shows the page"),
+    requirement("node", "nodejs", "drives the browser"),
+    requirement("npm", "npm", "installs the tools that check the page"),
+    requirement("/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf", "fonts-dejavu-core", "the font of the pictures"),
+];
+
+const BROWSER: &str = "/usr/bin/chromium";
+
 /// Debian's compiler for the BPF programs, used if rustup has none.
 const DEBIAN_COMPILER: &[Requirement] = &[
     requirement("/usr/bin/rustc", "rustc-web", "compiles the BPF programs"),
@@ -149,6 +159,15 @@ pub fn setup_bench() -> Result<()> {
 /// As for [`setup`].
 pub fn setup_vm() -> Result<()> {
     install(&missing(VM))
+}
+
+/// Installs what is missing for the tests of the live page. Returns the path of the browser.
+///
+/// # Errors
+/// As for [`setup`].
+pub fn setup_page() -> Result<&'static str> {
+    install(&missing(PAGE))?;
+    Ok(BROWSER)
 }
 
 fn missing(requirements: &'static [Requirement]) -> Vec<&'static Requirement> {

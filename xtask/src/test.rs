@@ -7,7 +7,7 @@ use clap::{Subcommand, ValueEnum as _};
 use ebpf_builder::Package;
 
 use crate::{
-    build,
+    build, page,
     progress::step,
     run::{cargo, run},
     setup, vm,
@@ -49,6 +49,9 @@ enum Tier {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// The live page in a real browser, with Node.js. Its pictures go to target/page; with BREAKER_UPDATE=1 also to
+    /// docs/images.
+    Page(Filter),
     /// The tiers program and lab on other kernels under qemu.
     Vm {
         #[command(flatten)]
@@ -81,6 +84,7 @@ pub fn test(args: Args) -> Result<()> {
         Some(Tier::Program(filter)) => program(&filter),
         Some(Tier::Lab(filter)) => lab(&filter),
         Some(Tier::Fuzz { cases, seed }) => fuzz(cases, seed),
+        Some(Tier::Page(filter)) => page::test(filter.filter.as_deref()),
         Some(Tier::Vm { filter, kernel, tier, cpus }) => {
             let guests = tier.as_ref().map_or(vm::Guest::value_variants(), std::slice::from_ref);
             setup::setup_vm()?;

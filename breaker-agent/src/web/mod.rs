@@ -1,8 +1,8 @@
-//! What the agent serves over TCP: health for kubelet, and metrics.
+//! What the agent serves over TCP: health for kubelet, metrics, and the live page.
 //!
 //! | address | paths |
 //! |---|---|
-//! | `agent.listen`, the loopback address | `/livez`, `/healthz`, `/readyz`, `/metrics` |
+//! | `agent.listen` | `/livez`, `/healthz`, `/readyz`, `/metrics`; if it is a loopback address, also the page `/` and its data `/v1/…` |
 //! | `agent.metricsListen`, off by default | `/metrics` |
 //!
 //! Everything here only reads. An address that is in use does not end the agent: the listener tries again, and the
@@ -10,6 +10,7 @@
 
 mod health;
 mod metrics;
+mod page;
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +22,7 @@ use std::{
 use axum::Router;
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{sleep, timeout},
 };
 
@@ -57,20 +58,37 @@ impl Listeners {
     }
 }
 
-/// Serves health and metrics at `local`, and metrics at `metrics`. Returns after the first attempt to listen.
+/// Where the agent listens, and what it is called.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    /// For health, metrics and the page.
+    pub local: Option<SocketAddr>,
+    /// For metrics alone.
+    pub metrics: Option<SocketAddr>,
+    /// The node's name, for the page.
+    pub node: String,
+}
+
+/// Listens at the addresses. Returns after the first attempt. `latest`: the id of the latest event.
 pub async fn serve(
-    local: Option<SocketAddr>,
-    metrics: Option<SocketAddr>,
+    addresses: Addresses,
     commands: &mpsc::Sender<Command>,
+    latest: watch::Receiver<u64>,
     instruments: &Arc<Instruments>,
 ) -> Listeners {
     let listeners = Listeners::default();
     let exporter = metrics::Exporter::new(commands.clone(), instruments.clone());
-    if let Some(address) = local {
-        let app = health::routes(commands.clone()).merge(metrics::routes(exporter.clone()));
+    if let Some(address) = addresses.local {
+        let mut app = health::routes(commands.clone()).merge(metrics::routes(exporter.clone()));
+        // The page asks nobody for a password, so it stays on the node.
+        if address.ip().is_loopback() {
+            app = app.merge(page::start(addresses.node, commands.clone(), latest));
+        } else {
+            tracing::info!("agent.listen: {address} is no loopback address, so the live page is not served there");
+        }
         listen("Local", "agent.listen", address, app, &listeners).await;
     }
-    if let Some(address) = metrics {
+    if let Some(address) = addresses.metrics {
         listen("Metrics", "agent.metricsListen", address, metrics::routes(exporter), &listeners).await;
     }
     listeners

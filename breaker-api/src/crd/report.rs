@@ -156,6 +156,14 @@ pub struct ReportedService {
     pub backups: Vec<ReportedTier>,
 }
 
+impl ReportedService {
+    /// The name under which the node's agent knows it. `service`: the name of the protected Service.
+    #[must_use]
+    pub fn service_name(&self, service: &str) -> String {
+        format!("{}/{service}:{}{}", self.namespace, self.port, if self.outside { "/outside" } else { "" })
+    }
+}
+
 /// The kind of the object that asks for protection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum OwnerKind {

@@ -21,6 +21,7 @@ Examples:
   kubectl breaker trip web --for 10m --reason \"database migration\"
   kubectl breaker reset web
   kubectl breaker events web -w
+  kubectl breaker dashboard -A             show a live page in the browser
   kubectl breaker check                    find what is wrong with the installation
 
 Exit codes: 0 success; 1 an error, or `check` found a problem; 2 invalid arguments."
@@ -77,6 +78,9 @@ pub enum ClusterCommand {
     /// Show the connections of a breaker for which the agents pinned a decision. Needs the right to exec into the agents'
     /// pods.
     Flows(FlowsArgs),
+    /// Serve the live page for the cluster on a loopback address, with your own rights, until interrupted.
+    #[command(after_help = "Example: kubectl breaker dashboard -A")]
+    Dashboard(DashboardArgs),
     /// Check the installation: a line for each finding, with what to do.
     Check(CheckArgs),
     /// Stop the agents, remove what they left in every node's kernel, and say so in every status. CircuitBreakers and
@@ -175,6 +179,14 @@ pub struct FlowsArgs {
     /// Output format: a table, or the complete list as JSON or YAML.
     #[arg(short, long, default_value = "table")]
     pub output: TableOutput,
+}
+
+/// Arguments of `dashboard`.
+#[derive(Clone, Debug, Args)]
+pub struct DashboardArgs {
+    /// Port to listen on; 0 = any that is free.
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub port: u16,
 }
 
 /// Arguments of `uninstall`.

@@ -18,6 +18,8 @@ pub(super) struct Connection {
     pub client: Client,
     /// The namespace; `None` = all.
     pub namespace: Option<String>,
+    /// What the cluster is called: the kubeconfig's context, otherwise the API server's host.
+    pub cluster: String,
     /// The namespace of the context, for commands about one object.
     default_namespace: String,
 }
@@ -31,8 +33,10 @@ impl Connection {
         }
         let default_namespace = args.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let namespace = (!args.all_namespaces).then(|| default_namespace.clone());
+        let cluster = args.context.clone().or_else(|| current_context(args.kubeconfig.as_deref()));
+        let cluster = cluster.unwrap_or_else(|| config.cluster_url.host().unwrap_or_default().to_owned());
         let client = Client::try_from(config).context("make a client for the API server")?;
-        Ok(Self { client, namespace, default_namespace })
+        Ok(Self { client, namespace, cluster, default_namespace })
     }
 
     /// The objects of the namespace that is meant.
@@ -58,6 +62,15 @@ impl Connection {
         let (namespace, name) = name.split_once('/').unwrap_or((&self.default_namespace, name));
         (Api::namespaced(self.client.clone(), namespace), namespace.to_owned(), name)
     }
+}
+
+/// The current context of a kubeconfig.
+fn current_context(kubeconfig: Option<&Path>) -> Option<String> {
+    let kubeconfig = match kubeconfig {
+        Some(path) => Kubeconfig::read_from(path),
+        None => Kubeconfig::read(),
+    };
+    kubeconfig.ok()?.current_context
 }
 
 /// Reads the configuration of a client from a kubeconfig file. Without a file, searches it like kubectl and like a

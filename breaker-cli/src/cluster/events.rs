@@ -64,7 +64,7 @@ fn is_ours(event: &Event, args: &EventsArgs) -> bool {
 }
 
 /// When an Event happened last. A series counts repetitions.
-fn last(event: &Event) -> Timestamp {
+pub(super) fn last(event: &Event) -> Timestamp {
     let series = event.series.as_ref().and_then(|series| series.last_observed_time.as_ref()).map(|time| time.0);
     let times = [series, event.event_time.as_ref().map(|time| time.0)];
     times.into_iter().flatten().max().unwrap_or_default()

@@ -67,9 +67,7 @@ async fn service_names(connection: &Connection, namespace: &str, name: &str) -> 
     let reports = reports.map_err(|error| explain(error, "list NodeReports"))?;
     let services = reports.items.into_iter().flat_map(|report| report.spec.services);
     let of_breaker = services.filter(|s| s.namespace == namespace && s.name == name);
-    let names: BTreeSet<String> = of_breaker
-        .map(|s| format!("{namespace}/{service}:{}{}", s.port, if s.outside { "/outside" } else { "" }))
-        .collect();
+    let names: BTreeSet<String> = of_breaker.map(|s| s.service_name(&service)).collect();
     if names.is_empty() { bail!("no node protects {namespace}/{name}") } else { Ok(names.into_iter().collect()) }
 }
 

@@ -10,6 +10,7 @@
 //! | [`forced`] | `trip` and `reset` |
 //! | [`events`] | Events about breakers |
 //! | [`flows`] | connections, from the agents |
+//! | [`dashboard`] | the live page |
 //! | [`check`] | whether the installation is sound |
 //! | [`uninstall`] | stops the agents and cleans every node |
 //! | [`complete`] | completion of names, for kubectl |
@@ -18,6 +19,7 @@ pub mod args;
 mod check;
 mod complete;
 pub mod connection;
+mod dashboard;
 mod events;
 mod flows;
 mod forced;
@@ -57,6 +59,7 @@ pub async fn run(args: ClusterArgs) -> Result<ExitCode> {
         ClusterCommand::Reset { name } => forced::reset(&connection, &name).await?,
         ClusterCommand::Events(args) => events::run(&connection, &args).await?,
         ClusterCommand::Flows(args) => flows::run(&connection, &args).await?,
+        ClusterCommand::Dashboard(how) => dashboard::run(&connection, &args.connection, &how).await?,
         ClusterCommand::Check(args) => return check::run(&connection, &args).await,
         ClusterCommand::Uninstall(args) => uninstall::run(&connection, &args).await?,
         ClusterCommand::Complete { .. } => {}

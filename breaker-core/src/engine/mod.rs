@@ -35,6 +35,7 @@ mod tracking;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
+    ops::Bound,
     time::Duration,
 };
 
@@ -239,6 +240,21 @@ impl Engine {
     pub fn snapshots(&self, now: Now, datapath: &dyn Datapath) -> Vec<ServiceSnapshot> {
         let configured = self.services.values().filter(|state| state.is_configured());
         configured.map(|state| state.snapshot(now, datapath)).collect()
+    }
+
+    /// Configured services by name: those after `after`, at most `most`. A caller that wants all of them asks again, so
+    /// that other work of the main loop need not wait for thousands.
+    pub fn snapshots_after(
+        &self,
+        now: Now,
+        datapath: &dyn Datapath,
+        after: Option<&ServiceName>,
+        most: usize,
+    ) -> Vec<ServiceSnapshot> {
+        let first = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let services = self.services.range::<ServiceName, _>((first, Bound::Unbounded)).map(|(_, state)| state);
+        let configured = services.filter(|state| state.is_configured());
+        configured.take(most).map(|state| state.snapshot(now, datapath)).collect()
     }
 
     /// Every configured service in short, by name.

@@ -126,6 +126,88 @@ fn a_scrape_has_the_level_that_it_asks_for() -> Result<()> {
     })
 }
 
+/// What `curl` follows; dropping it ends the process.
+struct Followed(std::process::Child);
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The live page: at the loopback address alone, current, and without addresses of clients.
+#[test]
+fn the_page_shows_a_failover_and_no_clients() -> Result<()> {
+    let mut lab = observed_lab("")?;
+    let limits = "    limits: {perClient: {newConnectionsPerSecond: 1}}\n";
+    let agent = format!("  listen: {LISTEN}\n  metricsListen: {METRICS}\n");
+    lab.agent.write_config(&agent, &lab.services(Checks::Fast, limits))?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let (status, page) = get(&lab, "127.0.0.1:9810/")?;
+    assert!(status == 200 && page.contains("<title>breaker</title>"), "{status} {page}");
+    assert_eq!(get(&lab, "127.0.0.1:9811/")?.0, 404, "the address for metrics has no page");
+    let ns = lab.world.node(0).ns();
+    let host = "Host: breaker.example.com";
+    let refused =
+        ns.output("curl", &["-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", host, "http://127.0.0.1:9810/"])?;
+    assert_eq!(refused, "421", "a name that somebody else may own");
+
+    let file = lab.world.dir().join("stream");
+    let mut curl = ns.command("curl");
+    let curl = curl.args(["-s", "-N", "http://127.0.0.1:9810/v1/stream"]).stdout(fs::File::create(&file)?).spawn()?;
+    let curl = Followed(curl);
+    let messages = || -> Vec<Value> {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        let complete = text.rsplit_once('\n').map_or("", |(complete, _)| complete);
+        complete.lines().filter_map(|line| serde_json::from_str(line.strip_prefix("data: ")?).ok()).collect()
+    };
+    let last_state = || {
+        let rows = messages().into_iter().filter_map(|message| message["breakers"].as_array().cloned()).flatten();
+        rows.filter_map(|row| Some(row["state"].as_str()?.to_owned())).last()
+    };
+    wait_for("the closed breaker", LONG, || last_state().as_deref() == Some("Closed"))?;
+    let load = lab.load(Plan::usual(lab.vip))?;
+    load.wait("requests", LONG, |records| records.len() > 30)?;
+    lab.primary.inject(Fault::Kill)?;
+    wait_for("the open breaker", LONG, || last_state().as_deref() == Some("Open"))?;
+    wait_for("the event", LONG, || {
+        messages()
+            .iter()
+            .any(|message| message["events"].as_array().is_some_and(|e| e.iter().any(|e| e["to"] == "Open")))
+    })?;
+    wait_for("a connection on the backup", LONG, || {
+        messages().iter().any(|message| message["counts"][SERVICE][1].as_u64().is_some_and(|moved| moved > 0))
+    })?;
+    drop(load.stop()?);
+    let (status, detail) = get(&lab, &format!("127.0.0.1:9810/v1/breakers/{SERVICE}"))?;
+    assert!(status == 200 && detail.contains(&format!("breaker trip {SERVICE} --for 10m")), "{status} {detail}");
+
+    // The socket, which only root may use, shows the clients; the page's data does not.
+    let client = lab.client.address.to_string();
+    let refused = || {
+        lab.agent.service(SERVICE).is_ok_and(|service| {
+            service
+                .limits
+                .is_some_and(|limits| limits.limited_clients.iter().any(|c| c.client.as_ref() == Some(&client)))
+        })
+    };
+    assert!(refused(), "{:?}", lab.agent.service(SERVICE)?.limits);
+    assert!(lab.agent.events()?.iter().any(|event| event.message.contains(&client)), "{:?}", lab.agent.events()?);
+    for path in ["status", &format!("services/{SERVICE}"), "events", &format!("breakers/{SERVICE}")] {
+        let (status, body) = get(&lab, &format!("127.0.0.1:9810/v1/{path}"))?;
+        assert!(
+            status == 200 && !body.contains(&format!("\"{client}")) && !body.contains(&format!("{client}:")),
+            "{path}: {body}"
+        );
+    }
+    let stream = fs::read_to_string(&file)?;
+    assert!(!stream.contains(&client), "{stream}");
+    drop(curl);
+    Ok(())
+}
+
 #[test]
 fn health_says_what_is_wrong() -> Result<()> {
     let mut lab = observed_lab("")?;

@@ -75,11 +75,16 @@ impl Cluster {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// A command that runs `kubectl breaker`.
+    pub fn plugin_command(&self, args: &[&str]) -> Result<Command> {
+        let mut command = Command::new(binary("breaker")?);
+        command.env("KUBECONFIG", &self.kubeconfig).env("NO_COLOR", "1").stdin(Stdio::null()).arg("cluster").args(args);
+        Ok(command)
+    }
+
     /// Runs `kubectl breaker`.
     pub fn plugin(&self, args: &[&str]) -> Result<Said> {
-        let mut command = Command::new(binary("breaker")?);
-        command.env("KUBECONFIG", &self.kubeconfig).env("NO_COLOR", "1").arg("cluster").args(args);
-        let output = command.stdin(Stdio::null()).output().context("start kubectl breaker")?;
+        let output = self.plugin_command(args)?.output().context("start kubectl breaker")?;
         let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         Ok(Said { success: output.status.success(), text: text.into_owned() })
     }

@@ -35,6 +35,7 @@ pub fn lint() -> Result<()> {
             "--workspace",
             "--lib",
             "--bins",
+            "--examples",
             "--tests",
             "--test",
             "program",

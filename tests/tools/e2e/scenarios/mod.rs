@@ -2,6 +2,7 @@
 //! closed.
 
 mod choices;
+mod dashboard;
 mod disturbances;
 mod matrix;
 mod objects;
@@ -62,6 +63,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "applied-in-every-way", skip: always, play: objects::applied_in_every_way },
     Scenario { name: "local-backups", skip: needs_lan, play: traffic::local_backups },
     Scenario { name: "people-and-their-rights", skip: always, play: people::people },
+    Scenario { name: "dashboard", skip: always, play: dashboard::dashboard },
     Scenario { name: "refused-by-kubectl", skip: always, play: objects::refused_by_kubectl },
     Scenario { name: "edit-override-delete", skip: always, play: objects::edit_override_delete },
     Scenario { name: "primary-pods-deleted", skip: always, play: disturbances::primary_pods_deleted },

@@ -1,0 +1,199 @@
+//! Converts statuses and events of this node to the rows of the page.
+
+use breaker_api::{
+    BreakerState,
+    crd::{Mode, Override, ReportedState},
+    events::{EventLine, EventType},
+    status::{AgentStatus, Health, ServiceStatus, SuspendedPath, TierStatus},
+    tier::TierRole,
+};
+use breaker_web::rows::{
+    Attention, BreakerRow, CommandLine, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Severity,
+    Ups,
+};
+
+const fn state(state: BreakerState) -> ReportedState {
+    match state {
+        BreakerState::Closed => ReportedState::Closed,
+        BreakerState::HalfOpen => ReportedState::HalfOpen,
+        BreakerState::Open => ReportedState::Open,
+    }
+}
+
+fn ups(tier: Option<&TierStatus>) -> Ups {
+    let backends = tier.map(|tier| &tier.backends[..]).unwrap_or_default();
+    let is_up = |health| matches!(health, Health::Up | Health::Unchecked);
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    Ups { up: count(backends.iter().filter(|backend| is_up(backend.health)).count()), total: count(backends.len()) }
+}
+
+/// The backup that takes over: the active one, otherwise the first that has a usable backend, otherwise the first.
+fn backup(service: &ServiceStatus) -> Option<&TierStatus> {
+    let backups = || service.tiers.iter().filter(|tier| tier.role == TierRole::Backup);
+    let usable = || backups().find(|tier| ups(Some(tier)).up > 0);
+    backups().find(|tier| tier.active).or_else(usable).or_else(|| backups().next())
+}
+
+/// Namespace and name of a service: `NAMESPACE/SERVICE:PORT` in Kubernetes.
+fn namespace_and_name(name: &str) -> (&str, &str) {
+    name.split_once('/').unwrap_or(("", name))
+}
+
+fn problem(severity: Severity, text: impl Into<String>) -> Problem {
+    Problem { severity, text: text.into() }
+}
+
+/// A line of the table.
+pub(super) fn breaker(service: &ServiceStatus, suspended: &[SuspendedPath]) -> BreakerRow {
+    let (namespace, name) = namespace_and_name(&service.name);
+    let mut problems = Vec::new();
+    if let Some(error) = &service.error {
+        problems.push(problem(Severity::Error, format!("not in the kernel: {error}")));
+    }
+    let paths = suspended.iter().filter(|path| path.service == service.name);
+    problems.extend(paths.map(|path| {
+        let text =
+            format!("{}: no answers of the backup were seen, so kube-proxy keeps the connections", path.interface);
+        problem(Severity::Warning, text)
+    }));
+    if let Some(limited) = service.limits.as_ref().and_then(|limits| limits.limited.as_ref()) {
+        let text = format!("{} refuses {} connections a minute", limited.limit, limited.per_minute);
+        problems.push(problem(Severity::Warning, text));
+    }
+    let backup = ups(backup(service));
+    if backup.up == 0 {
+        problems.push(problem(Severity::Warning, "no pod of a backup is Up"));
+    }
+    let row = BreakerRow {
+        namespace: namespace.into(),
+        name: name.into(),
+        state: state(service.state),
+        since: Some(service.since),
+        reason: service.reason.map_or("", |reason| reason.label()).into(),
+        message: service.message.clone(),
+        share: service.share,
+        dry_run: service.mode == Some(Mode::DryRun),
+        override_: (service.override_ != Override::Auto).then(|| OverrideRow {
+            mode: service.override_.label().into(),
+            until: service.override_until,
+            reason: None,
+        }),
+        primary: ups(service.tiers.iter().find(|tier| tier.role == TierRole::Primary)),
+        backup,
+        problems,
+        on_nodes: String::new(),
+        attention: Attention::None,
+    };
+    row.ranked()
+}
+
+pub(super) fn counts(service: &ServiceStatus) -> Counts {
+    let counters = &service.counters;
+    Counts {
+        primary: counters.new_primary,
+        backup: counters.moved,
+        rejected: counters.rejected,
+        flows: u64::try_from(service.flows).unwrap_or(u64::MAX),
+    }
+}
+
+/// The line of this node. `services`: all of them.
+pub(super) fn node(name: &str, agent: &AgentStatus, services: &[ServiceStatus]) -> NodeRow {
+    let datapath = &agent.datapath;
+    let failed = datapath.failed_interfaces.iter();
+    let mut problems: Vec<Problem> = failed
+        .map(|(interface, why)| problem(Severity::Error, format!("not attached to {interface}: {why}")))
+        .collect();
+    let words = agent.degraded.iter().chain(&datapath.notes);
+    problems.extend(words.map(|text| problem(Severity::Warning, text)));
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    NodeRow {
+        name: name.into(),
+        version: agent.version.clone(),
+        attach: datapath.attach.map_or("", |attach| attach.label()).into(),
+        interfaces: count(datapath.interfaces.len()),
+        services: count(services.len()),
+        open: count(services.iter().filter(|service| service.state == BreakerState::Open).count()),
+        fill: Some(datapath.flow_pressure),
+        heard: agent.last_beat,
+        silent: false,
+        problems,
+    }
+}
+
+/// Whether everybody on this node may see an event: those about single packets have addresses of clients.
+pub(super) const fn is_public(event: &EventLine) -> bool {
+    !matches!(event.kind, EventType::FlowMoved | EventType::Rejected | EventType::FlowReset)
+}
+
+pub(super) fn event(event: &EventLine) -> EventRow {
+    let is_warning = match event.kind {
+        EventType::LocalError
+        | EventType::LeftOut
+        | EventType::Limited
+        | EventType::WriteFailed
+        | EventType::FlowPressure
+        | EventType::Restored
+        | EventType::ReturnPath
+        | EventType::ConfigRefused => true,
+        EventType::Transition
+        | EventType::Health
+        | EventType::StateAdopted
+        | EventType::FlowMoved
+        | EventType::Rejected
+        | EventType::FlowReset
+        | EventType::WriteRecovered
+        | EventType::Config
+        | EventType::Unknown => false,
+    };
+    EventRow {
+        id: event.id,
+        at: event.at,
+        breaker: if event.service == "-" { String::new() } else { event.service.clone() },
+        kind: event.kind.label().into(),
+        message: event.message.clone(),
+        to: event.to.map(state),
+        is_warning,
+    }
+}
+
+/// Everything about one breaker. The page asks for pods and checks by the name of the service.
+pub(super) fn detail(node: &str, service: &ServiceStatus) -> Detail {
+    let row = breaker(service, &[]);
+    let mut facts = vec![
+        ("Clients connect to".to_owned(), service.frontends.join(", ")),
+        ("Trips in a row".to_owned(), service.trips.to_string()),
+    ];
+    if service.local_errors > 0 {
+        facts.push(("Checks without a result".to_owned(), service.local_errors.to_string()));
+    }
+    let name = &service.name;
+    let commands = [
+        (
+            "Send new connections from this node to the backup, for ten minutes",
+            &["trip", name, "--for", "10m", "--reason", "why"][..],
+        ),
+        ("End the override: the checks decide again", &["reset", name]),
+        ("Show its connections", &["flows", name]),
+        ("Show everything about it", &["get", name]),
+        ("Follow all events", &["events", "--follow"]),
+    ];
+    Detail {
+        facts,
+        conditions: Vec::new(),
+        nodes: vec![NodeDetail {
+            node: node.into(),
+            services: vec![name.clone()],
+            state: row.state,
+            since: row.since,
+            reason: row.reason.clone(),
+            message: row.message.clone(),
+            share: row.share,
+            primary: row.primary,
+            backup: row.backup,
+            problems: row.problems.clone(),
+        }],
+        commands: commands.map(|(purpose, words)| CommandLine::new(purpose, "breaker", words)).into(),
+        breaker: row,
+    }
+}

@@ -1,0 +1,85 @@
+//! Sums of the nodes' counts of connections.
+
+use std::collections::BTreeMap;
+
+use breaker_web::rows::Counts;
+
+/// The counts of all nodes that answer.
+#[derive(Debug, Default)]
+pub(super) struct Numbers {
+    /// The last counts, by node and service.
+    last: BTreeMap<(String, String), Counts>,
+    /// The sums, by service. Its `flows` is not used.
+    sums: BTreeMap<String, Counts>,
+}
+
+impl Numbers {
+    /// Takes the counts of one node in. `is_beginning`: what a node has counted before belongs to the sums. Later, the
+    /// counts of a node that is new would look like a burst of connections, so only what it counts from then on does.
+    pub fn take(&mut self, node: &str, counts: &BTreeMap<String, Counts>, is_beginning: bool) {
+        for (service, now) in counts {
+            let before = self.last.insert((node.to_owned(), service.clone()), *now);
+            let new = match before {
+                Some(before) => Counts {
+                    primary: grown(before.primary, now.primary),
+                    backup: grown(before.backup, now.backup),
+                    rejected: grown(before.rejected, now.rejected),
+                    flows: 0,
+                },
+                None if is_beginning => Counts { flows: 0, ..*now },
+                None => Counts::default(),
+            };
+            *self.sums.entry(service.clone()).or_default() += new;
+        }
+    }
+
+    /// The sums by breaker. `breakers`: the breaker of each service.
+    pub fn of_breakers(&self, breakers: &BTreeMap<String, String>) -> BTreeMap<String, Counts> {
+        let mut sums: BTreeMap<String, Counts> = BTreeMap::new();
+        let mut add = |service: &str, counts: Counts| {
+            if let Some(breaker) = breakers.get(service) {
+                *sums.entry(breaker.clone()).or_default() += counts;
+            }
+        };
+        self.sums.iter().for_each(|(service, counts)| add(service, *counts));
+        for ((_, service), last) in &self.last {
+            add(service, Counts { flows: last.flows, ..Counts::default() });
+        }
+        sums
+    }
+}
+
+/// How much a counter has grown. One that is smaller than before began anew.
+const fn grown(before: u64, now: u64) -> u64 {
+    if now < before { now } else { now - before }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(primary: u64, flows: u64) -> BTreeMap<String, Counts> {
+        BTreeMap::from([("prod/shop:80".to_owned(), Counts { primary, flows, ..Counts::default() })])
+    }
+
+    #[test]
+    fn sums_grow_by_what_each_node_counts_and_never_jump() {
+        let breakers = BTreeMap::from([("prod/shop:80".to_owned(), "prod/shop".to_owned())]);
+        let mut numbers = Numbers::default();
+        let sum = |numbers: &Numbers| {
+            let sum = numbers.of_breakers(&breakers)["prod/shop"];
+            (sum.primary, sum.flows)
+        };
+        numbers.take("n1", &counts(1000, 3), true);
+        numbers.take("n2", &counts(500, 0), true);
+        assert_eq!(sum(&numbers), (1500, 3));
+        numbers.take("n1", &counts(1010, 2), false);
+        assert_eq!(sum(&numbers), (1510, 2));
+        numbers.take("n3", &counts(70_000, 1), false);
+        assert_eq!(sum(&numbers), (1510, 3), "a node that comes later");
+        numbers.take("n3", &counts(70_005, 1), false);
+        numbers.take("n2", &counts(4, 0), false);
+        assert_eq!(sum(&numbers), (1519, 3), "a node whose counters began anew");
+        assert!(numbers.of_breakers(&BTreeMap::new()).is_empty(), "a service of no breaker");
+    }
+}

@@ -1,0 +1,507 @@
+//! Converts what the API server says to the rows of the page. All functions are pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use breaker_api::crd::{
+    Mode, NodeReportSpec, NodeStatus, Override, OwnerKind, ReportedService, ReportedState, ReportedTier,
+};
+use breaker_web::rows::{
+    Attention, BreakerRow, CommandLine, ConditionRow, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem,
+    Severity, Ups,
+};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Event;
+use kube::ResourceExt as _;
+
+use super::{
+    super::{
+        args::ConnectionArgs,
+        events,
+        overview::{self, BreakerView},
+    },
+    world::World,
+};
+
+/// A report that is older than this has no agent behind it: agents write every five minutes without a change.
+const GONE: SignedDuration = SignedDuration::from_mins(15);
+
+/// Everything that the API server says, at one time.
+pub(super) struct Cluster {
+    breakers: Vec<BreakerView>,
+    /// By the name of the node.
+    reports: BTreeMap<String, NodeReportSpec>,
+    /// Fill level of the flow tables by node, in percent, as far as it is known.
+    fill: BTreeMap<String, u8>,
+    now: Timestamp,
+}
+
+/// A breaker on one node: the entries of its ports.
+struct OnNode<'a> {
+    node: &'a str,
+    entries: Vec<&'a ReportedService>,
+}
+
+impl Cluster {
+    /// `fill`: fill level of the flow tables by node, in percent, as far as it is known.
+    pub fn of(world: &World, fill: BTreeMap<String, u8>, now: Timestamp) -> Self {
+        Self {
+            breakers: world.breakers.state().iter().map(|breaker| BreakerView::from((**breaker).clone())).collect(),
+            reports: world.reports.state().iter().map(|report| (report.name_any(), report.spec.clone())).collect(),
+            fill,
+            now,
+        }
+    }
+
+    /// A line for each CircuitBreaker, and for each annotated Service of the namespaces that are shown.
+    pub fn breakers(&self) -> Vec<BreakerRow> {
+        let circuit_breakers = self.breakers.iter().map(|breaker| self.row(breaker));
+        let annotated = self.annotated();
+        let annotated = annotated.iter().map(|(namespace, name)| self.annotated_row(namespace, name));
+        circuit_breakers.chain(annotated).collect()
+    }
+
+    /// The breaker's key for each name under which agents know a part of it.
+    pub fn services(&self) -> BTreeMap<String, String> {
+        let mut names = BTreeMap::new();
+        for breaker in &self.breakers {
+            let key = format!("{}/{}", breaker.namespace, breaker.name);
+            for on_node in self.on_nodes(OwnerKind::CircuitBreaker, &breaker.namespace, &breaker.name) {
+                names.extend(service_names(&on_node, &breaker.spec.service.name).map(|name| (name, key.clone())));
+            }
+        }
+        for (namespace, name) in &self.annotated() {
+            for on_node in self.on_nodes(OwnerKind::Service, namespace, name) {
+                names.extend(service_names(&on_node, name).map(|found| (found, format!("{namespace}/svc/{name}"))));
+            }
+        }
+        names
+    }
+
+    /// A line for each node with a report.
+    pub fn nodes(&self) -> Vec<NodeRow> {
+        self.reports.iter().map(|(node, report)| self.node(node, report)).collect()
+    }
+
+    /// Everything about one breaker. `prefix`: the words of a command before its verb. `None`: there is no such breaker.
+    pub fn detail(&self, key: &str, prefix: &[String]) -> Option<Detail> {
+        let (namespace, name) = key.split_once('/')?;
+        if let Some(service) = name.strip_prefix("svc/") {
+            self.annotated().contains(&(namespace.to_owned(), service.to_owned())).then_some(())?;
+            let nodes = self.node_details(OwnerKind::Service, namespace, service, service);
+            let facts = vec![("Service".into(), format!("{service}, protected by its annotations"))];
+            let breaker = self.annotated_row(namespace, service);
+            return Some(Detail { breaker, facts, conditions: Vec::new(), nodes, commands: Vec::new() });
+        }
+        let breaker = self.breakers.iter().find(|view| view.namespace == namespace && view.name == name)?;
+        let service = &breaker.spec.service.name;
+        let backups: Vec<&str> = breaker.spec.backups.iter().map(|backup| backup.name.as_str()).collect();
+        let facts =
+            vec![("Service".into(), service.clone()), ("Backups, in order of preference".into(), backups.join(", "))];
+        let conditions = breaker.status.iter().flat_map(|status| &status.conditions);
+        let conditions = conditions.map(|condition| ConditionRow {
+            name: condition.type_.clone(),
+            status: condition.status.clone(),
+            reason: condition.reason.clone(),
+            message: condition.message.clone(),
+            since: condition.last_transition_time.0,
+            severity: severity(condition),
+        });
+        let words = |verb: &[&str]| {
+            let words: Vec<&str> =
+                prefix.iter().map(String::as_str).chain(["-n", namespace]).chain(verb.iter().copied()).collect();
+            words.into_iter().map(str::to_owned).collect::<Vec<String>>()
+        };
+        let commands = [
+            (
+                "Send new connections to the backup on all nodes, for ten minutes",
+                words(&["trip", name, "--for", "10m", "--reason", "why"]),
+            ),
+            ("End the override: the checks decide again", words(&["reset", name])),
+            ("Show its connections", words(&["flows", name])),
+            ("Show everything about it", words(&["get", name])),
+            ("Follow its Events", words(&["events", name, "-w"])),
+        ];
+        Some(Detail {
+            breaker: self.row(breaker),
+            facts,
+            conditions: conditions.collect(),
+            nodes: self.node_details(OwnerKind::CircuitBreaker, namespace, name, service),
+            commands: commands
+                .iter()
+                .map(|(purpose, words)| {
+                    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                    CommandLine::new(purpose, "kubectl breaker", &words)
+                })
+                .collect(),
+        })
+    }
+
+    fn row(&self, view: &BreakerView) -> BreakerRow {
+        let status = view.status.clone().unwrap_or_default();
+        let nodes = self.on_nodes(OwnerKind::CircuitBreaker, &view.namespace, &view.name);
+        let state = status.state.unwrap_or_default();
+        let problems = status.conditions.iter().filter_map(|condition| {
+            let text =
+                format!("{}={} ({}): {}", condition.type_, condition.status, condition.reason, condition.message);
+            Some(Problem { severity: severity(condition)?, text })
+        });
+        let mut problems: Vec<Problem> = problems.collect();
+        problems.sort_by_key(|problem| problem.severity == Severity::Warning);
+        let (primary, backup) = if nodes.is_empty() { ups_of_status(&status.nodes) } else { ups_of_nodes(&nodes) };
+        let override_ = (view.spec.r#override != Override::Auto
+            && view.spec.until.is_none_or(|until| until > self.now))
+        .then(|| OverrideRow {
+            mode: view.spec.r#override.label().into(),
+            until: view.spec.until,
+            reason: view.override_reason.clone(),
+        });
+        let row = BreakerRow {
+            namespace: view.namespace.clone(),
+            name: view.name.clone(),
+            state,
+            since: status.since,
+            reason: status.reason.clone().unwrap_or_default(),
+            // A problem says it.
+            message: status.message.clone().filter(|_| state != ReportedState::NotProtected).unwrap_or_default(),
+            share: permille(status.share.as_deref()),
+            dry_run: view.spec.mode == Mode::DryRun,
+            override_,
+            primary,
+            backup,
+            problems,
+            on_nodes: self.letters(&nodes, &status.nodes),
+            attention: Attention::None,
+        };
+        row.ranked()
+    }
+
+    fn annotated_row(&self, namespace: &str, name: &str) -> BreakerRow {
+        let nodes = self.on_nodes(OwnerKind::Service, namespace, name);
+        let entries = nodes.iter().flat_map(|on_node| &on_node.entries);
+        let worst = entries.clone().max_by_key(|entry| entry.state.openness());
+        let refused = self.reports.values().flat_map(|report| &report.refused);
+        let refused = refused.into_iter().find(|refused| refused.namespace == namespace && refused.name == name);
+        let mut problems: Vec<Problem> = refused
+            .map(|refused| Problem {
+                severity: Severity::Error,
+                text: format!("refused ({}): {}", refused.reason, refused.message),
+            })
+            .into_iter()
+            .collect();
+        problems.extend(entries.flat_map(|entry| problems_of(entry)));
+        problems.dedup();
+        let (primary, backup) = ups_of_nodes(&nodes);
+        let not_protected = if refused.is_some() { ReportedState::NotProtected } else { ReportedState::NotProgrammed };
+        let row = BreakerRow {
+            namespace: namespace.into(),
+            name: format!("svc/{name}"),
+            state: worst.map_or(not_protected, |entry| entry.state),
+            since: worst.and_then(|entry| entry.since),
+            reason: worst.and_then(|entry| entry.reason).map_or("", |reason| reason.label()).into(),
+            message: worst.map(|entry| entry.message.clone()).unwrap_or_default(),
+            share: worst.map_or(1000, |entry| u16::try_from(entry.share).unwrap_or(1000)),
+            dry_run: false,
+            override_: None,
+            primary,
+            backup,
+            problems,
+            on_nodes: self.letters(&nodes, &[]),
+            attention: Attention::None,
+        };
+        row.ranked()
+    }
+
+    /// Namespaces and names of Services that annotations protect, or would protect.
+    fn annotated(&self) -> BTreeSet<(String, String)> {
+        let services = self.reports.values().flat_map(|report| &report.services);
+        let services = services.filter(|entry| entry.kind == Some(OwnerKind::Service));
+        let refused = self.reports.values().flat_map(|report| &report.refused);
+        services
+            .map(|entry| (entry.namespace.clone(), entry.name.clone()))
+            .chain(refused.map(|refused| (refused.namespace.clone(), refused.name.clone())))
+            .collect()
+    }
+
+    fn on_nodes(&self, kind: OwnerKind, namespace: &str, name: &str) -> Vec<OnNode<'_>> {
+        let of_breaker =
+            |entry: &&ReportedService| entry.kind == Some(kind) && entry.namespace == namespace && entry.name == name;
+        let nodes = self
+            .reports
+            .iter()
+            .map(|(node, report)| OnNode { node, entries: report.services.iter().filter(of_breaker).collect() });
+        nodes.filter(|on_node| !on_node.entries.is_empty()).collect()
+    }
+
+    fn is_silent(&self, report: &NodeReportSpec) -> bool {
+        report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE)
+    }
+
+    /// The states in the order of the nodes. `status`: what the elected agent says of nodes, which knows those that are
+    /// silent sooner.
+    fn letters(&self, nodes: &[OnNode<'_>], status: &[NodeStatus]) -> String {
+        let letter = |(node, report): (&String, &NodeReportSpec)| {
+            let said = status.iter().find(|status| status.node == *node).map(|status| status.state);
+            if self.is_silent(report) || said == Some(ReportedState::Unknown) {
+                return '?';
+            }
+            let on_node = nodes.iter().find(|on_node| on_node.node == node);
+            match on_node.and_then(worst).map(|entry| entry.state) {
+                None => '-',
+                Some(ReportedState::Closed) => 'C',
+                Some(ReportedState::HalfOpen) => 'H',
+                Some(ReportedState::Open) => 'O',
+                Some(ReportedState::Unknown | ReportedState::NotProgrammed | ReportedState::NotProtected) => '?',
+            }
+        };
+        self.reports.iter().map(letter).collect()
+    }
+
+    fn node(&self, name: &str, report: &NodeReportSpec) -> NodeRow {
+        let agent = &report.agent;
+        let error = |text: String| Problem { severity: Severity::Error, text };
+        let warning = |text: String| Problem { severity: Severity::Warning, text };
+        let failed = agent.failed_interfaces.iter().map(|interface| error(format!("not attached to {interface}")));
+        let mut problems: Vec<Problem> = failed.chain(agent.incompatible.clone().map(error)).collect();
+        let words = agent.bypass.iter().chain(&agent.degraded).chain(&agent.unseen);
+        problems.extend(words.cloned().map(warning));
+        let count = |number: i32| u32::try_from(number).unwrap_or(0);
+        NodeRow {
+            name: name.into(),
+            version: agent.version.clone(),
+            attach: agent.attach.map_or("", |attach| attach.label()).into(),
+            interfaces: count(agent.interfaces),
+            services: count(agent.services),
+            open: count(agent.open),
+            fill: self.fill.get(name).copied(),
+            heard: agent.reported_at,
+            silent: self.is_silent(report) && !self.fill.contains_key(name),
+            problems,
+        }
+    }
+
+    /// `service`: the name of the protected Service.
+    fn node_details(&self, kind: OwnerKind, namespace: &str, name: &str, service: &str) -> Vec<NodeDetail> {
+        let detail = |on_node: &OnNode<'_>| {
+            let entry = worst(on_node)?;
+            let (primary, backup) = ups_of_entries(&on_node.entries);
+            Some(NodeDetail {
+                node: on_node.node.into(),
+                services: service_names(on_node, service).collect(),
+                state: entry.state,
+                since: entry.since,
+                reason: entry.reason.map_or("", |reason| reason.label()).into(),
+                message: entry.message.clone(),
+                share: u16::try_from(entry.share).unwrap_or(1000),
+                primary,
+                backup,
+                problems: on_node.entries.iter().flat_map(|entry| problems_of(entry)).collect(),
+            })
+        };
+        self.on_nodes(kind, namespace, name).iter().filter_map(detail).collect()
+    }
+}
+
+/// The entry of the port with the most open state.
+fn worst<'a>(on_node: &OnNode<'a>) -> Option<&'a ReportedService> {
+    on_node.entries.iter().copied().max_by_key(|entry| entry.state.openness())
+}
+
+/// The names under which the agents know the parts of a breaker.
+fn service_names<'a>(on_node: &OnNode<'a>, service: &'a str) -> impl Iterator<Item = String> + use<'a> {
+    on_node.entries.clone().into_iter().map(move |entry| entry.service_name(service))
+}
+
+fn problems_of(entry: &ReportedService) -> Vec<Problem> {
+    let port = entry.port;
+    let error = entry
+        .error
+        .iter()
+        .map(|error| Problem { severity: Severity::Error, text: format!("port {port}: not in the kernel: {error}") });
+    let limited = entry.limited.iter().map(|limited| Problem {
+        severity: Severity::Warning,
+        text: format!("port {port}: {} refuses {} connections a minute", limited.limit, limited.per_minute),
+    });
+    let suspended = entry.suspended_on.iter().map(|interface| Problem {
+        severity: Severity::Warning,
+        text: format!("{interface}: no answers of the backup were seen, so kube-proxy keeps the connections"),
+    });
+    error.chain(limited).chain(suspended).collect()
+}
+
+fn severity(condition: &k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition) -> Option<Severity> {
+    overview::severity(condition).map(|severity| match severity {
+        overview::Severity::Warning => Severity::Warning,
+        overview::Severity::Error => Severity::Error,
+    })
+}
+
+fn ups(tier: &ReportedTier) -> Ups {
+    let count = |number: i32| u32::try_from(number).unwrap_or(0);
+    Ups { up: count(tier.up), total: count(tier.total) }
+}
+
+/// Of several views, the one with the fewest pods that are Up.
+fn fewest(views: impl Iterator<Item = Ups>) -> Ups {
+    views.min_by_key(|ups| ups.up).unwrap_or_default()
+}
+
+/// The primary's pods, and those of the backup that takes over.
+fn ups_of_entries(entries: &[&ReportedService]) -> (Ups, Ups) {
+    let backup = |entry: &&ReportedService| {
+        let active = entry.backups.iter().find(|tier| tier.active);
+        active.or_else(|| entry.backups.iter().find(|tier| tier.up > 0)).or_else(|| entry.backups.first()).map(ups)
+    };
+    (fewest(entries.iter().map(|entry| ups(&entry.primary))), fewest(entries.iter().filter_map(backup)))
+}
+
+fn ups_of_nodes(nodes: &[OnNode<'_>]) -> (Ups, Ups) {
+    let views: Vec<(Ups, Ups)> = nodes.iter().map(|on_node| ups_of_entries(&on_node.entries)).collect();
+    (fewest(views.iter().map(|view| view.0)), fewest(views.iter().map(|view| view.1)))
+}
+
+/// For callers who may not read the reports: the status has the same, in words.
+fn ups_of_status(nodes: &[NodeStatus]) -> (Ups, Ups) {
+    let parse = |words: &str| {
+        let (up, total) = words.rsplit(' ').next()?.split_once('/')?;
+        Some(Ups { up: up.parse().ok()?, total: total.parse().ok()? })
+    };
+    let ports = || nodes.iter().flat_map(|node| &node.ports);
+    (fewest(ports().filter_map(|port| parse(&port.primary))), fewest(ports().filter_map(|port| parse(&port.backup))))
+}
+
+/// A share like `37%` as permille; all of it if it is not known.
+fn permille(share: Option<&str>) -> u16 {
+    share.and_then(|share| share.trim_end_matches('%').trim().parse::<u16>().ok()).map_or(1000, |percent| percent * 10)
+}
+
+/// An Event of the API server.
+pub(super) fn event(event: &Event, id: u64) -> EventRow {
+    let about = &event.involved_object;
+    let name = about.name.clone().unwrap_or_default();
+    let name = if about.kind.as_deref() == Some("Service") { format!("svc/{name}") } else { name };
+    let reason = event.reason.clone().unwrap_or_default();
+    EventRow {
+        id,
+        at: events::last(event),
+        breaker: format!("{}/{name}", about.namespace.as_deref().unwrap_or_default()),
+        to: match reason.as_str() {
+            "Opened" => Some(ReportedState::Open),
+            "HalfOpen" => Some(ReportedState::HalfOpen),
+            "Closed" => Some(ReportedState::Closed),
+            _ => None,
+        },
+        kind: reason,
+        message: event.message.clone().unwrap_or_default(),
+        is_warning: event.type_.as_deref() == Some("Warning"),
+    }
+}
+
+/// The options that name the same cluster and identity in a command.
+pub(super) fn command_prefix(how: &ConnectionArgs) -> Vec<String> {
+    let option = |name: &str, value: &Option<String>| {
+        value.iter().flat_map(|value| [name.to_owned(), value.clone()]).collect::<Vec<String>>()
+    };
+    let kubeconfig = how.kubeconfig.as_ref().map(|path| path.display().to_string());
+    [option("--kubeconfig", &kubeconfig), option("--context", &how.context), option("--as", &how.user)].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn cluster(breakers: Value, reports: Value) -> Cluster {
+        Cluster {
+            breakers: serde_json::from_value(breakers).unwrap(),
+            reports: serde_json::from_value(reports).unwrap(),
+            fill: BTreeMap::new(),
+            now: "2026-11-28T12:00:00Z".parse().unwrap(),
+        }
+    }
+
+    fn breaker(status: Value) -> Value {
+        let spec = json!({ "service": { "name": "shop" }, "backups": [{ "name": "shop-backup" }] });
+        json!([{ "namespace": "prod", "name": "web", "spec": spec, "status": status }])
+    }
+
+    fn report(at: &str, state: &str, up: i32) -> Value {
+        json!({
+            "agent": { "reportedAt": at, "version": "0.1.0", "attach": "Tcx", "interfaces": 5 },
+            "services": [{
+                "kind": "CircuitBreaker", "namespace": "prod", "name": "web", "port": 80, "state": state, "share": 0,
+                "primary": { "name": "primary", "up": up, "total": 3 },
+                "backups": [{ "name": "shop-backup", "up": 2, "total": 2 }],
+            }],
+        })
+    }
+
+    #[test]
+    fn a_row_shows_the_fewest_pods_and_the_state_of_each_node() {
+        let reports = json!({
+            "a": report("2026-11-28T11:59:00Z", "Closed", 3),
+            "b": report("2026-11-28T11:59:00Z", "Open", 0),
+            "c": report("2026-11-28T11:00:00Z", "Closed", 3),
+            "d": { "agent": { "reportedAt": "2026-11-28T11:59:00Z" }, "services": [] },
+        });
+        let status = json!({ "state": "Open", "reason": "ConnectFailed", "share": "50%" });
+        let cluster = cluster(breaker(status), reports);
+        let row = &cluster.breakers()[0];
+        assert_eq!((row.key().as_str(), row.on_nodes.as_str()), ("prod/web", "CO?-"));
+        assert_eq!((row.primary, row.backup), (Ups { up: 0, total: 3 }, Ups { up: 2, total: 2 }));
+        assert_eq!((row.share, row.attention), (500, Attention::Open));
+        assert_eq!(cluster.services(), BTreeMap::from([("prod/shop:80".into(), "prod/web".into())]));
+        let silent: Vec<bool> = cluster.nodes().iter().map(|node| node.silent).collect();
+        assert_eq!(silent, [false, false, true, false]);
+    }
+
+    #[test]
+    fn without_the_right_to_read_reports_the_status_has_the_pods() {
+        let status = json!({
+            "state": "Closed",
+            "nodes": [{ "node": "a", "state": "Closed", "ports": [{ "port": 80, "state": "Closed", "primary": "1/2", "backup": "4/4" }] }],
+        });
+        let row = cluster(breaker(status), json!({})).breakers().remove(0);
+        assert_eq!((row.primary, row.backup), (Ups { up: 1, total: 2 }, Ups { up: 4, total: 4 }));
+    }
+
+    #[test]
+    fn a_refused_breaker_says_why_once() {
+        let condition = json!({
+            "type": "ResolvedRefs", "status": "False", "reason": "BackupNotFound", "message": "there is no Service x",
+            "lastTransitionTime": "2026-11-28T11:00:00Z",
+        });
+        let status = json!({
+            "state": "NotProtected", "reason": "BackupNotFound", "message": "there is no Service x",
+            "conditions": [condition],
+        });
+        let row = cluster(breaker(status), json!({})).breakers().remove(0);
+        assert_eq!(row.attention, Attention::Failure);
+        assert_eq!((row.message.as_str(), row.problems.len()), ("", 1));
+        assert!(row.problems[0].text.starts_with("ResolvedRefs=False (BackupNotFound)"), "{:?}", row.problems);
+    }
+
+    #[test]
+    fn commands_name_the_same_cluster_and_namespace() {
+        let how = ConnectionArgs { context: Some("prod eu".into()), ..ConnectionArgs::default() };
+        let cluster = cluster(breaker(json!({})), json!({}));
+        let detail = cluster.detail("prod/web", &command_prefix(&how)).unwrap();
+        assert_eq!(detail.commands[1].line, "kubectl breaker --context 'prod eu' -n prod reset web");
+        assert!(cluster.detail("prod/none", &[]).is_none());
+    }
+
+    #[test]
+    fn annotated_services_have_rows_of_their_own() {
+        let mut report = report("2026-11-28T11:59:00Z", "Open", 0);
+        report["services"][0]["kind"] = json!("Service");
+        report["services"][0]["name"] = json!("shop");
+        report["refused"] =
+            json!([{ "namespace": "prod", "name": "cart", "reason": "Invalid", "message": "breaker.dev/backup: …" }]);
+        let cluster = cluster(json!([]), json!({ "a": report }));
+        let rows: Vec<(String, ReportedState)> = cluster.breakers().iter().map(|row| (row.key(), row.state)).collect();
+        assert_eq!(
+            rows,
+            [("prod/svc/cart".into(), ReportedState::NotProtected), ("prod/svc/shop".into(), ReportedState::Open)]
+        );
+        assert!(cluster.detail("prod/svc/shop", &[]).unwrap().nodes[0].services == ["prod/shop:80"]);
+    }
+}
