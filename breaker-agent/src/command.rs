@@ -1,5 +1,5 @@
-//! Requests to the main loop, from the control socket, from kubelet, from scrapes of metrics and from the page. Each carries the channel
-//! for its answer.
+//! Requests to the main loop, from the control socket, from kubelet, from scrapes of metrics and from the page. Each carries
+//! the channel for its answer.
 
 use std::time::Duration;
 

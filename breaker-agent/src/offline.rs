@@ -62,6 +62,7 @@ fn service(MappedService { service, counters, limits }: MappedService) -> Servic
         override_: view::override_(override_),
         override_until: view::timestamp_unless_zero(until_unix_ns).filter(|_| override_ != Override::Auto),
         fast_path: None,
+        when_all_unhealthy: None,
         frontends: service.frontends.iter().map(ToString::to_string).collect(),
         tiers: Vec::new(),
         desired: applied.clone(),

@@ -43,6 +43,7 @@ pub fn service(snapshot: ServiceSnapshot) -> ServiceStatus {
         override_: override_(snapshot.override_),
         override_until: snapshot.override_until_unix_ns.map(timestamp),
         fast_path: Some(fast_path(snapshot.fast_path)),
+        when_all_unhealthy: Some(when_all_unhealthy(snapshot.when_all_unhealthy)),
         frontends: snapshot.frontends.iter().map(ToString::to_string).collect(),
         tiers: snapshot.tiers.into_iter().map(tier).collect(),
         desired: applied(snapshot.desired),
@@ -283,6 +284,13 @@ const fn fast_path(fast_path: model::FastPath) -> crd::FastPath {
     match fast_path {
         model::FastPath::Off => crd::FastPath::Off,
         model::FastPath::PeerRedirect => crd::FastPath::PeerRedirect,
+    }
+}
+
+const fn when_all_unhealthy(policy: model::WhenAllUnhealthy) -> crd::WhenAllUnhealthy {
+    match policy {
+        model::WhenAllUnhealthy::PassThrough => crd::WhenAllUnhealthy::PassThrough,
+        model::WhenAllUnhealthy::Reject => crd::WhenAllUnhealthy::Reject,
     }
 }
 

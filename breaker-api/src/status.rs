@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    crd::{AttachMode, FastPath, Mode, Override},
+    crd::{AttachMode, FastPath, Mode, Override, WhenAllUnhealthy},
     limits::LimitsStatus,
     tier::TierRole,
 };
@@ -177,6 +177,9 @@ pub struct ServiceStatus {
     /// How packets to backup pods of this node are delivered; not known without an agent.
     #[serde(default, with = "crate::text::or_empty")]
     pub fast_path: Option<FastPath>,
+    /// What becomes of a new connection while neither the primary nor a backup can be used; not known without an agent.
+    #[serde(default, with = "crate::text::or_empty")]
+    pub when_all_unhealthy: Option<WhenAllUnhealthy>,
     /// The addresses, ports and protocols that clients connect to.
     pub frontends: Vec<String>,
     /// The tiers: the primary first, then the backups in order of preference.

@@ -22,7 +22,10 @@ function load() {
     const style = Object.assign(document.createElement("link"), { rel: "stylesheet", href: "uplot.css" });
     const script = Object.assign(document.createElement("script"), { src: "uplot.js" });
     script.onload = () => resolve(window.uPlot);
-    script.onerror = () => reject(new Error("uplot.js cannot be loaded"));
+    script.onerror = () => {
+      library = undefined;
+      reject(new Error("uplot.js cannot be loaded"));
+    };
     document.head.append(style, script);
   });
   return library;
@@ -39,7 +42,7 @@ export function Chart({ title, unit, data, series, sentence }) {
   useEffect(() => {
     let isGone = false;
     const width = () => Math.max(240, place.current?.clientWidth ?? 240);
-    load().then((uPlot) => {
+    const draw = (uPlot) => {
       if (isGone) {
         return;
       }
@@ -63,7 +66,9 @@ export function Chart({ title, unit, data, series, sentence }) {
         data,
         place.current,
       );
-    });
+    };
+    // Without the library, the table is there.
+    load().then(draw, () => {});
     const resized = new ResizeObserver(() => chart.current?.setSize({ width: width(), height: HEIGHT }));
     resized.observe(place.current);
     const scheme = matchMedia("(prefers-color-scheme: dark)");

@@ -1,6 +1,6 @@
 // One breaker: what failed, since when, who is affected, what breaker does, and the commands.
 
-import { html, useEffect, useState } from "./preact.js";
+import { html, useEffect, useRef, useState } from "./preact.js";
 import { Chart } from "./charts.js";
 import { EventList } from "./events.js";
 import { Problems, Share, State, Ups } from "./overview.js";
@@ -228,10 +228,14 @@ function Conditions({ conditions }) {
 
 export function Detail({ store, name }) {
   const [chosen, choose] = useState("");
+  const [part, choosePart] = useState("");
+  const title = useRef(null);
+  useEffect(() => title.current?.focus(), []);
   const { value: detail, error } = usePolled(`v1/breakers/${encodeURIComponent(name)}`);
   const nodes = detail?.nodes ?? [];
   const node = nodes.find((row) => row.node === chosen) ?? nodes.find((row) => row.state !== "Closed") ?? nodes[0];
-  const path = node?.services[0] && `v1/nodes/${encodeURIComponent(node.node)}/services/${encodeURIComponent(node.services[0])}`;
+  const shown = node?.services.includes(part) ? part : node?.services[0];
+  const path = shown && `v1/nodes/${encodeURIComponent(node.node)}/services/${encodeURIComponent(shown)}`;
   const { value: service, error: unreadable } = usePolled(path);
   const times = useTimes(service, path);
   const breaker = store.breakers.get(name) ?? detail?.breaker;
@@ -244,7 +248,7 @@ export function Detail({ store, name }) {
   const open = nodes.filter((row) => row.state === "Open").length;
   return html`<section aria-labelledby="breaker">
     <p class="back"><a href="#/">All breakers</a></p>
-    <h1 id="breaker">${name} <${State} state=${breaker.state} />${breaker.dryRun ? html` <span class="tag">dry run</span>` : null}</h1>
+    <h1 id="breaker" tabindex="-1" ref=${title}>${name} <${State} state=${breaker.state} />${breaker.dryRun ? html` <span class="tag">dry run</span>` : null}</h1>
     <dl class="facts">
       <div><dt>What happened</dt><dd><span class="reason">${breaker.reason}</span> ${breaker.message}</dd></div>
       <div><dt>Since</dt><dd>${breaker.since ? html`<time datetime=${breaker.since}>${clock(breaker.since)}</time>, ${ago(breaker.since, now)} ago` : "not known"}</dd></div>
@@ -267,6 +271,9 @@ export function Detail({ store, name }) {
     <${Charts} store=${store} name=${name} times=${times} />
     ${store.scope?.kind === "Cluster" && nodes.length ? html`<${NodeTable} nodes=${nodes} chosen=${node?.node} choose=${choose} now=${now} />` : null}
     <h2>Pods and checks${node && store.scope?.kind === "Cluster" ? ` as ${node.node} sees them` : ""}</h2>
+    ${node?.services.length > 1
+      ? html`<p>${node.services.map((service) => html`<button type="button" key=${service} aria-pressed=${service === shown} onClick=${() => choosePart(service)}>${service}</button> `)}</p>`
+      : null}
     ${unreadable ? html`<p class="problem Warning">${unreadable}</p>` : null}
     ${service ? html`<${Backends} service=${service} now=${now} />` : unreadable ? null : html`<p class="soft">${path ? "Loading" : "No node knows this breaker."}</p>`}
     ${service?.limits ? html`<${Limits} limits=${service.limits} />` : null}

@@ -7,7 +7,9 @@ import { Nodes } from "./nodes.js";
 import { Overview } from "./overview.js";
 import { Store } from "./store.js";
 import { follow, takeToken } from "./stream.js";
-import { span } from "./words.js";
+import { isMoving, span } from "./words.js";
+
+const KEYS_OFF = "breaker-keys-off";
 
 // The page greys out when it has heard nothing for this long.
 const STALE_MS = 3000;
@@ -26,9 +28,17 @@ const KEYS = [
 const store = new Store();
 
 function route() {
-  const [path, query] = location.hash.slice(1).split("?");
-  const [, view = "", name = ""] = path.split("/");
-  return { view, name: decodeURIComponent(name), query: decodeURIComponent(query ?? "") };
+  const [, view = "", name = ""] = location.hash.slice(1).split("/");
+  try {
+    return { view, name: decodeURIComponent(name) };
+  } catch {
+    return { view: "", name: "" };
+  }
+}
+
+function setTitle() {
+  const open = [...store.breakers.values()].filter(isMoving).length;
+  document.title = `${open ? `(${open} open) ` : ""}${route().name || store.scope?.name || ""} – breaker`;
 }
 
 // Renders again when the store, the URL or the second changes, at most once a frame.
@@ -37,6 +47,9 @@ function useChanges() {
   useEffect(() => {
     let frame = 0;
     const changed = () => {
+      takeToken();
+      // Browsers render nothing in a tab that is not seen, but show its title.
+      setTitle();
       frame ||= requestAnimationFrame(() => {
         frame = 0;
         again();
@@ -64,10 +77,10 @@ function useKeys(help) {
   useEffect(() => {
     let before = "";
     const pressed = (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey || help.current?.open) {
+      if (event.ctrlKey || event.metaKey || event.altKey || help.current?.open || localStorage.getItem(KEYS_OFF)) {
         return;
       }
-      const isTyping = event.target instanceof HTMLInputElement;
+      const isTyping = event.target instanceof HTMLInputElement && event.target.type !== "checkbox";
       const key = `${before}${event.key}`;
       before = event.key === "g" && !isTyping ? "g " : "";
       if (event.key === "Escape") {
@@ -100,11 +113,11 @@ function useKeys(help) {
 function Age() {
   const isStale = store.lost !== undefined || store.age() > STALE_MS;
   document.body.classList.toggle("stale", isStale && store.at > 0);
-  if (!store.at) {
-    return html`<span class="age" role="status">${store.lost ? `not connected: ${store.lost}` : "connecting"}</span>`;
-  }
-  const words = isStale ? `${span(store.age())} old${store.lost ? `: ${store.lost}` : ""}; trying again` : "live";
-  return html`<span class="age ${isStale ? "old" : "live"}" role="status" title="age of what this page shows">${words}</span>`;
+  const words = !store.at ? "connecting" : isStale ? `${span(store.age())} old; trying again` : "live";
+  // Screen readers hear of the change, not of every second.
+  const change = isStale ? "not connected" : store.at ? "live" : "";
+  return html`<span class="age ${isStale ? "old" : "live"}" title="age of what this page shows">${words}${store.lost ? `: ${store.lost}` : ""}</span>
+    <span class="hidden" role="status">${change}</span>`;
 }
 
 function Tab({ view, current, children }) {
@@ -116,11 +129,8 @@ function Page() {
   const [filter, setFilter] = useState("");
   useChanges();
   useKeys(help);
-  const { view, name, query } = route();
-  useEffect(() => setFilter(query), [view, query]);
+  const { view, name } = route();
   const title = store.scope ? store.scope.name : "breaker";
-  const open = [...store.breakers.values()].filter((row) => row.state === "Open").length;
-  document.title = `${open ? `(${open} open) ` : ""}${name || title} – breaker`;
   const views = {
     breaker: () => html`<${Detail} store=${store} name=${name} key=${name} />`,
     nodes: () => html`<${Nodes} store=${store} />`,
@@ -150,6 +160,10 @@ function Page() {
     <dialog ref=${help} aria-labelledby="keys">
       <h2 id="keys">Keys</h2>
       <dl>${KEYS.map(([key, what]) => html`<div key=${key}><dt><kbd>${key}</kbd></dt><dd>${what}</dd></div>`)}</dl>
+      <p>
+        <input type="checkbox" id="keys-on" checked=${!localStorage.getItem(KEYS_OFF)} onChange=${(event) => (event.target.checked ? localStorage.removeItem(KEYS_OFF) : localStorage.setItem(KEYS_OFF, "1"))} />
+        <label for="keys-on">Use these keys</label>
+      </p>
       <form method="dialog"><button type="submit">Close</button></form>
     </dialog>`;
 }

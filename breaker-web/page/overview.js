@@ -1,8 +1,8 @@
-// The first view: what needs eyes at one look, and a row for each breaker.
+// The first view: what needs attention at one look, and a row for each breaker.
 
 import { Component, html, useState } from "./preact.js";
 import { Sparkline } from "./charts.js";
-import { keyOf } from "./store.js";
+import { GROUPS, keyOf } from "./store.js";
 import { STATES, ago, count, overrideWords, percent, rate } from "./words.js";
 
 const FIRST_ROWS = 100;
@@ -31,29 +31,30 @@ export function Ups({ ups, what }) {
 }
 
 // How many breakers are in which state, and what is wrong with the nodes.
-export function Strip({ store }) {
+export function Strip({ store, setFilter }) {
   const rows = [...store.breakers.values()];
-  const number = (test) => rows.filter(test).length;
-  const open = number((row) => row.state === "Open");
-  const refused = number((row) => row.attention === "Failure");
-  const returning = number((row) => row.attention === "Returning");
+  const number = (group) => rows.filter(GROUPS[group]).length;
   const silent = store.nodes.filter((node) => node.silent).length;
   const troubled = store.nodes.filter((node) => node.problems?.length).length;
-  const forced = rows.filter((row) => row.override);
   const versions = [...new Set(store.nodes.map((node) => node.version).filter(Boolean))];
-  const tile = (value, label, kind, href) =>
-    html`<li class=${value ? kind : "calm"}><a href=${href}><b>${count(value)}</b> ${label}</a></li>`;
+  const tile = (group, label, kind) => {
+    const value = number(group);
+    return html`<li class=${value ? kind : "calm"}>
+      <button type="button" onClick=${() => setFilter(`is:${group}`)}><b>${count(value)}</b> ${label}</button>
+    </li>`;
+  };
+  const nodes = (value, label, kind) => html`<li class=${value ? kind : "calm"}><a href="#/nodes"><b>${count(value)}</b> ${value === 1 ? "node" : "nodes"} ${label}</a></li>`;
   return html`<h2 class="hidden">Summary</h2>
     <ul class="strip">
-    ${tile(open, "open", "bad", "#/?open")}
-    ${tile(refused, "not carried out", "bad", "#/")}
-    ${tile(returning, "returning", "warn", "#/")}
-    ${tile(forced.length, forced.length === 1 ? "override" : "overrides", "warn", "#/?force")}
-    ${tile(number((row) => row.state === "Closed"), "closed", "good", "#/?closed")}
-    ${tile(store.nodes.length - silent, store.nodes.length === 1 ? "node heard" : "nodes heard", "good", "#/nodes")}
-    ${store.scope?.kind === "Cluster" ? tile(silent, "silent", "bad", "#/nodes") : null}
-    ${tile(troubled, "with problems", "warn", "#/nodes")}
-    <li class="calm version">${versions.length ? `agents ${versions.join(", ")}` : "no agent"}</li>
+    ${tile("open", "open", "bad")}
+    ${tile("failure", "not carried out", "bad")}
+    ${tile("returning", "returning", "warn")}
+    ${tile("forced", "forced", "warn")}
+    ${tile("closed", "closed", "good")}
+    ${store.nodes.length ? nodes(store.nodes.length - silent, "heard", "good") : null}
+    ${silent ? nodes(silent, "silent", "bad") : null}
+    ${troubled ? nodes(troubled, "with problems", "warn") : null}
+    ${versions.length ? html`<li class="calm version">agents ${versions.join(", ")}</li>` : null}
   </ul>`;
 }
 
@@ -103,14 +104,14 @@ export function Overview({ store, filter, setFilter }) {
   const tick = Math.floor(store.now() / 5000);
   return html`<section aria-labelledby="breakers">
     <h1 id="breakers" class="hidden">Breakers</h1>
-    <${Strip} store=${store} />
+    <${Strip} store=${store} setFilter=${setFilter} />
     <p class="filter">
       <label for="filter">Filter</label>
       <input id="filter" type="search" placeholder="name, state or reason" value=${filter} onInput=${(event) => setFilter(event.target.value)} />
       <span role="status">${rows.length === store.breakers.size ? `${count(rows.length)} breakers` : `${count(rows.length)} of ${count(store.breakers.size)} breakers`}</span>
     </p>
     ${rows.length === 0
-      ? html`<p class="empty">${store.breakers.size ? "No breaker matches the filter." : "No Service is protected."}</p>`
+      ? html`<p class="empty">${store.breakers.size ? "No breaker matches the filter." : store.notes.length ? "No breakers are shown." : "No Service is protected."}</p>`
       : html`<table class="breakers">
           <thead>
             <tr>${HEAD.map((head) => html`<th scope="col" key=${head} class=${OPTIONAL.includes(head) ? "optional" : ""}>${head}</th>`)}</tr>

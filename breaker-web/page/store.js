@@ -1,9 +1,12 @@
 // What the page knows: the rows of the stream, and a history of rates that the page keeps itself.
 
+import { isMoving } from "./words.js";
+
 const BUCKET_MS = 5000;
 const BUCKETS = 60;
 const GAP_MS = 15000;
 const MOST_EVENTS = 1000;
+const MOST_ANNOUNCED = 3;
 const ATTENTION = ["Failure", "Open", "Returning", "Forced", "Warning", "None"];
 
 // New connections of one breaker in the last five minutes, in buckets of five seconds.
@@ -28,26 +31,20 @@ class History {
     }
   }
 
-  // Rates per second by kind (primary, backup, rejected), oldest first; `undefined` before the page was open.
-  rates(now, since) {
-    const last = Math.floor(now / BUCKET_MS) - 1;
+  // Rates per second by kind (primary, backup, rejected) in the buckets before `at`, oldest first. A bucket that is not
+  // within one of the spans [from, to] is `undefined`: the page was not connected.
+  rates(at, spans) {
+    const last = Math.floor(at / BUCKET_MS) - 1;
     return Array.from({ length: BUCKETS }, (_, index) => {
       const number = last - (BUCKETS - 1 - index);
-      if ((number + 1) * BUCKET_MS <= since) {
+      const [begin, end] = [number * BUCKET_MS, (number + 1) * BUCKET_MS];
+      if (!spans.some(([from, to]) => from <= begin && to >= end)) {
         return undefined;
       }
       const place = number % BUCKETS;
       const known = this.numbers[place] === number;
       return [0, 1, 2].map((kind) => (known ? (this.values[place * 3 + kind] * 1000) / BUCKET_MS : 0));
     });
-  }
-
-  // The rate of all kinds in the last full bucket.
-  now(now) {
-    const number = Math.floor(now / BUCKET_MS) - 1;
-    const place = (number % BUCKETS) * 3;
-    const known = this.numbers[number % BUCKETS] === number;
-    return known ? ((this.values[place] + this.values[place + 1] + this.values[place + 2]) * 1000) / BUCKET_MS : 0;
   }
 }
 
@@ -62,7 +59,7 @@ export class Store {
     this.notes = [];
     this.lost = undefined;
     this.at = 0;
-    this.since = 0;
+    this.spans = [];
     this.receivedAt = 0;
     this.listeners = new Set();
     this.announcement = "";
@@ -92,7 +89,10 @@ export class Store {
       [...this.breakers.keys()].filter((key) => !keys.has(key)).forEach((key) => this.forget(key));
     }
     message.removed?.forEach((key) => this.forget(key));
-    message.breakers?.forEach((row) => this.put(row, message.scope));
+    const changes = (message.breakers ?? []).map((row) => this.put(row, message.scope)).filter(Boolean);
+    if (changes.length) {
+      this.announcement = changes.slice(0, MOST_ANNOUNCED).join("; ") + (changes.length > MOST_ANNOUNCED ? "; and more" : "");
+    }
     for (const [key, counts] of Object.entries(message.counts ?? {})) {
       this.addCounts(key, counts, at, isGap);
     }
@@ -100,10 +100,13 @@ export class Store {
     this.notes = message.notes ?? this.notes;
     this.addEvents(message.events ?? []);
     if (isGap) {
-      this.since = at;
+      this.spans.push([at, at]);
     }
+    this.spans.at(-1)[1] = at;
+    this.spans = this.spans.filter(([, to]) => to > at - BUCKETS * BUCKET_MS && to <= at);
     this.at = at;
-    this.receivedAt = performance.now();
+    // The data of the first message may be old.
+    this.receivedAt = performance.now() - (message.now ? Math.max(0, Date.parse(message.now) - at) : 0);
     this.lost = undefined;
     this.tell();
   }
@@ -117,13 +120,12 @@ export class Store {
     this.listeners.forEach((listener) => listener());
   }
 
+  // Returns what to announce.
   put(row, isFirst) {
     const key = keyOf(row);
     const before = this.breakers.get(key);
-    if (before && before.state !== row.state && !isFirst) {
-      this.announcement = `${key} is ${row.state} now: ${row.message || row.reason}`;
-    }
     this.breakers.set(key, row);
+    return before && before.state !== row.state && !isFirst ? `${key} is ${row.state} now: ${row.message || row.reason}` : "";
   }
 
   forget(key) {
@@ -154,25 +156,38 @@ export class Store {
     }
   }
 
-  // Breakers that match a filter: what needs eyes first comes first.
+  // Breakers that match a filter: what needs attention comes first. A word like `is:open` means a group of the summary.
   sorted(filter) {
     const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
-    const rows = [...this.breakers.values()].filter((row) => {
+    const matches = (row, word) => {
+      const group = word.startsWith("is:") && GROUPS[word.slice(3)];
       const text = `${keyOf(row)} ${row.state} ${row.reason} ${row.message} ${row.override?.mode ?? ""}`.toLowerCase();
-      return words.every((word) => text.includes(word));
-    });
+      return group ? group(row) : text.includes(word);
+    };
+    const rows = [...this.breakers.values()].filter((row) => words.every((word) => matches(row, word)));
     const rank = (row) => ATTENTION.indexOf(row.attention);
     return rows.sort((a, b) => rank(a) - rank(b) || keyOf(a).localeCompare(keyOf(b)));
   }
 
   rates(key) {
-    return this.histories.get(key)?.rates(this.now(), this.since);
+    return this.histories.get(key)?.rates(this.at, this.spans);
   }
 
+  // The rate of all kinds together; `undefined` if it is not known.
   rateNow(key) {
-    return this.histories.get(key)?.now(this.now());
+    const last = this.rates(key)?.at(-1);
+    return last && last[0] + last[1] + last[2];
   }
 }
+
+// The groups of the summary.
+export const GROUPS = {
+  open: isMoving,
+  failure: (row) => row.attention === "Failure",
+  returning: (row) => row.attention === "Returning",
+  forced: (row) => row.override !== undefined,
+  closed: (row) => row.state === "Closed",
+};
 
 export function keyOf(row) {
   return row.namespace ? `${row.namespace}/${row.name}` : row.name;

@@ -1,6 +1,8 @@
 // The connection to the server: the stream of messages, and requests for details.
 
 const RETRY_MS = 1000;
+// The server sends something every 15 seconds. A connection without it is dead, although nobody has closed it.
+const SILENCE_MS = 20000;
 const TOKEN = "breaker-token";
 
 // `kubectl breaker dashboard` hands its token over in the fragment, which browsers do not send. It stays in this tab.
@@ -63,25 +65,34 @@ export async function follow(onMessage, onLost) {
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) {
-      return;
-    }
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const event = { id: "", data: "" };
-      for (const line of block.split("\n")) {
-        const colon = line.indexOf(":");
-        const name = line.slice(0, colon);
-        if (name in event) {
-          event[name] += line.slice(colon + 1).trimStart();
+  const silence = () => reader.cancel(new Error("nothing was heard for a while"));
+  let timer;
+  try {
+    for (;;) {
+      timer = setTimeout(silence, SILENCE_MS);
+      const { value, done } = await reader.read();
+      clearTimeout(timer);
+      if (done) {
+        return;
+      }
+      const blocks = (rest + value).split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const event = { id: "", data: "" };
+        for (const line of block.split("\n")) {
+          const colon = line.indexOf(":");
+          const name = line.slice(0, colon);
+          if (name in event) {
+            event[name] += line.slice(colon + 1).trimStart();
+          }
+        }
+        if (event.data) {
+          yield event;
         }
       }
-      if (event.data) {
-        yield event;
-      }
     }
+  } finally {
+    clearTimeout(timer);
+    reader.cancel().catch(() => {});
   }
 }

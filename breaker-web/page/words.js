@@ -14,6 +14,7 @@ export const LETTERS = {
   C: STATES.Closed,
   O: STATES.Open,
   H: STATES.HalfOpen,
+  N: { letter: "N", word: "Not programmed", kind: "unknown" },
   "?": { letter: "?", word: "No report", kind: "unknown" },
   "-": { letter: "·", word: "Not on this node", kind: "absent" },
 };
@@ -60,12 +61,22 @@ export function percent(permille) {
   return `${permille % 10 ? (permille / 10).toFixed(1) : permille / 10} %`;
 }
 
+// Whether new connections go to a backup.
+export function isMoving(breaker) {
+  return breaker.state === "Open" && !breaker.dryRun;
+}
+
 // What happens to new connections now.
 export function doing(breaker) {
   const { state, share, backup } = breaker;
-  const to = backup.total ? `the backup (${backup.up} of ${backup.total} Up)` : "the backup, which has no pods";
+  const to = `the backup (${backup.up} of ${backup.total} Up)`;
   if (breaker.dryRun && state !== "Closed") {
     return "Dry run: new connections go to the primary, as if the breaker were closed.";
+  }
+  if (backup.up === 0 && ["Open", "HalfOpen"].includes(state)) {
+    const policy = breaker.whenAllUnhealthy;
+    const what = { PassThrough: "go to the primary", Reject: "are refused" }[policy];
+    return what ? `No backup is Up, so new connections ${what} (whenAllUnhealthy: ${policy}).` : "No backup is Up, so whenAllUnhealthy applies.";
   }
   switch (state) {
     case "Closed":

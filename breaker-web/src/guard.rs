@@ -14,6 +14,7 @@ use axum::{
 ///
 /// * A request must name the server by an address or as `localhost`. A site whose name resolves to a loopback address
 ///   (DNS rebinding) is refused.
+/// * A browser that says that another site makes the request (Fetch Metadata) is refused.
 /// * The answers may not be framed, guessed at or read by other origins, and the page loads nothing from elsewhere.
 pub fn guarded(router: Router) -> Router {
     router.layer(middleware::from_fn(guard))
@@ -27,6 +28,9 @@ async fn guard(request: Request, next: Next) -> Response {
         let why = "the Host of the request must be an address or localhost; a proxy in front can set it\n";
         return (StatusCode::MISDIRECTED_REQUEST, why).into_response();
     }
+    if is_of_another_site(request.headers()) {
+        return (StatusCode::FORBIDDEN, "another site may not use this page's data\n").into_response();
+    }
     let mut response = next.run(request).await;
     for (name, value) in [
         (header::CONTENT_SECURITY_POLICY, POLICY),
@@ -39,6 +43,12 @@ async fn guard(request: Request, next: Next) -> Response {
     let policy = HeaderValue::from_static("same-origin");
     response.headers_mut().insert("cross-origin-resource-policy", policy);
     response
+}
+
+/// Whether a browser says that another site makes the request. A link on another site may lead here.
+fn is_of_another_site(headers: &HeaderMap) -> bool {
+    let says = |name: &str, value: &str| headers.get(name).is_some_and(|said| said == value);
+    says("sec-fetch-site", "cross-site") && !says("sec-fetch-mode", "navigate")
 }
 
 /// Whether the Host header is an address or `localhost`, with or without a port.

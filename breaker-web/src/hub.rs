@@ -1,7 +1,7 @@
 //! Keeps the rows of a page, and hands every change to every reader.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -20,8 +20,10 @@ const BACKLOG: usize = 64;
 /// What a producer tells the hub.
 #[derive(Debug, Default)]
 pub struct Update {
-    /// Breakers.
-    pub breakers: Option<Breakers>,
+    /// New and changed breakers; those that have not changed do no harm.
+    pub breakers: Vec<BreakerRow>,
+    /// Keys of all breakers: what is not in it is gone. `None`: nothing is gone.
+    pub keep: Option<BTreeSet<String>>,
     /// Counts by [`BreakerRow::key`]; those that are not in it stay.
     pub counts: BTreeMap<String, Counts>,
     /// All nodes.
@@ -32,19 +34,20 @@ pub struct Update {
     pub notes: Option<Vec<String>>,
 }
 
-/// Breakers of an [`Update`].
-#[derive(Debug)]
-pub enum Breakers {
-    /// All of them: what is not in the list is gone.
-    All(Vec<BreakerRow>),
-    /// Some of them: the others stay.
-    Some(Vec<BreakerRow>),
+impl Update {
+    /// An update with all breakers: the others are gone.
+    #[must_use]
+    pub fn of_all(breakers: Vec<BreakerRow>) -> Self {
+        Self { keep: Some(breakers.iter().map(BreakerRow::key).collect()), breakers, ..Self::default() }
+    }
 }
 
 /// The rows of a page, with its readers.
 #[derive(Debug)]
 pub struct Hub {
     scope: Scope,
+    /// Another one for each hub, because ids of events begin anew with the agent.
+    run: i64,
     rows: Mutex<Rows>,
     messages: broadcast::Sender<Arc<Encoded>>,
     readers: watch::Sender<usize>,
@@ -54,8 +57,9 @@ pub struct Hub {
 /// A message as JSON.
 #[derive(Debug)]
 pub(crate) struct Encoded {
-    /// Id of the last event that the readers of this message know.
-    pub last_event: u64,
+    /// Run and id of the last event that the readers of this message know, for `Last-Event-ID`.
+    pub id: String,
+    last_event: u64,
     /// The [`Message`].
     pub json: String,
 }
@@ -77,6 +81,7 @@ impl Hub {
     pub fn new(scope: Scope) -> Arc<Self> {
         Arc::new(Self {
             scope,
+            run: Timestamp::now().as_microsecond(),
             rows: Mutex::default(),
             messages: broadcast::channel(BACKLOG).0,
             readers: watch::channel(0).0,
@@ -107,12 +112,14 @@ impl Hub {
         let message = rows.take_in(at, update);
         if self.messages.receiver_count() > 0 {
             // The lock is held, so that a reader who begins now gets this message either in its first one or after it.
-            let _ = self.messages.send(Arc::new(encode(&message, rows.last_event)));
+            let _ = self.messages.send(Arc::new(self.encode(&message, rows.last_event)));
         }
     }
 
-    /// A reader that knows the events up to `last_event`. `None`: there are too many readers.
-    pub(crate) fn read(self: &Arc<Self>, last_event: u64) -> Option<Reader> {
+    /// A reader that knows the events up to those of `last_id`, the id of a message. `None`: there are too many readers.
+    pub(crate) fn read(self: &Arc<Self>, last_id: &str) -> Option<Reader> {
+        let known = last_id.split_once('-').filter(|(run, _)| run.parse() == Ok(self.run));
+        let last_event = known.and_then(|(_, id)| id.parse().ok()).unwrap_or(0);
         let mut admitted = false;
         self.readers.send_modify(|readers| {
             admitted = *readers < MOST_READERS;
@@ -126,33 +133,31 @@ impl Hub {
         })
     }
 
+    fn encode(&self, message: &Message, last_event: u64) -> Encoded {
+        // A message consists of strings, numbers and times only, so this cannot fail.
+        let json = serde_json::to_string(message).unwrap_or_default();
+        Encoded { id: format!("{}-{last_event}", self.run), last_event, json }
+    }
+
     fn rows(&self) -> MutexGuard<'_, Rows> {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn encode(message: &Message, last_event: u64) -> Encoded {
-    // A message consists of strings, numbers and times only, so this cannot fail.
-    Encoded { last_event, json: serde_json::to_string(message).unwrap_or_default() }
 }
 
 impl Rows {
     fn take_in(&mut self, at: Timestamp, update: Update) -> Message {
         self.at = at;
         let mut message = Message::new(at);
-        if let Some(breakers) = update.breakers {
-            let (new, is_all) = match breakers {
-                Breakers::All(rows) => (rows, true),
-                Breakers::Some(rows) => (rows, false),
-            };
-            let mut new: BTreeMap<String, BreakerRow> = new.into_iter().map(|row| (row.key(), row)).collect();
-            if is_all {
-                message.removed = self.breakers.keys().filter(|key| !new.contains_key(*key)).cloned().collect();
-                message.removed.iter().for_each(|key| self.forget(key));
+        if let Some(keep) = update.keep {
+            message.removed = self.breakers.keys().filter(|key| !keep.contains(*key)).cloned().collect();
+            message.removed.iter().for_each(|key| self.forget(key));
+        }
+        for row in update.breakers {
+            let key = row.key();
+            if self.breakers.get(&key) != Some(&row) {
+                self.breakers.insert(key, row.clone());
+                message.breakers.push(row);
             }
-            new.retain(|key, row| self.breakers.get(key) != Some(row));
-            message.breakers = new.values().cloned().collect();
-            self.breakers.append(&mut new);
         }
         for (key, counts) in update.counts {
             if self.counts.get(&key) != Some(&counts) {
@@ -184,16 +189,15 @@ impl Rows {
 
     /// Everything, for a reader that knows the events up to `last_event`.
     fn all(&self, scope: &Scope, last_event: u64) -> Message {
-        // Ids of a producer that began anew are smaller than those that the reader knows.
-        let after = if last_event > self.last_event { 0 } else { last_event };
         Message {
             at: self.at,
+            now: Some(Timestamp::now()),
             scope: Some(scope.clone()),
             breakers: self.breakers.values().cloned().collect(),
             removed: Vec::new(),
             counts: self.counts.clone(),
             nodes: Some(self.nodes.clone()),
-            events: self.events.iter().filter(|event| event.id > after).cloned().collect(),
+            events: self.events.iter().filter(|event| event.id > last_event).cloned().collect(),
             notes: Some(self.notes.clone()),
         }
     }
@@ -225,7 +229,7 @@ impl Reader {
         self.is_complete.wait_for(|is_complete| *is_complete).await.ok()?;
         let rows = self.hub.rows();
         self.messages = Some(self.hub.messages.subscribe());
-        let first = encode(&rows.all(&self.hub.scope, self.last_event), rows.last_event);
+        let first = self.hub.encode(&rows.all(&self.hub.scope, self.last_event), rows.last_event);
         drop(rows);
         self.last_event = first.last_event;
         Some(Arc::new(first))
@@ -262,6 +266,7 @@ mod tests {
             override_: None,
             primary: Ups::default(),
             backup: Ups::default(),
+            when_all_unhealthy: None,
             problems: Vec::new(),
             on_nodes: String::new(),
             attention: Attention::None,
@@ -288,23 +293,19 @@ mod tests {
         serde_json::from_str(&reader.next().await.unwrap().json).unwrap()
     }
 
-    fn all(rows: Vec<BreakerRow>) -> Update {
-        Update { breakers: Some(Breakers::All(rows)), ..Update::default() }
-    }
-
     #[tokio::test]
     async fn a_reader_gets_everything_and_then_what_changed() {
         let hub = hub();
-        publish(&hub, all(vec![row("a", ReportedState::Closed), row("b", ReportedState::Closed)]));
+        publish(&hub, Update::of_all(vec![row("a", ReportedState::Closed), row("b", ReportedState::Closed)]));
         hub.complete();
-        let mut reader = hub.read(0).unwrap();
+        let mut reader = hub.read("").unwrap();
         let first = next(&mut reader).await;
         assert_eq!((first.scope.is_some(), first.breakers.len()), (true, 2));
-        publish(&hub, all(vec![row("a", ReportedState::Open)]));
+        publish(&hub, Update::of_all(vec![row("a", ReportedState::Open)]));
         let second = next(&mut reader).await;
         assert_eq!((second.scope, &second.breakers[..]), (None, &[row("a", ReportedState::Open)][..]));
         assert_eq!(second.removed, ["b"]);
-        publish(&hub, all(vec![row("a", ReportedState::Open)]));
+        publish(&hub, Update::of_all(vec![row("a", ReportedState::Open)]));
         assert_eq!(next(&mut reader).await, Message::new(Timestamp::UNIX_EPOCH), "still current");
         let counts = BTreeMap::from([("a".to_owned(), Counts { primary: 7, ..Counts::default() })]);
         publish(&hub, Update { counts: counts.clone(), ..Update::default() });
@@ -317,19 +318,20 @@ mod tests {
         hub.complete();
         publish(&hub, Update { events: vec![event(1), event(2), event(3)], ..Update::default() });
         let ids = |message: Message| message.events.iter().map(|event| event.id).collect::<Vec<_>>();
-        assert_eq!(ids(next(&mut hub.read(0).unwrap()).await), [1, 2, 3]);
-        assert_eq!(ids(next(&mut hub.read(2).unwrap()).await), [3]);
-        assert_eq!(ids(next(&mut hub.read(900).unwrap()).await), [1, 2, 3], "the agent began anew");
+        assert_eq!(ids(next(&mut hub.read("").unwrap()).await), [1, 2, 3]);
+        let known = format!("{}-2", hub.run);
+        assert_eq!(ids(next(&mut hub.read(&known).unwrap()).await), [3]);
+        assert_eq!(ids(next(&mut hub.read("17-2").unwrap()).await), [1, 2, 3], "the agent began anew");
     }
 
     #[tokio::test]
     async fn a_slow_reader_begins_anew() {
         let hub = hub();
         hub.complete();
-        let mut reader = hub.read(0).unwrap();
+        let mut reader = hub.read("").unwrap();
         assert!(next(&mut reader).await.scope.is_some());
         for number in 0..=BACKLOG {
-            publish(&hub, all(vec![row(&number.to_string(), ReportedState::Closed)]));
+            publish(&hub, Update::of_all(vec![row(&number.to_string(), ReportedState::Closed)]));
         }
         let message = next(&mut reader).await;
         assert!(message.scope.is_some());
@@ -339,8 +341,8 @@ mod tests {
     #[tokio::test]
     async fn readers_are_counted_and_limited() {
         let hub = hub();
-        let readers: Vec<Reader> = (0..MOST_READERS).map(|_| hub.read(0).unwrap()).collect();
-        assert!(hub.read(0).is_none());
+        let readers: Vec<Reader> = (0..MOST_READERS).map(|_| hub.read("").unwrap()).collect();
+        assert!(hub.read("").is_none());
         assert_eq!(*hub.readers().borrow(), MOST_READERS);
         drop(readers);
         assert_eq!(*hub.readers().borrow(), 0);

@@ -10,6 +10,7 @@
 //! | [`hub`] | keeps the rows, finds out what changed, and hands it to every reader |
 //! | [`stream`] | `GET /v1/stream`: a reader's messages as server-sent events |
 //! | [`files`] | the page's files, from `page/` and `vendor/` |
+//! | [`failure`] | an answer that is an error |
 //! | [`guard`] | headers that keep other sites away from the page and its data |
 //!
 //! `page/` has the page itself: HTML, CSS and ECMAScript modules, without a build step. `vendor/` has the code of others,
@@ -17,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod failure;
 pub mod files;
 pub mod guard;
 pub mod hub;

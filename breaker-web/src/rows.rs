@@ -1,8 +1,8 @@
-//! What the page shows, as JSON. docs/CONTROL.md describes the fields.
+//! What the page shows, as JSON. docs/PAGE.md describes the fields.
 
 use std::collections::BTreeMap;
 
-use breaker_api::crd::ReportedState;
+use breaker_api::crd::{ReportedState, WhenAllUnhealthy};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -59,11 +59,14 @@ pub struct BreakerRow {
     pub primary: Ups,
     /// The backends of the backup that takes over.
     pub backup: Ups,
+    /// What becomes of a new connection while neither the primary nor a backup can be used.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub when_all_unhealthy: Option<WhenAllUnhealthy>,
     /// What is not as it should be, worst first.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub problems: Vec<Problem>,
-    /// In a cluster: the state on each node, in the order of the nodes, by its first letter; `?` for a node that is
-    /// silent or has no agent, `-` for one that does not know the breaker.
+    /// In a cluster: the state on each node, in the order of the nodes, by its first letter; `N` where nothing is in
+    /// the kernel, `?` for a node that is silent, `-` for one that does not know the breaker.
     #[serde(skip_serializing_if = "String::is_empty", default)]
     pub on_nodes: String,
     /// How soon somebody should look: the smaller, the sooner. See [`Attention`].
@@ -85,6 +88,8 @@ impl BreakerRow {
         self.attention = match self.state {
             ReportedState::NotProtected => Attention::Failure,
             _ if has(Severity::Error) => Attention::Failure,
+            // Nothing is redirected.
+            ReportedState::Open | ReportedState::HalfOpen if self.dry_run => Attention::Warning,
             ReportedState::Open if !is_forced => Attention::Open,
             ReportedState::HalfOpen => Attention::Returning,
             ReportedState::Closed if self.share < 1000 && !is_forced => Attention::Returning,
@@ -144,6 +149,38 @@ pub struct Problem {
     pub severity: Severity,
     /// What it is.
     pub text: String,
+}
+
+impl Problem {
+    /// Something that was asked for is not carried out.
+    #[must_use]
+    pub fn error(text: impl Into<String>) -> Self {
+        Self { severity: Severity::Error, text: text.into() }
+    }
+
+    /// Something is not as it should be.
+    #[must_use]
+    pub fn warning(text: impl Into<String>) -> Self {
+        Self { severity: Severity::Warning, text: text.into() }
+    }
+
+    /// A plan that is not in the maps.
+    #[must_use]
+    pub fn not_applied(error: &str) -> Self {
+        Self::error(format!("not in the kernel: {error}"))
+    }
+
+    /// A limit that refuses connections.
+    #[must_use]
+    pub fn limited(limit: &str, per_minute: impl std::fmt::Display) -> Self {
+        Self::warning(format!("{limit} refuses {per_minute} connections a minute"))
+    }
+
+    /// An interface on which connections are left to kube-proxy.
+    #[must_use]
+    pub fn suspended(interface: &str) -> Self {
+        Self::warning(format!("{interface}: no answers of the backup were seen, so kube-proxy keeps the connections"))
+    }
 }
 
 /// How bad a problem is.
@@ -339,6 +376,9 @@ impl CommandLine {
 pub struct Message {
     /// When the data was current.
     pub at: Timestamp,
+    /// The server's time; only in the first message, whose data may be old.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub now: Option<Timestamp>,
     /// What the page is about; only in the first message, which replaces all that the page knows.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub scope: Option<Scope>,
@@ -368,6 +408,7 @@ impl Message {
     pub const fn new(at: Timestamp) -> Self {
         Self {
             at,
+            now: None,
             scope: None,
             breakers: Vec::new(),
             removed: Vec::new(),
@@ -396,6 +437,7 @@ mod tests {
             override_: None,
             primary: Ups::default(),
             backup: Ups::default(),
+            when_all_unhealthy: None,
             problems: Vec::new(),
             on_nodes: String::new(),
             attention: Attention::None,
@@ -425,6 +467,7 @@ mod tests {
             (row(ReportedState::Unknown), Attention::Warning),
             (with(Severity::Warning, row(ReportedState::Closed)), Attention::Warning),
             (row(ReportedState::Closed), Attention::None),
+            (BreakerRow { dry_run: true, ..row(ReportedState::Open) }, Attention::Warning),
         ];
         for (row, expected) in rows {
             assert_eq!(row.clone().ranked().attention, expected, "{row:?}");

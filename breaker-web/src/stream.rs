@@ -24,14 +24,14 @@ pub fn routes(hub: Arc<Hub>) -> Router {
 }
 
 async fn stream(State(hub): State<Arc<Hub>>, headers: HeaderMap) -> Response {
-    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok()).unwrap_or(0);
+    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
     let Some(reader) = hub.read(last) else {
         let why = format!("{MOST_READERS} pages are open, which is the limit; close one\n");
         return (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
     };
     let messages = futures_util::stream::unfold(reader, |mut reader| async move {
         let message = reader.next().await?;
-        let event = Event::default().id(message.last_event.to_string()).data(&message.json);
+        let event = Event::default().id(&message.id).data(&message.json);
         Some((Ok::<_, Infallible>(event), reader))
     });
     Sse::new(messages).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()

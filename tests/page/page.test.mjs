@@ -109,6 +109,10 @@ test("everything can be done by keyboard", async () => {
   await waitText(page, "h1", FIRST);
   await page.keyboard.press("Escape");
   await page.waitForSelector("table.breakers");
+  await waitText(page, "[role=status]", "1 of 12 breakers");
+  await page.$eval("#filter", (input) => input.select());
+  await page.keyboard.press("Backspace");
+  await page.keyboard.press("Escape");
   await page.keyboard.press("j");
   await page.keyboard.press("j");
   const second = await focused(page);
@@ -120,6 +124,33 @@ test("everything can be done by keyboard", async () => {
     await page.waitForSelector(view);
   }
   assert.deepEqual(page.complaints, []);
+  await page.close();
+});
+
+test("a number of the summary filters, and a filter that is cleared can be set again", async () => {
+  const page = await open(browser, server.url);
+  const click = () => page.$$eval(".strip button", (buttons) => buttons.find((button) => button.textContent.includes("open")).click());
+  for (let round = 0; round < 2; round++) {
+    await click();
+    await waitText(page, "[role=status]", "2 of 12 breakers");
+    await page.$eval("#filter", (input) => input.select());
+    await page.keyboard.press("Backspace");
+    await waitText(page, "[role=status]", "12 breakers");
+  }
+  await page.close();
+});
+
+test("the keys can be switched off", async () => {
+  const page = await open(browser, server.url);
+  await page.keyboard.press("?");
+  await page.waitForSelector("dialog[open]");
+  await page.click("#keys-on");
+  await page.keyboard.press("Escape");
+  await page.keyboard.press("g");
+  await page.keyboard.press("n");
+  await page.click("button.help");
+  assert.match(page.url(), /#\/$/);
+  await page.click("#keys-on");
   await page.close();
 });
 

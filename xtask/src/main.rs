@@ -84,7 +84,7 @@ need a command that was not given are skipped.")]
     /// Run benchmarks. They report ratios between alternatives that run side by side (needs root).
     Bench {
         /// Run only the groups whose name contains this: packets, http, ways, limits, limits-packets, failover,
-        /// probes, scale, maps, node, scrape.
+        /// probes, scale, maps, node, scrape. `page` measures the live page; a run without a name leaves it out.
         name: Option<String>,
         /// Print the results as a JSON list.
         #[arg(long)]
@@ -126,6 +126,7 @@ fn execute(task: Task) -> Result<()> {
             let mut e2e = build::tool("breaker-e2e")?;
             step("run the end-to-end scenarios", || run(e2e.args(args)))
         }
+        Task::Bench { name: Some(name), .. } if name == "page" => page::bench(),
         Task::Bench { name, json } => {
             setup::setup_bench().and_then(|()| lab("bench", [name.as_deref(), json.then_some("--json")]))
         }

@@ -1,4 +1,4 @@
-//! Tests the live page in a real browser, with tools from npm.
+//! Tests and measures the live page in a real browser, with tools from npm.
 
 use std::{path::Path, process::Command};
 
@@ -11,13 +11,30 @@ use crate::{build, progress::step, run::run, setup};
 /// # Errors
 /// A test failed, or something could not be built or downloaded.
 pub fn test(filter: Option<&str>) -> Result<()> {
-    let browser = match setup::setup_page() {
-        Ok(browser) => browser,
+    match setup::setup_page() {
+        Ok(browser) => {
+            let filter = filter.map(|filter| format!("--test-name-pattern={filter}"));
+            let options = ["--test", "--test-reporter=spec", "--test-concurrency=1"];
+            let args: Vec<&str> = options.into_iter().chain(filter.as_deref()).chain(["."]).collect();
+            node("run the tests of the page", browser, &args)
+        }
         Err(error) => {
             println!("the tests of the page are skipped: {error:#}");
-            return Ok(());
+            Ok(())
         }
-    };
+    }
+}
+
+/// Measures the page.
+///
+/// # Errors
+/// Something could not be installed, built or downloaded.
+pub fn bench() -> Result<()> {
+    node("measure the page", setup::setup_page()?, &["bench.mjs"])
+}
+
+/// Runs Node.js in tests/page, with the server of made-up data.
+fn node(what: &str, browser: &str, args: &[&str]) -> Result<()> {
     let dir = ebpf_builder::workspace().join("tests/page");
     if !is_current(&dir) {
         step("install the tools of the page's tests with npm", || {
@@ -25,11 +42,9 @@ pub fn test(filter: Option<&str>) -> Result<()> {
         })?;
     }
     let server = build::example("page")?;
-    step("run the tests of the page", || {
+    step(what, || {
         let mut node = Command::new("node");
-        node.args(["--test", "--test-reporter=spec", "--test-concurrency=1"]).current_dir(&dir);
-        node.args(filter.map(|filter| format!("--test-name-pattern={filter}")));
-        run(node.arg(".").env("BREAKER_PAGE", server).env("BREAKER_BROWSER", browser))
+        run(node.args(args).current_dir(&dir).env("BREAKER_PAGE", server).env("BREAKER_BROWSER", browser))
     })
 }
 

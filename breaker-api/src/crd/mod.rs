@@ -37,8 +37,8 @@ pub use check::{Check, GrpcAction, Header, HttpGetAction, Scheme, TcpSocketActio
 pub use grant::{GrantFrom, GrantTo, ReferenceGrant, ReferenceGrantSpec};
 pub use limits::{BackupLimits, ClientLimits, LimitScope, Limits, OnLimit};
 pub use report::{
-    AttachMode, NodeReport, NodeReportSpec, OwnerKind, RefusedService, ReportedAgent, ReportedLimit, ReportedService,
-    ReportedTier,
+    AttachMode, GONE, NodeReport, NodeReportSpec, OwnerKind, RefusedService, ReportedAgent, ReportedLimit,
+    ReportedService, ReportedTier,
 };
 pub use status::{CircuitBreakerStatus, NodeCounts, NodeStatus, PortStatus, ReportedState};
 

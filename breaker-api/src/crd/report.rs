@@ -2,12 +2,16 @@
 //! node's agent writes.
 
 use breaker_common::StateReason;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ReportedState, date_time};
+
+/// A report that is older than this has no agent behind it, also if its Node is Ready. Agents write every five minutes
+/// without a change.
+pub const GONE: SignedDuration = SignedDuration::from_mins(15);
 
 /// What the agent of one node reports. Only that agent writes the object, and only when something changed. The
 /// elected agent makes the status of CircuitBreakers from all reports, and `kubectl breaker` shows them.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Result;
-use breaker_api::crd::{CircuitBreaker, GROUP, NodeReport, Override, ReferenceGrant, STATUS_LEASE};
+use breaker_api::crd::{CircuitBreaker, GONE, GROUP, NodeReport, Override, ReferenceGrant, STATUS_LEASE};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::{
@@ -38,8 +38,6 @@ use crate::{
     table::{GREEN, Paint, RED, YELLOW},
 };
 
-/// How old a NodeReport may be: agents write every five minutes without a change.
-const REPORT_AGE: Duration = Duration::from_secs(15 * 60);
 /// How old the renewal of the Lease may be.
 const LEASE_AGE: Duration = Duration::from_secs(30);
 /// The oldest version of Kubernetes that breaker is made for: 1.MINOR.
@@ -349,7 +347,7 @@ async fn nodes(connection: &Connection, findings: &mut Findings) {
         let (node, agent) = (report.name_any(), &report.spec.agent);
         versions.entry(agent.version.clone()).or_default().push(node.clone());
         let age = agent.reported_at.map(|at| Timestamp::now().duration_since(at));
-        if age.is_none_or(|age| age.unsigned_abs() > REPORT_AGE && age.is_positive()) {
+        if age.is_none_or(|age| age > GONE) {
             findings.error(
                 format!("{node}: the agent has not reported for more than 15 minutes"),
                 "look at its pod and its log",

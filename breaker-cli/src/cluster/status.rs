@@ -135,7 +135,7 @@ fn table(overview: &Overview, all_namespaces: bool, no_headers: bool, paint: Pai
     text
 }
 
-/// Sort key: what needs eyes comes first.
+/// Sort key: what needs attention comes first.
 fn attention(breaker: &BreakerView) -> u8 {
     let state = breaker.status.as_ref().and_then(|status| status.state);
     match state {

@@ -13,7 +13,7 @@ use crate::{
     datapath::{Datapath, LimitReport},
     health::Health,
     limits::Limits,
-    model::{FastPath, Frontend, Mode, Override, Service, ServiceName, Tier, TierRole},
+    model::{FastPath, Frontend, Mode, Override, Service, ServiceName, Tier, TierRole, WhenAllUnhealthy},
     plan::ServicePlan,
     probe::ProbeResult,
     time::{Now, UnixNanos},
@@ -49,6 +49,8 @@ pub struct ServiceSnapshot {
     pub override_until_unix_ns: Option<UnixNanos>,
     /// How packets to backup pods of this node are delivered.
     pub fast_path: FastPath,
+    /// What becomes of a new connection while neither the primary nor a backup can be used.
+    pub when_all_unhealthy: WhenAllUnhealthy,
     /// Its frontends.
     pub frontends: Vec<Frontend>,
     /// The primary, then the backups.
@@ -197,6 +199,7 @@ impl ServiceState {
             override_: breaker.operator(),
             override_until_unix_ns: self.operator.until_unix_ns,
             fast_path: service.fast_path,
+            when_all_unhealthy: service.when_all_unhealthy,
             frontends: service.frontends.clone(),
             tiers: self.tier_snapshots(datapath),
             desired: (&self.plan(now)).into(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use breaker_api::crd::ReportedState;
+use breaker_api::crd::{ReportedState, WhenAllUnhealthy};
 use breaker_web::rows::{
     Attention, BreakerRow, CommandLine, ConditionRow, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow,
     Problem, Scope, ScopeKind, Severity, Ups,
@@ -71,6 +71,7 @@ impl Data {
             override_: None,
             primary: Ups { up: 2, total: 2 },
             backup: Ups { up: 2, total: 2 },
+            when_all_unhealthy: Some(WhenAllUnhealthy::PassThrough),
             problems: Vec::new(),
             on_nodes: String::new(),
             attention: Attention::None,

@@ -20,7 +20,7 @@ use axum::{
 };
 use breaker_web::{
     files, guard,
-    hub::{Breakers, Hub, Update},
+    hub::{Hub, Update},
     rows::{Detail, EventRow},
     stream,
 };
@@ -99,11 +99,11 @@ impl Server {
     fn publish(&self, data: &mut Data, now: Timestamp, events: Vec<EventRow>) {
         data.advance(now);
         let update = Update {
-            breakers: Some(Breakers::All(data.breakers().to_vec())),
             counts: data.counts(),
             nodes: Some(data.nodes()),
             events,
             notes: Some(Vec::new()),
+            ..Update::of_all(data.breakers().to_vec())
         };
         self.hub.publish(now, update);
     }
@@ -134,7 +134,7 @@ async fn service(
 async fn open(State(server): State<Arc<Server>>, Path(name): Path<String>) -> &'static str {
     let mut data = server.data.lock().await;
     let Some((row, event)) = data.open(&name) else { return "there is no such breaker" };
-    let update = Update { breakers: Some(Breakers::Some(vec![row])), events: vec![event], ..Update::default() };
+    let update = Update { breakers: vec![row], events: vec![event], ..Update::default() };
     server.hub.publish(Timestamp::now(), update);
     "open"
 }

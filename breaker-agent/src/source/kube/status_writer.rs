@@ -1,7 +1,7 @@
 //! The elected agent's task: combines the nodes' reports into the status of every CircuitBreaker, and emits Events.
 
 use breaker_api::crd::{
-    CircuitBreaker, CircuitBreakerStatus, GROUP, NodeReport, OwnerKind, STATUS_LEASE, STATUS_MANAGER,
+    CircuitBreaker, CircuitBreakerStatus, GONE, GROUP, NodeReport, OwnerKind, STATUS_LEASE, STATUS_MANAGER,
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -58,9 +58,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 const AT_ONCE: usize = 8;
 /// An agent counts as silent if its Node is not Ready and its last report is older than this.
 const SILENT: SignedDuration = SignedDuration::from_secs(30);
-/// An agent counts as gone if its Node is Ready and its last report is older than this. Agents write every five
-/// minutes, even without a change.
-const GONE: SignedDuration = SignedDuration::from_mins(15);
 /// Timeout of one request to the API server.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between rounds without a change, in which a write that failed is tried again.

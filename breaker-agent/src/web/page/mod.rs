@@ -11,35 +11,48 @@
 mod feed;
 mod rows;
 
+use std::{sync::Arc, time::Duration};
+
 use axum::{
     Json, Router,
     extract::{Path, Query, State},
     http::StatusCode,
-    response::{IntoResponse, Response},
     routing::get,
 };
 use breaker_api::{
-    commands::ErrorBody,
     events::EventLine,
     status::{AgentStatus, ServiceStatus},
 };
+use breaker_core::model::ServiceName;
 use breaker_web::{
+    failure::Failure,
     files, guard,
     hub::Hub,
     rows::{Detail, Scope, ScopeKind},
     stream,
 };
 use serde::Deserialize;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{Mutex, Semaphore, mpsc, oneshot, watch},
+    time::sleep,
+};
 
 use super::{HUNG, ask};
-use crate::command::Command;
+use crate::{clock, command::Command};
+
+/// Requests that wait for the main loop at the same time, at most: everybody on the node may make them.
+const AT_ONCE: usize = 4;
+/// How long an answer with all services serves others.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// What the handlers share.
 #[derive(Clone)]
 struct Shared {
     node: String,
     commands: mpsc::Sender<Command>,
+    turns: Arc<Semaphore>,
+    /// The last answer with all services.
+    status: Arc<Mutex<Option<(std::time::Instant, AgentStatus)>>>,
 }
 
 /// Starts the feed of the page. Returns the page with its data.
@@ -54,16 +67,15 @@ pub(super) fn start(node: String, commands: mpsc::Sender<Command>, latest: watch
         .route("/v1/events", get(events))
         .route("/v1/breakers/{*name}", get(detail))
         .route("/v1/nodes/{node}/services/{*name}", get(service_of_node))
-        .with_state(Shared { node, commands });
+        .with_state(Shared { node, commands, turns: Arc::new(Semaphore::new(AT_ONCE)), status: Arc::default() });
     guard::guarded(files::routes().merge(stream::routes(hub)).merge(data))
 }
 
-/// An error response.
-struct Failure(StatusCode, String);
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        (self.0, Json(ErrorBody { error: self.1 })).into_response()
+impl Shared {
+    /// Asks the main loop, when it is this request's turn.
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Failure> {
+        let _turn = self.turns.acquire().await;
+        ask(&self.commands, request).await.ok_or_else(hung)
     }
 }
 
@@ -80,13 +92,29 @@ fn without_clients(mut service: ServiceStatus) -> ServiceStatus {
 }
 
 async fn status(State(shared): State<Shared>) -> Result<Json<AgentStatus>, Failure> {
-    let mut status = ask(&shared.commands, Command::Status).await.ok_or_else(hung)?;
-    status.services = status.services.into_iter().map(without_clients).collect();
+    // One request reads the services, and its answer serves those that wait.
+    let mut last = shared.status.lock().await;
+    if let Some((_, status)) = last.as_ref().filter(|(at, _)| clock::since(*at) < FRESH) {
+        return Ok(Json(status.clone()));
+    }
+    let mut services: Vec<ServiceStatus> = Vec::new();
+    loop {
+        let after = services.last().map(|service| ServiceName::new(&service.name));
+        let part = shared.ask(|reply| Command::Services { after, most: feed::PART, reply }).await?;
+        let is_last = part.len() < feed::PART;
+        services.extend(part.into_iter().map(without_clients));
+        if is_last {
+            break;
+        }
+        sleep(feed::TURN).await;
+    }
+    let status = AgentStatus { services, ..shared.ask(Command::Agent).await? };
+    *last = Some((clock::stopwatch(), status.clone()));
     Ok(Json(status))
 }
 
 async fn get_service(shared: &Shared, name: String) -> Result<ServiceStatus, Failure> {
-    let answer = ask(&shared.commands, |reply| Command::Get(name, reply)).await.ok_or_else(hung)?;
+    let answer = shared.ask(|reply| Command::Get(name, reply)).await?;
     answer.map(without_clients).map_err(|error| Failure(StatusCode::NOT_FOUND, error.to_string()))
 }
 
@@ -106,7 +134,8 @@ async fn service_of_node(
 
 async fn detail(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<Detail>, Failure> {
     let service = get_service(&shared, name).await?;
-    Ok(Json(rows::detail(&shared.node, &service)))
+    let agent = shared.ask(Command::Agent).await?;
+    Ok(Json(rows::detail(&shared.node, &service, &agent.datapath.suspended)))
 }
 
 #[derive(Deserialize)]
@@ -119,6 +148,6 @@ async fn events(
     State(shared): State<Shared>,
     Query(query): Query<EventsQuery>,
 ) -> Result<Json<Vec<EventLine>>, Failure> {
-    let events = ask(&shared.commands, |reply| Command::Events { after: query.after, reply }).await.ok_or_else(hung)?;
+    let events = shared.ask(|reply| Command::Events { after: query.after, reply }).await?;
     Ok(Json(events.into_iter().filter(rows::is_public).collect()))
 }

@@ -8,8 +8,7 @@ use breaker_api::{
     tier::TierRole,
 };
 use breaker_web::rows::{
-    Attention, BreakerRow, CommandLine, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Severity,
-    Ups,
+    Attention, BreakerRow, CommandLine, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Ups,
 };
 
 const fn state(state: BreakerState) -> ReportedState {
@@ -39,30 +38,18 @@ fn namespace_and_name(name: &str) -> (&str, &str) {
     name.split_once('/').unwrap_or(("", name))
 }
 
-fn problem(severity: Severity, text: impl Into<String>) -> Problem {
-    Problem { severity, text: text.into() }
-}
-
 /// A line of the table.
 pub(super) fn breaker(service: &ServiceStatus, suspended: &[SuspendedPath]) -> BreakerRow {
     let (namespace, name) = namespace_and_name(&service.name);
     let mut problems = Vec::new();
-    if let Some(error) = &service.error {
-        problems.push(problem(Severity::Error, format!("not in the kernel: {error}")));
-    }
+    problems.extend(service.error.as_deref().map(Problem::not_applied));
     let paths = suspended.iter().filter(|path| path.service == service.name);
-    problems.extend(paths.map(|path| {
-        let text =
-            format!("{}: no answers of the backup were seen, so kube-proxy keeps the connections", path.interface);
-        problem(Severity::Warning, text)
-    }));
-    if let Some(limited) = service.limits.as_ref().and_then(|limits| limits.limited.as_ref()) {
-        let text = format!("{} refuses {} connections a minute", limited.limit, limited.per_minute);
-        problems.push(problem(Severity::Warning, text));
-    }
+    problems.extend(paths.map(|path| Problem::suspended(&path.interface)));
+    let limited = service.limits.as_ref().and_then(|limits| limits.limited.as_ref());
+    problems.extend(limited.map(|limited| Problem::limited(&limited.limit, limited.per_minute)));
     let backup = ups(backup(service));
     if backup.up == 0 {
-        problems.push(problem(Severity::Warning, "no pod of a backup is Up"));
+        problems.push(Problem::warning("no pod of a backup is Up"));
     }
     let row = BreakerRow {
         namespace: namespace.into(),
@@ -80,6 +67,7 @@ pub(super) fn breaker(service: &ServiceStatus, suspended: &[SuspendedPath]) -> B
         }),
         primary: ups(service.tiers.iter().find(|tier| tier.role == TierRole::Primary)),
         backup,
+        when_all_unhealthy: service.when_all_unhealthy,
         problems,
         on_nodes: String::new(),
         attention: Attention::None,
@@ -97,23 +85,26 @@ pub(super) fn counts(service: &ServiceStatus) -> Counts {
     }
 }
 
-/// The line of this node. `services`: all of them.
-pub(super) fn node(name: &str, agent: &AgentStatus, services: &[ServiceStatus]) -> NodeRow {
+/// Whether a service's breaker is open.
+pub(super) fn is_open(service: &ServiceStatus) -> bool {
+    service.state == BreakerState::Open
+}
+
+/// The line of this node, with the number of its services, and of those that are open.
+pub(super) fn node(name: &str, agent: &AgentStatus, services: usize, open: usize) -> NodeRow {
     let datapath = &agent.datapath;
     let failed = datapath.failed_interfaces.iter();
-    let mut problems: Vec<Problem> = failed
-        .map(|(interface, why)| problem(Severity::Error, format!("not attached to {interface}: {why}")))
-        .collect();
+    let failed = failed.map(|(interface, why)| Problem::error(format!("not attached to {interface}: {why}")));
     let words = agent.degraded.iter().chain(&datapath.notes);
-    problems.extend(words.map(|text| problem(Severity::Warning, text)));
+    let problems = failed.chain(words.map(Problem::warning)).collect();
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     NodeRow {
         name: name.into(),
         version: agent.version.clone(),
         attach: datapath.attach.map_or("", |attach| attach.label()).into(),
         interfaces: count(datapath.interfaces.len()),
-        services: count(services.len()),
-        open: count(services.iter().filter(|service| service.state == BreakerState::Open).count()),
+        services: count(services),
+        open: count(open),
         fill: Some(datapath.flow_pressure),
         heard: agent.last_beat,
         silent: false,
@@ -123,7 +114,22 @@ pub(super) fn node(name: &str, agent: &AgentStatus, services: &[ServiceStatus]) 
 
 /// Whether everybody on this node may see an event: those about single packets have addresses of clients.
 pub(super) const fn is_public(event: &EventLine) -> bool {
-    !matches!(event.kind, EventType::FlowMoved | EventType::Rejected | EventType::FlowReset)
+    match event.kind {
+        EventType::FlowMoved | EventType::Rejected | EventType::FlowReset | EventType::Unknown => false,
+        EventType::Transition
+        | EventType::Health
+        | EventType::LocalError
+        | EventType::LeftOut
+        | EventType::Limited
+        | EventType::StateAdopted
+        | EventType::WriteFailed
+        | EventType::WriteRecovered
+        | EventType::FlowPressure
+        | EventType::Restored
+        | EventType::ReturnPath
+        | EventType::Config
+        | EventType::ConfigRefused => true,
+    }
 }
 
 pub(super) fn event(event: &EventLine) -> EventRow {
@@ -158,8 +164,8 @@ pub(super) fn event(event: &EventLine) -> EventRow {
 }
 
 /// Everything about one breaker. The page asks for pods and checks by the name of the service.
-pub(super) fn detail(node: &str, service: &ServiceStatus) -> Detail {
-    let row = breaker(service, &[]);
+pub(super) fn detail(node: &str, service: &ServiceStatus, suspended: &[SuspendedPath]) -> Detail {
+    let row = breaker(service, suspended);
     let mut facts = vec![
         ("Clients connect to".to_owned(), service.frontends.join(", ")),
         ("Trips in a row".to_owned(), service.trips.to_string()),

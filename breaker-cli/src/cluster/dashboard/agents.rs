@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use breaker_web::rows::Message;
+use breaker_web::rows::Counts;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{
@@ -15,8 +15,12 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::util::intstr::IntOrString};
-use kube::{Api, Client, ResourceExt as _, api::ListParams};
-use tokio::{sync::Mutex, time::timeout};
+use kube::{Api, Client, ResourceExt as _, api::ListParams, client::UpgradeConnectionError};
+use serde::{Deserialize, Deserializer, de::IgnoredAny};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout, timeout_at},
+};
 
 use super::super::{AGENT_PODS, AGENTS, connection::explain};
 
@@ -24,6 +28,34 @@ use super::super::{AGENT_PODS, AGENTS, connection::explain};
 const PORT: u16 = 9810;
 /// Time limit for a connection and for an answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// An agent whose stream says nothing for this long is gone, or its main loop hangs. It sends a message each second.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// The part of a message that the dashboard uses. An agent of another version may say more.
+#[derive(Debug, Deserialize)]
+pub(super) struct AgentMessage {
+    /// Whether it is the first message of a stream.
+    #[serde(rename = "scope", deserialize_with = "is_there", default)]
+    pub is_first: bool,
+    /// Changed counts, by the name of the service.
+    #[serde(default)]
+    pub counts: BTreeMap<String, Counts>,
+    /// The node itself.
+    #[serde(default)]
+    pub nodes: Vec<AgentNode>,
+}
+
+/// The part of a node's row that the dashboard uses.
+#[derive(Debug, Deserialize)]
+pub(super) struct AgentNode {
+    /// Fill level of the fuller flow table, in percent.
+    #[serde(default)]
+    pub fill: Option<u8>,
+}
+
+fn is_there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    IgnoredAny::deserialize(deserializer).map(|_| true)
+}
 
 /// The agents of the cluster.
 pub(super) struct Agents {
@@ -50,8 +82,12 @@ impl Agents {
     /// # Errors
     /// The caller may not list the agents' pods.
     pub async fn nodes(&self) -> Result<Vec<String>> {
-        let list = self.api().list(&ListParams::default().labels(AGENT_PODS)).await;
-        let list = list.map_err(|error| explain(error, "list the agents' pods in breaker-system"))?;
+        let all = ListParams::default().labels(AGENT_PODS);
+        let list = timeout(TIMEOUT, async { self.api().list(&all).await }).await.context("list the agents' pods")?;
+        let list = list.map_err(|error| match error {
+            kube::Error::Api(status) if status.code == 403 => anyhow!("you may not list pods in {AGENTS}"),
+            error => explain(error, "list the agents' pods in breaker-system"),
+        })?;
         let found: BTreeMap<String, AgentPod> = list
             .items
             .into_iter()
@@ -92,11 +128,11 @@ impl Agents {
         }
     }
 
-    /// Follows the stream of a node's agent and hands over every message.
+    /// Follows the stream of a node's agent and hands over every message, until `take` returns false.
     ///
     /// # Errors
-    /// As for [`Self::get`]; the stream ended.
-    pub async fn follow(&self, node: &str, mut take: impl FnMut(Message)) -> Result<()> {
+    /// As for [`Self::get`]; the stream ended, or said nothing for ten seconds.
+    pub async fn follow(&self, node: &str, mut take: impl FnMut(AgentMessage) -> bool) -> Result<()> {
         let begin = async {
             let mut connection = self.connect(node).await?;
             let response = send(&mut connection, "/v1/stream").await?;
@@ -109,16 +145,21 @@ impl Agents {
         }
         let mut body = response.into_body();
         let mut text = Vec::new();
-        while let Some(frame) = body.frame().await {
-            text.extend_from_slice(frame?.data_ref().map(Bytes::as_ref).unwrap_or_default());
+        let mut deadline = Instant::now() + SILENCE;
+        loop {
+            let frame = timeout_at(deadline, body.frame()).await.context("the agent says nothing")?;
+            let frame = frame.context("the agent ended the stream")??;
+            text.extend_from_slice(frame.data_ref().map(Bytes::as_ref).unwrap_or_default());
             while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = text.drain(..=end).collect();
-                if let Some(json) = line.strip_prefix(b"data:") {
-                    take(serde_json::from_slice(json).context("read a message of the agent")?);
+                // Comments keep the connection open and are no sign of the main loop.
+                let Some(json) = line.strip_prefix(b"data:") else { continue };
+                deadline = Instant::now() + SILENCE;
+                if !take(serde_json::from_slice(json).context("read a message of the agent")?) {
+                    bail!("its messages come faster than they are read");
                 }
             }
         }
-        bail!("the agent ended the stream")
     }
 
     async fn connect(&self, node: &str) -> Result<SendRequest<Empty<Bytes>>> {
@@ -153,10 +194,13 @@ impl Agents {
 
 /// Why the API server does not forward a connection.
 fn refusal(error: kube::Error) -> anyhow::Error {
-    let text = error.to_string();
-    let is_forbidden = matches!(&error, kube::Error::Api(status) if status.code == 403) || text.contains("403");
+    let is_forbidden = match &error {
+        kube::Error::Api(status) => status.code == 403,
+        kube::Error::UpgradeConnection(UpgradeConnectionError::ProtocolSwitch(status)) => status.as_u16() == 403,
+        _ => false,
+    };
     if is_forbidden {
-        anyhow!("you may not reach the agents (create pods/portforward in {AGENTS})")
+        anyhow!("you may not reach the agents (get and create pods/portforward in {AGENTS})")
     } else {
         explain(error, "reach the agent")
     }

@@ -6,10 +6,7 @@ use std::{
     time::Duration,
 };
 
-use breaker_web::{
-    hub::{Breakers, Hub, Update},
-    rows::Message,
-};
+use breaker_web::hub::{Hub, Update};
 use jiff::Timestamp;
 use kube::Client;
 use tokio::{
@@ -18,7 +15,12 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 
-use super::{agents::Agents, numbers::Numbers, rows, world::World};
+use super::{
+    agents::{AgentMessage, Agents},
+    numbers::{Earlier, Numbers},
+    rows,
+    world::World,
+};
 
 /// How often the numbers are published, and the API server is asked whether it is there.
 const SECOND: Duration = Duration::from_secs(1);
@@ -40,11 +42,14 @@ struct Followed {
     /// Why numbers are missing.
     problems: BTreeMap<String, String>,
     messages: mpsc::Sender<FromAgent>,
-    begun: Instant,
+    /// Something changed that is shown for each node.
+    has_news: bool,
+    /// When the agents were first asked.
+    begun: Option<Instant>,
 }
 
 /// What comes from a node's agent: a message, or why there are none.
-type FromAgent = (String, Result<Box<Message>, String>);
+type FromAgent = (String, Result<AgentMessage, String>);
 
 /// Runs for as long as the program does.
 pub(super) async fn run(hub: Arc<Hub>, client: Client, world: Arc<World>, agents: Arc<Agents>) {
@@ -57,17 +62,19 @@ pub(super) async fn run(hub: Arc<Hub>, client: Client, world: Arc<World>, agents
         fill: BTreeMap::new(),
         problems: BTreeMap::new(),
         messages,
-        begun: Instant::now(),
+        has_news: false,
+        begun: None,
     };
     let mut second = interval(SECOND);
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut search = interval(SEARCH);
-    let mut last_event = 0;
+    search.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut published = Published::default();
     loop {
         tokio::select! {
             () = world.changed.notified() => {
                 sleep(BATCH).await;
-                publish_rows(&hub, &world, &followed, &mut last_event);
+                published.rows(&hub, &world, &followed);
             }
             Some((node, message)) = from_agents.recv() => followed.take(node, message),
             _ = search.tick() => {
@@ -86,51 +93,85 @@ pub(super) async fn run(hub: Arc<Hub>, client: Client, world: Arc<World>, agents
                 }
                 // A watch does not tell whether the API server is still there.
                 if matches!(timeout(SECOND, client.apiserver_version()).await, Ok(Ok(_))) {
-                    publish_rows(&hub, &world, &followed, &mut last_event);
+                    published.numbers(&hub, &world, &followed);
+                    followed.has_news = false;
                 }
             }
         }
     }
 }
 
-fn publish_rows(hub: &Hub, world: &World, followed: &Followed, last_event: &mut u64) {
-    let now = Timestamp::now();
-    let cluster = rows::Cluster::of(world, followed.fill.clone(), now);
+/// What was published, as far as later messages need it.
+#[derive(Default)]
+struct Published {
+    last_event: u64,
+    /// The breaker of each service.
+    breakers: BTreeMap<String, String>,
+    rows_at: Option<Instant>,
+}
+
+impl Published {
+    /// Publishes everything.
+    fn rows(&mut self, hub: &Hub, world: &World, followed: &Followed) {
+        if !world.is_complete() {
+            return;
+        }
+        let now = Timestamp::now();
+        let cluster = rows::Cluster::of(world, followed.fill.clone(), now);
+        self.breakers = cluster.services();
+        self.rows_at = Some(Instant::now());
+        let events = world.take_events();
+        let events = events.iter().map(|event| {
+            self.last_event += 1;
+            rows::event(event, self.last_event)
+        });
+        let update = Update {
+            events: events.collect(),
+            nodes: Some(cluster.nodes()),
+            counts: followed.numbers.of_breakers(&self.breakers),
+            notes: Some(notes(world, followed)),
+            ..Update::of_all(cluster.breakers())
+        };
+        hub.publish(now, update);
+        hub.complete();
+    }
+
+    /// Publishes the numbers; everything if that was long ago, because nodes fall silent without a change.
+    fn numbers(&mut self, hub: &Hub, world: &World, followed: &Followed) {
+        if self.rows_at.is_none_or(|at| at.elapsed() >= SEARCH) || followed.has_news {
+            return self.rows(hub, world, followed);
+        }
+        let counts = followed.numbers.of_breakers(&self.breakers);
+        hub.publish(Timestamp::now(), Update { counts, notes: Some(notes(world, followed)), ..Update::default() });
+    }
+}
+
+/// What the page cannot show, and why.
+fn notes(world: &World, followed: &Followed) -> Vec<String> {
     let mut notes = world.problems();
     let problems: BTreeSet<&String> = followed.problems.values().collect();
-    notes.extend(problems.into_iter().map(|why| format!("numbers of connections are missing: {why}")));
-    let events = world.take_events();
-    let update = Update {
-        counts: followed.numbers.of_breakers(&cluster.services()),
-        nodes: Some(cluster.nodes()),
-        breakers: Some(Breakers::All(cluster.breakers())),
-        events: events
-            .iter()
-            .map(|event| {
-                *last_event += 1;
-                rows::event(event, *last_event)
-            })
-            .collect(),
-        notes: Some(notes),
-    };
-    hub.publish(now, update);
-    hub.complete();
+    notes.extend(problems.into_iter().map(|why| format!("connection counts are incomplete: {why}")));
+    notes
 }
 
 impl Followed {
-    fn take(&mut self, node: String, message: Result<Box<Message>, String>) {
+    fn take(&mut self, node: String, message: Result<AgentMessage, String>) {
         match message {
             Ok(message) => {
-                let is_beginning = self.begun.elapsed() < BEGINNING;
-                self.numbers.take(&node, &message.counts, is_beginning);
-                if let Some(fill) = message.nodes.as_ref().and_then(|nodes| nodes.first()?.fill) {
-                    self.fill.insert(node.clone(), fill);
+                let earlier = match (message.is_first, self.begun) {
+                    (false, _) => Earlier::Known,
+                    (true, Some(begun)) if begun.elapsed() < BEGINNING => Earlier::Added,
+                    (true, _) => Earlier::LeftOut,
+                };
+                self.numbers.take(&node, &message.counts, earlier);
+                if let Some(fill) = message.nodes.first().and_then(|node| node.fill) {
+                    self.has_news |= self.fill.insert(node.clone(), fill) != Some(fill);
                 }
                 self.problems.remove(&node);
             }
             Err(why) => {
                 self.streams.remove(&node);
-                self.fill.remove(&node);
+                self.forget(&node);
                 self.problems.insert(node, why);
             }
         }
@@ -138,6 +179,7 @@ impl Followed {
 
     /// Follows the agents that are not followed yet.
     async fn search(&mut self) {
+        self.begun.get_or_insert_with(Instant::now);
         let nodes = match self.agents.nodes().await {
             Ok(nodes) => nodes,
             Err(error) => {
@@ -147,7 +189,7 @@ impl Followed {
         };
         self.problems.retain(|node, _| nodes.contains(node));
         if nodes.len() > MOST_AGENTS {
-            let why = format!("there are {} nodes, and the numbers of {MOST_AGENTS} are summed", nodes.len());
+            let why = format!("they cover {MOST_AGENTS} of {} nodes", nodes.len());
             self.problems.insert(String::new(), why);
         }
         for node in nodes.into_iter().take(MOST_AGENTS) {
@@ -156,12 +198,8 @@ impl Followed {
             }
             let (agents, messages, name) = (self.agents.clone(), self.messages.clone(), node.clone());
             let task = tokio::spawn(async move {
-                let outcome = agents
-                    .follow(&name, |message| {
-                        // If the feed is behind, the next message has newer counts of most services.
-                        let _ = messages.try_send((name.clone(), Ok(Box::new(message))));
-                    })
-                    .await;
+                let outcome =
+                    agents.follow(&name, |message| messages.try_send((name.clone(), Ok(message))).is_ok()).await;
                 let why = outcome.err().map(|error| format!("{error:#}")).unwrap_or_default();
                 let _ = messages.send((name, Err(why))).await;
             });
@@ -171,6 +209,16 @@ impl Followed {
 
     /// Nobody looks: the agents need not count.
     fn stop(&mut self) {
-        std::mem::take(&mut self.streams).into_values().for_each(|stream| stream.abort());
+        for (node, stream) in std::mem::take(&mut self.streams) {
+            stream.abort();
+            self.forget(&node);
+        }
+    }
+
+    /// What a node said is not current any more.
+    fn forget(&mut self, node: &str) {
+        self.fill.remove(node);
+        self.numbers.forget(node);
+        self.has_news = true;
     }
 }

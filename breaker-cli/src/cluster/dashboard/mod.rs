@@ -33,7 +33,7 @@ use tokio::net::TcpListener;
 
 use super::{
     args::{ConnectionArgs, DashboardArgs},
-    connection::Connection,
+    connection::{Connection, explain},
 };
 use crate::output::out;
 
@@ -44,6 +44,7 @@ pub(super) async fn run(connection: &Connection, how: &ConnectionArgs, args: &Da
         .await
         .with_context(|| format!("--port: cannot listen on {address}; choose another port, or 0 for any"))?;
     let address = listener.local_addr().context("find the port")?;
+    connection.client.apiserver_version().await.map_err(|error| explain(error, "ask the API server"))?;
     let scope = Scope {
         kind: ScopeKind::Cluster,
         name: connection.cluster.clone(),

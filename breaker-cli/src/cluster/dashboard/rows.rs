@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use breaker_api::crd::{
-    Mode, NodeReportSpec, NodeStatus, Override, OwnerKind, ReportedService, ReportedState, ReportedTier,
+    GONE, Mode, NodeReportSpec, NodeStatus, Override, OwnerKind, RefusedService, ReportedService, ReportedState,
+    ReportedTier,
 };
 use breaker_web::rows::{
     Attention, BreakerRow, CommandLine, ConditionRow, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem,
     Severity, Ups,
 };
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
 use kube::ResourceExt as _;
 
@@ -22,20 +23,24 @@ use super::{
     world::World,
 };
 
-/// A report that is older than this has no agent behind it: agents write every five minutes without a change.
-const GONE: SignedDuration = SignedDuration::from_mins(15);
-
 /// Everything that the API server says, at one time.
 pub(super) struct Cluster {
     breakers: Vec<BreakerView>,
-    /// By the name of the node.
-    reports: BTreeMap<String, NodeReportSpec>,
+    /// By the name of the node, in order.
+    reports: Vec<(String, NodeReportSpec)>,
+    /// Where the entries of each object are in the reports: the report, and the entry.
+    places: BTreeMap<Owner, Vec<(usize, usize)>>,
+    /// Services whose annotations are refused, by namespace and name.
+    refused: BTreeMap<(String, String), RefusedService>,
     /// Fill level of the flow tables by node, in percent, as far as it is known.
     fill: BTreeMap<String, u8>,
     now: Timestamp,
 }
 
-/// A breaker on one node: the entries of its ports.
+/// An object that asks for protection: its kind, namespace and name.
+type Owner = (OwnerKind, String, String);
+
+/// A breaker on one node: the entries of its ports, the most open state first.
 struct OnNode<'a> {
     node: &'a str,
     entries: Vec<&'a ReportedService>,
@@ -44,12 +49,33 @@ struct OnNode<'a> {
 impl Cluster {
     /// `fill`: fill level of the flow tables by node, in percent, as far as it is known.
     pub fn of(world: &World, fill: BTreeMap<String, u8>, now: Timestamp) -> Self {
-        Self {
-            breakers: world.breakers.state().iter().map(|breaker| BreakerView::from((**breaker).clone())).collect(),
-            reports: world.reports.state().iter().map(|report| (report.name_any(), report.spec.clone())).collect(),
-            fill,
-            now,
+        let breakers = world.breakers.state().iter().map(|breaker| BreakerView::from((**breaker).clone())).collect();
+        let reports = world.reports.state().iter().map(|report| (report.name_any(), report.spec.clone())).collect();
+        Self::new(breakers, reports, world.namespace.as_deref(), fill, now)
+    }
+
+    /// `namespace`: the one that is shown; `None` = all.
+    fn new(
+        breakers: Vec<BreakerView>,
+        mut reports: Vec<(String, NodeReportSpec)>,
+        namespace: Option<&str>,
+        fill: BTreeMap<String, u8>,
+        now: Timestamp,
+    ) -> Self {
+        let is_shown = |of: &str| namespace.is_none_or(|namespace| namespace == of);
+        reports.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut places: BTreeMap<Owner, Vec<(usize, usize)>> = BTreeMap::new();
+        let mut refused = BTreeMap::new();
+        for (place, (_, report)) in reports.iter().enumerate() {
+            for (number, entry) in report.services.iter().enumerate().filter(|(_, entry)| is_shown(&entry.namespace)) {
+                let Some(kind) = entry.kind else { continue };
+                places.entry((kind, entry.namespace.clone(), entry.name.clone())).or_default().push((place, number));
+            }
+            let services = report.refused.iter().filter(|service| is_shown(&service.namespace));
+            refused
+                .extend(services.map(|service| ((service.namespace.clone(), service.name.clone()), service.clone())));
         }
+        Self { breakers, reports, places, refused, fill, now }
     }
 
     /// A line for each CircuitBreaker, and for each annotated Service of the namespaces that are shown.
@@ -168,6 +194,7 @@ impl Cluster {
             override_,
             primary,
             backup,
+            when_all_unhealthy: Some(view.spec.when_all_unhealthy),
             problems,
             on_nodes: self.letters(&nodes, &status.nodes),
             attention: Attention::None,
@@ -179,15 +206,10 @@ impl Cluster {
         let nodes = self.on_nodes(OwnerKind::Service, namespace, name);
         let entries = nodes.iter().flat_map(|on_node| &on_node.entries);
         let worst = entries.clone().max_by_key(|entry| entry.state.openness());
-        let refused = self.reports.values().flat_map(|report| &report.refused);
-        let refused = refused.into_iter().find(|refused| refused.namespace == namespace && refused.name == name);
-        let mut problems: Vec<Problem> = refused
-            .map(|refused| Problem {
-                severity: Severity::Error,
-                text: format!("refused ({}): {}", refused.reason, refused.message),
-            })
-            .into_iter()
-            .collect();
+        let refused = self.refused.get(&(namespace.to_owned(), name.to_owned()));
+        let refusal =
+            refused.map(|refused| Problem::error(format!("refused ({}): {}", refused.reason, refused.message)));
+        let mut problems: Vec<Problem> = refusal.into_iter().collect();
         problems.extend(entries.flat_map(|entry| problems_of(entry)));
         problems.dedup();
         let (primary, backup) = ups_of_nodes(&nodes);
@@ -204,6 +226,7 @@ impl Cluster {
             override_: None,
             primary,
             backup,
+            when_all_unhealthy: None,
             problems,
             on_nodes: self.letters(&nodes, &[]),
             attention: Attention::None,
@@ -213,35 +236,43 @@ impl Cluster {
 
     /// Namespaces and names of Services that annotations protect, or would protect.
     fn annotated(&self) -> BTreeSet<(String, String)> {
-        let services = self.reports.values().flat_map(|report| &report.services);
-        let services = services.filter(|entry| entry.kind == Some(OwnerKind::Service));
-        let refused = self.reports.values().flat_map(|report| &report.refused);
-        services
-            .map(|entry| (entry.namespace.clone(), entry.name.clone()))
-            .chain(refused.map(|refused| (refused.namespace.clone(), refused.name.clone())))
-            .collect()
+        let services = self.places.keys().filter(|(kind, ..)| *kind == OwnerKind::Service);
+        let services = services.map(|(_, namespace, name)| (namespace.clone(), name.clone()));
+        services.chain(self.refused.keys().cloned()).collect()
     }
 
     fn on_nodes(&self, kind: OwnerKind, namespace: &str, name: &str) -> Vec<OnNode<'_>> {
-        let of_breaker =
-            |entry: &&ReportedService| entry.kind == Some(kind) && entry.namespace == namespace && entry.name == name;
-        let nodes = self
-            .reports
-            .iter()
-            .map(|(node, report)| OnNode { node, entries: report.services.iter().filter(of_breaker).collect() });
-        nodes.filter(|on_node| !on_node.entries.is_empty()).collect()
+        let mut nodes: Vec<OnNode<'_>> = Vec::new();
+        let places = self.places.get(&(kind, namespace.to_owned(), name.to_owned()));
+        for (place, number) in places.into_iter().flatten() {
+            let (node, report) = &self.reports[*place];
+            let entry = &report.services[*number];
+            match nodes.last_mut().filter(|last| last.node == node) {
+                Some(last) => last.entries.push(entry),
+                None => nodes.push(OnNode { node, entries: vec![entry] }),
+            }
+        }
+        for on_node in &mut nodes {
+            on_node.entries.sort_by_key(|entry| std::cmp::Reverse(entry.state.openness()));
+        }
+        nodes
     }
 
-    fn is_silent(&self, report: &NodeReportSpec) -> bool {
-        report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE)
+    /// Whether a node's report has no agent behind it any more. The elected agent knows earlier than the age of the
+    /// report tells, because it sees the Node.
+    fn is_silent(&self, node: &str, report: &NodeReportSpec) -> bool {
+        let said = self.breakers.iter().filter_map(|breaker| breaker.status.as_ref()).flat_map(|status| &status.nodes);
+        let is_unknown = said.into_iter().any(|status| status.node == node && status.state == ReportedState::Unknown);
+        let is_old = report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE);
+        (is_unknown || is_old) && !self.fill.contains_key(node)
     }
 
-    /// The states in the order of the nodes. `status`: what the elected agent says of nodes, which knows those that are
-    /// silent sooner.
+    /// The states in the order of the nodes. `status`: what the elected agent says of nodes.
     fn letters(&self, nodes: &[OnNode<'_>], status: &[NodeStatus]) -> String {
-        let letter = |(node, report): (&String, &NodeReportSpec)| {
+        let letter = |(node, report): &(String, NodeReportSpec)| {
             let said = status.iter().find(|status| status.node == *node).map(|status| status.state);
-            if self.is_silent(report) || said == Some(ReportedState::Unknown) {
+            let is_old = report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE);
+            if is_old || said == Some(ReportedState::Unknown) {
                 return '?';
             }
             let on_node = nodes.iter().find(|on_node| on_node.node == node);
@@ -250,7 +281,8 @@ impl Cluster {
                 Some(ReportedState::Closed) => 'C',
                 Some(ReportedState::HalfOpen) => 'H',
                 Some(ReportedState::Open) => 'O',
-                Some(ReportedState::Unknown | ReportedState::NotProgrammed | ReportedState::NotProtected) => '?',
+                Some(ReportedState::NotProgrammed | ReportedState::NotProtected) => 'N',
+                Some(ReportedState::Unknown) => '?',
             }
         };
         self.reports.iter().map(letter).collect()
@@ -258,12 +290,11 @@ impl Cluster {
 
     fn node(&self, name: &str, report: &NodeReportSpec) -> NodeRow {
         let agent = &report.agent;
-        let error = |text: String| Problem { severity: Severity::Error, text };
-        let warning = |text: String| Problem { severity: Severity::Warning, text };
-        let failed = agent.failed_interfaces.iter().map(|interface| error(format!("not attached to {interface}")));
-        let mut problems: Vec<Problem> = failed.chain(agent.incompatible.clone().map(error)).collect();
+        let failed =
+            agent.failed_interfaces.iter().map(|interface| Problem::error(format!("not attached to {interface}")));
+        let errors = failed.chain(agent.incompatible.iter().map(Problem::error));
         let words = agent.bypass.iter().chain(&agent.degraded).chain(&agent.unseen);
-        problems.extend(words.cloned().map(warning));
+        let problems = errors.chain(words.map(Problem::warning)).collect();
         let count = |number: i32| u32::try_from(number).unwrap_or(0);
         NodeRow {
             name: name.into(),
@@ -274,7 +305,7 @@ impl Cluster {
             open: count(agent.open),
             fill: self.fill.get(name).copied(),
             heard: agent.reported_at,
-            silent: self.is_silent(report) && !self.fill.contains_key(name),
+            silent: self.is_silent(name, report),
             problems,
         }
     }
@@ -303,7 +334,7 @@ impl Cluster {
 
 /// The entry of the port with the most open state.
 fn worst<'a>(on_node: &OnNode<'a>) -> Option<&'a ReportedService> {
-    on_node.entries.iter().copied().max_by_key(|entry| entry.state.openness())
+    on_node.entries.first().copied()
 }
 
 /// The names under which the agents know the parts of a breaker.
@@ -313,18 +344,11 @@ fn service_names<'a>(on_node: &OnNode<'a>, service: &'a str) -> impl Iterator<It
 
 fn problems_of(entry: &ReportedService) -> Vec<Problem> {
     let port = entry.port;
-    let error = entry
-        .error
-        .iter()
-        .map(|error| Problem { severity: Severity::Error, text: format!("port {port}: not in the kernel: {error}") });
-    let limited = entry.limited.iter().map(|limited| Problem {
-        severity: Severity::Warning,
-        text: format!("port {port}: {} refuses {} connections a minute", limited.limit, limited.per_minute),
-    });
-    let suspended = entry.suspended_on.iter().map(|interface| Problem {
-        severity: Severity::Warning,
-        text: format!("{interface}: no answers of the backup were seen, so kube-proxy keeps the connections"),
-    });
+    let error = entry.error.iter().map(|error| Problem::not_applied(&format!("port {port}: {error}")));
+    let limited = entry.limited.iter();
+    let limited =
+        limited.map(|limited| Problem::limited(&format!("port {port}: {}", limited.limit), limited.per_minute));
+    let suspended = entry.suspended_on.iter().map(|interface| Problem::suspended(interface));
     error.chain(limited).chain(suspended).collect()
 }
 
@@ -402,7 +426,9 @@ pub(super) fn command_prefix(how: &ConnectionArgs) -> Vec<String> {
         value.iter().flat_map(|value| [name.to_owned(), value.clone()]).collect::<Vec<String>>()
     };
     let kubeconfig = how.kubeconfig.as_ref().map(|path| path.display().to_string());
-    [option("--kubeconfig", &kubeconfig), option("--context", &how.context), option("--as", &how.user)].concat()
+    let groups = how.groups.iter().flat_map(|group| ["--as-group".to_owned(), group.clone()]).collect();
+    let identity = [option("--as", &how.user), groups];
+    [option("--kubeconfig", &kubeconfig), option("--context", &how.context), identity.concat()].concat()
 }
 
 #[cfg(test)]
@@ -411,12 +437,10 @@ mod tests {
     use serde_json::{Value, json};
 
     fn cluster(breakers: Value, reports: Value) -> Cluster {
-        Cluster {
-            breakers: serde_json::from_value(breakers).unwrap(),
-            reports: serde_json::from_value(reports).unwrap(),
-            fill: BTreeMap::new(),
-            now: "2026-11-28T12:00:00Z".parse().unwrap(),
-        }
+        let reports: BTreeMap<String, NodeReportSpec> = serde_json::from_value(reports).unwrap();
+        let now = "2026-11-28T12:00:00Z".parse().unwrap();
+        let breakers = serde_json::from_value(breakers).unwrap();
+        Cluster::new(breakers, reports.into_iter().collect(), Some("prod"), BTreeMap::new(), now)
     }
 
     fn breaker(status: Value) -> Value {
@@ -452,6 +476,16 @@ mod tests {
         assert_eq!(cluster.services(), BTreeMap::from([("prod/shop:80".into(), "prod/web".into())]));
         let silent: Vec<bool> = cluster.nodes().iter().map(|node| node.silent).collect();
         assert_eq!(silent, [false, false, true, false]);
+    }
+
+    /// The elected agent sees a Node that is gone before its report is old.
+    #[test]
+    fn a_node_that_the_status_calls_unknown_is_silent() {
+        let status = json!({ "state": "Closed", "nodes": [{ "node": "a", "state": "Unknown" }] });
+        let reports = json!({ "a": report("2026-11-28T11:59:00Z", "Closed", 3) });
+        let cluster = cluster(breaker(status), reports);
+        assert!(cluster.nodes()[0].silent);
+        assert_eq!(cluster.breakers()[0].on_nodes, "?");
     }
 
     #[test]
@@ -494,8 +528,10 @@ mod tests {
         let mut report = report("2026-11-28T11:59:00Z", "Open", 0);
         report["services"][0]["kind"] = json!("Service");
         report["services"][0]["name"] = json!("shop");
-        report["refused"] =
-            json!([{ "namespace": "prod", "name": "cart", "reason": "Invalid", "message": "breaker.dev/backup: …" }]);
+        report["refused"] = json!([
+            { "namespace": "prod", "name": "cart", "reason": "Invalid", "message": "breaker.dev/backup: …" },
+            { "namespace": "other", "name": "hidden", "reason": "Invalid" },
+        ]);
         let cluster = cluster(json!([]), json!({ "a": report }));
         let rows: Vec<(String, ReportedState)> = cluster.breakers().iter().map(|row| (row.key(), row.state)).collect();
         assert_eq!(

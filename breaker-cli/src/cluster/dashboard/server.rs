@@ -11,8 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use breaker_api::commands::ErrorBody;
-use breaker_web::{files, guard, hub::Hub, rows::Detail, stream};
+use breaker_web::{failure::Failure, files, guard, hub::Hub, rows::Detail, stream};
 use jiff::Timestamp;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 
@@ -53,15 +52,6 @@ pub(super) fn routes(
     guard::guarded(files::routes().merge(data))
 }
 
-/// An error response.
-struct Failure(StatusCode, String);
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        (self.0, Json(ErrorBody { error: self.1 })).into_response()
-    }
-}
-
 async fn authorize(State(expected): State<Arc<str>>, request: Request, next: Next) -> Response {
     let given = request.headers().get(header::AUTHORIZATION).map(header::HeaderValue::as_bytes).unwrap_or_default();
     if is_same(given, expected.as_bytes()) {
@@ -71,7 +61,7 @@ async fn authorize(State(expected): State<Arc<str>>, request: Request, next: Nex
     Failure(StatusCode::UNAUTHORIZED, why.into()).into_response()
 }
 
-/// Compares in a time that does not tell how much is the same.
+/// Compares in constant time.
 fn is_same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }

@@ -1,9 +1,10 @@
 //! What the API server says: three watches, with the caller's rights.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     fmt::Debug,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use breaker_api::crd::{CircuitBreaker, GROUP, NodeReport};
@@ -19,12 +20,17 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 use super::super::{connection::Connection, events};
 
 /// Events that wait for their publication, at most.
 const MOST_EVENTS: usize = 500;
+/// How long the reason of a failed watch is shown. A watch that fails tries again sooner, and one that works again says
+/// nothing until something changes.
+const SHOWN: Duration = Duration::from_secs(60);
+/// The watches.
+const WATCHES: [&str; 3] = ["CircuitBreakers", "NodeReports", "Events"];
 
 /// What the watches know.
 pub(super) struct World {
@@ -32,6 +38,8 @@ pub(super) struct World {
     pub breakers: Store<CircuitBreaker>,
     /// The reports of all nodes.
     pub reports: Store<NodeReport>,
+    /// The namespace that is meant; `None` = all.
+    pub namespace: Option<String>,
     state: Mutex<State>,
     /// Something changed.
     pub changed: Notify,
@@ -41,30 +49,40 @@ pub(super) struct World {
 struct State {
     /// When each Event happened last, by uid.
     seen: BTreeMap<String, Timestamp>,
-    events: VecDeque<Event>,
-    /// What cannot be watched, and why.
-    problems: BTreeMap<&'static str, String>,
+    events: Vec<Event>,
+    /// What cannot be watched, why, and since when.
+    problems: BTreeMap<&'static str, (String, Instant)>,
+    /// The watches that have delivered their first list, or have failed.
+    ready: BTreeSet<&'static str>,
 }
 
 /// Starts the watches.
 pub(super) fn watch(connection: &Connection) -> Arc<World> {
     let (breakers, breakers_in) = reflector::store();
     let (reports, reports_in) = reflector::store();
-    let world = Arc::new(World { breakers, reports, state: Mutex::default(), changed: Notify::new() });
+    let world = Arc::new(World {
+        breakers,
+        reports,
+        namespace: connection.namespace.clone(),
+        state: Mutex::default(),
+        changed: Notify::new(),
+    });
+    let [breakers, reports, events] = WATCHES;
     let api = connection.api::<CircuitBreaker>();
-    tokio::spawn(follow(world.clone(), "CircuitBreakers", api, move |api| {
+    tokio::spawn(follow(world.clone(), breakers, api, move |api| {
         reflector::reflector(breakers_in, watcher(api, watcher::Config::default()))
     }));
     let api = Api::<NodeReport>::all(connection.client.clone());
-    tokio::spawn(follow(world.clone(), "NodeReports", api, move |api| {
+    tokio::spawn(follow(world.clone(), reports, api, move |api| {
         reflector::reflector(reports_in, watcher(api, watcher::Config::default()))
     }));
     let taker = world.clone();
-    tokio::spawn(follow(world.clone(), "Events", connection.api::<Event>(), move |api| {
-        watcher(api, watcher::Config::default()).inspect(move |event| {
-            if let Ok(watcher::Event::Apply(event) | watcher::Event::InitApply(event)) = event {
-                taker.take_event(event);
-            }
+    tokio::spawn(follow(world.clone(), events, connection.api::<Event>(), move |api| {
+        let ours = watcher::Config::default().fields(&format!("reportingComponent={GROUP}"));
+        watcher(api, ours).inspect(move |event| match event {
+            Ok(watcher::Event::Apply(event) | watcher::Event::InitApply(event)) => taker.take_event(event),
+            Ok(watcher::Event::Delete(event)) => taker.forget_event(event),
+            Ok(watcher::Event::Init | watcher::Event::InitDone) | Err(_) => {}
         })
     }));
     world
@@ -77,12 +95,33 @@ where
 {
     let mut events = std::pin::pin!(start(api).default_backoff());
     while let Some(event) = events.next().await {
-        match event {
-            Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => continue,
-            Ok(_) => drop(world.state().problems.remove(what)),
-            Err(error) => drop(world.state().problems.insert(what, words(what, &error))),
+        if matches!(event, Ok(watcher::Event::Init | watcher::Event::InitApply(_))) {
+            continue;
         }
-        world.changed.notify_one();
+        world.state().ready.insert(what);
+        match event {
+            Ok(_) => {
+                world.state().problems.remove(what);
+                world.changed.notify_one();
+            }
+            // Only an answer of the API server is news; without one, the page shows how old its data is.
+            Err(error) => {
+                world.state().problems.insert(what, (words(what, &error), Instant::now()));
+                if is_answer(&error) {
+                    world.changed.notify_one();
+                }
+            }
+        }
+    }
+}
+
+/// Whether the API server has answered, and refused.
+fn is_answer(error: &watcher::Error) -> bool {
+    let refused = |error: &kube::Error| matches!(error, kube::Error::Api(_));
+    match error {
+        watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => refused(error),
+        watcher::Error::WatchError(_) => true,
+        _ => false,
     }
 }
 
@@ -116,20 +155,35 @@ impl World {
         if state.seen.insert(uid, last) == Some(last) {
             return;
         }
-        state.events.push_back(event.clone());
-        let over = state.events.len().saturating_sub(MOST_EVENTS);
-        state.events.drain(..over);
+        state.events.push(event.clone());
+        if state.events.len() > 2 * MOST_EVENTS {
+            // The first list comes in the order of names.
+            state.events.sort_by_key(events::last);
+            let over = state.events.len() - MOST_EVENTS;
+            state.events.drain(..over);
+        }
+    }
+
+    fn forget_event(&self, event: &Event) {
+        self.state().seen.remove(event.metadata.uid.as_deref().unwrap_or_default());
+    }
+
+    /// Whether everything that can be listed has been listed.
+    pub fn is_complete(&self) -> bool {
+        self.state().ready.len() == WATCHES.len()
     }
 
     /// The Events since the last call, oldest first.
     pub fn take_events(&self) -> Vec<Event> {
-        let mut events: Vec<Event> = self.state().events.drain(..).collect();
+        let mut events = std::mem::take(&mut self.state().events);
         events.sort_by_key(events::last);
         events
     }
 
     /// What the page cannot show, and why.
     pub fn problems(&self) -> Vec<String> {
-        self.state().problems.values().cloned().collect()
+        let mut state = self.state();
+        state.problems.retain(|_, (_, since)| since.elapsed() < SHOWN);
+        state.problems.values().map(|(why, _)| why.clone()).collect()
     }
 }

@@ -178,7 +178,7 @@ pub(super) fn dashboard(cluster: &Cluster) -> Result<String> {
     viewer.wait("the viewer's breaker", |page| page.state() == Some("Open"))?;
     viewer.wait("the notes", |page| page.notes.len() >= 2)?;
     let notes = format!("{:?}", viewer.notes);
-    ensure!(notes.contains("you may not watch NodeReports") && notes.contains("numbers of connections"), "{notes}");
+    ensure!(notes.contains("you may not watch NodeReports") && notes.contains("you may not list pods"), "{notes}");
     drop(viewer);
     cluster.lab(&["delete", "rolebinding", "watcher"])?;
 
