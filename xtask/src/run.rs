@@ -5,9 +5,18 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 
 /// The cargo that runs this program, with the workspace as its working directory.
+///
+/// `cargo run` sets variables about xtask's own package. They are removed: build scripts of dependencies depend on the same
+/// names, and everything above them would be built anew whenever cargo runs by hand and through xtask in turn.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(ebpf_builder::workspace());
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
     command
 }
 
