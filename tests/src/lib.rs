@@ -12,11 +12,13 @@
 //! | [`lab::stage`] | the complete lab: node, primary, backup, client and agent |
 //! | [`model`] | the rules of the datapath in plain Rust; tests compare the programs with them |
 //! | [`tables`] | the content of the flow tables, as plain values |
+//! | [`process`] | processes that end with the test |
 //! | [`prometheus`] | promtool and the server of Prometheus |
 //! | [`packets`] | packets that are built independently of the product's code, and the programs to run on them |
 
 pub mod lab;
 pub mod model;
 pub mod packets;
+pub mod process;
 pub mod prometheus;
 pub mod tables;

@@ -4,10 +4,12 @@
 use std::{
     io::Write as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
+
+use crate::process::KilledOnDrop;
 
 /// Path of `prometheus` or `promtool`; `None` where neither the project's copy nor one in `PATH` is at hand, as in a
 /// guest with another kernel.
@@ -37,7 +39,7 @@ pub fn check_metrics(promtool: &Path, scrape: &str) -> Result<()> {
 /// A running server. It ends when it is dropped.
 #[derive(Debug)]
 pub struct Server {
-    process: Child,
+    _process: KilledOnDrop,
 }
 
 impl Server {
@@ -52,13 +54,6 @@ impl Server {
             .arg(format!("--web.listen-address={listen}"))
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        Ok(Self { process: command.spawn().context("start prometheus")? })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        Ok(Self { _process: KilledOnDrop(command.spawn().context("start prometheus")?) })
     }
 }

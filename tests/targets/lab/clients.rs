@@ -8,7 +8,7 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -17,10 +17,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use breaker_tests::lab::{
-    netns::NetNs,
-    stage::{Checks, Lab},
-    wait_for,
+use breaker_tests::{
+    lab::{
+        netns::NetNs,
+        stage::{Checks, Lab},
+        wait_for,
+    },
+    process::KilledOnDrop,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -37,19 +40,9 @@ const DNS: u16 = 53;
 const IPERF: u16 = 5201;
 const ECHO: u16 = 7000;
 
-/// A process that is killed when this value is dropped.
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn spawn(command: &mut Command) -> Result<Server> {
+fn spawn(command: &mut Command) -> Result<KilledOnDrop> {
     let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    quiet.spawn().map(Server).with_context(|| format!("start {quiet:?}"))
+    quiet.spawn().map(KilledOnDrop).with_context(|| format!("start {quiet:?}"))
 }
 
 fn listens(ns: &NetNs, port: u16) -> bool {
@@ -87,7 +80,7 @@ fn add_vip_routes(lab: &Lab) -> Result<()> {
 }
 
 /// A lab with servers of all kinds in the backup's pod. `more` is added to each service's configuration.
-fn staged(services: &[(u16, bool)], more: &str) -> Result<(Lab, Vec<Server>)> {
+fn staged(services: &[(u16, bool)], more: &str) -> Result<(Lab, Vec<KilledOnDrop>)> {
     let mut lab = Lab::new(Checks::Fast)?;
     add_vip_routes(&lab)?;
     let pod = lab.backup.pod.clone();
@@ -162,7 +155,7 @@ fn ask_everything(ns: &NetNs, vip: &str, backup: IpAddr, interface: &str) -> Res
 
 /// A tcpdump capture on a namespace's `eth0`.
 struct Capture {
-    tcpdump: Server,
+    tcpdump: KilledOnDrop,
     file: PathBuf,
 }
 

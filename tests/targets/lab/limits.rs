@@ -5,18 +5,21 @@ use breaker_common::BreakerState;
 use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, SocketAddrV4, TcpStream},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use breaker_api::limits::LimitsStatus;
-use breaker_tests::lab::{
-    client::Plan,
-    netns::{self, NetNs},
-    stage::{Checks, Lab, SERVICE},
-    wait_for,
+use breaker_tests::{
+    lab::{
+        client::Plan,
+        netns::{self, NetNs},
+        stage::{Checks, Lab, SERVICE},
+        wait_for,
+    },
+    process::KilledOnDrop,
 };
 
 use crate::{LONG, start_healthy_lab, wait_all_up};
@@ -72,17 +75,8 @@ fn hundred_clients(from: &NetNs, target: SocketAddrV4) -> Result<Admitted> {
     })
 }
 
-struct HaProxy(Child);
-
-impl Drop for HaProxy {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// HAProxy in the backup's pod, with the common recipe for a rate limit.
-fn haproxy(lab: &Lab) -> Result<(HaProxy, SocketAddrV4)> {
+fn haproxy(lab: &Lab) -> Result<(KilledOnDrop, SocketAddrV4)> {
     let address = SocketAddrV4::new(lab.backup.pod.address, 8081);
     let config = lab.world.dir().join("limits.cfg");
     let text = format!(
@@ -95,7 +89,7 @@ fn haproxy(lab: &Lab) -> Result<(HaProxy, SocketAddrV4)> {
     std::fs::write(&config, text).context("write limits.cfg")?;
     let mut command = lab.backup.pod.ns.command("haproxy");
     let child = command.arg("-f").arg(&config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let child = HaProxy(child.context("start haproxy")?);
+    let child = KilledOnDrop(child.context("start haproxy")?);
     let listens = || lab.backup.pod.ns.output("ss", &["-Htln", "sport", "=", ":8081"]).is_ok_and(|out| !out.is_empty());
     wait_for("haproxy to listen", LONG, listens)?;
     Ok((child, address))

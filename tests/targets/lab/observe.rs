@@ -15,6 +15,7 @@ use breaker_tests::{
         wait_for,
         world::World,
     },
+    process::KilledOnDrop,
     prometheus::{self, Server},
 };
 use rustix::process::Signal;
@@ -126,16 +127,6 @@ fn a_scrape_has_the_level_that_it_asks_for() -> Result<()> {
     })
 }
 
-/// What `curl` follows; dropping it ends the process.
-struct Followed(std::process::Child);
-
-impl Drop for Followed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// The live page: at the loopback address alone, current, and without addresses of clients.
 #[test]
 fn the_page_shows_a_failover_and_no_clients() -> Result<()> {
@@ -157,7 +148,7 @@ fn the_page_shows_a_failover_and_no_clients() -> Result<()> {
     let file = lab.world.dir().join("stream");
     let mut curl = ns.command("curl");
     let curl = curl.args(["-s", "-N", "http://127.0.0.1:9810/v1/stream"]).stdout(fs::File::create(&file)?).spawn()?;
-    let curl = Followed(curl);
+    let curl = KilledOnDrop(curl);
     let messages = || -> Vec<Value> {
         let text = fs::read_to_string(&file).unwrap_or_default();
         let complete = text.rsplit_once('\n').map_or("", |(complete, _)| complete);

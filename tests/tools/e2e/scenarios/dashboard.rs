@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeMap,
     io::{BufRead as _, BufReader},
-    process::{Child, Stdio},
+    process::Stdio,
     sync::mpsc,
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use breaker_tests::process::KilledOnDrop;
 use serde_json::Value;
 
 use super::vip;
@@ -21,9 +22,9 @@ use crate::{
 const LONG: Duration = Duration::from_secs(40);
 const BREAKER: &str = "breaker-e2e/dummy";
 
-/// A dashboard that runs, and what its stream has said. Dropping it ends the process.
+/// A dashboard that runs, with the content of its stream. Dropping it ends the process.
 struct Dashboard {
-    process: Child,
+    _process: KilledOnDrop,
     address: String,
     token: String,
     lines: mpsc::Receiver<String>,
@@ -34,19 +35,12 @@ struct Dashboard {
     notes: Vec<Value>,
 }
 
-impl Drop for Dashboard {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
 impl Dashboard {
     fn start(cluster: &Cluster, args: &[&str]) -> Result<Self> {
         let mut process = cluster.plugin_command(&[args, &["dashboard"]].concat())?;
-        let mut process = process.stdout(Stdio::piped()).spawn().context("start the dashboard")?;
+        let mut process = KilledOnDrop(process.stdout(Stdio::piped()).spawn().context("start the dashboard")?);
         let mut line = String::new();
-        BufReader::new(process.stdout.take().context("no output")?).read_line(&mut line)?;
+        BufReader::new(process.0.stdout.take().context("no output")?).read_line(&mut line)?;
         let (address, token) = line.trim().split_once("/#token=").context(line.clone())?;
         let (address, token) = (address.to_owned(), token.to_owned());
         let (sender, lines) = mpsc::channel();
@@ -59,7 +53,7 @@ impl Dashboard {
                 .all(|line| sender.send(line).is_ok());
         });
         Ok(Self {
-            process,
+            _process: process,
             address,
             token,
             lines,

@@ -4,17 +4,20 @@
 use std::{
     fmt::Write as _,
     net::SocketAddrV4,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use breaker_api::status::Health;
-use breaker_tests::lab::{
-    agent::Agent,
-    netns::NetNs,
-    stage::{Checks, Lab},
-    wait_for,
+use breaker_tests::{
+    lab::{
+        agent::Agent,
+        netns::NetNs,
+        stage::{Checks, Lab},
+        wait_for,
+    },
+    process::KilledOnDrop,
 };
 
 use super::Row;
@@ -172,19 +175,9 @@ fn kubelet(kind: Kind) -> Result<Cost> {
     peer(&lab, &mut command)
 }
 
-/// A peer that runs until its measurement has ended.
-struct Peer(Child);
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 fn peer(lab: &Lab, command: &mut Command) -> Result<Cost> {
     let null = || Stdio::null();
-    let peer = Peer(command.stdin(null()).stdout(null()).stderr(null()).spawn().context("start a peer")?);
+    let peer = KilledOnDrop(command.stdin(null()).stdout(null()).stderr(null()).spawn().context("start a peer")?);
     std::thread::sleep(Duration::from_secs(1));
     let mut cost = measure(lab, peer.0.id())?;
     drop(peer);
