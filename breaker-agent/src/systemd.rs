@@ -19,7 +19,7 @@ impl ServiceManager {
         Self { is_present: std::env::var_os("NOTIFY_SOCKET").is_some(), is_told_ready: false, status: String::new() }
     }
 
-    /// Whether a service manager started this process. Without one, nothing needs to be reported.
+    /// Returns `true` if a service manager started this process. Without one, nothing needs to be reported.
     #[must_use]
     pub const fn is_present(&self) -> bool {
         self.is_present

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use breaker_api::{
     crd::{self, AttachMode},
-    events::{EventLine, EventType},
+    events::{EventLine, EventType, NO_SERVICE},
     flows::{FlowPath, FlowPhase, FlowView, Protocol},
     limits::{ActiveLimit, LimitsStatus, RefusedClient, TierLimitsStatus},
     status::{Applied, BackendStatus, CheckCode, Health, LocalErrors, ProbesStatus, ServiceStatus, TierStatus},
@@ -23,9 +23,6 @@ use breaker_core::{
 use jiff::Timestamp;
 
 use crate::{clock::timestamp, datapath::options};
-
-/// Name in the field `service` of an event that belongs to no service.
-const NO_SERVICE: &str = "-";
 
 /// One service.
 #[must_use]

@@ -71,6 +71,9 @@ impl EventType {
     }
 }
 
+/// Name in the field `service` of an event that belongs to no service.
+pub const NO_SERVICE: &str = "-";
+
 /// One event.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -79,7 +82,7 @@ pub struct EventLine {
     pub id: u64,
     /// When it happened.
     pub at: Timestamp,
-    /// The service; `-` for an event that is not about one.
+    /// The service; [`NO_SERVICE`] for an event that is not about one.
     pub service: String,
     /// What it is about.
     pub kind: EventType,

@@ -177,7 +177,7 @@ pub struct ServiceStatus {
     /// How packets to backup pods of this node are delivered; not known without an agent.
     #[serde(default, with = "crate::text::or_empty")]
     pub fast_path: Option<FastPath>,
-    /// What becomes of a new connection while neither the primary nor a backup can be used; not known without an agent.
+    /// The fate of a new connection while neither the primary nor a backup can be used; not known without an agent.
     #[serde(default, with = "crate::text::or_empty")]
     pub when_all_unhealthy: Option<WhenAllUnhealthy>,
     /// The addresses, ports and protocols that clients connect to.

@@ -1,13 +1,14 @@
 // Charts. Each has a sentence for screen readers and its numbers as a table.
 
 import { html, useEffect, useRef } from "./preact.js";
+import { total } from "./store.js";
 import { clock, rate } from "./words.js";
 
 // A line of 60 rates without axes.
 export function Sparkline({ rates, label }) {
-  const totals = (rates ?? []).map((kinds) => kinds && kinds[0] + kinds[1] + kinds[2]);
-  const most = Math.max(1, ...totals.filter((total) => total !== undefined));
-  const point = (total, index) => (total === undefined ? undefined : `${index * 2},${(20 - (total / most) * 18).toFixed(1)}`);
+  const totals = (rates ?? []).map(total);
+  const most = Math.max(1, ...totals.filter((sum) => sum !== undefined));
+  const point = (sum, index) => (sum === undefined ? undefined : `${index * 2},${(20 - (sum / most) * 18).toFixed(1)}`);
   const points = totals.map(point).filter(Boolean).join(" ");
   return html`<svg class="spark" viewBox="0 0 120 22" role="img" aria-label=${label}>
     <polyline points=${points} />

@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { Chart } from "./charts.js";
 import { EventList } from "./events.js";
-import { Problems, Share, State, Ups } from "./overview.js";
+import { Head, Problems, Share, State, Ups } from "./parts.js";
 import { get } from "./stream.js";
 import { ago, clock, count, doing, milliseconds, overrideWords, percent, rate } from "./words.js";
 
@@ -71,9 +71,7 @@ function Backends({ service, now }) {
     return html`<p class="empty">No tier has pods.</p>`;
   }
   return html`<table class="plain backends">
-    <thead>
-      <tr>${["Tier", "Address", "Health", "For", "Last check", "Took", "Details"].map((head) => html`<th scope="col" key=${head}>${head}</th>`)}</tr>
-    </thead>
+    <${Head} columns=${["Tier", "Address", "Health", "For", "Last check", "Took", "Details"]} />
     <tbody>
       ${rows.map(
         ({ tier, backend }) => html`<tr key=${tier.name + backend.address}>
@@ -100,7 +98,7 @@ function Limits({ limits }) {
   return html`<h3>Limits</h3>
     ${limits.limited ? html`<p class="problem Warning">${limits.limited.limit} refuses connections since ${clock(limits.limited.since)}: ${count(limits.limited.perMinute)} a minute.</p>` : null}
     <table class="plain">
-      <thead><tr><th scope="col">Limit</th><th scope="col">Value</th><th scope="col">Connections over it</th></tr></thead>
+      <${Head} columns=${["Limit", "Value", "Connections over it"]} />
       <tbody>
         ${rows.map((row) => html`<tr key=${row.name}><th scope="row" data-label="Limit">${row.name}</th><td data-label="Value" class="number">${count(row.value)}</td><td data-label="Over it" class="number">${count(row.over)}</td></tr>`)}
       </tbody>
@@ -127,8 +125,7 @@ function useTimes(service, path) {
 
 function Charts({ store, name, times }) {
   const rates = store.rates(name) ?? [];
-  const end = Math.floor(store.now() / 5000) * 5;
-  const seconds = rates.map((_, index) => end - (rates.length - index) * 5);
+  const seconds = store.bucketTimes();
   const line = (kind) => rates.map((kinds) => kinds?.[kind] ?? null);
   const last = rates.at(-1);
   const connections = last
@@ -188,9 +185,7 @@ function Timeline({ events, breaker, now }) {
 function NodeTable({ nodes, chosen, choose, now }) {
   return html`<h2>On nodes</h2>
     <table class="plain">
-      <thead>
-        <tr>${["Node", "State", "Since", "Share of the primary", "Primary Up", "Backup Up", "Why"].map((head) => html`<th scope="col" key=${head}>${head}</th>`)}</tr>
-      </thead>
+      <${Head} columns=${["Node", "State", "Since", "Share of the primary", "Primary Up", "Backup Up", "Why"]} />
       <tbody>
         ${nodes.map(
           (node) => html`<tr key=${node.node}>
@@ -212,7 +207,7 @@ function NodeTable({ nodes, chosen, choose, now }) {
 function Conditions({ conditions }) {
   return html`<h2>Conditions</h2>
     <table class="plain">
-      <thead><tr>${["Condition", "Status", "Reason", "Message"].map((head) => html`<th scope="col" key=${head}>${head}</th>`)}</tr></thead>
+      <${Head} columns=${["Condition", "Status", "Reason", "Message"]} />
       <tbody>
         ${conditions.map(
           (condition) => html`<tr key=${condition.name}>

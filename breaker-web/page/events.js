@@ -1,16 +1,14 @@
 // Events, newest first, as they come.
 
 import { html } from "./preact.js";
-import { State } from "./overview.js";
-import { clock } from "./words.js";
+import { Filter, Head, State } from "./parts.js";
+import { clock, words } from "./words.js";
 
 const MOST_ROWS = 300;
 
 export function EventList({ events, breaker }) {
   return html`<table class="events">
-    <thead>
-      <tr><th scope="col">Time</th>${breaker ? null : html`<th scope="col">Breaker</th>`}<th scope="col">Event</th><th scope="col">What happened</th></tr>
-    </thead>
+    <${Head} columns=${["Time", ...(breaker ? [] : ["Breaker"]), "Event", "What happened"]} />
     <tbody>
       ${events.map(
         (event) => html`<tr key=${`${event.id} ${event.at}`} class=${event.isWarning ? "warning" : ""}>
@@ -25,15 +23,12 @@ export function EventList({ events, breaker }) {
 }
 
 export function Events({ store, filter, setFilter }) {
-  const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
-  const matches = (event) => words.every((word) => `${event.breaker} ${event.kind} ${event.message}`.toLowerCase().includes(word));
+  const wanted = words(filter);
+  const matches = (event) => wanted.every((word) => `${event.breaker} ${event.kind} ${event.message}`.toLowerCase().includes(word));
   const events = store.events.filter(matches).slice(-MOST_ROWS).reverse();
   return html`<section aria-labelledby="events">
     <h1 id="events">Events</h1>
-    <p class="filter">
-      <label for="filter">Filter</label>
-      <input id="filter" type="search" placeholder="breaker or words" value=${filter} onInput=${(input) => setFilter(input.target.value)} />
-    </p>
+    <${Filter} filter=${filter} setFilter=${setFilter} placeholder="breaker or words" />
     ${events.length ? html`<${EventList} events=${events} />` : html`<p class="empty">No events${filter ? " match the filter" : " yet"}.</p>`}
   </section>`;
 }

@@ -1,9 +1,9 @@
 // The nodes: their agents, and a matrix of breakers and nodes.
 
-import { Component, html, useState } from "./preact.js";
-import { Problems } from "./overview.js";
+import { Component, html } from "./preact.js";
+import { Head, Problems, useFirst } from "./parts.js";
 import { keyOf } from "./store.js";
-import { LETTERS, ago, count } from "./words.js";
+import { LETTERS, ago } from "./words.js";
 
 const FIRST_ROWS = 50;
 
@@ -25,9 +25,7 @@ class MatrixRow extends Component {
 }
 
 function Matrix({ store }) {
-  const [all, setAll] = useState(false);
-  const rows = store.sorted("");
-  const shown = all ? rows : rows.slice(0, FIRST_ROWS);
+  const [shown, more] = useFirst(store.sorted(""), FIRST_ROWS);
   return html`<h2 id="matrix">Breakers on nodes</h2>
     <p class="legend" aria-hidden="true">
       ${Object.values(LETTERS).map(({ letter, word, kind }) => html`<span key=${word}><b class="cell ${kind}">${letter}</b> ${word}</span>`)}
@@ -40,9 +38,7 @@ function Matrix({ store }) {
         <tbody>${shown.map((row) => html`<${MatrixRow} key=${keyOf(row)} row=${row} nodes=${store.nodes} />`)}</tbody>
       </table>
     </section>
-    ${shown.length < rows.length
-      ? html`<p><button type="button" onClick=${() => setAll(true)}>Show ${count(rows.length - shown.length)} more</button></p>`
-      : null}`;
+    ${more}`;
 }
 
 export function Nodes({ store }) {
@@ -54,9 +50,7 @@ export function Nodes({ store }) {
     ${nodes.length === 0
       ? html`<p class="empty">No node reports.</p>`
       : html`<table class="nodes">
-          <thead>
-            <tr>${["Node", "Heard", "Agent", "Attached by", "Interfaces", "Services", "Open", "Flow table", "Problems"].map((head) => html`<th scope="col" key=${head}>${head}</th>`)}</tr>
-          </thead>
+          <${Head} columns=${["Node", "Heard", "Agent", "Attached by", "Interfaces", "Services", "Open", "Flow table", "Problems"]} />
           <tbody>
             ${nodes.map(
               (node) => html`<tr key=${node.name}>

@@ -1,34 +1,12 @@
 // The first view: what needs attention at one look, and a row for each breaker.
 
-import { Component, html, useState } from "./preact.js";
+import { Component, html } from "./preact.js";
 import { Sparkline } from "./charts.js";
-import { GROUPS, keyOf } from "./store.js";
-import { STATES, ago, count, overrideWords, percent, rate } from "./words.js";
+import { Filter, Head, Share, State, Ups, useFirst } from "./parts.js";
+import { BUCKET_MS, GROUPS, keyOf, total } from "./store.js";
+import { ago, count, overrideWords, rate } from "./words.js";
 
 const FIRST_ROWS = 100;
-
-export function State({ state }) {
-  const { letter, word, kind } = STATES[state] ?? STATES.Unknown;
-  return html`<span class="state ${kind}"><b aria-hidden="true">${letter}</b>${word}</span>`;
-}
-
-export function Share({ share }) {
-  const label = `primary ${percent(share)}, backup ${percent(1000 - share)}`;
-  return html`<span class="share" role="img" aria-label=${label} title=${label}><i style=${{ width: `${share / 10}%` }}></i></span>`;
-}
-
-export function Problems({ problems = [] }) {
-  return problems.length
-    ? html`<ul class="problems">
-        ${problems.map((problem) => html`<li class=${problem.severity} key=${problem.text}>${problem.text}</li>`)}
-      </ul>`
-    : null;
-}
-
-export function Ups({ ups, what }) {
-  const missing = ups.up < ups.total || ups.total === 0;
-  return html`<span class=${missing ? "missing" : ""}><span aria-hidden="true">${ups.up}/${ups.total}</span><span class="hidden">${ups.up} of ${ups.total} pods of the ${what} are Up</span></span>`;
-}
 
 // How many breakers are in which state, and what is wrong with the nodes.
 export function Strip({ store, setFilter }) {
@@ -66,7 +44,7 @@ class Row extends Component {
   render({ row, store, counts }) {
     const key = keyOf(row);
     const now = store.now();
-    const perSecond = store.rateNow(key);
+    const rates = store.rates(key);
     const worst = row.problems?.[0];
     const cell = (label, content, kind = "") => html`<td data-label=${label} class=${kind}>${content}</td>`;
     return html`<tr class="attention-${row.attention}">
@@ -83,7 +61,7 @@ class Row extends Component {
         "why",
       )}
       ${cell("Share", html`<${Share} share=${row.share} />`, "optional")}
-      ${cell("New/s", html`<${Sparkline} rates=${store.rates(key)} label="new connections in the last five minutes" /> ${rate(perSecond)}`, "number rate")}
+      ${cell("New/s", html`<${Sparkline} rates=${rates} label="new connections in the last five minutes" /> ${rate(total(rates?.at(-1)))}`, "number rate")}
       ${cell("Moved", counts ? count(counts[1]) : "–", "number optional")}
       ${cell("Refused", counts ? count(counts[2]) : "–", "number optional")}
       ${cell("Flows", counts ? count(counts[3]) : "–", "number optional")}
@@ -97,31 +75,24 @@ const HEAD = ["Breaker", "State", "Since", "Why", "Share of the primary", "New c
 const OPTIONAL = ["Share of the primary", "Moved", "Refused", "Flows on the backup"];
 
 export function Overview({ store, filter, setFilter }) {
-  const [all, setAll] = useState(false);
   const rows = store.sorted(filter);
-  const shown = all ? rows : rows.slice(0, FIRST_ROWS);
-  // Rates and ages change every five seconds.
-  const tick = Math.floor(store.now() / 5000);
+  const [shown, more] = useFirst(rows, FIRST_ROWS);
+  // Rates and ages change with each bucket.
+  const tick = Math.floor(store.now() / BUCKET_MS);
   return html`<section aria-labelledby="breakers">
     <h1 id="breakers" class="hidden">Breakers</h1>
     <${Strip} store=${store} setFilter=${setFilter} />
-    <p class="filter">
-      <label for="filter">Filter</label>
-      <input id="filter" type="search" placeholder="name, state or reason" value=${filter} onInput=${(event) => setFilter(event.target.value)} />
+    <${Filter} filter=${filter} setFilter=${setFilter} placeholder="name, state or reason">
       <span role="status">${rows.length === store.breakers.size ? `${count(rows.length)} breakers` : `${count(rows.length)} of ${count(store.breakers.size)} breakers`}</span>
-    </p>
+    <//>
     ${rows.length === 0
       ? html`<p class="empty">${store.breakers.size ? "No breaker matches the filter." : store.notes.length ? "No breakers are shown." : "No Service is protected."}</p>`
       : html`<table class="breakers">
-          <thead>
-            <tr>${HEAD.map((head) => html`<th scope="col" key=${head} class=${OPTIONAL.includes(head) ? "optional" : ""}>${head}</th>`)}</tr>
-          </thead>
+          <${Head} columns=${HEAD} optional=${OPTIONAL} />
           <tbody>
             ${shown.map((row) => html`<${Row} key=${keyOf(row)} row=${row} counts=${store.counts.get(keyOf(row))} store=${store} tick=${tick} />`)}
           </tbody>
         </table>`}
-    ${shown.length < rows.length
-      ? html`<p><button type="button" onClick=${() => setAll(true)}>Show ${count(rows.length - shown.length)} more</button></p>`
-      : null}
+    ${more}
   </section>`;
 }

@@ -1,8 +1,9 @@
 // What the page knows: the rows of the stream, and a history of rates that the page keeps itself.
 
-import { isMoving } from "./words.js";
+import { isMoving, words } from "./words.js";
 
-const BUCKET_MS = 5000;
+// Rates are counted in buckets of this length.
+export const BUCKET_MS = 5000;
 const BUCKETS = 60;
 const GAP_MS = 15000;
 const MOST_EVENTS = 1000;
@@ -158,13 +159,13 @@ export class Store {
 
   // Breakers that match a filter: what needs attention comes first. A word like `is:open` means a group of the summary.
   sorted(filter) {
-    const words = filter.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = words(filter);
     const matches = (row, word) => {
       const group = word.startsWith("is:") && GROUPS[word.slice(3)];
       const text = `${keyOf(row)} ${row.state} ${row.reason} ${row.message} ${row.override?.mode ?? ""}`.toLowerCase();
       return group ? group(row) : text.includes(word);
     };
-    const rows = [...this.breakers.values()].filter((row) => words.every((word) => matches(row, word)));
+    const rows = [...this.breakers.values()].filter((row) => wanted.every((word) => matches(row, word)));
     const rank = (row) => ATTENTION.indexOf(row.attention);
     return rows.sort((a, b) => rank(a) - rank(b) || keyOf(a).localeCompare(keyOf(b)));
   }
@@ -173,11 +174,16 @@ export class Store {
     return this.histories.get(key)?.rates(this.at, this.spans);
   }
 
-  // The rate of all kinds together; `undefined` if it is not known.
-  rateNow(key) {
-    const last = this.rates(key)?.at(-1);
-    return last && last[0] + last[1] + last[2];
+  // When the buckets of `rates` begin, in seconds since 1970.
+  bucketTimes() {
+    const end = Math.floor(this.at / BUCKET_MS);
+    return Array.from({ length: BUCKETS }, (_, index) => ((end - BUCKETS + index) * BUCKET_MS) / 1000);
   }
+}
+
+// The rate of all kinds together; `undefined` if it is not known.
+export function total(rates) {
+  return rates && rates[0] + rates[1] + rates[2];
 }
 
 // The groups of the summary.

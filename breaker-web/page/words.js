@@ -19,6 +19,11 @@ export const LETTERS = {
   "-": { letter: "·", word: "Not on this node", kind: "absent" },
 };
 
+// The words of a filter.
+export function words(filter) {
+  return filter.toLowerCase().split(/\s+/).filter(Boolean);
+}
+
 export function span(milliseconds) {
   const seconds = Math.max(0, Math.floor(milliseconds / 1000));
   if (seconds < 120) {

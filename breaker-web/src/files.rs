@@ -40,6 +40,7 @@ files! {
     "/stream.js" = "page" "stream.js": SCRIPT,
     "/store.js" = "page" "store.js": SCRIPT,
     "/words.js" = "page" "words.js": SCRIPT,
+    "/parts.js" = "page" "parts.js": SCRIPT,
     "/overview.js" = "page" "overview.js": SCRIPT,
     "/detail.js" = "page" "detail.js": SCRIPT,
     "/nodes.js" = "page" "nodes.js": SCRIPT,

@@ -72,7 +72,6 @@ struct Rows {
     events: VecDeque<EventRow>,
     notes: Vec<String>,
     at: Timestamp,
-    last_event: u64,
 }
 
 impl Hub {
@@ -112,7 +111,7 @@ impl Hub {
         let message = rows.take_in(at, update);
         if self.messages.receiver_count() > 0 {
             // The lock is held, so that a reader who begins now gets this message either in its first one or after it.
-            let _ = self.messages.send(Arc::new(self.encode(&message, rows.last_event)));
+            let _ = self.messages.send(Arc::new(self.encode(&message, rows.last_event())));
         }
     }
 
@@ -173,13 +172,15 @@ impl Rows {
         if let Some(notes) = &message.notes {
             self.notes.clone_from(notes);
         }
-        if let Some(last) = update.events.last() {
-            self.last_event = last.id;
-        }
         self.events.extend(update.events.iter().cloned());
         self.events.drain(..self.events.len().saturating_sub(KEPT_EVENTS));
         message.events = update.events;
         message
+    }
+
+    /// Id of the last event; 0 if there was none.
+    fn last_event(&self) -> u64 {
+        self.events.back().map_or(0, |event| event.id)
     }
 
     fn forget(&mut self, key: &str) {
@@ -229,7 +230,7 @@ impl Reader {
         self.is_complete.wait_for(|is_complete| *is_complete).await.ok()?;
         let rows = self.hub.rows();
         self.messages = Some(self.hub.messages.subscribe());
-        let first = self.hub.encode(&rows.all(&self.hub.scope, self.last_event), rows.last_event);
+        let first = self.hub.encode(&rows.all(&self.hub.scope, self.last_event), rows.last_event());
         drop(rows);
         self.last_event = first.last_event;
         Some(Arc::new(first))
@@ -247,30 +248,14 @@ mod tests {
     use breaker_api::crd::ReportedState;
 
     use super::*;
-    use crate::rows::{Attention, ScopeKind, Ups};
+    use crate::rows::{ScopeKind, Status};
 
     fn hub() -> Arc<Hub> {
         Hub::new(Scope { kind: ScopeKind::Node, name: "n1".into(), namespace: None, version: "0".into() })
     }
 
     fn row(name: &str, state: ReportedState) -> BreakerRow {
-        BreakerRow {
-            namespace: String::new(),
-            name: name.into(),
-            state,
-            since: None,
-            reason: String::new(),
-            message: String::new(),
-            share: 1000,
-            dry_run: false,
-            override_: None,
-            primary: Ups::default(),
-            backup: Ups::default(),
-            when_all_unhealthy: None,
-            problems: Vec::new(),
-            on_nodes: String::new(),
-            attention: Attention::None,
-        }
+        BreakerRow { name: name.into(), status: Status { state, ..Status::default() }, ..BreakerRow::default() }
     }
 
     fn event(id: u64) -> EventRow {

@@ -30,7 +30,7 @@ pub enum ScopeKind {
 }
 
 /// One breaker: a line of the table.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct BreakerRow {
     /// Its namespace; empty for a service of a file.
@@ -38,7 +38,31 @@ pub struct BreakerRow {
     /// Its name. With Kubernetes as the source, a node knows `SERVICE:PORT`, and the cluster the name of the object; one
     /// that stands for the annotations of a Service is `svc/NAME`.
     pub name: String,
-    /// Its state; in a cluster, the most open state of all nodes.
+    /// Its status; in a cluster, with the most open state of all nodes.
+    #[serde(flatten)]
+    pub status: Status,
+    /// Decisions are computed and shown, but not carried out.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub dry_run: bool,
+    /// The operator's override.
+    #[serde(rename = "override", skip_serializing_if = "Option::is_none", default)]
+    pub override_: Option<OverrideRow>,
+    /// The fate of a new connection while neither the primary nor a backup can be used.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub when_all_unhealthy: Option<WhenAllUnhealthy>,
+    /// In a cluster: the state on each node, in the order of the nodes, by its first letter; `N` where nothing is in
+    /// the kernel, `?` for a node that is silent, `-` for one that does not know the breaker.
+    #[serde(skip_serializing_if = "String::is_empty", default)]
+    pub on_nodes: String,
+    /// How soon somebody should look: the smaller, the sooner. See [`Attention`].
+    pub attention: Attention,
+}
+
+/// The status of a breaker, in a cluster or on one node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// The state.
     pub state: ReportedState,
     /// When the state began.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -49,28 +73,13 @@ pub struct BreakerRow {
     pub message: String,
     /// The primary's share of new connections, permille.
     pub share: u16,
-    /// Decisions are computed and shown, but not carried out.
-    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
-    pub dry_run: bool,
-    /// The operator's override.
-    #[serde(rename = "override", skip_serializing_if = "Option::is_none", default)]
-    pub override_: Option<OverrideRow>,
     /// The primary's backends.
     pub primary: Ups,
     /// The backends of the backup that takes over.
     pub backup: Ups,
-    /// What becomes of a new connection while neither the primary nor a backup can be used.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub when_all_unhealthy: Option<WhenAllUnhealthy>,
-    /// What is not as it should be, worst first.
+    /// Everything that is not as it should be, worst first.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub problems: Vec<Problem>,
-    /// In a cluster: the state on each node, in the order of the nodes, by its first letter; `N` where nothing is in
-    /// the kernel, `?` for a node that is silent, `-` for one that does not know the breaker.
-    #[serde(skip_serializing_if = "String::is_empty", default)]
-    pub on_nodes: String,
-    /// How soon somebody should look: the smaller, the sooner. See [`Attention`].
-    pub attention: Attention,
 }
 
 impl BreakerRow {
@@ -83,16 +92,16 @@ impl BreakerRow {
     /// Computes [`Self::attention`] from the other fields.
     #[must_use]
     pub fn ranked(mut self) -> Self {
-        let has = |severity| self.problems.iter().any(|problem| problem.severity == severity);
+        let has = |severity| self.status.problems.iter().any(|problem| problem.severity == severity);
         let is_forced = self.override_.is_some();
-        self.attention = match self.state {
+        self.attention = match self.status.state {
             ReportedState::NotProtected => Attention::Failure,
             _ if has(Severity::Error) => Attention::Failure,
             // Nothing is redirected.
             ReportedState::Open | ReportedState::HalfOpen if self.dry_run => Attention::Warning,
             ReportedState::Open if !is_forced => Attention::Open,
             ReportedState::HalfOpen => Attention::Returning,
-            ReportedState::Closed if self.share < 1000 && !is_forced => Attention::Returning,
+            ReportedState::Closed if self.status.share < 1000 && !is_forced => Attention::Returning,
             _ if is_forced => Attention::Forced,
             ReportedState::Unknown | ReportedState::NotProgrammed => Attention::Warning,
             _ if has(Severity::Warning) => Attention::Warning,
@@ -103,7 +112,7 @@ impl BreakerRow {
 }
 
 /// How soon somebody should look at a breaker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Attention {
     /// Something that was asked for is not carried out.
     Failure,
@@ -116,6 +125,7 @@ pub enum Attention {
     /// Something is not as it should be, and the traffic does not suffer.
     Warning,
     /// All is well.
+    #[default]
     None,
 }
 
@@ -322,24 +332,9 @@ pub struct NodeDetail {
     pub node: String,
     /// The names under which the node's agent knows the breaker, for `GET /v1/nodes/NODE/services/NAME`.
     pub services: Vec<String>,
-    /// The state there.
-    pub state: ReportedState,
-    /// When the state began.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub since: Option<Timestamp>,
-    /// Why, in one word.
-    pub reason: String,
-    /// Why, for people.
-    pub message: String,
-    /// The primary's share of new connections there, permille.
-    pub share: u16,
-    /// The primary's backends.
-    pub primary: Ups,
-    /// The backends of the backup that takes over.
-    pub backup: Ups,
-    /// What is not as it should be.
-    #[serde(skip_serializing_if = "Vec::is_empty", default)]
-    pub problems: Vec<Problem>,
+    /// Its status there.
+    #[serde(flatten)]
+    pub status: Status,
 }
 
 /// A command to copy.
@@ -425,27 +420,11 @@ mod tests {
     use super::*;
 
     fn row(state: ReportedState) -> BreakerRow {
-        BreakerRow {
-            namespace: "prod".into(),
-            name: "shop".into(),
-            state,
-            since: None,
-            reason: String::new(),
-            message: String::new(),
-            share: 1000,
-            dry_run: false,
-            override_: None,
-            primary: Ups::default(),
-            backup: Ups::default(),
-            when_all_unhealthy: None,
-            problems: Vec::new(),
-            on_nodes: String::new(),
-            attention: Attention::None,
-        }
+        BreakerRow { status: Status { state, share: 1000, ..Status::default() }, ..BreakerRow::default() }
     }
 
     fn with(severity: Severity, mut row: BreakerRow) -> BreakerRow {
-        row.problems.push(Problem { severity, text: String::new() });
+        row.status.problems.push(Problem { severity, text: String::new() });
         row
     }
 
@@ -456,7 +435,8 @@ mod tests {
 
     #[test]
     fn what_is_not_carried_out_comes_before_what_is_open_and_that_before_what_somebody_wanted() {
-        let ramp = BreakerRow { share: 300, ..row(ReportedState::Closed) };
+        let mut ramp = row(ReportedState::Closed);
+        ramp.status.share = 300;
         let rows = [
             (row(ReportedState::NotProtected), Attention::Failure),
             (with(Severity::Error, row(ReportedState::Closed)), Attention::Failure),

@@ -1,6 +1,6 @@
 // Figures of the page: a large cluster beside a small one, and the heap over a minute.
 
-import { Server, launch, open } from "./support.mjs";
+import { Server, heap, launch, open } from "./support.mjs";
 
 const RUNS = 5;
 const SHAPES = { small: { breakers: 12, nodes: 3 }, large: { breakers: 1000, nodes: 100 } };
@@ -37,17 +37,10 @@ const [small, large] = [median(paints.small), median(paints.large)];
 console.log(`first rows, 1,000 breakers on 100 nodes: ${large.toFixed(0)} ms; 12 on 3: ${small.toFixed(0)} ms; ratio ${(large / small).toFixed(2)}`);
 
 const page = await open(browser, servers.large.url);
-async function heap() {
-  const session = await page.createCDPSession();
-  await session.send("HeapProfiler.collectGarbage");
-  const { usedSize } = await session.send("Runtime.getHeapUsage");
-  await session.detach();
-  return usedSize;
-}
 await new Promise((resolve) => setTimeout(resolve, 5000));
-const before = await heap();
+const before = await heap(page);
 await new Promise((resolve) => setTimeout(resolve, MINUTE_MS));
-const after = await heap();
+const after = await heap(page);
 console.log(`heap with 1,000 breakers: ${(after / 2 ** 20).toFixed(1)} MiB after a minute of the stream; ratio to its beginning ${(after / before).toFixed(2)}`);
 await browser.close();
 await Promise.all(Object.values(servers).map((server) => server.stop()));

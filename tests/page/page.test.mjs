@@ -5,7 +5,7 @@ import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { after, before, test } from "node:test";
 import { HtmlValidate } from "html-validate";
-import { HASHES, Server, launch, open, show, waitText } from "./support.mjs";
+import { HASHES, Server, heap, launch, open, show, waitText } from "./support.mjs";
 
 const AXE = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const FIRST = "shop/checkout";
@@ -234,16 +234,12 @@ test("a thousand breakers on a hundred nodes stay usable, and the heap does not 
   const own = await Server.start({ breakers: 1000, nodes: 100 });
   const page = await open(browser, own.url);
   assert.equal(await page.$$eval("a.name", (links) => links.length), 100, "the first rows");
-  const heap = async () => {
+  const used = async () => {
     await page.evaluate(() => new Promise((resolve) => setTimeout(resolve, 10000)));
-    const session = await page.createCDPSession();
-    await session.send("HeapProfiler.collectGarbage");
-    const { usedSize } = await session.send("Runtime.getHeapUsage");
-    await session.detach();
-    return usedSize;
+    return heap(page);
   };
-  const before = await heap();
-  const later = await heap();
+  const before = await used();
+  const later = await used();
   assert.ok(later < before * 1.3, `${before} bytes, ${later} bytes ten seconds later`);
   await waitText(page, "button", "Show 900 more");
   await page.$$eval("button", (buttons) => buttons.find((button) => button.textContent.includes("900")).click());

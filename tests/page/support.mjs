@@ -80,3 +80,12 @@ export async function waitText(page, selector, text) {
     text,
   );
 }
+
+// Bytes that a page's scripts use, after a garbage collection.
+export async function heap(page) {
+  const session = await page.createCDPSession();
+  await session.send("HeapProfiler.collectGarbage");
+  const { usedSize } = await session.send("Runtime.getHeapUsage");
+  await session.detach();
+  return usedSize;
+}

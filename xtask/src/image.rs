@@ -81,7 +81,8 @@ impl Blob {
     }
 }
 
-fn digest(bytes: &[u8]) -> String {
+/// The SHA-256 of `bytes` in hexadecimal digits.
+pub fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

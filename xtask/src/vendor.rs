@@ -4,31 +4,20 @@ use std::{fmt::Write as _, fs, io::Read as _, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use flate2::read::GzDecoder;
-use sha2::{Digest as _, Sha256};
 use tar::Archive;
 
-use crate::{progress::step, run::output};
+use crate::{image, progress::step, run::output};
 
-/// A file of a package, and its name in breaker-web/vendor.
-struct Copy {
-    package: &'static str,
-    file: &'static str,
-    name: &'static str,
-}
-
-const fn copy(package: &'static str, file: &'static str, name: &'static str) -> Copy {
-    Copy { package, file, name }
-}
-
-/// htm with preact draws the page (Apache-2.0, MIT); uPlot draws charts (MIT).
-const COPIES: &[Copy] = &[
-    copy("htm@3.1.1", "preact/standalone.mjs", "preact.js"),
-    copy("htm@3.1.1", "LICENSE", "htm.LICENSE"),
+/// Each file: its package, its path there, and its name in breaker-web/vendor. htm with preact draws the page (Apache-2.0,
+/// MIT); uPlot draws charts (MIT).
+const COPIES: &[[&str; 3]] = &[
+    ["htm@3.1.1", "preact/standalone.mjs", "preact.js"],
+    ["htm@3.1.1", "LICENSE", "htm.LICENSE"],
     // preact itself is inside of the file of htm.
-    copy("preact@10.8.1", "LICENSE", "preact.LICENSE"),
-    copy("uplot@1.6.32", "dist/uPlot.iife.min.js", "uplot.js"),
-    copy("uplot@1.6.32", "dist/uPlot.min.css", "uplot.css"),
-    copy("uplot@1.6.32", "LICENSE", "uplot.LICENSE"),
+    ["preact@10.8.1", "LICENSE", "preact.LICENSE"],
+    ["uplot@1.6.32", "dist/uPlot.iife.min.js", "uplot.js"],
+    ["uplot@1.6.32", "dist/uPlot.min.css", "uplot.css"],
+    ["uplot@1.6.32", "LICENSE", "uplot.LICENSE"],
 ];
 
 /// Writes the files and their checksums.
@@ -41,11 +30,10 @@ pub fn vendor() -> Result<()> {
     fs::create_dir_all(&dir)?;
     fs::create_dir_all(&packages)?;
     let mut sums = String::new();
-    for Copy { package, file, name } in COPIES {
+    for [package, file, name] in COPIES {
         let content = step(&format!("copy {file} of {package}"), || read(&packages, package, file))?;
         fs::write(dir.join(name), &content).with_context(|| format!("write {name}"))?;
-        let digest: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
-        writeln!(sums, "{digest}  {name}")?;
+        writeln!(sums, "{}  {name}", image::digest(&content))?;
     }
     fs::write(dir.join("SHA256SUMS"), sums)?;
     println!("breaker-web/vendor");

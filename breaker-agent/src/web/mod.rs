@@ -1,4 +1,4 @@
-//! What the agent serves over TCP: health for kubelet, metrics, and the live page.
+//! The agent's servers on TCP: health for kubelet, metrics, and the live page.
 //!
 //! | address | paths |
 //! |---|---|
@@ -58,7 +58,7 @@ impl Listeners {
     }
 }
 
-/// Where the agent listens, and what it is called.
+/// The agent's addresses, and the name of its node.
 #[derive(Clone, Debug)]
 pub struct Addresses {
     /// For health, metrics and the page.

@@ -466,7 +466,7 @@ async fn breakers(connection: &Connection, findings: &mut Findings) {
                 KUBERNETES,
             );
         }
-        // What Reconciling says is in Programmed, too, or in the missing state.
+        // Programmed, or the missing state, says the same as Reconciling.
         for condition in status.conditions.iter().filter(|condition| condition.type_ != "Reconciling") {
             let text = format!("{name}: {} ({}): {}", condition.type_, condition.reason, condition.message);
             let anchor = "docs/TROUBLESHOOTING.md#conditions-and-their-reasons";

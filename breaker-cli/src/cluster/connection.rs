@@ -18,7 +18,7 @@ pub(super) struct Connection {
     pub client: Client,
     /// The namespace; `None` = all.
     pub namespace: Option<String>,
-    /// What the cluster is called: the kubeconfig's context, otherwise the API server's host.
+    /// Name of the cluster: the kubeconfig's context, otherwise the API server's host.
     pub cluster: String,
     /// The namespace of the context, for commands about one object.
     default_namespace: String,

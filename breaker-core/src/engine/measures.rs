@@ -1,6 +1,6 @@
 //! Read-only views for metrics: numbers only, at a cost that allows a scrape of thousands of services.
 
-use std::{net::SocketAddr, ops::Bound, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use breaker_common::{BreakerState, ServiceCounters};
 
@@ -125,10 +125,8 @@ impl Engine {
 
     /// The numbers of a part of the services, by name.
     pub fn measures(&self, now: Now, datapath: &dyn Datapath, query: &Query) -> Vec<ServiceMeasures> {
-        let first = query.after.clone().map_or(Bound::Unbounded, Bound::Excluded);
-        let services = self.services.range((first, Bound::Unbounded)).map(|(_, state)| state);
-        let wanted =
-            services.filter(|state| state.is_configured() && (query.scope == Scope::All || state.is_noteworthy(now)));
+        let services = self.configured_after(query.after.as_ref());
+        let wanted = services.filter(|state| query.scope == Scope::All || state.is_noteworthy(now));
         wanted.take(query.most).map(|state| state.measures(now, datapath, query.each_backend)).collect()
     }
 }

@@ -238,8 +238,7 @@ impl Engine {
 
     /// Every configured service, by name.
     pub fn snapshots(&self, now: Now, datapath: &dyn Datapath) -> Vec<ServiceSnapshot> {
-        let configured = self.services.values().filter(|state| state.is_configured());
-        configured.map(|state| state.snapshot(now, datapath)).collect()
+        self.snapshots_after(now, datapath, None, usize::MAX)
     }
 
     /// Configured services by name: those after `after`, at most `most`. A caller that wants all of them asks again, so
@@ -251,10 +250,14 @@ impl Engine {
         after: Option<&ServiceName>,
         most: usize,
     ) -> Vec<ServiceSnapshot> {
+        self.configured_after(after).take(most).map(|state| state.snapshot(now, datapath)).collect()
+    }
+
+    /// The configured services whose names come after `after`.
+    fn configured_after(&self, after: Option<&ServiceName>) -> impl Iterator<Item = &ServiceState> {
         let first = after.map_or(Bound::Unbounded, Bound::Excluded);
         let services = self.services.range::<ServiceName, _>((first, Bound::Unbounded)).map(|(_, state)| state);
-        let configured = services.filter(|state| state.is_configured());
-        configured.take(most).map(|state| state.snapshot(now, datapath)).collect()
+        services.filter(|state| state.is_configured())
     }
 
     /// Every configured service in short, by name.

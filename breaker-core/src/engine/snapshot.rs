@@ -49,7 +49,7 @@ pub struct ServiceSnapshot {
     pub override_until_unix_ns: Option<UnixNanos>,
     /// How packets to backup pods of this node are delivered.
     pub fast_path: FastPath,
-    /// What becomes of a new connection while neither the primary nor a backup can be used.
+    /// The fate of a new connection while neither the primary nor a backup can be used.
     pub when_all_unhealthy: WhenAllUnhealthy,
     /// Its frontends.
     pub frontends: Vec<Frontend>,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use breaker_api::crd::{ReportedState, WhenAllUnhealthy};
 use breaker_web::rows::{
-    Attention, BreakerRow, CommandLine, ConditionRow, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow,
-    Problem, Scope, ScopeKind, Severity, Ups,
+    BreakerRow, CommandLine, ConditionRow, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Scope,
+    ScopeKind, Severity, Status, Ups,
 };
 use fastrand::Rng;
 use jiff::{Timestamp, ToSpan as _};
@@ -59,65 +59,63 @@ impl Data {
     fn row(&self, index: usize) -> BreakerRow {
         let name = NAMES[index % NAMES.len()];
         let number = index / NAMES.len();
-        let row = BreakerRow {
-            namespace: NAMESPACES[index % NAMESPACES.len()].into(),
-            name: if number == 0 { name.into() } else { format!("{name}-{number}") },
+        let status = Status {
             state: ReportedState::Closed,
             since: Some(self.begin - 30.hours()),
             reason: "Recovered".into(),
             message: "2 of 2 backends are Up".into(),
             share: 1000,
-            dry_run: false,
-            override_: None,
             primary: Ups { up: 2, total: 2 },
             backup: Ups { up: 2, total: 2 },
-            when_all_unhealthy: Some(WhenAllUnhealthy::PassThrough),
             problems: Vec::new(),
-            on_nodes: String::new(),
-            attention: Attention::None,
         };
-        let row = match index {
-            0 => self.opened(row),
-            1 => BreakerRow {
-                state: ReportedState::HalfOpen,
-                since: Some(self.begin - 4.seconds()),
-                reason: "OpenTimeOver".into(),
-                message: "3 trial connections".into(),
-                share: 0,
-                ..row
+        let row = BreakerRow {
+            namespace: NAMESPACES[index % NAMESPACES.len()].into(),
+            name: if number == 0 { name.into() } else { format!("{name}-{number}") },
+            status: match index {
+                0 => self.opened(status),
+                1 => Status {
+                    state: ReportedState::HalfOpen,
+                    since: Some(self.begin - 4.seconds()),
+                    reason: "OpenTimeOver".into(),
+                    message: "3 trial connections".into(),
+                    share: 0,
+                    ..status
+                },
+                2 => Status {
+                    state: ReportedState::Open,
+                    since: Some(self.begin - 11.minutes()),
+                    reason: "Operator".into(),
+                    message: String::new(),
+                    share: 0,
+                    ..status
+                },
+                3 => Status {
+                    state: ReportedState::NotProtected,
+                    since: None,
+                    reason: "BackupNotFound".into(),
+                    message: String::new(),
+                    problems: vec![Problem::error(
+                        "ResolvedRefs=False (BackupNotFound): there is no Service payments-backup",
+                    )],
+                    backup: Ups::default(),
+                    ..status
+                },
+                _ => status,
             },
-            2 => BreakerRow {
-                state: ReportedState::Open,
-                since: Some(self.begin - 11.minutes()),
-                reason: "Operator".into(),
-                message: String::new(),
-                share: 0,
-                override_: Some(OverrideRow {
-                    mode: "ForceOpen".into(),
-                    until: Some(self.begin + 19.minutes()),
-                    reason: Some("database migration".into()),
-                }),
-                ..row
-            },
-            3 => BreakerRow {
-                state: ReportedState::NotProtected,
-                since: None,
-                reason: "BackupNotFound".into(),
-                message: String::new(),
-                problems: vec![Problem {
-                    severity: Severity::Error,
-                    text: "ResolvedRefs=False (BackupNotFound): there is no Service payments-backup".into(),
-                }],
-                backup: Ups::default(),
-                ..row
-            },
-            _ => row,
+            override_: (index == 2).then(|| OverrideRow {
+                mode: "ForceOpen".into(),
+                until: Some(self.begin + 19.minutes()),
+                reason: Some("database migration".into()),
+            }),
+            when_all_unhealthy: Some(WhenAllUnhealthy::PassThrough),
+            ..BreakerRow::default()
         };
         self.on_nodes(row).ranked()
     }
 
-    fn opened(&self, row: BreakerRow) -> BreakerRow {
-        BreakerRow {
+    fn opened(&self, status: Status) -> Status {
+        Status {
             state: ReportedState::Open,
             since: Some(self.begin - 95.seconds()),
             reason: "ConnectFailed".into(),
@@ -125,7 +123,7 @@ impl Data {
             share: 0,
             primary: Ups { up: 0, total: 3 },
             backup: Ups { up: 4, total: 4 },
-            ..row
+            ..status
         }
     }
 
@@ -133,7 +131,7 @@ impl Data {
         if self.shape.nodes == 1 {
             return row;
         }
-        let letter = |node: usize| match row.state {
+        let letter = |node: usize| match row.status.state {
             _ if node % 50 == 2 => '?',
             ReportedState::Open => 'O',
             ReportedState::HalfOpen => 'H',
@@ -152,8 +150,8 @@ impl Data {
         for row in &self.breakers {
             let counts = self.counts.entry(row.key()).or_default();
             let new = 20 + self.random.u64(0..15);
-            match row.state {
-                _ if row.since.is_some_and(|since| now < since) => counts.primary += new,
+            match row.status.state {
+                _ if row.status.since.is_some_and(|since| now < since) => counts.primary += new,
                 ReportedState::Open => {
                     counts.backup += new;
                     counts.flows = new * 3;
@@ -220,8 +218,9 @@ impl Data {
 
     pub fn open(&mut self, name: &str) -> Option<(BreakerRow, EventRow)> {
         let place = self.breakers.iter().position(|row| row.key() == name)?;
-        let since = Some(Timestamp::now());
-        let row = self.on_nodes(BreakerRow { since, ..self.opened(self.breakers[place].clone()) }).ranked();
+        let mut row = self.breakers[place].clone();
+        row.status = Status { since: Some(Timestamp::now()), ..self.opened(row.status) };
+        let row = self.on_nodes(row).ranked();
         self.breakers[place] = row.clone();
         self.last_event += 1;
         let event = EventRow {
@@ -241,14 +240,7 @@ impl Data {
         let node = |index: usize| NodeDetail {
             node: format!("node-{index}"),
             services: vec![format!("{name}:80")],
-            state: breaker.state,
-            since: breaker.since,
-            reason: breaker.reason.clone(),
-            message: breaker.message.clone(),
-            share: breaker.share,
-            primary: breaker.primary,
-            backup: breaker.backup,
-            problems: Vec::new(),
+            status: Status { problems: Vec::new(), ..breaker.status.clone() },
         };
         let is_cluster = self.shape.nodes > 1;
         let condition = |name: &str, status: &str, reason: &str, severity| ConditionRow {
@@ -281,22 +273,22 @@ impl Data {
     pub fn service(&self, name: &str) -> Option<Value> {
         let key = name.strip_suffix(":80")?;
         let row = self.breakers.iter().find(|row| row.key() == key)?;
-        let is_down = row.primary.up == 0;
-        let primary: Vec<Value> = (0..row.primary.total)
+        let is_down = row.status.primary.up == 0;
+        let primary: Vec<Value> = (0..row.status.primary.total)
             .map(|number| {
                 json!({
                     "address": format!("10.42.1.{}:8080", 17 + number), "weight": 100,
-                    "health": if is_down { "Down" } else { "Up" }, "since": row.since,
+                    "health": if is_down { "Down" } else { "Up" }, "since": row.status.since,
                     "lastCheck": if is_down { "L4CON" } else { "L7OK" },
                     "detail": if is_down { "connection refused" } else { "200 OK" },
                     "checkMillis": 0.4 + f64::from(number) / 10.0,
                 })
             })
             .collect();
-        let backup: Vec<Value> = (0..row.backup.total)
+        let backup: Vec<Value> = (0..row.status.backup.total)
             .map(|number| {
                 json!({
-                    "address": format!("10.42.2.{}:8080", 40 + number), "health": "Up", "since": row.since,
+                    "address": format!("10.42.2.{}:8080", 40 + number), "health": "Up", "since": row.status.since,
                     "lastCheck": "L7OK", "detail": "200 OK", "checkMillis": 1.25, "weight": 100,
                 })
             })

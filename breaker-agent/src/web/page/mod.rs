@@ -45,7 +45,7 @@ const AT_ONCE: usize = 4;
 /// How long an answer with all services serves others.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// What the handlers share.
+/// State of the handlers.
 #[derive(Clone)]
 struct Shared {
     node: String,

@@ -3,12 +3,12 @@
 use breaker_api::{
     BreakerState,
     crd::{Mode, Override, ReportedState},
-    events::{EventLine, EventType},
+    events::{EventLine, EventType, NO_SERVICE},
     status::{AgentStatus, Health, ServiceStatus, SuspendedPath, TierStatus},
     tier::TierRole,
 };
 use breaker_web::rows::{
-    Attention, BreakerRow, CommandLine, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Ups,
+    BreakerRow, CommandLine, Counts, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Status, Ups,
 };
 
 const fn state(state: BreakerState) -> ReportedState {
@@ -22,8 +22,11 @@ const fn state(state: BreakerState) -> ReportedState {
 fn ups(tier: Option<&TierStatus>) -> Ups {
     let backends = tier.map(|tier| &tier.backends[..]).unwrap_or_default();
     let is_up = |health| matches!(health, Health::Up | Health::Unchecked);
-    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-    Ups { up: count(backends.iter().filter(|backend| is_up(backend.health)).count()), total: count(backends.len()) }
+    Ups { up: number(backends.iter().filter(|backend| is_up(backend.health)).count()), total: number(backends.len()) }
+}
+
+fn number(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// The backup that takes over: the active one, otherwise the first that has a usable backend, otherwise the first.
@@ -54,23 +57,24 @@ pub(super) fn breaker(service: &ServiceStatus, suspended: &[SuspendedPath]) -> B
     let row = BreakerRow {
         namespace: namespace.into(),
         name: name.into(),
-        state: state(service.state),
-        since: Some(service.since),
-        reason: service.reason.map_or("", |reason| reason.label()).into(),
-        message: service.message.clone(),
-        share: service.share,
+        status: Status {
+            state: state(service.state),
+            since: Some(service.since),
+            reason: service.reason.map_or("", |reason| reason.label()).into(),
+            message: service.message.clone(),
+            share: service.share,
+            primary: ups(service.tiers.iter().find(|tier| tier.role == TierRole::Primary)),
+            backup,
+            problems,
+        },
         dry_run: service.mode == Some(Mode::DryRun),
         override_: (service.override_ != Override::Auto).then(|| OverrideRow {
             mode: service.override_.label().into(),
             until: service.override_until,
             reason: None,
         }),
-        primary: ups(service.tiers.iter().find(|tier| tier.role == TierRole::Primary)),
-        backup,
         when_all_unhealthy: service.when_all_unhealthy,
-        problems,
-        on_nodes: String::new(),
-        attention: Attention::None,
+        ..BreakerRow::default()
     };
     row.ranked()
 }
@@ -85,7 +89,7 @@ pub(super) fn counts(service: &ServiceStatus) -> Counts {
     }
 }
 
-/// Whether a service's breaker is open.
+/// Returns `true` if a service's breaker is open.
 pub(super) fn is_open(service: &ServiceStatus) -> bool {
     service.state == BreakerState::Open
 }
@@ -97,14 +101,13 @@ pub(super) fn node(name: &str, agent: &AgentStatus, services: usize, open: usize
     let failed = failed.map(|(interface, why)| Problem::error(format!("not attached to {interface}: {why}")));
     let words = agent.degraded.iter().chain(&datapath.notes);
     let problems = failed.chain(words.map(Problem::warning)).collect();
-    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     NodeRow {
         name: name.into(),
         version: agent.version.clone(),
         attach: datapath.attach.map_or("", |attach| attach.label()).into(),
-        interfaces: count(datapath.interfaces.len()),
-        services: count(services),
-        open: count(open),
+        interfaces: number(datapath.interfaces.len()),
+        services: number(services),
+        open: number(open),
         fill: Some(datapath.flow_pressure),
         heard: agent.last_beat,
         silent: false,
@@ -112,7 +115,7 @@ pub(super) fn node(name: &str, agent: &AgentStatus, services: usize, open: usize
     }
 }
 
-/// Whether everybody on this node may see an event: those about single packets have addresses of clients.
+/// Returns `true` if everybody on this node may see an event. Events about single packets have addresses of clients.
 pub(super) const fn is_public(event: &EventLine) -> bool {
     match event.kind {
         EventType::FlowMoved | EventType::Rejected | EventType::FlowReset | EventType::Unknown => false,
@@ -155,7 +158,7 @@ pub(super) fn event(event: &EventLine) -> EventRow {
     EventRow {
         id: event.id,
         at: event.at,
-        breaker: if event.service == "-" { String::new() } else { event.service.clone() },
+        breaker: if event.service == NO_SERVICE { String::new() } else { event.service.clone() },
         kind: event.kind.label().into(),
         message: event.message.clone(),
         to: event.to.map(state),
@@ -187,18 +190,7 @@ pub(super) fn detail(node: &str, service: &ServiceStatus, suspended: &[Suspended
     Detail {
         facts,
         conditions: Vec::new(),
-        nodes: vec![NodeDetail {
-            node: node.into(),
-            services: vec![name.clone()],
-            state: row.state,
-            since: row.since,
-            reason: row.reason.clone(),
-            message: row.message.clone(),
-            share: row.share,
-            primary: row.primary,
-            backup: row.backup,
-            problems: row.problems.clone(),
-        }],
+        nodes: vec![NodeDetail { node: node.into(), services: vec![name.clone()], status: row.status.clone() }],
         commands: commands.map(|(purpose, words)| CommandLine::new(purpose, "breaker", words)).into(),
         breaker: row,
     }

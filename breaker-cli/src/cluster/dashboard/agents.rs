@@ -34,7 +34,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// The part of a message that the dashboard uses. An agent of another version may say more.
 #[derive(Debug, Deserialize)]
 pub(super) struct AgentMessage {
-    /// Whether it is the first message of a stream.
+    /// True for the first message of a stream.
     #[serde(rename = "scope", deserialize_with = "is_there", default)]
     pub is_first: bool,
     /// Changed counts, by the name of the service.

@@ -30,7 +30,7 @@ const BATCH: Duration = Duration::from_millis(50);
 const MOST_AGENTS: usize = 16;
 /// How often new agents are looked for, and those tried again that failed.
 const SEARCH: Duration = Duration::from_secs(15);
-/// What the agents that answer within this time have counted before belongs to the sums.
+/// The sums include the earlier counts of agents that answer within this time.
 const BEGINNING: Duration = Duration::from_secs(8);
 
 /// The agents' part of the page.
@@ -48,7 +48,7 @@ struct Followed {
     begun: Option<Instant>,
 }
 
-/// What comes from a node's agent: a message, or why there are none.
+/// A node, with a message of its agent or the reason why there are none.
 type FromAgent = (String, Result<AgentMessage, String>);
 
 /// Runs for as long as the program does.
@@ -101,7 +101,7 @@ pub(super) async fn run(hub: Arc<Hub>, client: Client, world: Arc<World>, agents
     }
 }
 
-/// What was published, as far as later messages need it.
+/// The published data that later messages need.
 #[derive(Default)]
 struct Published {
     last_event: u64,
@@ -146,7 +146,7 @@ impl Published {
     }
 }
 
-/// What the page cannot show, and why.
+/// The reasons why the page is incomplete.
 fn notes(world: &World, followed: &Followed) -> Vec<String> {
     let mut notes = world.problems();
     let problems: BTreeSet<&String> = followed.problems.values().collect();
@@ -207,7 +207,7 @@ impl Followed {
         }
     }
 
-    /// Nobody looks: the agents need not count.
+    /// Ends the streams: nobody looks, so the agents need not count.
     fn stop(&mut self) {
         for (node, stream) in std::mem::take(&mut self.streams) {
             stream.abort();
@@ -215,7 +215,7 @@ impl Followed {
         }
     }
 
-    /// What a node said is not current any more.
+    /// Drops the data of a node, because it is not current any more.
     fn forget(&mut self, node: &str) {
         self.fill.remove(node);
         self.numbers.forget(node);

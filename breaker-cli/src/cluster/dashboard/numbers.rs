@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use breaker_web::rows::Counts;
 
-/// What a node counted before its message.
+/// Treatment of the counts that a node had before its message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Earlier {
     /// The message before this one has it.

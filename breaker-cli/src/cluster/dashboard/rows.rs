@@ -7,8 +7,8 @@ use breaker_api::crd::{
     ReportedTier,
 };
 use breaker_web::rows::{
-    Attention, BreakerRow, CommandLine, ConditionRow, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem,
-    Severity, Ups,
+    BreakerRow, CommandLine, ConditionRow, Detail, EventRow, NodeDetail, NodeRow, OverrideRow, Problem, Severity,
+    Status, Ups,
 };
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
@@ -30,6 +30,8 @@ pub(super) struct Cluster {
     reports: Vec<(String, NodeReportSpec)>,
     /// Where the entries of each object are in the reports: the report, and the entry.
     places: BTreeMap<Owner, Vec<(usize, usize)>>,
+    /// Nodes that the elected agent calls Unknown.
+    unknown: BTreeSet<String>,
     /// Services whose annotations are refused, by namespace and name.
     refused: BTreeMap<(String, String), RefusedService>,
     /// Fill level of the flow tables by node, in percent, as far as it is known.
@@ -75,7 +77,9 @@ impl Cluster {
             refused
                 .extend(services.map(|service| ((service.namespace.clone(), service.name.clone()), service.clone())));
         }
-        Self { breakers, reports, places, refused, fill, now }
+        let said = breakers.iter().filter_map(|breaker| breaker.status.as_ref()).flat_map(|status| &status.nodes);
+        let unknown = said.filter(|said| said.state == ReportedState::Unknown).map(|said| said.node.clone()).collect();
+        Self { breakers, reports, places, unknown, refused, fill, now }
     }
 
     /// A line for each CircuitBreaker, and for each annotated Service of the namespaces that are shown.
@@ -132,33 +136,23 @@ impl Cluster {
             since: condition.last_transition_time.0,
             severity: severity(condition),
         });
-        let words = |verb: &[&str]| {
-            let words: Vec<&str> =
-                prefix.iter().map(String::as_str).chain(["-n", namespace]).chain(verb.iter().copied()).collect();
-            words.into_iter().map(str::to_owned).collect::<Vec<String>>()
+        let command = |purpose: &str, verb: &[&str]| {
+            let words = prefix.iter().map(String::as_str).chain(["-n", namespace]).chain(verb.iter().copied());
+            CommandLine::new(purpose, "kubectl breaker", &words.collect::<Vec<&str>>())
         };
-        let commands = [
-            (
-                "Send new connections to the backup on all nodes, for ten minutes",
-                words(&["trip", name, "--for", "10m", "--reason", "why"]),
-            ),
-            ("End the override: the checks decide again", words(&["reset", name])),
-            ("Show its connections", words(&["flows", name])),
-            ("Show everything about it", words(&["get", name])),
-            ("Follow its Events", words(&["events", name, "-w"])),
-        ];
+        let trip = ["trip", name, "--for", "10m", "--reason", "why"];
         Some(Detail {
             breaker: self.row(breaker),
             facts,
             conditions: conditions.collect(),
             nodes: self.node_details(OwnerKind::CircuitBreaker, namespace, name, service),
-            commands: commands
-                .iter()
-                .map(|(purpose, words)| {
-                    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-                    CommandLine::new(purpose, "kubectl breaker", &words)
-                })
-                .collect(),
+            commands: vec![
+                command("Send new connections to the backup on all nodes, for ten minutes", &trip),
+                command("End the override: the checks decide again", &["reset", name]),
+                command("Show its connections", &["flows", name]),
+                command("Show everything about it", &["get", name]),
+                command("Follow its Events", &["events", name, "-w"]),
+            ],
         })
     }
 
@@ -184,52 +178,46 @@ impl Cluster {
         let row = BreakerRow {
             namespace: view.namespace.clone(),
             name: view.name.clone(),
-            state,
-            since: status.since,
-            reason: status.reason.clone().unwrap_or_default(),
-            // A problem says it.
-            message: status.message.clone().filter(|_| state != ReportedState::NotProtected).unwrap_or_default(),
-            share: permille(status.share.as_deref()),
+            status: Status {
+                state,
+                since: status.since,
+                reason: status.reason.clone().unwrap_or_default(),
+                // A problem says it.
+                message: status.message.clone().filter(|_| state != ReportedState::NotProtected).unwrap_or_default(),
+                share: permille(status.share.as_deref()),
+                primary,
+                backup,
+                problems,
+            },
             dry_run: view.spec.mode == Mode::DryRun,
             override_,
-            primary,
-            backup,
             when_all_unhealthy: Some(view.spec.when_all_unhealthy),
-            problems,
             on_nodes: self.letters(&nodes, &status.nodes),
-            attention: Attention::None,
+            ..BreakerRow::default()
         };
         row.ranked()
     }
 
     fn annotated_row(&self, namespace: &str, name: &str) -> BreakerRow {
         let nodes = self.on_nodes(OwnerKind::Service, namespace, name);
-        let entries = nodes.iter().flat_map(|on_node| &on_node.entries);
-        let worst = entries.clone().max_by_key(|entry| entry.state.openness());
+        let entries: Vec<&ReportedService> = nodes.iter().flat_map(|on_node| &on_node.entries).copied().collect();
         let refused = self.refused.get(&(namespace.to_owned(), name.to_owned()));
         let refusal =
             refused.map(|refused| Problem::error(format!("refused ({}): {}", refused.reason, refused.message)));
-        let mut problems: Vec<Problem> = refusal.into_iter().collect();
-        problems.extend(entries.flat_map(|entry| problems_of(entry)));
-        problems.dedup();
-        let (primary, backup) = ups_of_nodes(&nodes);
         let not_protected = if refused.is_some() { ReportedState::NotProtected } else { ReportedState::NotProgrammed };
+        let worst = entries.iter().copied().max_by_key(|entry| entry.state.openness());
+        let mut status = worst.map_or_else(
+            || Status { state: not_protected, share: 1000, ..Status::default() },
+            |worst| status_of(worst, &entries),
+        );
+        status.problems.splice(..0, refusal);
+        status.problems.dedup();
         let row = BreakerRow {
             namespace: namespace.into(),
             name: format!("svc/{name}"),
-            state: worst.map_or(not_protected, |entry| entry.state),
-            since: worst.and_then(|entry| entry.since),
-            reason: worst.and_then(|entry| entry.reason).map_or("", |reason| reason.label()).into(),
-            message: worst.map(|entry| entry.message.clone()).unwrap_or_default(),
-            share: worst.map_or(1000, |entry| u16::try_from(entry.share).unwrap_or(1000)),
-            dry_run: false,
-            override_: None,
-            primary,
-            backup,
-            when_all_unhealthy: None,
-            problems,
+            status,
             on_nodes: self.letters(&nodes, &[]),
-            attention: Attention::None,
+            ..BreakerRow::default()
         };
         row.ranked()
     }
@@ -261,18 +249,18 @@ impl Cluster {
     /// Whether a node's report has no agent behind it any more. The elected agent knows earlier than the age of the
     /// report tells, because it sees the Node.
     fn is_silent(&self, node: &str, report: &NodeReportSpec) -> bool {
-        let said = self.breakers.iter().filter_map(|breaker| breaker.status.as_ref()).flat_map(|status| &status.nodes);
-        let is_unknown = said.into_iter().any(|status| status.node == node && status.state == ReportedState::Unknown);
-        let is_old = report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE);
-        (is_unknown || is_old) && !self.fill.contains_key(node)
+        (self.unknown.contains(node) || self.is_old(report)) && !self.fill.contains_key(node)
+    }
+
+    fn is_old(&self, report: &NodeReportSpec) -> bool {
+        report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE)
     }
 
     /// The states in the order of the nodes. `status`: what the elected agent says of nodes.
     fn letters(&self, nodes: &[OnNode<'_>], status: &[NodeStatus]) -> String {
         let letter = |(node, report): &(String, NodeReportSpec)| {
             let said = status.iter().find(|status| status.node == *node).map(|status| status.state);
-            let is_old = report.agent.reported_at.is_none_or(|at| self.now.duration_since(at) > GONE);
-            if is_old || said == Some(ReportedState::Unknown) {
+            if self.is_old(report) || said == Some(ReportedState::Unknown) {
                 return '?';
             }
             let on_node = nodes.iter().find(|on_node| on_node.node == node);
@@ -295,7 +283,6 @@ impl Cluster {
         let errors = failed.chain(agent.incompatible.iter().map(Problem::error));
         let words = agent.bypass.iter().chain(&agent.degraded).chain(&agent.unseen);
         let problems = errors.chain(words.map(Problem::warning)).collect();
-        let count = |number: i32| u32::try_from(number).unwrap_or(0);
         NodeRow {
             name: name.into(),
             version: agent.version.clone(),
@@ -313,20 +300,8 @@ impl Cluster {
     /// `service`: the name of the protected Service.
     fn node_details(&self, kind: OwnerKind, namespace: &str, name: &str, service: &str) -> Vec<NodeDetail> {
         let detail = |on_node: &OnNode<'_>| {
-            let entry = worst(on_node)?;
-            let (primary, backup) = ups_of_entries(&on_node.entries);
-            Some(NodeDetail {
-                node: on_node.node.into(),
-                services: service_names(on_node, service).collect(),
-                state: entry.state,
-                since: entry.since,
-                reason: entry.reason.map_or("", |reason| reason.label()).into(),
-                message: entry.message.clone(),
-                share: u16::try_from(entry.share).unwrap_or(1000),
-                primary,
-                backup,
-                problems: on_node.entries.iter().flat_map(|entry| problems_of(entry)).collect(),
-            })
+            let status = status_of(worst(on_node)?, &on_node.entries);
+            Some(NodeDetail { node: on_node.node.into(), services: service_names(on_node, service).collect(), status })
         };
         self.on_nodes(kind, namespace, name).iter().filter_map(detail).collect()
     }
@@ -335,6 +310,21 @@ impl Cluster {
 /// The entry of the port with the most open state.
 fn worst<'a>(on_node: &OnNode<'a>) -> Option<&'a ReportedService> {
     on_node.entries.first().copied()
+}
+
+/// The status that entries have together. `worst`: the one whose state counts.
+fn status_of(worst: &ReportedService, entries: &[&ReportedService]) -> Status {
+    let (primary, backup) = ups_of_entries(entries);
+    Status {
+        state: worst.state,
+        since: worst.since,
+        reason: worst.reason.map_or("", |reason| reason.label()).into(),
+        message: worst.message.clone(),
+        share: u16::try_from(worst.share).unwrap_or(1000),
+        primary,
+        backup,
+        problems: entries.iter().flat_map(|entry| problems_of(entry)).collect(),
+    }
 }
 
 /// The names under which the agents know the parts of a breaker.
@@ -360,8 +350,11 @@ fn severity(condition: &k8s_openapi::apimachinery::pkg::apis::meta::v1::Conditio
 }
 
 fn ups(tier: &ReportedTier) -> Ups {
-    let count = |number: i32| u32::try_from(number).unwrap_or(0);
     Ups { up: count(tier.up), total: count(tier.total) }
+}
+
+fn count(number: i32) -> u32 {
+    u32::try_from(number).unwrap_or(0)
 }
 
 /// Of several views, the one with the fewest pods that are Up.
@@ -434,6 +427,7 @@ pub(super) fn command_prefix(how: &ConnectionArgs) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use breaker_web::rows::Attention;
     use serde_json::{Value, json};
 
     fn cluster(breakers: Value, reports: Value) -> Cluster {
@@ -471,8 +465,8 @@ mod tests {
         let cluster = cluster(breaker(status), reports);
         let row = &cluster.breakers()[0];
         assert_eq!((row.key().as_str(), row.on_nodes.as_str()), ("prod/web", "CO?-"));
-        assert_eq!((row.primary, row.backup), (Ups { up: 0, total: 3 }, Ups { up: 2, total: 2 }));
-        assert_eq!((row.share, row.attention), (500, Attention::Open));
+        assert_eq!((row.status.primary, row.status.backup), (Ups { up: 0, total: 3 }, Ups { up: 2, total: 2 }));
+        assert_eq!((row.status.share, row.attention), (500, Attention::Open));
         assert_eq!(cluster.services(), BTreeMap::from([("prod/shop:80".into(), "prod/web".into())]));
         let silent: Vec<bool> = cluster.nodes().iter().map(|node| node.silent).collect();
         assert_eq!(silent, [false, false, true, false]);
@@ -495,7 +489,7 @@ mod tests {
             "nodes": [{ "node": "a", "state": "Closed", "ports": [{ "port": 80, "state": "Closed", "primary": "1/2", "backup": "4/4" }] }],
         });
         let row = cluster(breaker(status), json!({})).breakers().remove(0);
-        assert_eq!((row.primary, row.backup), (Ups { up: 1, total: 2 }, Ups { up: 4, total: 4 }));
+        assert_eq!((row.status.primary, row.status.backup), (Ups { up: 1, total: 2 }, Ups { up: 4, total: 4 }));
     }
 
     #[test]
@@ -510,8 +504,12 @@ mod tests {
         });
         let row = cluster(breaker(status), json!({})).breakers().remove(0);
         assert_eq!(row.attention, Attention::Failure);
-        assert_eq!((row.message.as_str(), row.problems.len()), ("", 1));
-        assert!(row.problems[0].text.starts_with("ResolvedRefs=False (BackupNotFound)"), "{:?}", row.problems);
+        assert_eq!((row.status.message.as_str(), row.status.problems.len()), ("", 1));
+        assert!(
+            row.status.problems[0].text.starts_with("ResolvedRefs=False (BackupNotFound)"),
+            "{:?}",
+            row.status.problems
+        );
     }
 
     #[test]
@@ -533,7 +531,8 @@ mod tests {
             { "namespace": "other", "name": "hidden", "reason": "Invalid" },
         ]);
         let cluster = cluster(json!([]), json!({ "a": report }));
-        let rows: Vec<(String, ReportedState)> = cluster.breakers().iter().map(|row| (row.key(), row.state)).collect();
+        let rows: Vec<(String, ReportedState)> =
+            cluster.breakers().iter().map(|row| (row.key(), row.status.state)).collect();
         assert_eq!(
             rows,
             [("prod/svc/cart".into(), ReportedState::NotProtected), ("prod/svc/shop".into(), ReportedState::Open)]

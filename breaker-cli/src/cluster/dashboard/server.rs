@@ -17,7 +17,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::{agents::Agents, rows, world::World};
 
-/// What the handlers share.
+/// State of the handlers.
 #[derive(Clone)]
 struct Shared {
     world: Arc<World>,
