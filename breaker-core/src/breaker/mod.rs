@@ -31,14 +31,16 @@ use crate::{
 use backoff::Backoff;
 use window::Window;
 
-/// A change of state. The log, the counters, the status and the published events are all derived from this value.
+/// A change of state, or of the reason for being open: a breaker that an operator opened goes from open to open if the
+/// override ends while the primary is Down or has no backends. The log, the counters, the status and the published
+/// events are all derived from this value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
     /// The old state.
     pub from: BreakerState,
     /// The new state.
     pub to: BreakerState,
-    /// Why the state changed.
+    /// Why the breaker is in the new state.
     pub reason: StateReason,
 }
 
@@ -239,10 +241,10 @@ impl Breaker {
             Override::Auto if before == Override::ForceOpen => {
                 // A breaker that an operator opened need not stay open for an open time.
                 self.deadline = now;
-                // If the primary is not known to be Up, wait for its checks.
                 match self.primary {
                     TierHealth::Up => self.leave_open(now, reason),
-                    TierHealth::Unknown | TierHealth::Down | TierHealth::Empty => None,
+                    // If the primary is not known to be Up, wait for its checks.
+                    TierHealth::Unknown | TierHealth::Down | TierHealth::Empty => self.step(now),
                 }
             }
             Override::Auto if before == Override::ForceClosed => self.step(now),
@@ -280,6 +282,8 @@ impl Breaker {
         };
         match (self.state, bad) {
             (BreakerState::Closed | BreakerState::HalfOpen, Some(reason)) => self.trip(now, reason),
+            // The override that opened the breaker is over, and now the failure keeps it open.
+            (BreakerState::Open, Some(reason)) if !self.reason.is_failure() => self.trip(now, reason),
             (BreakerState::Closed, None) | (BreakerState::Open, Some(_)) => None,
             (BreakerState::Open, None) if now >= self.deadline && self.primary == TierHealth::Up => {
                 self.leave_open(now, StateReason::Recovered)

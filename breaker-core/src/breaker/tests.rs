@@ -130,6 +130,27 @@ fn the_operator_beats_the_measurement_and_gives_it_back() {
 }
 
 #[test]
+fn a_failure_that_outlasts_the_override_becomes_the_reason() {
+    type End = fn(&mut Breaker) -> Option<Transition>;
+    let ends: [(&str, End); 3] = [
+        ("taken back", |b| b.set_override(at(3), Override::Auto, false)),
+        ("expired", |b| b.set_override(at(3), Override::Auto, true)),
+        ("reset", |b| b.reset(at(3))),
+    ];
+    for (case, end) in ends {
+        let mut b = breaker(BreakerPolicy { open: SECOND * 10, ..plain() });
+        up(&mut b, at(0));
+        b.set_override(at(1), Override::ForceOpen, false);
+        assert_eq!(down(&mut b, at(2)), None, "{case}");
+        let taken_over = Transition { from: Open, to: Open, reason: StateReason::HttpStatus };
+        assert_eq!(end(&mut b), Some(taken_over), "{case}");
+        assert_eq!((b.reason(), b.trips()), (StateReason::HttpStatus, 1), "{case}: it counts as a trip");
+        assert_eq!(up(&mut b, at(12)), None, "{case}: the open time begins at the end of the override");
+        assert_eq!(up(&mut b, at(13)), Some((Closed, StateReason::Recovered)), "{case}");
+    }
+}
+
+#[test]
 fn no_endpoints_open_and_unknown_ones_do_not() {
     let mut b = breaker(plain());
     assert_eq!(b.set_primary(at(0), TierHealth::Unknown), None);
@@ -187,7 +208,7 @@ proptest! {
         let mut now = at(0);
         for (ms, input) in steps {
             now += Duration::from_millis(ms);
-            let before = (b.state(), b.operator());
+            let before = (b.state(), b.reason());
             let transition = match input {
                 Input::Observe(pass, health) => b.observe(now, pass, health, StateReason::HttpStatus),
                 Input::Primary(health) => b.set_primary(now, health),
@@ -195,10 +216,13 @@ proptest! {
                 Input::Override(wanted) => b.set_override(now, wanted, false),
                 Input::Reset => b.reset(now),
             };
-            // A transition is returned exactly when the state changes, and it names the old and the new state.
+            // A transition is returned when the state changes, and it names the old and the new state. The only one
+            // between equal states is that of an operator's open breaker to one that is open because of a failure.
             prop_assert_eq!(transition.map_or(before.0, |t| t.from), before.0);
             prop_assert_eq!(transition.map_or(before.0, |t| t.to), b.state());
-            prop_assert!(transition.is_none_or(|t| t.from != t.to));
+            prop_assert!(transition.is_none_or(|t| t.reason == b.reason()));
+            let takes_over = |to, reason: StateReason| to == Open && !before.1.is_failure() && reason.is_failure();
+            prop_assert!(transition.is_none_or(|t| t.from != t.to || takes_over(t.to, t.reason)));
             // While open or half-open, the hash gives the primary no share.
             let share = b.share(now);
             prop_assert!(share <= 1000 && (b.state() == Closed || share == 0));
@@ -211,6 +235,8 @@ proptest! {
             // Without an override, the breaker is never closed or half-open while the primary is Down or empty.
             let bad = matches!(b.primary(), TierHealth::Down | TierHealth::Empty);
             prop_assert!(!(bad && b.state() != Open && b.operator() == Override::Auto));
+            // What keeps it open then is named, also after an override.
+            prop_assert!(!(bad && b.operator() == Override::Auto && !b.reason().is_failure()));
             // Without half-open connections, the breaker is never half-open.
             prop_assert!(connections > 0 || b.state() != HalfOpen);
             // A deadline is never further away than the cap of the open time, and half-open always has one.
