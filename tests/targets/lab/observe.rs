@@ -156,7 +156,7 @@ fn the_page_shows_a_failover_and_no_clients() -> Result<()> {
     };
     let last_state = || {
         let rows = messages().into_iter().filter_map(|message| message["breakers"].as_array().cloned()).flatten();
-        rows.filter_map(|row| Some(row["state"].as_str()?.to_owned())).last()
+        rows.filter_map(|row| Some(row["state"].as_str()?.to_owned())).next_back()
     };
     wait_for("the closed breaker", LONG, || last_state().as_deref() == Some("Closed"))?;
     let load = lab.load(Plan::usual(lab.vip))?;

@@ -124,10 +124,10 @@ fn f1_a_window_probe_resets_both_ends() -> Result<()> {
     lab.primary.signal(Signal::STOP)?;
     stream.set_nonblocking(true)?;
     wait_for("a closed window", LONG, || {
+        // As many bytes as the buffers hold. `write_all` ends with an error when they are full.
         let full = loop {
-            match stream.write(&[b'x'; 65_536]) {
-                Ok(_) => {}
-                Err(error) => break error.kind() == std::io::ErrorKind::WouldBlock,
+            if let Err(error) = stream.write_all(&[b'x'; 65_536]) {
+                break error.kind() == std::io::ErrorKind::WouldBlock;
             }
         };
         let probes = lab.client.ns.output("ss", &["-Htno", "state", "established"]).unwrap_or_default();

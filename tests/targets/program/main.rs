@@ -24,7 +24,7 @@ use breaker_common::{
     BreakerState::{Closed, HalfOpen, Open},
     PassReason,
 };
-use breaker_core::datapath::Datapath as _;
+use breaker_core::datapath::{Datapath as _, Sweep};
 use breaker_tests::packets::{
     NEXT, RunResult, Segment, TestRig,
     flags::{ACK, PSH, SYN},
@@ -68,8 +68,13 @@ fn assert_forwarded_as(ran: &RunResult, expected: &Segment) {
     assert_eq!(Segment::read(&ran.bytes).unwrap(), *expected);
 }
 
+/// Number of flows whose connection is not over, in the tables of both families.
+fn live_flows(sweep: &Sweep) -> usize {
+    sweep.tables.iter().flat_map(|tables| tables.live).sum()
+}
+
 fn flow_count(rig: &mut TestRig) -> usize {
-    rig.datapath.sweep(None).unwrap().entries
+    live_flows(&rig.datapath.sweep(None).unwrap())
 }
 
 fn reason(rig: &TestRig, reason: PassReason) -> u64 {
