@@ -11,11 +11,16 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 
 /// Version of bpf-linker that the programs are tested with.
 pub const BPF_LINKER_VERSION: &str = "0.10.3";
@@ -137,17 +142,42 @@ pub fn build(package: Package, release: bool) -> Result<PathBuf> {
     Ok(object)
 }
 
-/// Builds a package in a build script, and makes cargo rerun the script only when one of its inputs changes.
+/// Builds a package in a build script, and makes cargo rerun the script only when one of its inputs changes. The
+/// returned object file has no DWARF sections.
 ///
 /// # Errors
-/// As for [`build`].
+/// As for [`build`]. The object file cannot be read or written.
 pub fn build_for_script(package: Package) -> Result<PathBuf> {
     let dir = package.dir();
     let own = ["src", "Cargo.toml", "Cargo.lock"].map(|input| format!("{dir}/{input}"));
     for input in own.into_iter().chain(["breaker-common/src".to_owned()]) {
         println!("cargo::rerun-if-changed={}", workspace().join(input).display());
     }
-    build(package, true)
+    let out = env::var_os("OUT_DIR").context("OUT_DIR is not set: this is no build script")?;
+    let built = build(package, true)?;
+    let stripped = Path::new(&out).join(format!("{}.o", package.object()));
+    strip_dwarf(&built, &stripped).with_context(|| format!("strip {}", built.display()))?;
+    Ok(stripped)
+}
+
+/// Writes an object file without its DWARF sections, which are most of it. The kernel and bpftool read source lines
+/// from BTF, which bpf-linker has made from them.
+fn strip_dwarf(from: &Path, to: &Path) -> Result<()> {
+    let object = fs::read(from)?;
+    let mut elf = Builder::read(object.as_slice())?;
+    let is_dwarf = |name: &[u8]| name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
+    for section in &mut elf.sections {
+        section.delete = is_dwarf(&section.name);
+    }
+    elf.delete_orphans();
+    // LLVM puts the names of sections into `.strtab`, where this writer expects only those of symbols.
+    let names = elf.sections.add();
+    names.name = b".shstrtab".as_slice().into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    elf.write(&mut stripped)?;
+    Ok(fs::write(to, stripped)?)
 }
 
 /// Checks the programs with warnings as errors: with clippy if the compiler is a nightly that has it, else with
