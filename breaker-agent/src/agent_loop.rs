@@ -351,12 +351,12 @@ impl Agent {
     }
 
     /// Applies a configuration.
-    pub fn configure(&mut self, services: Vec<Service>) {
+    pub fn configure(&mut self, services: Vec<Arc<Service>>) {
         if self.service_count.is_none() {
             self.instruments.note_first_configuration(clock::wall().as_second());
         }
         self.service_count = Some(services.len());
-        self.needs_local_pods = services.iter().any(Service::needs_local_backends);
+        self.needs_local_pods = services.iter().any(|service| service.needs_local_backends());
         self.update_pods_wanted();
         let targets = targets(&services);
         self.engine.configure(self.clock.now(), services, &mut self.datapath);
@@ -390,7 +390,7 @@ impl Agent {
                     self.engine.note(now, EntryKind::Config, message.into());
                 }
                 let count = config.services.len();
-                self.configure(config.services);
+                self.configure(config.services.into_iter().map(Arc::new).collect());
                 tracing::info!(services = count, "configuration reloaded ({why})");
                 self.instruments.count_reload(true, clock::wall().as_second());
                 self.engine.note(now, EntryKind::Config, format!("reloaded ({why}): {count} services"));
@@ -587,7 +587,7 @@ fn pass_if_empty(problems: &[String], words: impl FnOnce() -> String) -> Result<
 }
 
 /// Every backend that has a check, with the check.
-fn targets(services: &[Service]) -> BTreeMap<Target, breaker_core::model::Check> {
+fn targets(services: &[Arc<Service>]) -> BTreeMap<Target, breaker_core::model::Check> {
     let mut targets = BTreeMap::new();
     for service in services {
         for (number, tier) in service.tiers().enumerate() {

@@ -185,7 +185,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
     // configuration.
     agent.heartbeat();
     if let Some(services) = services {
-        agent.configure(services);
+        agent.configure(services.into_iter().map(Arc::new).collect());
     }
     let (present, interfaces) = interfaces::watch(what).await.context("watch the interfaces")?;
     let count = present.interfaces.len();

@@ -47,8 +47,8 @@ pub struct Checkers {
     steps: Arc<Steps>,
     reports: Outbox,
     instruments: Arc<Instruments>,
-    running: HashMap<Probe, Checker>,
-    targets: BTreeMap<Target, Probe>,
+    running: HashMap<Arc<Probe>, Checker>,
+    targets: BTreeMap<Target, Arc<Probe>>,
     epochs: BTreeMap<ServiceName, Epoch>,
 }
 
@@ -149,6 +149,7 @@ impl Checkers {
                 continue;
             }
             let probe = Probe { backend: target.backend, check };
+            let probe = self.running.get_key_value(&probe).map_or_else(|| Arc::new(probe.clone()), |(p, _)| p.clone());
             let number = self.running.len();
             let spread = start_spread(number, &probe.check);
             let checker = self.running.entry(probe.clone()).or_insert_with(|| {
@@ -250,11 +251,12 @@ struct Means {
 }
 
 async fn run(
-    Probe { backend, check }: Probe,
+    probe: Arc<Probe>,
     spread: Duration,
     mut changes: mpsc::UnboundedReceiver<Change>,
     Means { steps, prober, reports, instruments }: Means,
 ) {
+    let Probe { backend, check } = &*probe;
     let mut members: BTreeMap<Target, Member> = BTreeMap::new();
     let soon = || clock::instant() + spread.mul_f64(fastrand::f64());
     let mut due = soon();
@@ -282,7 +284,7 @@ async fn run(
         for member in members.values_mut() {
             member.began = member.epoch.load(Ordering::Relaxed);
         }
-        let result = prober.probe(&check, backend).await;
+        let result = prober.probe(check, *backend).await;
         if result.code.is_result() {
             let roles: BTreeSet<TierRole> = members.keys().map(|target| TierRole::of(target.tier)).collect();
             instruments.observe_check(&check.action, roles, result.duration);

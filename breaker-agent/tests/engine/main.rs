@@ -5,7 +5,7 @@
 mod fake;
 mod plan;
 
-use std::{collections::BTreeSet, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use breaker_agent::config;
 use breaker_common::{BreakerState, StateReason};
@@ -52,7 +52,7 @@ impl Harness {
     }
 
     fn configure(&mut self, now: Now, services: Vec<Service>) {
-        self.engine.configure(now, services, &mut self.datapath);
+        self.engine.configure(now, services.into_iter().map(Arc::new).collect(), &mut self.datapath);
     }
 
     fn observe(&mut self, now: Now, report: &ProbeReport) {

@@ -361,7 +361,7 @@ async fn an_address_that_another_service_got_is_not_ours_any_more() {
     let double = lab().await;
     let mut source = source(&double);
     let frontends = |u: &Update| -> Vec<String> {
-        let routes = u.services().into_iter().flat_map(|s| s.frontends);
+        let routes = u.services().into_iter().flat_map(|s| s.frontends.clone());
         routes.map(|frontend| frontend.address.ip().to_string()).collect()
     };
     update(&mut source, "the lab", |u| frontends(u) == ["10.43.0.1"]).await;

@@ -36,6 +36,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
     ops::Bound,
+    sync::Arc,
     time::Duration,
 };
 
@@ -113,9 +114,9 @@ impl Engine {
 
     /// Replaces the whole configuration. An unchanged service keeps everything. A changed service keeps its state,
     /// epoch and flows. A service that is no longer configured is removed once its flows have ended.
-    pub fn configure(&mut self, now: Now, services: Vec<Service>, datapath: &mut dyn Datapath) {
+    pub fn configure(&mut self, now: Now, services: Vec<Arc<Service>>, datapath: &mut dyn Datapath) {
         self.changes += 1;
-        let mut wanted: BTreeMap<ServiceName, Service> = services.into_iter().map(|s| (s.name.clone(), s)).collect();
+        let mut wanted: BTreeMap<_, _> = services.into_iter().map(|service| (service.name.clone(), service)).collect();
         for (name, state) in &mut self.services {
             match wanted.remove(name) {
                 Some(service) => {

@@ -1,6 +1,6 @@
 //! One protected service at run time: its breaker, its backends, its epoch, and the plan that follows from them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use breaker_common::{BreakerState, SHARE_ALL, StateReason};
 
@@ -53,7 +53,7 @@ pub(super) struct OverrideChange {
 /// The state of one service.
 #[derive(Debug)]
 pub(super) struct ServiceState {
-    pub service: Service,
+    pub service: Arc<Service>,
     pub breaker: Breaker,
     pub tiers: Tiers,
     pub epoch: u32,
@@ -82,7 +82,7 @@ pub(super) struct ServiceState {
 
 impl ServiceState {
     /// Creates a service that enters the configuration. `adopted`: its state as an earlier agent left it in the maps.
-    pub fn new(now: Now, service: Service, adopted: Option<&Adopted>) -> Self {
+    pub fn new(now: Now, service: Arc<Service>, adopted: Option<&Adopted>) -> Self {
         // FNV-1a: a seed of its own for each service, the same after a restart.
         let seed = service.name.as_str().bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -136,15 +136,17 @@ impl ServiceState {
             lifecycle: Lifecycle::Leaving,
             // Its backends are unknown: all its flows go on until they end.
             removed_backends: RemovedBackends::new(false),
-            ..Self::new(now, service, Some(adopted))
+            ..Self::new(now, Arc::new(service), Some(adopted))
         };
         state.new_epoch();
         state
     }
 
     /// Takes over a changed configuration of the service.
-    pub fn reconfigure(&mut self, now: Now, service: Service) {
+    pub fn reconfigure(&mut self, now: Now, service: Arc<Service>) {
         if self.service == service {
+            // The source of the configuration holds the new one as well.
+            self.service = service;
             return;
         }
         self.sync.outdate();
@@ -154,8 +156,8 @@ impl ServiceState {
         self.removed_backends.update(&backup_addresses(&self.service), &backup_addresses(&service));
         // Flows that the new configuration would not track must still be translated until they end.
         self.tracking = Tracking::Active { since: Some(now.mono) };
-        let before = std::mem::replace(&mut self.service, service).frontends;
-        self.drain_frontends(before);
+        let before = std::mem::replace(&mut self.service, service);
+        self.drain_frontends(before.frontends.clone());
     }
 
     /// Begins to leave: the service is not in the configuration any more.
@@ -241,7 +243,7 @@ impl ServiceState {
     }
 
     /// Whether the primary may never have been ready yet.
-    pub const fn is_starting(&self) -> bool {
+    pub fn is_starting(&self) -> bool {
         self.service.starting && !self.was_up
     }
 
@@ -304,7 +306,8 @@ impl ServiceState {
                 plan
             }
             Lifecycle::Leaving => {
-                let service = Service { on_close: EstablishedPolicy::Keep, limits: None, ..self.service.clone() };
+                let service =
+                    Service { on_close: EstablishedPolicy::Keep, limits: None, ..Service::clone(&self.service) };
                 ServicePlan::new(&service, decision, &[])
             }
         };

@@ -1,6 +1,6 @@
 //! Services stay in force while the objects of the API server do not fit together yet.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use breaker_core::model;
 use jiff::{SignedDuration, Timestamp};
@@ -15,7 +15,7 @@ const NO_SLICE: SignedDuration = SignedDuration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct Held {
     /// By owner: for all frontends or the cluster IPs, and for connections from outside.
-    services: BTreeMap<Owner, [BTreeMap<i32, model::Service>; 2]>,
+    services: BTreeMap<Owner, [BTreeMap<i32, Arc<model::Service>>; 2]>,
     /// Since when no EndpointSlice has a port of the Service.
     without_slice: BTreeMap<Owner, Timestamp>,
 }

@@ -92,7 +92,7 @@ pub struct Update {
 impl Update {
     /// The services that the engine is to run.
     #[must_use]
-    pub fn services(&self) -> Vec<model::Service> {
+    pub fn services(&self) -> Vec<Arc<model::Service>> {
         self.results.iter().flat_map(ResolvedBreaker::services).map(|(_, _, service)| service.clone()).collect()
     }
 }

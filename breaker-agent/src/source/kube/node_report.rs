@@ -8,10 +8,11 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
-    Api, Client, ResourceExt as _,
+    Api, Client,
     api::{ObjectMeta, Patch, PatchParams, PostParams},
     runtime::utils::Backoff as _,
 };
+use serde::Serialize;
 use tokio::{
     sync::watch,
     time::{sleep, sleep_until, timeout},
@@ -251,10 +252,9 @@ fn spread(nodes: usize) -> Duration {
 
 async fn write(api: &Api<NodeReport>, state: &NodeState, report: &NodeReportSpec) -> Result<(), kube::Error> {
     let node = &state.update.node;
-    let mut object = NodeReport::new(&node.name, report.clone());
-    // The garbage collector deletes the report together with its Node.
-    object.metadata = ObjectMeta {
+    let metadata = ObjectMeta {
         name: Some(node.name.clone()),
+        // The garbage collector deletes the report together with its Node.
         owner_references: node.uid.as_ref().map(|uid| {
             vec![OwnerReference {
                 api_version: "v1".into(),
@@ -266,33 +266,46 @@ async fn write(api: &Api<NodeReport>, state: &NodeState, report: &NodeReportSpec
         }),
         ..ObjectMeta::default()
     };
-    match api.get_metadata_opt(&node.name).await? {
-        None => drop(api.create(&PostParams::default(), &object).await?),
-        // A merge patch replaces lists as a whole (RFC 7396). That is safe, because this object has one writer.
-        Some(found) => {
-            let gone = serde_json::json!({ "metadata": { "ownerReferences": object.metadata.owner_references }, "spec": nulled(report)? });
-            drop(api.patch_metadata(&found.name_any(), &PatchParams::default(), &Patch::Merge(&gone)).await?);
-        }
+    if api.get_metadata_opt(&node.name).await?.is_none() {
+        let object = NodeReport { metadata, ..NodeReport::new(&node.name, report.clone()) };
+        drop(api.create(&PostParams::default(), &object).await?);
+        return Ok(());
     }
+    // A merge patch replaces lists as a whole (RFC 7396). That is safe, because this object has one writer.
+    let patch = WholeReport { metadata: &metadata, spec: WholeSpec::new(report).map_err(kube::Error::SerdeError)? };
+    drop(api.patch_metadata(&node.name, &PatchParams::default(), &Patch::Merge(&patch)).await?);
     Ok(())
 }
 
-/// The report as JSON, with `null` for the fields that are omitted when empty: a merge patch removes a field only by
-/// `null`.
-fn nulled(report: &NodeReportSpec) -> Result<serde_json::Value, kube::Error> {
-    let mut spec = serde_json::to_value(report).map_err(kube::Error::SerdeError)?;
-    for (object, fields) in [("/agent", OMITTED_OF_AGENT), ("", OMITTED)] {
-        if let Some(object) = spec.pointer_mut(object).and_then(serde_json::Value::as_object_mut) {
-            for field in fields {
-                object.entry(*field).or_insert(serde_json::Value::Null);
-            }
-        }
-    }
-    Ok(spec)
+/// A merge patch that replaces all of a report.
+#[derive(Debug, Serialize)]
+struct WholeReport<'a> {
+    metadata: &'a ObjectMeta,
+    spec: WholeSpec<'a>,
 }
 
-/// Fields of a report that are omitted when empty.
-const OMITTED: &[&str] = &["refused"];
+/// The spec of a report, with `null` for the fields that are omitted when empty: a merge patch removes a field only by
+/// `null`. The list of services may be long; it is written as it is.
+#[derive(Debug, Serialize)]
+struct WholeSpec<'a> {
+    agent: serde_json::Value,
+    services: &'a [ReportedService],
+    refused: Option<&'a [RefusedService]>,
+}
+
+impl<'a> WholeSpec<'a> {
+    fn new(report: &'a NodeReportSpec) -> Result<Self, serde_json::Error> {
+        let NodeReportSpec { agent, services, refused } = report;
+        let mut agent = serde_json::to_value(agent)?;
+        if let Some(agent) = agent.as_object_mut() {
+            for field in OMITTED_OF_AGENT {
+                agent.entry(*field).or_insert(serde_json::Value::Null);
+            }
+        }
+        Ok(Self { agent, services, refused: (!refused.is_empty()).then_some(refused) })
+    }
+}
+
 /// Fields of a report's agent that are omitted when empty.
 const OMITTED_OF_AGENT: &[&str] =
     &["reportedAt", "failedInterfaces", "nodeSockets", "incompatible", "bypass", "unseen", "degraded"];
@@ -320,7 +333,7 @@ mod tests {
             ..NodeReportSpec::default()
         };
         let full = serde_json::to_value(&full).unwrap();
-        let cleared = nulled(&NodeReportSpec::default()).unwrap();
+        let cleared = serde_json::to_value(WholeSpec::new(&NodeReportSpec::default()).unwrap()).unwrap();
         let keys = |value: &serde_json::Value, at: &str| -> Vec<String> {
             let mut keys: Vec<String> = value.pointer(at).unwrap().as_object().unwrap().keys().cloned().collect();
             keys.sort();

@@ -3,9 +3,14 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use breaker_api::crd::CircuitBreaker;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
-use kube::{Resource, api::ObjectMeta};
+use kube::{Resource, api::ObjectMeta, core::DeserializeGuard};
 use serde::Deserialize;
+
+/// A CircuitBreaker, or the error with which it could not be parsed (for example, because it is of a later version).
+/// One such object must not hide the others.
+pub type Guarded = DeserializeGuard<CircuitBreaker>;
 
 /// A Service.
 #[derive(Clone, Debug, Default, Deserialize, Resource)]

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use jiff::SignedDuration;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -35,10 +35,9 @@ use super::{
     event_publisher::EventPublisher,
     intent::Owner,
     lease::Election,
-    objects::Node,
+    objects::{Guarded, Node},
     resolve::ResolvedBreaker,
     watch::{Observer, Watch, always, error_text},
-    watches::Guarded,
 };
 use crate::{
     clock,
@@ -242,7 +241,7 @@ async fn publish(client: Client, node: String, mut updates: watch::Receiver<Arc<
 fn trim(node: &mut Node) {
     node.annotations_mut().clear();
     node.labels_mut().clear();
-    node.status.addresses.clear();
+    node.status.addresses = Vec::new();
 }
 
 impl Publisher {
@@ -274,10 +273,20 @@ impl Publisher {
             }
         }
         let publisher = &*self;
-        let jobs: Vec<BoxFuture<'_, _>> = due.into_iter().map(|job| publisher.write_and_emit(job).boxed()).collect();
-        let outcomes: Vec<Option<(Owner, String, CircuitBreakerStatus)>> =
-            stream::iter(jobs).buffer_unordered(AT_ONCE).collect().await;
-        self.written.extend(outcomes.into_iter().flatten().map(|(owner, uid, status)| (owner, (uid, status))));
+        let mut due = due.into_iter();
+        let mut writes = FuturesUnordered::new();
+        let mut written = Vec::new();
+        loop {
+            while writes.len() < AT_ONCE
+                && let Some(job) = due.next()
+            {
+                writes.push(publisher.write_and_emit(job));
+            }
+            let Some(outcome) = writes.next().await else { break };
+            written.extend(outcome);
+        }
+        drop(writes);
+        self.written.extend(written.into_iter().map(|(owner, uid, status)| (owner, (uid, status))));
     }
 
     /// Writes one status, and emits the Events for its changes. Returns `None` if the status could not be written and

@@ -11,7 +11,7 @@ use std::{
 
 use futures_util::StreamExt as _;
 use kube::{
-    Api, Resource, ResourceExt as _,
+    Api, Resource,
     runtime::{
         WatchStreamExt as _,
         reflector::{self, ObjectRef},
@@ -99,7 +99,8 @@ where
             loop {
                 let attempt = async {
                     let mut events = std::pin::pin!(watcher(api.clone(), config.clone()).modify(|object: &mut K| {
-                        object.managed_fields_mut().clear();
+                        // Not `clear`, which keeps the list's memory.
+                        object.meta_mut().managed_fields = None;
                         trim(object);
                     }));
                     let mut lost = false;

@@ -17,7 +17,6 @@ use breaker_api::crd::{CircuitBreaker, REASON_ANNOTATION, ReferenceGrant};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::{
     Api, Client, ResourceExt as _,
-    core::DeserializeGuard,
     runtime::{
         reflector::{self, ObjectRef},
         watcher,
@@ -28,7 +27,7 @@ use super::{
     intent::Key,
     kube_proxy::KubeProxy,
     network_policy,
-    objects::{EndpointSlice, Node, NodeStatus, Service},
+    objects::{EndpointSlice, Guarded, Node, NodeStatus, Service},
     resolve::{NodeView, World},
     watch::{Observer, Watch, always},
 };
@@ -39,10 +38,6 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Maximum number of names in a label selector, which is a part of the URL. With more names, all EndpointSlices of
 /// the namespace are watched.
 const MOST_NAMES: usize = 64;
-
-/// A CircuitBreaker, or the error with which it could not be parsed (for example, because it is of a later version).
-/// One such object must not hide the others.
-pub(super) type Guarded = DeserializeGuard<CircuitBreaker>;
 
 /// All watches of an agent.
 pub(super) struct Watches {
@@ -58,7 +53,7 @@ pub(super) struct Watches {
     policies: Watch<NetworkPolicy>,
     slices: BTreeMap<String, NamespaceSlices>,
     /// Each CircuitBreaker in the last version that could be parsed.
-    last_parsed: HashMap<ObjectRef<Guarded>, Arc<CircuitBreaker>>,
+    last_parsed: HashMap<ObjectRef<Guarded>, Arc<Guarded>>,
 }
 
 /// The watch on the EndpointSlices of one namespace.
@@ -81,7 +76,7 @@ impl Watches {
                 |breaker: &mut Guarded| {
                     // `status.nodes` is for people, and is the largest part of the object.
                     if let Some(status) = breaker.0.as_mut().ok().and_then(|breaker| breaker.status.as_mut()) {
-                        status.nodes.clear();
+                        status.nodes = Vec::new();
                     }
                     breaker.annotations_mut().retain(|name, _| name == REASON_ANNOTATION);
                     if let Err(error) = &breaker.0 {
@@ -220,15 +215,8 @@ impl Watches {
         let before = std::mem::take(&mut self.last_parsed);
         for guarded in self.breakers.get()? {
             let key = ObjectRef::from_obj(&*guarded);
-            let known = before.get(&key);
-            let breaker = match &guarded.0 {
-                Ok(breaker) => Some(match known {
-                    Some(known) if known.resource_version() == breaker.resource_version() => known.clone(),
-                    _ => Arc::new(breaker.clone()),
-                }),
-                Err(_) => known.cloned(),
-            };
-            self.last_parsed.extend(breaker.map(|breaker| (key, breaker)));
+            let parsed = if guarded.0.is_ok() { Some(guarded) } else { before.get(&key).cloned() };
+            self.last_parsed.extend(parsed.map(|parsed| (key, parsed)));
         }
         let mut world = World {
             frontends: FrontendRules::default(),

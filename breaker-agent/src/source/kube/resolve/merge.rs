@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use breaker_core::model;
@@ -14,7 +15,7 @@ impl Resolver<'_> {
     /// Merges one [`PortPlan`] per port and IP family into one service; `None` if there are none. Backends are
     /// identified by their address in the first plan whose primary and backups have backends; the addresses in the
     /// other plans go to `routes`.
-    pub(super) fn merge(&mut self, key: &Key, mut plans: Vec<PortPlan>) -> Option<(i32, model::Service)> {
+    pub(super) fn merge(&mut self, key: &Key, mut plans: Vec<PortPlan>) -> Option<(i32, Arc<model::Service>)> {
         if plans.is_empty() {
             return None;
         }
@@ -54,6 +55,6 @@ impl Resolver<'_> {
             }
         }
         service.name = engine_name(key, base.port, base.outside);
-        Some((base.port, service))
+        Some((base.port, Arc::new(service)))
     }
 }

@@ -24,7 +24,7 @@ use std::{
     sync::Arc,
 };
 
-use breaker_api::crd::{CircuitBreaker, CircuitBreakerSpec, Override, OwnerKind, ReferenceGrant, Topology};
+use breaker_api::crd::{CircuitBreakerSpec, Override, OwnerKind, ReferenceGrant, Topology};
 use breaker_common::NAME_LEN;
 use breaker_core::model::{self, Frontend, ServiceName};
 use jiff::{SignedDuration, Timestamp};
@@ -35,7 +35,7 @@ use super::{
     intent::{self, Intent, Key, Owner},
     kube_proxy::KubeProxy,
     network_policy,
-    objects::{EndpointSlice, Service},
+    objects::{EndpointSlice, Guarded, Service},
     spec_policies::Policies,
 };
 use crate::config::FrontendRules;
@@ -72,8 +72,8 @@ impl NodeView {
 pub struct World {
     /// This node.
     pub node: NodeView,
-    /// All CircuitBreakers.
-    pub breakers: Vec<Arc<CircuitBreaker>>,
+    /// All CircuitBreakers, each in the last version that could be parsed.
+    pub breakers: Vec<Arc<Guarded>>,
     /// All ReferenceGrants.
     pub grants: Vec<Arc<ReferenceGrant>>,
     /// All Services.
@@ -121,11 +121,11 @@ pub struct ResolvedBreaker {
     pub reachable: Result<(), Refusal>,
     /// The service for the engine, by the Service's port. There is at most one entry: all ports of a Service form one
     /// service, under the port that stands for all of them. Empty if nothing is protected.
-    pub ports: BTreeMap<i32, model::Service>,
+    pub ports: BTreeMap<i32, Arc<model::Service>>,
     /// The same for connections from outside of the cluster (node port, load balancer, external IP), if kube-proxy
     /// serves these with other endpoints than the cluster IP: one of the two traffic policies is Local. Otherwise empty,
     /// and their frontends are in `ports`.
-    pub outside: BTreeMap<i32, model::Service>,
+    pub outside: BTreeMap<i32, Arc<model::Service>>,
     /// Parts of the request that are not carried out, and side effects of the request, in words for people.
     pub notes: Vec<String>,
     /// The requested spec is not in force: endpoints are not known yet, or the spec is invalid. The previous services
@@ -139,14 +139,14 @@ pub struct ResolvedBreaker {
 
 impl ResolvedBreaker {
     /// The services for the engine: the Service's port, and whether the service is for connections from outside only.
-    pub fn services(&self) -> impl Iterator<Item = (i32, bool, &model::Service)> {
+    pub fn services(&self) -> impl Iterator<Item = (i32, bool, &Arc<model::Service>)> {
         let inside = self.ports.iter().map(|(port, service)| (*port, false, service));
         inside.chain(self.outside.iter().map(|(port, service)| (*port, true, service)))
     }
 
     /// The same, to change them.
     pub fn services_mut(&mut self) -> impl Iterator<Item = &mut model::Service> {
-        self.ports.values_mut().chain(self.outside.values_mut())
+        self.ports.values_mut().chain(self.outside.values_mut()).map(Arc::make_mut)
     }
 
     /// Why the request, or a part of it, is refused; `None` if it is not.
@@ -207,8 +207,9 @@ pub fn resolve(
     let mut intents: Vec<Intent> = world
         .breakers
         .iter()
+        .filter_map(|breaker| breaker.0.as_ref().ok())
         .filter(|breaker| breaker.metadata.deletion_timestamp.is_none())
-        .map(|breaker| intent::of_breaker(breaker))
+        .map(intent::of_breaker)
         .chain(world.services.values().filter_map(|service| intent::of_service(service)))
         .collect();
     intents.sort_by(|a, b| (a.owner.kind, a.created, &a.owner.key).cmp(&(b.owner.kind, b.created, &b.owner.key)));

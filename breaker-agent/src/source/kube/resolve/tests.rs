@@ -4,6 +4,7 @@ use breaker_api::crd::{CircuitBreaker, ReferenceGrant};
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use jiff::{SignedDuration, Timestamp};
+use kube::core::DeserializeGuard;
 use serde_json::{Value, json};
 
 use super::{LastValidSpecs, NodeView, Resolution, ResolvedBreaker, World, engine_name, resolve};
@@ -84,7 +85,7 @@ impl Lab {
             "spec": spec,
         }))
         .unwrap();
-        self.0.breakers.push(Arc::new(breaker));
+        self.0.breakers.push(Arc::new(DeserializeGuard(Ok(breaker))));
         self
     }
 
@@ -132,7 +133,7 @@ fn the_lab_means_what_the_file_for_it_means() {
     let mut expected = config::parse(Path::new("t"), file).unwrap().services.remove(0);
     expected.grace_period = result.ports[&8080].grace_period;
     expected.name = engine_name(&Key::new("lab", "dummy"), 8080, false);
-    assert_eq!(result.ports[&8080], expected, "an omitted field has another default than in a file");
+    assert_eq!(*result.ports[&8080], expected, "an omitted field has another default than in a file");
 }
 
 #[test]
@@ -606,7 +607,11 @@ fn a_frontend_belongs_to_one_service_and_a_node_has_room_for_so_many() {
     lab.slice("lab", "other", "", 80, json!([{ "addresses": ["10.42.0.6"] }]));
     lab.breaker("other", 50, with(|s| s["service"]["name"] = json!("other")));
     let of = |resolution: &Resolution| -> Vec<Vec<String>> {
-        resolution.results.iter().map(|result| result.ports.values().flat_map(frontends).collect()).collect()
+        resolution
+            .results
+            .iter()
+            .map(|result| result.ports.values().flat_map(|service| frontends(service)).collect())
+            .collect()
     };
     let resolution = lab.resolve();
     assert_eq!(of(&resolution), [vec!["10.43.0.1:8080"], vec!["10.43.0.5:8080", "198.51.100.7:8080"]]);
@@ -744,7 +749,8 @@ fn the_endpoints_that_kube_proxy_uses_here_decide() {
         let [first, second] = nodes;
         lab.slice("lab", "dummy", "", 80, json!([endpoint("10.42.0.1", first), endpoint("10.42.0.2", second)]));
         let result = lab.only();
-        let primary = |services: &BTreeMap<i32, model::Service>| services.get(&8080).map(|s| addresses(&s.primary));
+        let primary =
+            |services: &BTreeMap<i32, Arc<model::Service>>| services.get(&8080).map(|s| addresses(&s.primary));
         (primary(&result.ports), primary(&result.outside))
     };
     let both = || Some(vec!["10.42.0.1:80".to_owned(), "10.42.0.2:80".to_owned()]);
