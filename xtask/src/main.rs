@@ -35,7 +35,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Install what builds, the demo and the tests need: Debian packages with apt-get, bpf-linker with cargo.
-    Setup,
+    Setup {
+        /// Also build Helm 3 and 4 with Go, for `cargo xtask e2e`, which then tries the chart with them.
+        #[arg(long)]
+        helm: bool,
+    },
     /// Build the BPF programs (building the agent does this by itself).
     BuildEbpf {
         /// Build optimized programs, as embedded in the agent.
@@ -105,8 +109,11 @@ fn main() -> ExitCode {
 fn execute(task: Task) -> Result<()> {
     setup::setup()?;
     match task {
-        Task::Setup => {
+        Task::Setup { helm } => {
             setup::setup_lab()?;
+            if helm {
+                setup::setup_helm()?;
+            }
             println!("setup: everything is installed");
             Ok(())
         }

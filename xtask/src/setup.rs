@@ -145,6 +145,32 @@ fn unpack_prometheus() -> Result<()> {
     })
 }
 
+/// The versions of Helm with which the chart is tried: name of the program, its package, its version.
+const HELM: [(&str, &str, &str); 2] =
+    [("helm3", "helm.sh/helm/v3/cmd/helm", "v3.19.0"), ("helm4", "helm.sh/helm/v4/cmd/helm", "v4.3.1")];
+
+/// Builds Helm 3 and 4 with Go into the target directory, unless they are there.
+///
+/// # Errors
+/// Go is missing, or cannot build them.
+pub fn setup_helm() -> Result<()> {
+    let dir = ebpf_builder::workspace().join("target/tools/helm");
+    for (name, package, version) in HELM {
+        let program = dir.join(name);
+        if program.is_file() {
+            continue;
+        }
+        step(&format!("setup: build Helm {version}, which installs the chart"), || {
+            let built = dir.join(version);
+            run(Command::new("go").args(["install", &format!("{package}@{version}")]).env("GOBIN", &built))?;
+            std::fs::rename(built.join("helm"), &program)?;
+            Ok(std::fs::remove_dir(built)?)
+        })?;
+    }
+    println!("setup: Helm for cargo xtask e2e: --helm {0}/helm3 --helm {0}/helm4", dir.display());
+    Ok(())
+}
+
 /// Installs what is missing for the benchmarks.
 ///
 /// # Errors

@@ -1,11 +1,16 @@
 //! The `CircuitBreaker` resource: what a user asks for.
 
+use std::borrow::Cow;
+
 use jiff::Timestamp;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Check, CircuitBreakerStatus, Limits, MOST_BACKUPS, MOST_PORTS, Port, date_time};
+use super::{
+    Check, CircuitBreakerStatus, Limits, MOST_BACKUPS, MOST_PORTS, OVERRIDE_ANNOTATION, Port, UNTIL_ANNOTATION,
+    date_time,
+};
 
 /// The protected Service, its backups, and how the breaker decides between them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomResource, KubeSchema)]
@@ -78,9 +83,15 @@ pub struct CircuitBreakerSpec {
     #[serde(default)]
     pub topology: Topology,
     /// What happens to established connections to the primary when the breaker opens. Reset: both ends get a TCP
-    /// reset at the next packet, if a backup is usable. Keep: the connections continue.
+    /// reset at once, if a backup is usable; those of the node's own processes at the next packet. Keep: the connections
+    /// continue.
     #[serde(default = "reset")]
     pub on_open: EstablishedPolicy,
+    /// Established connections that each node resets in a second, after the first 200 at once, when the breaker opens, so
+    /// that their clients do not all reconnect in one moment.
+    #[schemars(range(min = 1, max = 100_000))]
+    #[serde(default = "thousand")]
+    pub resets_per_second: i32,
     /// What happens to established connections to the backup when the breaker closes. Keep: the connections continue
     /// until they end. Reset: both ends get a TCP reset at the next packet.
     #[serde(default = "keep")]
@@ -122,6 +133,47 @@ pub struct CircuitBreakerSpec {
     /// refused, because it is not built yet.
     #[serde(default)]
     pub probe_from: ProbeFrom,
+}
+
+impl CircuitBreaker {
+    /// The spec, with the override of the annotations [`OVERRIDE_ANNOTATION`] and [`UNTIL_ANNOTATION`] instead of its
+    /// own, until that ends. With these annotations an operator can force a breaker whose manifest has an override:
+    /// tools that apply manifests leave annotations alone that they did not write.
+    ///
+    /// # Errors
+    /// The wrong annotation, its value and what is allowed.
+    pub fn spec_in_force(&self, now: Timestamp) -> Result<Cow<'_, CircuitBreakerSpec>, String> {
+        let annotations = self.metadata.annotations.as_ref();
+        let text = |name: &str| annotations.and_then(|all| all.get(name)).map(|text| text.trim());
+        let until = match text(UNTIL_ANNOTATION) {
+            None => None,
+            Some(text) => Some(text.parse::<Timestamp>().map_err(|_| {
+                format!(
+                    "annotation {UNTIL_ANNOTATION}: {text:?} is not allowed; allowed: a time like 2026-11-29T18:00:00Z"
+                )
+            })?),
+        };
+        let forced = match text(OVERRIDE_ANNOTATION) {
+            None if until.is_some() => {
+                return Err(format!("annotation {UNTIL_ANNOTATION} needs {OVERRIDE_ANNOTATION}"));
+            }
+            None => return Ok(Cow::Borrowed(&self.spec)),
+            Some(text) => {
+                let all = [Override::Auto, Override::ForceOpen, Override::ForceClosed];
+                all.into_iter().find(|forced| forced.label() == text).ok_or_else(|| {
+                    let allowed = all.map(Override::label).join(", ");
+                    format!("annotation {OVERRIDE_ANNOTATION}: {text:?} is not allowed; allowed: {allowed}")
+                })?
+            }
+        };
+        if forced == Override::Auto && until.is_some() {
+            return Err(format!("annotation {UNTIL_ANNOTATION} needs {OVERRIDE_ANNOTATION} ForceOpen or ForceClosed"));
+        }
+        if until.is_some_and(|until| until <= now) {
+            return Ok(Cow::Borrowed(&self.spec));
+        }
+        Ok(Cow::Owned(CircuitBreakerSpec { r#override: forced, until, ..self.spec.clone() }))
+    }
 }
 
 /// A Service in the namespace of the CircuitBreaker.
@@ -297,6 +349,9 @@ words!(
 const fn reset() -> EstablishedPolicy {
     EstablishedPolicy::Reset
 }
+const fn thousand() -> i32 {
+    1000
+}
 const fn keep() -> EstablishedPolicy {
     EstablishedPolicy::Keep
 }
@@ -326,4 +381,67 @@ const fn minute() -> i32 {
 }
 const fn five_minutes() -> i32 {
     300_000
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn breaker(annotations: &Value) -> CircuitBreaker {
+        let spec = json!({
+            "service": { "name": "web" }, "backups": [{ "name": "spare" }],
+            "override": "ForceClosed", "until": "2026-11-29T20:00:00Z",
+        });
+        let metadata = json!({ "name": "web", "annotations": annotations });
+        let object = json!({
+            "apiVersion": "breaker.dev/v1alpha1", "kind": "CircuitBreaker", "metadata": metadata, "spec": spec,
+        });
+        serde_json::from_value(object).unwrap()
+    }
+
+    #[test]
+    fn annotations_override_the_spec_until_they_end() {
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        let (now, until, of_spec) = (at("2026-11-29T18:00:00Z"), "2026-11-29T18:00:01Z", at("2026-11-29T20:00:00Z"));
+        let cases = [
+            (json!({}), (Override::ForceClosed, Some(of_spec))),
+            (json!({ OVERRIDE_ANNOTATION: "ForceOpen" }), (Override::ForceOpen, None)),
+            (json!({ OVERRIDE_ANNOTATION: "Auto" }), (Override::Auto, None)),
+            (
+                json!({ OVERRIDE_ANNOTATION: " ForceOpen ", UNTIL_ANNOTATION: until }),
+                (Override::ForceOpen, Some(at(until))),
+            ),
+            (
+                json!({ OVERRIDE_ANNOTATION: "ForceOpen", UNTIL_ANNOTATION: now.to_string() }),
+                (Override::ForceClosed, Some(of_spec)),
+            ),
+        ];
+        for (annotations, expected) in cases {
+            let breaker = breaker(&annotations);
+            let spec = breaker.spec_in_force(now).unwrap();
+            assert_eq!((spec.r#override, spec.until), expected, "{annotations}");
+        }
+    }
+
+    #[test]
+    fn wrong_annotations_are_named() {
+        let cases = [
+            (json!({ OVERRIDE_ANNOTATION: "open" }), "\"open\" is not allowed; allowed: Auto, ForceOpen, ForceClosed"),
+            (
+                json!({ OVERRIDE_ANNOTATION: "ForceOpen", UNTIL_ANNOTATION: "18:00" }),
+                "\"18:00\" is not allowed; allowed: a time",
+            ),
+            (json!({ UNTIL_ANNOTATION: "2026-11-29T20:00:00Z" }), "until needs breaker.dev/override"),
+            (
+                json!({ OVERRIDE_ANNOTATION: "Auto", UNTIL_ANNOTATION: "2026-11-29T20:00:00Z" }),
+                "override ForceOpen or ForceClosed",
+            ),
+        ];
+        for (annotations, expected) in cases {
+            let error = breaker(&annotations).spec_in_force(Timestamp::UNIX_EPOCH).unwrap_err();
+            assert!(error.contains(expected), "{annotations}: {error}");
+        }
+    }
 }

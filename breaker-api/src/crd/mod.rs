@@ -48,6 +48,13 @@ pub const STATUS_LEASE: &str = "breaker-status";
 /// Name of the statuses' field manager in managedFields.
 pub const STATUS_MANAGER: &str = "breaker";
 
+/// Annotation of a CircuitBreaker with an override that holds instead of the spec's: see
+/// [`CircuitBreaker::spec_in_force`].
+pub const OVERRIDE_ANNOTATION: &str = "breaker.dev/override";
+
+/// Annotation of a CircuitBreaker with the end of the override in [`OVERRIDE_ANNOTATION`].
+pub const UNTIL_ANNOTATION: &str = "breaker.dev/until";
+
 /// Annotation of a CircuitBreaker with the operator's reason for an override, for people.
 pub const REASON_ANNOTATION: &str = "breaker.dev/override-reason";
 

@@ -144,12 +144,15 @@ pub struct GetArgs {
 pub struct TripArgs {
     /// The CircuitBreaker's name.
     pub name: String,
-    /// How long the breaker stays forced open (30s, 10m, 1h30m); until `reset` if not given. Sets spec.until.
+    /// How long the breaker stays forced open (30s, 10m, 1h30m); until `reset` if not given.
     #[arg(long = "for", value_name = "TIME", value_parser = duration::parse)]
     pub duration: Option<Duration>,
     /// Why; appears in the status, the Events and the dashboard.
     #[arg(long)]
     pub reason: Option<String>,
+    /// Change nothing: only ask the API server whether it would accept the change.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Arguments of `events`.

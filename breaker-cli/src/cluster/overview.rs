@@ -1,9 +1,12 @@
 //! CircuitBreakers and NodeReports, read once from the API server.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 use breaker_api::crd::{
     CircuitBreaker, CircuitBreakerSpec, CircuitBreakerStatus, NodeReport, NodeReportSpec, REASON_ANNOTATION,
 };
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{Api, ResourceExt as _, api::ListParams};
 use serde::{Deserialize, Serialize};
@@ -34,7 +37,7 @@ pub struct BreakerView {
     /// Why it is forced, in the words of whoever forced it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub override_reason: Option<String>,
-    /// Desired state.
+    /// Desired state, with the override that is in force.
     pub spec: CircuitBreakerSpec,
     /// Observed state; absent until an agent has written it.
     pub status: Option<CircuitBreakerStatus>,
@@ -46,7 +49,8 @@ impl From<CircuitBreaker> for BreakerView {
             namespace: breaker.namespace().unwrap_or_default(),
             name: breaker.name_any(),
             override_reason: breaker.annotations().get(REASON_ANNOTATION).cloned(),
-            spec: breaker.spec,
+            // Of annotations that are wrong, condition Accepted tells.
+            spec: breaker.spec_in_force(Timestamp::now()).map_or_else(|_| breaker.spec.clone(), Cow::into_owned),
             status: breaker.status,
         }
     }

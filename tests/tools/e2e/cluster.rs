@@ -2,7 +2,7 @@
 
 use std::{
     io::Write as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -26,6 +26,7 @@ pub struct Hooks {
     pub on_node: Option<String>,
     pub node: Option<(String, String)>,
     pub api: Option<(String, String)>,
+    pub helm: Vec<PathBuf>,
 }
 
 /// What a program said, on standard output and standard error.
@@ -58,6 +59,10 @@ impl Cluster {
         cluster.nodes = names.map(str::to_owned).collect();
         cluster.nodes.sort();
         Ok(cluster)
+    }
+
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
     }
 
     fn command(&self, args: &[&str]) -> Command {

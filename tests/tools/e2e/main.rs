@@ -47,6 +47,9 @@ struct Cli {
     /// Command that starts the API server again.
     #[arg(long, value_name = "CMD", requires = "stop_api")]
     start_api: Option<String>,
+    /// Program of Helm, 3 or 4, with which to try the chart; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    helm: Vec<PathBuf>,
     /// Play only scenarios whose name contains one of these texts.
     #[arg(long, value_name = "TEXT", value_delimiter = ',')]
     only: Vec<String>,
@@ -79,6 +82,7 @@ fn run(cli: Cli) -> Result<bool> {
         on_node: cli.on_node,
         node: cli.stop_node.zip(cli.start_node),
         api: cli.stop_api.zip(cli.start_api),
+        helm: cli.helm,
     };
     let cluster = Cluster::new(cli.kubeconfig, hooks)?;
     println!("cluster: {} nodes", cluster.nodes.len());

@@ -4,6 +4,7 @@ use breaker_api::crd::{
     CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, OwnerKind, PortStatus, ReportedAgent, ReportedService,
     ReportedState,
 };
+use breaker_common::StateReason;
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
@@ -430,7 +431,10 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
                     Some(backup) if answers(backup) => format!("go to {backup}"),
                     _ => "meet no usable backup, so whenAllUnhealthy applies".to_owned(),
                 };
-                found.push(warning("Opened", format!("{why}: new connections {to} ({nodes}){text}")))
+                // The operator's words would be lost if the Event were counted up: it keeps its first note.
+                let counted = why != StateReason::Operator.label();
+                let note = format!("{why}: new connections {to} ({nodes}){text}");
+                found.push(EventRecord { counted, ..warning("Opened", note) })
             }
             (_, ReportedState::HalfOpen) => {
                 found.push(normal("HalfOpen", format!("{why}: a few connections try the primary{text}")))

@@ -135,6 +135,10 @@ fn what_did_not_change_keeps_its_time_and_is_no_event() {
     let opened = status(&result(), &NodeReports::new(&open), Some(&again), at(60));
     let reasons: Vec<String> = event_records(Some(&again), &opened).into_iter().map(|h| h.reason).collect();
     assert_eq!(reasons, ["Opened"]);
+    // An Event that is counted up keeps its first note, and an operator's words are in the note.
+    let by_operator = CircuitBreakerStatus { reason: Some("Operator".into()), ..opened.clone() };
+    let counted = [&opened, &by_operator].map(|status| event_records(Some(&again), status)[0].counted);
+    assert_eq!(counted, [true, false]);
     let time =
         |s: &CircuitBreakerStatus, t: &str| s.conditions.iter().find(|c| c.type_ == t).unwrap().last_transition_time.0;
     assert_eq!((time(&opened, "Accepted"), time(&opened, "Degraded")), (at(1), at(60)));

@@ -70,9 +70,9 @@ pub struct Intent {
     pub spec: Result<Arc<CircuitBreakerSpec>, String>,
 }
 
-/// The request of a CircuitBreaker.
+/// The request of a CircuitBreaker at the time `now`.
 #[must_use]
-pub fn of_breaker(breaker: &CircuitBreaker) -> Intent {
+pub fn of_breaker(breaker: &CircuitBreaker, now: Timestamp) -> Intent {
     let key = Key::of(breaker);
     Intent {
         service: Key::new(&key.namespace, &breaker.spec.service.name),
@@ -81,7 +81,7 @@ pub fn of_breaker(breaker: &CircuitBreaker) -> Intent {
         generation: breaker.metadata.generation.unwrap_or_default(),
         created: breaker.metadata.creation_timestamp.as_ref().map(|time| time.0),
         override_reason: override_reason(breaker.annotations()),
-        spec: Ok(Arc::new(breaker.spec.clone())),
+        spec: breaker.spec_in_force(now).map(|spec| Arc::new(spec.into_owned())),
     }
 }
 

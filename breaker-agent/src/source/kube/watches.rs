@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use breaker_api::crd::{CircuitBreaker, REASON_ANNOTATION, ReferenceGrant};
+use breaker_api::crd::{CircuitBreaker, OVERRIDE_ANNOTATION, REASON_ANNOTATION, ReferenceGrant, UNTIL_ANNOTATION};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -38,6 +38,9 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Maximum number of names in a label selector, which is a part of the URL. With more names, all EndpointSlices of
 /// the namespace are watched.
 const MOST_NAMES: usize = 64;
+
+/// The annotations of a CircuitBreaker that the agent reads.
+const ANNOTATIONS: [&str; 3] = [OVERRIDE_ANNOTATION, UNTIL_ANNOTATION, REASON_ANNOTATION];
 
 /// All watches of an agent.
 pub(super) struct Watches {
@@ -78,7 +81,7 @@ impl Watches {
                     if let Some(status) = breaker.0.as_mut().ok().and_then(|breaker| breaker.status.as_mut()) {
                         status.nodes = Vec::new();
                     }
-                    breaker.annotations_mut().retain(|name, _| name == REASON_ANNOTATION);
+                    breaker.annotations_mut().retain(|name, _| ANNOTATIONS.contains(&name.as_str()));
                     if let Err(error) = &breaker.0 {
                         tracing::warn!(
                             "CircuitBreaker {}/{} cannot be parsed (its last valid version stays in use): {error}",
@@ -87,10 +90,15 @@ impl Watches {
                         );
                     }
                 },
-                // A status does not affect the resolution, so a change of the status alone is ignored.
+                // A status does not affect the resolution, so a change of the status alone is ignored. The reason of an
+                // override is read together with the override.
                 |old, new| match (&old.0, &new.0) {
                     (Ok(old), Ok(new)) => {
-                        let key = |b: &CircuitBreaker| (b.uid(), b.metadata.deletion_timestamp.clone());
+                        let key = |b: &CircuitBreaker| {
+                            let forced =
+                                [OVERRIDE_ANNOTATION, UNTIL_ANNOTATION].map(|name| b.annotations().get(name).cloned());
+                            (b.uid(), b.metadata.deletion_timestamp.clone(), forced)
+                        };
                         old.spec != new.spec
                             || old.metadata.generation != new.metadata.generation
                             || key(old) != key(new)

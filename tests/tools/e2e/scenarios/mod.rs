@@ -1,6 +1,7 @@
 //! The list of scenarios. Every scenario starts from the lab as `k8s/lab` defines it, with the breaker
 //! closed.
 
+mod chart;
 mod choices;
 mod dashboard;
 mod disturbances;
@@ -42,6 +43,10 @@ fn needs_nodes(cluster: &Cluster) -> Option<&'static str> {
     cluster.hooks.on_node.is_none().then_some("no --on-node")
 }
 
+fn needs_helm(cluster: &Cluster) -> Option<&'static str> {
+    if cluster.hooks.helm.is_empty() { Some("no --helm") } else { needs_nodes(cluster) }
+}
+
 fn needs_power(cluster: &Cluster) -> Option<&'static str> {
     match (&cluster.hooks.node, cluster.nodes.len()) {
         (None, _) => Some("no --stop-node and --start-node"),
@@ -76,6 +81,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "two-for-one-service", skip: always, play: objects::two_for_one_service },
     Scenario { name: "two-hundred-at-once", skip: always, play: objects::two_hundred_at_once },
     Scenario { name: "api-server-away", skip: needs_api, play: disturbances::api_server_away },
+    Scenario { name: "chart", skip: needs_helm, play: chart::chart },
     Scenario { name: "node-powered-off", skip: needs_power, play: disturbances::node_powered_off },
 ];
 

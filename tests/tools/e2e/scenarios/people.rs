@@ -67,6 +67,38 @@ pub(super) fn people(cluster: &Cluster) -> Result<String> {
     outcome
 }
 
+/// A tool applies a manifest with `spec.override`, on the server as Helm 4 and Flux do: an operator trips the breaker all
+/// the same, the tool's next application neither fails nor takes it back, and a reset ends it (TRIALS J6).
+fn beside_a_manifest(cluster: &Cluster) -> Result<()> {
+    let apply = |spec: &str| {
+        let manifest = format!(
+            r#"{{"apiVersion":"breaker.dev/v1alpha1","kind":"CircuitBreaker","metadata":{{"name":"dummy"}},"spec":{spec}}}"#
+        );
+        cluster.feed(&["-n", NAMESPACE, "apply", "--server-side", "--field-manager=release", "-f", "-"], &manifest)
+    };
+    cluster.wait_state("dummy", "Closed")?;
+    apply(r#"{"override":"Auto"}"#)?;
+    let annotate = r#"{"metadata":{"annotations":{"breaker.dev/override":"ForceOpen"}}}"#;
+    refused(patch_as(cluster, "editor", "cb/dummy", annotate), &["editor may not force a breaker"])?;
+    let said = plugin_as(cluster, "owner", &["trip", "dummy", "--dry-run"])?;
+    ensure!(said.success && said.text.contains("would be forced open until reset (dry run)"), "{}", said.text);
+    let said = plugin_as(cluster, "owner", &["trip", "dummy", "--for", "1h"])?;
+    let nodes = cluster.nodes.len();
+    for words in ["release may write spec.override", &format!("Open on all of {nodes} nodes")] {
+        ensure!(said.success && said.text.contains(words), "{words}: {}", said.text);
+    }
+    apply(r#"{"override":"Auto"}"#)?;
+    let breaker = cluster.breaker("dummy")?;
+    ensure!(breaker["spec"]["override"] == "Auto", "{breaker}");
+    ensure!(breaker["metadata"]["annotations"]["breaker.dev/override"] == "ForceOpen", "{breaker}");
+    let seen = plugin_as(cluster, "viewer", &["status"])?;
+    ensure!(seen.text.contains("ForceOpen until 20"), "{}", seen.text);
+    cluster.wait_state("dummy", "Open")?;
+    let said = plugin_as(cluster, "owner", &["reset", "dummy"])?;
+    ensure!(said.success && said.text.contains(&format!("Closed on all of {nodes} nodes")), "{}", said.text);
+    Ok(())
+}
+
 fn with_policies(cluster: &Cluster) -> Result<String> {
     // The API server takes a policy into use after a moment.
     let forced = r#"{"spec":{"override":"ForceOpen"}}"#;
@@ -137,6 +169,8 @@ fn with_policies(cluster: &Cluster) -> Result<String> {
     ensure!(flows.success && cluster.nodes.iter().all(|node| flows.text.contains(node.as_str())), "{}", flows.text);
     let said = plugin_as(cluster, "owner", &["reset", "dummy"])?;
     ensure!(said.success && said.text.contains("the checks decide again"), "{}", said.text);
+
+    beside_a_manifest(cluster)?;
 
     // The check of the installation, and its exit code.
     let said = cluster.plugin(&["-n", NAMESPACE, "check", "--wait", "60s"])?;

@@ -209,7 +209,7 @@ pub fn resolve(
         .iter()
         .filter_map(|breaker| breaker.0.as_ref().ok())
         .filter(|breaker| breaker.metadata.deletion_timestamp.is_none())
-        .map(intent::of_breaker)
+        .map(|breaker| intent::of_breaker(breaker, now))
         .chain(world.services.values().filter_map(|service| intent::of_service(service)))
         .collect();
     intents.sort_by(|a, b| (a.owner.kind, a.created, &a.owner.key).cmp(&(b.owner.kind, b.created, &b.owner.key)));

@@ -4,7 +4,7 @@ use breaker_api::crd::{CircuitBreaker, ReferenceGrant};
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use jiff::{SignedDuration, Timestamp};
-use kube::core::DeserializeGuard;
+use kube::{ResourceExt as _, core::DeserializeGuard};
 use serde_json::{Value, json};
 
 use super::{LastValidSpecs, NodeView, Resolution, ResolvedBreaker, World, engine_name, resolve};
@@ -560,6 +560,28 @@ fn an_override_ends_by_itself() {
     let resolution = Lab::new().with_breaker(forced(0)).resolve();
     assert_eq!(resolution.results[0].ports[&8080].override_, model::Override::Auto);
     assert_eq!(resolution.next, None);
+}
+
+/// TRIALS J6: annotations, which no manifest owns, force a breaker until they end.
+#[test]
+fn annotations_of_a_breaker_override_its_spec() {
+    let of = |until: i64| {
+        let mut lab = Lab::new().with_breaker(spec());
+        let until = Timestamp::from_second(NOW + until).unwrap().to_string();
+        let breaker = Arc::make_mut(&mut lab.0.breakers[0]).0.as_mut().unwrap();
+        let annotations = [("breaker.dev/override", "ForceOpen"), ("breaker.dev/until", &until)];
+        breaker.annotations_mut().extend(annotations.map(|(name, text)| (name.to_owned(), text.to_owned())));
+        let resolution = lab.resolve();
+        (resolution.results[0].ports[&8080].override_, resolution.next)
+    };
+    assert_eq!(of(60), (model::Override::ForceOpen, Some(Timestamp::from_second(NOW + 60).unwrap())));
+    assert_eq!(of(0), (model::Override::Auto, None));
+    let mut lab = Lab::new().with_breaker(spec());
+    let breaker = Arc::make_mut(&mut lab.0.breakers[0]).0.as_mut().unwrap();
+    breaker.annotations_mut().insert("breaker.dev/override".into(), "open".into());
+    let refusal = lab.only().accepted.unwrap_err();
+    assert_eq!(refusal.reason, "Invalid");
+    assert!(refusal.message.contains("breaker.dev/override: \"open\" is not allowed"), "{}", refusal.message);
 }
 
 /// HARDENING S2: an address belongs to its Service, whatever other Services say.
