@@ -37,6 +37,7 @@ use crate::{
         snapshot::{DatapathInfo, MapFill},
     },
     process,
+    resets::{self, Resets},
     signals::Signals,
     source::{
         file::FileSource,
@@ -65,6 +66,8 @@ pub struct Inputs {
     pub interfaces: mpsc::Receiver<InterfaceChange>,
     /// What the thread that attaches programs has done.
     pub attached: mpsc::UnboundedReceiver<Outcome>,
+    /// What became of established connections when breakers opened.
+    pub resets: mpsc::UnboundedReceiver<resets::Report>,
     /// Pods of this node, as each search finds them.
     pub pods: mpsc::Receiver<LocalPods>,
     /// Becomes readable when the programs have urgent events.
@@ -138,6 +141,10 @@ pub struct Agent {
     pub update: Arc<Update>,
     /// What others took away and the agent put back: names of interfaces, `nodeSockets`, or `masqueradeRule`.
     pub restored: BTreeMap<String, Restored>,
+    /// Reaches clients that wait when a breaker opens. The error says why that is not possible.
+    pub resets: Result<Resets, String>,
+    /// The engine's count of changes when `resets` was last told.
+    pub resets_told: u64,
     /// The protection of the node's own sockets. The error says why there is none.
     pub sockets: Result<(), String>,
     /// breaker's own rule for the masquerade mark. The error says why it is not installed.
@@ -205,6 +212,7 @@ impl Agent {
                     self.report_restored(back);
                     self.set_local_pods();
                 }
+                Some(report) = inputs.resets.recv() => self.report_resets(&report),
                 Some(pods) = inputs.pods.recv() => {
                     self.interfaces.add_pods(pods);
                     self.set_local_pods();
@@ -223,6 +231,7 @@ impl Agent {
             for (service, epoch) in self.engine.take_transitions() {
                 self.checkers.begin_epoch(&service, epoch);
             }
+            self.begin_resets();
             self.engine.take_log().iter().for_each(log);
             let latest = self.engine.last_event();
             self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);
@@ -241,6 +250,40 @@ impl Agent {
         if self.engine.tick(now, &mut self.datapath) {
             self.engine.record_sweep_duration(self.clock.now().mono - now.mono);
         }
+    }
+
+    /// Has the established connections reset that the plans in the datapath reset from now on.
+    fn begin_resets(&mut self) {
+        let changes = self.engine.changes();
+        if let Ok(resets) = &mut self.resets
+            && std::mem::replace(&mut self.resets_told, changes) != changes
+        {
+            resets.follow(self.engine.resetting());
+        }
+    }
+
+    fn report_resets(&mut self, report: &resets::Report) {
+        let resets::Report { service, found, unreached, local, took, error } = report;
+        let now = self.clock.now();
+        if let Some(error) = error {
+            let message = format!("established connections are reset at their clients' next segments only: {error}");
+            return self.engine.note_about(now, Level::Warn, service, EntryKind::Resets, message);
+        }
+        if *found == 0 {
+            return;
+        }
+        let mut message = format!(
+            "{} of {found} established connections to the primary were reset in {:.1} s",
+            found - unreached - local,
+            took.as_secs_f64()
+        );
+        if *unreached > 0 {
+            message += &format!("; {unreached} did not answer, or their clients are gone");
+        }
+        if *local > 0 {
+            message += &format!("; {local} are of the node's own processes, and are reset at their next segment");
+        }
+        self.engine.note_about(now, Level::Info, service, EntryKind::Resets, message);
     }
 
     /// Publishes the state of this node through the Kubernetes source, if it changed, at most once every
@@ -318,7 +361,7 @@ impl Agent {
                 ),
                 None => format!("{interface}: new connections are redirected again, as a trial"),
             };
-            self.engine.note_about(now, &change.service, EntryKind::ReturnPath, message);
+            self.engine.note_about(now, Level::Warn, &change.service, EntryKind::ReturnPath, message);
             self.unreported = true;
         }
     }

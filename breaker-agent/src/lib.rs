@@ -17,6 +17,7 @@
 //! | [`clock`] | the only place that reads clocks |
 //! | [`heartbeat`] | the lease: how long the programs trust the agent |
 //! | [`interfaces`] | the interfaces with programs, and the pods behind them |
+//! | [`resets`] | established connections when a breaker opens: makes clients answer that wait |
 //! | [`view`] | conversion of the engine's values to JSON |
 //! | [`logging`], [`supervise`], [`signals`] | the log, tasks that panic, signals: nothing but the operator ends the agent |
 //! | [`process`] | CPU time and memory of a process |
@@ -47,6 +48,7 @@ pub mod logging;
 pub mod metrics;
 pub mod offline;
 pub mod process;
+pub mod resets;
 pub mod signals;
 pub mod source;
 pub mod start;

@@ -33,6 +33,7 @@ use crate::{
     logging::Incidents,
     metrics::Instruments,
     process,
+    resets::Resets,
     signals::Signals,
     source::{
         file::FileSource,
@@ -151,6 +152,11 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
             (Source::Kubernetes(Box::new(source)), None)
         }
     };
+    let (resets_in, resets_out) = mpsc::unbounded_channel();
+    let resets = loaded.poker.and_then(|poker| Resets::start(poker, resets_in).map_err(|error| format!("{error:#}")));
+    if let Err(why) = &resets {
+        tracing::warn!("established connections are reset at their clients' next segments only: {why}");
+    }
     let (pods_wanted, pods_wanted_out) = watch::channel(false);
     let pods = neighbors::watch_pods(pods_wanted_out)?;
     let mut agent = Agent {
@@ -167,6 +173,8 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         lease: Lease::new(config.lease),
         service_count: None,
         update: Arc::default(),
+        resets,
+        resets_told: 0,
         sockets: loaded.sockets,
         masquerade_rule: masquerade_rule(&config),
         incompatible: preflight::socket_load_balancer(),
@@ -199,7 +207,9 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         services,
         "ready, attaching the programs"
     );
-    agent.run(Inputs { reports, commands, interfaces, attached, pods, events, source, signals }).await;
+    agent
+        .run(Inputs { reports, commands, interfaces, attached, resets: resets_out, pods, events, source, signals })
+        .await;
     if options.detach {
         drop(agent);
         let cleaned = pins.remove()?;

@@ -138,6 +138,7 @@ pub fn event(entry: &Entry) -> EventLine {
             EntryKind::FlowPressure => EventType::FlowPressure,
             EntryKind::Restored => EventType::Restored,
             EntryKind::ReturnPath => EventType::ReturnPath,
+            EntryKind::Resets => EventType::Resets,
             EntryKind::Config => EventType::Config,
             EntryKind::ConfigRefused => EventType::ConfigRefused,
             EntryKind::Packet(EventKind::StateAdopted) => EventType::StateAdopted,

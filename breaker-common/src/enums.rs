@@ -97,6 +97,22 @@ numbered! {
 }
 
 numbered! {
+    /// What became of a poke: the return value of the program `breaker_poke`.
+    PokeOutcome {
+        /// Four segments were sent.
+        Sent = 0 => "Sent",
+        /// The MAC address of the next hop is not known.
+        NoNeighbor = 1 => "NoNeighbor",
+        /// The client's address is one of this node's.
+        Local = 2 => "Local",
+        /// The node has no route to the client, or none that a program can use.
+        NoRoute = 3 => "NoRoute",
+        /// The device did not take the segments, or the frame is malformed.
+        Failed = 4 => "Failed",
+    }
+}
+
+numbered! {
     /// The tc hook that a program is attached to. The number is the key in `PROGRAMS`.
     TcHook {
         /// tc ingress on the host side of a pod's veth: packets that the pod sends.

@@ -37,7 +37,7 @@ mod telemetry;
 mod user;
 
 pub use addr::*;
-pub use enums::{BreakerState, EventKind, FlowKind, LimitAction, LimitKind, StateReason, TcHook};
+pub use enums::{BreakerState, EventKind, FlowKind, LimitAction, LimitKind, PokeOutcome, StateReason, TcHook};
 pub use filter::*;
 pub use flow::*;
 pub use limits::*;
@@ -49,6 +49,12 @@ pub use telemetry::*;
 /// Version of every layout in this crate. The pin directory is named after it (`v` and the number), so an agent
 /// never adopts maps with a different layout.
 pub const ABI_VERSION: u32 = 10;
+
+/// Acknowledgment number of the segments that poke a client (see `breaker_poke`), or this number plus 2^31. A client
+/// without such a connection answers with a RST that has this sequence number (RFC 9293, section 3.5.2, rule 1), and the
+/// programs drop it: nobody else knows the connection. Any other RST with this number would be lost as well, which is one
+/// in two thousand million.
+pub const POKE_NUMBER: u32 = 0x6272_6b72;
 
 /// Default maximum number of services on one node. The agent may choose another size when it creates the maps; the
 /// same holds for every other constant whose name starts with `DEFAULT_`.

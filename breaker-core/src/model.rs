@@ -469,6 +469,8 @@ pub struct Service {
     pub override_reason: String,
     /// What happens to established flows to the primary when the breaker opens.
     pub on_open: EstablishedPolicy,
+    /// Established connections that are reset in a second, after the first two hundred, when the breaker opens.
+    pub resets_per_second: u32,
     /// What happens to established flows to a backup when the breaker closes.
     pub on_close: EstablishedPolicy,
     /// What happens to established flows to a backend of a backup that is Down, while the breaker is not closed and another
@@ -523,6 +525,7 @@ impl Service {
             override_: Override::Auto,
             override_reason: String::new(),
             on_open: EstablishedPolicy::Keep,
+            resets_per_second: 0,
             on_close: EstablishedPolicy::Keep,
             on_backup_down: EstablishedPolicy::Keep,
             when_all_unhealthy: WhenAllUnhealthy::PassThrough,

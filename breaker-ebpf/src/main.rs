@@ -2,7 +2,8 @@
 //!
 //! To follow a packet, read [`hook::prefilter`], then [`hook::from_client`] and [`hook::to_client`] (the full
 //! path), each from top to bottom. [`hook::socket`] handles the sockets of the node's own processes. [`hook::xdp`]
-//! refuses new connections before they reach the network stack. The other modules are:
+//! refuses new connections before they reach the network stack. [`hook::poke`] makes clients answer that wait. The other
+//! modules are:
 //!
 //! | module | concern |
 //! |---|---|
@@ -108,6 +109,12 @@ pub fn breaker_up_out(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn brk_up_out_full(ctx: TcContext) -> i32 {
     hook::to_client::to_uplink(&ctx)
+}
+
+/// Sends a segment that makes a client's kernel answer. Not attached: the agent runs it (BPF_PROG_RUN).
+#[classifier]
+pub fn breaker_poke(ctx: TcContext) -> i32 {
+    hook::poke::send(&ctx)
 }
 
 /// Refuses new connections from external clients before the network stack sees them: XDP on an uplink of the node.

@@ -236,8 +236,14 @@ impl<'a> Packet<'a> {
     /// Sends a copy of the packet out of its own interface. `None` if the kernel cannot.
     #[inline(always)]
     pub fn send_copy_back(&self) -> Option<()> {
+        self.send_copy(self.ifindex())
+    }
+
+    /// Sends a copy of the packet out of an interface. `None` if the kernel cannot.
+    #[inline(always)]
+    pub fn send_copy(&self, interface: u32) -> Option<()> {
         // SAFETY: as in `pull`.
-        let ret = unsafe { bpf_clone_redirect(self.ctx.skb.skb, self.ifindex(), 0) };
+        let ret = unsafe { bpf_clone_redirect(self.ctx.skb.skb, interface, 0) };
         (ret == 0).then_some(())
     }
 

@@ -22,7 +22,7 @@
 //! The packet is truncated behind its UDP header and quoted in an ICMP "port unreachable" from the address that it
 //! was sent to.
 
-use breaker_common::{PROTO_TCP, PassReason, csum};
+use breaker_common::{POKE_NUMBER, PROTO_TCP, PassReason, csum};
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
@@ -117,6 +117,14 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
         acknowledgment: numbers.acknowledgment,
     };
     write(packet, segment, &forward_to).ok_or(PassReason::RewriteFailed)
+}
+
+/// Whether a reset without ACK answers a poke: whether its number is the one that the poke acknowledged. The client has no
+/// such connection, and nobody on the way knows one, so the reset must not travel on: behind NAT, it would be sent back.
+#[inline(always)]
+pub fn answers_poke<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> bool {
+    let number = packet.read::<[u8; 4]>(segment.l4() + 4).map(u32::from_be_bytes);
+    number.is_some_and(|number| number & (u32::MAX >> 1) == POKE_NUMBER)
 }
 
 /// The reset that goes back to the sender of a segment.

@@ -126,6 +126,7 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
         override_reason: String::new(),
         on_open,
+        resets_per_second: problems.u32(raw.resets_per_second.as_ref(), &field("resetsPerSecond"), 1000, 1..=100_000),
         on_close: problems.word(raw.on_close.as_ref(), &field("onClose"), &established, EstablishedPolicy::Keep),
         on_backup_down: problems.word(raw.on_backup_down.as_ref(), &field("onBackupDown"), &established, on_open),
         when_all_unhealthy: problems.word(

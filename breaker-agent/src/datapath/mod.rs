@@ -13,6 +13,7 @@
 //! | [`maps`] | the maps, typed |
 //! | [`apply`] | writing a plan to the maps, in an order in which every packet sees a consistent state |
 //! | [`sweep`] | walking the flow tables: removing finished flows, counting live ones |
+//! | [`conntrack`], [`poke`] | the connections that the kernel tracks; making a client answer that waits |
 //! | [`return_paths`] | interfaces on which answers of backups are not seen |
 //! | [`flow_list`] | the flows of one service, for people |
 //! | [`interfaces`], [`neighbors`] | the node's interfaces, and the pods behind them |
@@ -23,6 +24,7 @@
 pub mod apply;
 pub mod attach;
 pub mod cleanup;
+pub mod conntrack;
 pub mod flow_list;
 pub mod interfaces;
 pub mod maps;
@@ -32,6 +34,7 @@ pub mod neighbors;
 pub mod offline;
 pub mod options;
 pub mod pins;
+pub mod poke;
 pub mod preflight;
 pub mod programs;
 pub mod return_paths;

@@ -15,6 +15,7 @@ use super::{
     maps::{Maps, pinned},
     memory::possible_cpus,
     pins::PinDir,
+    poke::Poker,
     sizes::Sizes,
     sys,
     tail_calls::{FULL_PATH_PROGRAMS, TailCalls},
@@ -30,6 +31,8 @@ pub struct Loaded {
     pub programs: Ebpf,
     /// The tail-call map: hook → full-path program.
     pub tail_calls: TailCalls,
+    /// The program that pokes clients, or why it could not be loaded.
+    pub poker: Result<Poker, String>,
     /// The maps of the programs.
     pub maps: Maps,
     /// Whether the programs for the node's own sockets are attached, or why not.
@@ -103,6 +106,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     }
     // The programs for sockets and XDP are optional: everything else works without them.
     let sockets = netns.and_then(|_| cgroup::load(&mut programs));
+    let poker = Poker::load(&mut programs, pins).map_err(|error| format!("{error:#}"));
     let xdp = if options.xdp { xdp::load(&mut programs) } else { Ok(()) }.map_err(|error| format!("{error:#}"));
     let logger = match log_level {
         Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
@@ -115,5 +119,5 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     if sockets.is_err() {
         cgroup::detach(pins)?;
     }
-    Ok(Loaded { programs, tail_calls, maps, sockets, xdp, logger })
+    Ok(Loaded { programs, tail_calls, poker, maps, sockets, xdp, logger })
 }

@@ -38,6 +38,8 @@ pub enum EntryKind {
     /// A service's new connections on an interface are left to kube-proxy, because no answers of its backup were seen
     /// there, or are redirected again.
     ReturnPath,
+    /// What became of the established connections to a primary when its breaker opened.
+    Resets,
     /// The configuration was read again.
     Config,
     /// A configuration was refused.
@@ -61,6 +63,7 @@ impl EntryKind {
             Self::FlowPressure => "FlowPressure",
             Self::Restored => "Restored",
             Self::ReturnPath => "ReturnPath",
+            Self::Resets => "Resets",
             Self::Config => "Config",
             Self::ConfigRefused => "ConfigRefused",
             Self::Packet(kind) => kind.label(),

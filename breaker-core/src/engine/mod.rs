@@ -35,12 +35,13 @@ mod tracking;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
+    net::SocketAddr,
     ops::Bound,
     sync::Arc,
     time::Duration,
 };
 
-use breaker_common::{BreakerState, EventKind, SHARE_ALL};
+use breaker_common::{BreakerState, EventKind, SHARE_ALL, switch_flags};
 
 pub use backends::LocalErrors;
 pub use commands::CommandError;
@@ -53,7 +54,7 @@ use crate::{
     breaker::{Breaker, Transition},
     datapath::{Adopted, Datapath, DatapathError, FlowTables},
     health::Health,
-    model::{Frontend, Override, Service, ServiceName},
+    model::{Frontend, Override, Protocol, Service, ServiceName},
     pool::TierHealth,
     probe::{ProbeReport, ProbeResult, Target},
     time::{Instant, Now, elapsed},
@@ -61,6 +62,19 @@ use crate::{
 
 /// How often the share is written during a ramp.
 const RAMP_STEP: Duration = Duration::from_millis(100);
+
+/// A service whose established connections to the primary are reset, as it is in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resetting {
+    /// Its name.
+    pub name: ServiceName,
+    /// The epoch that began when the breaker opened.
+    pub epoch: u32,
+    /// Its TCP frontends.
+    pub frontends: Vec<SocketAddr>,
+    /// Connections that may be reset in a second.
+    pub per_second: u32,
+}
 
 /// All protected services of a node.
 #[derive(Debug)]
@@ -272,6 +286,25 @@ impl Engine {
         services.map(|state| state.service.name.to_string()).collect()
     }
 
+    /// The services whose established connections to the primary are reset by the plans in the datapath.
+    pub fn resetting(&self) -> Vec<Resetting> {
+        let configured = self.services.iter().filter(|(_, state)| state.is_configured());
+        let resetting = configured.filter(|(_, state)| {
+            state.sync.applied().is_some_and(|plan| plan.flags & switch_flags::RESET_PRIMARY != 0)
+        });
+        let frontends = |service: &Service| {
+            let tcp = service.frontends.iter().filter(|frontend| frontend.protocol == Protocol::Tcp);
+            tcp.map(|frontend| frontend.address).collect()
+        };
+        let described = resetting.map(|(name, state)| Resetting {
+            name: name.clone(),
+            epoch: state.state_epoch,
+            frontends: frontends(&state.service),
+            per_second: state.service.resets_per_second,
+        });
+        described.collect()
+    }
+
     /// A counter that increases whenever [`Engine::summaries`] may have changed.
     pub const fn changes(&self) -> u64 {
         self.changes
@@ -312,9 +345,9 @@ impl Engine {
         self.journal.record(now, None, kind, message);
     }
 
-    /// Records an event about one service.
-    pub fn note_about(&mut self, now: Now, name: &ServiceName, kind: EntryKind, message: String) {
-        self.journal.log(now, Level::Warn, Some(name), message.clone());
+    /// Records an event about one service, and logs it.
+    pub fn note_about(&mut self, now: Now, level: Level, name: &ServiceName, kind: EntryKind, message: String) {
+        self.journal.log(now, level, Some(name), message.clone());
         self.journal.record(now, Some(name), kind, message);
         self.changes += 1;
     }

@@ -38,7 +38,7 @@ use crate::{
     fragment,
     nat::Side,
     packet::Packet,
-    parse::{self, Direction, Kind, Segment},
+    parse::{self, Direction, Kind, Segment, flags},
     select, service,
     verdict::{self, Stage, Verdict},
 };
@@ -290,7 +290,9 @@ fn untracked_segment<A: Family>(
     switch: &Switch<u8>,
     context: &mut PacketContext<A>,
 ) -> Result<Verdict, PassReason> {
-    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() {
+    // Of resets, only the answer to a poke may be dropped: it is a reset without ACK.
+    let may_answer_poke = segment.flags & (flags::RST | flags::ACK) == flags::RST;
+    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !may_answer_poke {
         return Ok(Verdict::Next);
     }
     if !agent::may_act_on_decision(switch, agent::now_ns()) {

@@ -1,5 +1,5 @@
 //! The hooks. [`prefilter`], [`from_client`] and [`to_client`] serve tc, [`socket`] serves the cgroup hooks, [`xdp`]
-//! serves XDP; the private modules contain the stages that they share. To follow a packet, read a module from top to
+//! serves XDP, [`poke`] is run by the agent; the private modules contain the stages that they share. To follow a packet, read a module from top to
 //! bottom.
 
 mod admission;
@@ -9,6 +9,7 @@ mod forward;
 pub mod from_client;
 mod icmp_error;
 mod new_flow;
+pub mod poke;
 pub mod prefilter;
 mod refuse;
 pub mod socket;

@@ -1,5 +1,6 @@
 //! Refuses a new connection or datagram, and resets an established connection.
 
+use aya_ebpf::bindings::TC_ACT_SHOT;
 use breaker_common::{EventKind, Switch};
 
 use super::{context::PacketContext, forward::forward_to_backend};
@@ -13,8 +14,17 @@ use crate::{
     verdict::{self, Verdict},
 };
 
+/// Resets the segment's connection at both ends. If the segment is a reset itself, it is dropped if it answers a poke
+/// ([`super::poke`]), and passes otherwise.
 #[inline(never)]
 pub(super) fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, context: &PacketContext<A>) -> i32 {
+    if segment.is_rst() {
+        return if reset::answers_poke(packet, segment) {
+            TC_ACT_SHOT
+        } else {
+            verdict::into_action(Ok(Verdict::Next))
+        };
+    }
     count::service(context.service, |c| &mut c.resets);
     let switch = Switch::from_word(context.switch);
     event::send(EventKind::FlowReset, context.service, &switch, &flow::key(segment), None);

@@ -1,4 +1,5 @@
-//! Resets of established connections reach both ends, whatever segment the client sends next (RESETS.md, FAULT 1).
+//! Resets of established connections reach both ends, whatever segment the client sends next (RESETS.md, FAULT 1), and
+//! clients that send nothing (RESETS.md, S1 to S5).
 
 use std::{
     io::{Read as _, Write as _},
@@ -6,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use breaker_api::events::EventType;
 use breaker_common::BreakerState;
 use breaker_tests::lab::{
     netns::NetNs,
@@ -142,4 +144,63 @@ fn f1_a_window_probe_resets_both_ends() -> Result<()> {
     )?;
     wait_closed(&lab.primary, &lab.client.address.to_string())?;
     wait_forgotten(&lab)
+}
+
+/// The primary hangs, and its clients have sent their requests and wait: those in a pod, and those outside. They send
+/// nothing by themselves.
+#[test]
+fn clients_that_wait_are_reset_when_the_breaker_opens() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    let lan = lab.world.lan().clone();
+    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
+    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let mut waiting = Vec::new();
+    for (ns, count) in [(&lab.client.ns, 20), (&lan, 10)] {
+        for _ in 0..count {
+            waiting.push(connected(&lab, ns)?);
+        }
+    }
+    let mut idle = connected(&lab, &lab.client.ns)?;
+    lab.primary.signal(Signal::STOP)?;
+    for stream in &mut waiting {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+    }
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    for stream in waiting.iter_mut().chain([&mut idle]) {
+        is_reset(stream)?;
+    }
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("31 of 31 established connections to the primary were reset"), "{said}");
+    lab.primary.signal(Signal::CONT)?;
+    wait_closed(&lab.primary, &lab.client.address.to_string())?;
+    wait_forgotten(&lab)
+}
+
+/// A connection that was made after the breaker opened is not touched, also where the agent is restarted and looks again;
+/// and a client that is gone is told of.
+#[test]
+fn only_connections_from_before_the_opening_are_reset() -> Result<()> {
+    let mut lab = start_healthy_lab("")?;
+    let mut before = connected(&lab, &lab.client.ns)?;
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    let mut after = connected(&lab, &lab.client.ns)?;
+    is_reset(&mut before)?;
+    wait_resets(&lab)?;
+    lab.agent.stop()?;
+    lab.agent.start()?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    // Longer than three rounds.
+    std::thread::sleep(Duration::from_secs(2));
+    ask(&mut after)?;
+    Ok(())
+}
+
+/// Waits until the agent says what became of the established connections.
+fn wait_resets(lab: &Lab) -> Result<String> {
+    let said = || lab.agent.events().unwrap_or_default().into_iter().find(|event| event.kind == EventType::Resets);
+    wait_for("the report of resets", LONG, || said().is_some())?;
+    Ok(said().map(|event| event.message).unwrap_or_default())
 }

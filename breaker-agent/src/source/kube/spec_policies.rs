@@ -47,6 +47,7 @@ impl Policies {
             "mode": spec.mode,
             "override": override_,
             "onOpen": spec.on_open,
+            "resetsPerSecond": spec.resets_per_second,
             "onClose": spec.on_close,
             "whenAllUnhealthy": spec.when_all_unhealthy,
             "onAgentLoss": spec.on_agent_loss,

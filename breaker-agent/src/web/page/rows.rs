@@ -130,6 +130,7 @@ pub(super) const fn is_public(event: &EventLine) -> bool {
         | EventType::FlowPressure
         | EventType::Restored
         | EventType::ReturnPath
+        | EventType::Resets
         | EventType::Config
         | EventType::ConfigRefused => true,
     }
@@ -152,6 +153,7 @@ pub(super) fn event(event: &EventLine) -> EventRow {
         | EventType::Rejected
         | EventType::FlowReset
         | EventType::WriteRecovered
+        | EventType::Resets
         | EventType::Config
         | EventType::Unknown => false,
     };

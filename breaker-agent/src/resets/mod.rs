@@ -1,0 +1,163 @@
+//! Reaches the established connections of a primary whose breaker opened (`onOpen: Reset`). The programs reset a connection
+//! at its client's next segment, and a client that waits for an answer sends none. So the agent pokes each client, whose
+//! kernel then answers, and the answer is reset.
+//!
+//! A thread of its own looks for the connections and pokes them, at the service's pace: neither may delay the main loop.
+
+mod pace;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use breaker_common::PokeOutcome;
+use breaker_core::{engine::Resetting, model::ServiceName};
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
+    time::sleep_until,
+};
+
+use self::pace::Pace;
+use crate::{
+    clock,
+    datapath::{conntrack, poke::Poker},
+};
+
+/// How often a client is poked, at most. A kernel answers only one unexpected segment of a connection in
+/// `net.ipv4.tcp_invalid_ratelimit` (500 ms), so the answer to the first poke may be missing.
+const ROUNDS: usize = 3;
+/// Time between two pokes of one client, at least.
+const REPEAT: Duration = Duration::from_millis(550);
+
+/// What became of the established connections of one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The service.
+    pub service: ServiceName,
+    /// Connections that were found.
+    pub found: usize,
+    /// Those of them that are still there: their clients do not answer, or are gone.
+    pub unreached: usize,
+    /// Those of them that belong to the node's own processes, which cannot be poked.
+    pub local: usize,
+    /// How long it took.
+    pub took: Duration,
+    /// Why it ended early.
+    pub error: Option<String>,
+}
+
+/// A connection, as its client sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Connection {
+    client: SocketAddr,
+    frontend: SocketAddr,
+}
+
+/// The thread that pokes, and what it does now.
+#[derive(Debug)]
+pub struct Resets {
+    handle: Handle,
+    /// The thread ends when this is dropped.
+    _end: oneshot::Sender<()>,
+    poker: Arc<Poker>,
+    reports: mpsc::UnboundedSender<Report>,
+    /// The epoch for which each service's connections are, or were, poked.
+    begun: BTreeMap<ServiceName, (u32, AbortHandle)>,
+}
+
+impl Resets {
+    /// Starts the thread. Its reports go to `reports`.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn start(poker: Poker, reports: mpsc::UnboundedSender<Report>) -> Result<Self> {
+        let runtime = Builder::new_current_thread().enable_time().build().context("make a runtime for resets")?;
+        let handle = runtime.handle().clone();
+        let (end, ended) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("resets".into())
+            .spawn(move || runtime.block_on(async { drop(ended.await) }))
+            .context("start the thread of resets")?;
+        Ok(Self { handle, _end: end, poker: Arc::new(poker), reports, begun: BTreeMap::new() })
+    }
+
+    /// Begins with the services whose established connections are reset from now on, and ends with those that are not in
+    /// `wanted` any more. A service is begun once in an epoch.
+    pub fn follow(&mut self, wanted: Vec<Resetting>) {
+        let epochs: BTreeMap<&ServiceName, u32> = wanted.iter().map(|service| (&service.name, service.epoch)).collect();
+        self.begun.retain(|service, (epoch, task)| {
+            let stays = epochs.get(service) == Some(epoch);
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        for service in wanted {
+            if self.begun.contains_key(&service.name) {
+                continue;
+            }
+            let (name, epoch) = (service.name.clone(), service.epoch);
+            let (poker, reports) = (self.poker.clone(), self.reports.clone());
+            let task = self.handle.spawn(async move {
+                // The receiver is gone only when the agent ends.
+                let _ = reports.send(reach_all(service, &poker).await);
+            });
+            self.begun.insert(name, (epoch, task.abort_handle()));
+        }
+    }
+}
+
+/// Pokes the clients of a service's connections until none is left, or each was poked [`ROUNDS`] times.
+async fn reach_all(service: Resetting, poker: &Poker) -> Report {
+    let started = clock::instant();
+    let mut report =
+        Report { service: service.name.clone(), found: 0, unreached: 0, local: 0, took: Duration::ZERO, error: None };
+    if let Err(error) = rounds(&service, poker, &mut report).await {
+        report.error = Some(format!("{error:#}"));
+    }
+    report.took = clock::instant() - started;
+    report
+}
+
+async fn rounds(service: &Resetting, poker: &Poker, report: &mut Report) -> Result<()> {
+    let mut left: Vec<Connection> = look(&service.frontends)?.into_iter().collect();
+    // The order of the kernel's table would make the clients of one pod come together.
+    fastrand::shuffle(&mut left);
+    report.found = left.len();
+    let mut pace = Pace::new(service.per_second, clock::instant());
+    let mut local = HashSet::new();
+    for _ in 0..ROUNDS {
+        if left.is_empty() {
+            break;
+        }
+        let began = clock::instant();
+        for connection in &left {
+            sleep_until(pace.next(clock::instant())).await;
+            if poker.poke(connection.client, connection.frontend)? == PokeOutcome::Local {
+                local.insert(*connection);
+            }
+        }
+        sleep_until(began + REPEAT).await;
+        let there = look(&service.frontends)?;
+        left.retain(|connection| there.contains(connection) && !local.contains(connection));
+        report.unreached = left.len();
+    }
+    report.local = local.len();
+    Ok(())
+}
+
+/// The established connections to the frontends.
+fn look(frontends: &[SocketAddr]) -> Result<HashSet<Connection>> {
+    let mut found = HashSet::new();
+    for frontend in frontends {
+        let clients = conntrack::clients_of(*frontend)?;
+        found.extend(clients.into_iter().map(|client| Connection { client, frontend: *frontend }));
+    }
+    Ok(found)
+}
