@@ -281,7 +281,7 @@ impl Agent {
             message += &format!("; {unreached} did not answer, or their clients are gone");
         }
         if *local > 0 {
-            message += &format!("; {local} are of the node's own processes, and are reset at their next segment");
+            message += &format!("; {local} are of the node's own processes and could not be closed");
         }
         self.engine.note_about(now, Level::Info, service, EntryKind::Resets, message);
     }

@@ -88,7 +88,7 @@ need a command that was not given are skipped.")]
     /// Run benchmarks. They report ratios between alternatives that run side by side (needs root).
     Bench {
         /// Run only the groups whose name contains this: packets, http, ways, limits, limits-packets, failover,
-        /// probes, scale, maps, node, scrape. `page` measures the live page; a run without a name leaves it out.
+        /// probes, scale, maps, node, scrape, resets. `page` measures the live page; a run without a name leaves it out.
         name: Option<String>,
         /// Print the results as a JSON list.
         #[arg(long)]

@@ -13,7 +13,7 @@
 //! | [`maps`] | the maps, typed |
 //! | [`apply`] | writing a plan to the maps, in an order in which every packet sees a consistent state |
 //! | [`sweep`] | walking the flow tables: removing finished flows, counting live ones |
-//! | [`conntrack`], [`poke`] | the connections that the kernel tracks; making a client answer that waits |
+//! | [`conntrack`], [`poke`], [`sock_destroy`] | the connections that the kernel tracks; making a client answer that waits; closing a process's connection |
 //! | [`return_paths`] | interfaces on which answers of backups are not seen |
 //! | [`flow_list`] | the flows of one service, for people |
 //! | [`interfaces`], [`neighbors`] | the node's interfaces, and the pods behind them |
@@ -39,6 +39,7 @@ pub mod preflight;
 pub mod programs;
 pub mod return_paths;
 pub mod sizes;
+pub mod sock_destroy;
 pub mod sweep;
 pub mod sys;
 mod tail_calls;

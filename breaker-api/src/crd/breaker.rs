@@ -83,8 +83,7 @@ pub struct CircuitBreakerSpec {
     #[serde(default)]
     pub topology: Topology,
     /// What happens to established connections to the primary when the breaker opens. Reset: both ends get a TCP
-    /// reset at once, if a backup is usable; those of the node's own processes at the next packet. Keep: the connections
-    /// continue.
+    /// reset at once, if a backup is usable. Keep: the connections continue.
     #[serde(default = "reset")]
     pub on_open: EstablishedPolicy,
     /// Established connections that each node resets in a second, after the first 200 at once, when the breaker opens, so

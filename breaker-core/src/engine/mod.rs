@@ -57,7 +57,7 @@ use crate::{
     model::{Frontend, Override, Protocol, Service, ServiceName},
     pool::TierHealth,
     probe::{ProbeReport, ProbeResult, Target},
-    time::{Instant, Now, elapsed},
+    time::{Instant, Now, UnixNanos, elapsed},
 };
 
 /// How often the share is written during a ramp.
@@ -70,6 +70,8 @@ pub struct Resetting {
     pub name: ServiceName,
     /// The epoch that began when the breaker opened.
     pub epoch: u32,
+    /// When that was.
+    pub since_unix_ns: UnixNanos,
     /// Its TCP frontends.
     pub frontends: Vec<SocketAddr>,
     /// Connections that may be reset in a second.
@@ -299,6 +301,7 @@ impl Engine {
         let described = resetting.map(|(name, state)| Resetting {
             name: name.clone(),
             epoch: state.state_epoch,
+            since_unix_ns: state.since_unix_ns,
             frontends: frontends(&state.service),
             per_second: state.service.resets_per_second,
         });

@@ -198,6 +198,69 @@ fn only_connections_from_before_the_opening_are_reset() -> Result<()> {
     Ok(())
 }
 
+/// Connections of the node's own processes are closed: as most programs make them, and with a socket for both IP families.
+#[test]
+fn a_process_of_the_node_is_told_at_once() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let node = lab.world.node(0).ns();
+    let mapped = SocketAddr::new(lab.vip.ip().to_ipv6_mapped().into(), lab.vip.port());
+    let mut streams = vec![connected(&lab, node)?];
+    let mut other = node.enter(move || TcpStream::connect_timeout(&mapped, LONG))??;
+    other.set_read_timeout(Some(LONG))?;
+    ask(&mut other)?;
+    streams.push(other);
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    for stream in &mut streams {
+        let end = stream.read(&mut [0; 64]);
+        ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionAborted), "{end:?}");
+    }
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("2 of 2 established connections"), "{said}");
+    wait_forgotten(&lab)
+}
+
+/// A client's own netfilter drops what its connection tracking calls INVALID: segments with numbers that are too new. One
+/// of four passes it, whatever the numbers of the connection are.
+#[test]
+fn clients_that_drop_invalid_segments_are_reached() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let invalid = ["-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP"];
+    lab.client.ns.output("iptables", &invalid)?;
+    let mut streams = (0..40).map(|_| connected(&lab, &lab.client.ns)).collect::<Result<Vec<_>>>()?;
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    streams.iter_mut().try_for_each(is_reset)?;
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("40 of 40 established connections"), "{said}");
+    wait_forgotten(&lab)
+}
+
+/// The client of a tracked connection is gone: the agent says so, and the client's answers to the pokes do not travel on.
+#[test]
+fn a_client_that_is_gone_is_told_of() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let (client, node) = (&lab.client.ns, lab.world.node(0).ns());
+    let stream = connected(&lab, client)?;
+    let silent = ["OUTPUT", "-p", "tcp", "-d", &lab.vip.ip().to_string(), "-j", "DROP"];
+    client.output("iptables", &[&["-I"], silent.as_slice()].concat())?;
+    // With no time to linger, the kernel forgets the connection at once.
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
+    drop(stream);
+    client.output("iptables", &[&["-D"], silent.as_slice()].concat())?;
+    let vip = lab.vip.ip().to_string();
+    let resets = ["-d", &vip, "-p", "tcp", "--tcp-flags", "RST", "RST"];
+    node.output("iptables", &[&["-t", "mangle", "-I", "PREROUTING"], resets.as_slice()].concat())?;
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("0 of 1") && said.contains("1 did not answer, or their clients are gone"), "{said}");
+    let seen = node.output("iptables", &["-t", "mangle", "-nvxL", "PREROUTING"])?;
+    let counted = seen.lines().nth(2).and_then(|line| line.split_whitespace().next()).unwrap_or_default().to_owned();
+    ensure!(counted == "0", "resets went on: {seen}");
+    Ok(())
+}
+
 /// Waits until the agent says what became of the established connections.
 fn wait_resets(lab: &Lab) -> Result<String> {
     let said = || lab.agent.events().unwrap_or_default().into_iter().find(|event| event.kind == EventType::Resets);

@@ -81,7 +81,9 @@ fn with(helm: &Helm<'_>, is_4: bool) -> Result<()> {
     let config = || cluster.kubectl(&["-n", SYSTEM, "get", "cm/breaker-agent", "-o", "jsonpath={.data}"]);
     let pods = || cluster.kubectl(&["-n", SYSTEM, "get", "pods", "-o", "jsonpath={.items[*].metadata.uid}"]);
     let before = (config()?, pods()?);
-    helm.upgrade(&["--set", "metrics.enabled=true", "--set", "agent.metrics.level=Summary"])?;
+    // Until a value changes, kubectl owns the same fields.
+    let forced: &[&str] = if is_4 { &["--force-conflicts"] } else { &[] };
+    helm.upgrade(&[&["--set", "metrics.enabled=true", "--set", "agent.metrics.level=Summary"], forced].concat())?;
     ensure!(config()?.contains("Summary"), "the value is not in force: {}", config()?);
     ensure!(pods()? != before.1, "the agents were not restarted");
     cluster.ask("client", &url)?;

@@ -70,14 +70,16 @@ pub(super) fn people(cluster: &Cluster) -> Result<String> {
 /// A tool applies a manifest with `spec.override`, on the server as Helm 4 and Flux do: an operator trips the breaker all
 /// the same, the tool's next application neither fails nor takes it back, and a reset ends it (TRIALS J6).
 fn beside_a_manifest(cluster: &Cluster) -> Result<()> {
-    let apply = |spec: &str| {
-        let manifest = format!(
-            r#"{{"apiVersion":"breaker.dev/v1alpha1","kind":"CircuitBreaker","metadata":{{"name":"dummy"}},"spec":{spec}}}"#
-        );
-        cluster.feed(&["-n", NAMESPACE, "apply", "--server-side", "--field-manager=release", "-f", "-"], &manifest)
+    // The whole manifest: kubectl hands the fields of an earlier application on the client over to this manager.
+    let manifest = std::fs::read_to_string("k8s/lab/circuitbreaker.yaml").context("read the lab's CircuitBreaker")?;
+    let manifest = manifest.replace("\nspec:\n", "\nspec:\n  override: Auto\n");
+    let apply = || {
+        let args =
+            ["-n", NAMESPACE, "apply", "--server-side", "--force-conflicts", "--field-manager=release", "-f", "-"];
+        cluster.feed(&args, &manifest)
     };
     cluster.wait_state("dummy", "Closed")?;
-    apply(r#"{"override":"Auto"}"#)?;
+    apply()?;
     let annotate = r#"{"metadata":{"annotations":{"breaker.dev/override":"ForceOpen"}}}"#;
     refused(patch_as(cluster, "editor", "cb/dummy", annotate), &["editor may not force a breaker"])?;
     let said = plugin_as(cluster, "owner", &["trip", "dummy", "--dry-run"])?;
@@ -87,7 +89,7 @@ fn beside_a_manifest(cluster: &Cluster) -> Result<()> {
     for words in ["release may write spec.override", &format!("Open on all of {nodes} nodes")] {
         ensure!(said.success && said.text.contains(words), "{words}: {}", said.text);
     }
-    apply(r#"{"override":"Auto"}"#)?;
+    apply()?;
     let breaker = cluster.breaker("dummy")?;
     ensure!(breaker["spec"]["override"] == "Auto", "{breaker}");
     ensure!(breaker["metadata"]["annotations"]["breaker.dev/override"] == "ForceOpen", "{breaker}");

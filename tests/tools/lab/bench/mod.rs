@@ -8,6 +8,7 @@ mod maps;
 mod node;
 mod packets;
 mod probes;
+mod resets;
 mod scale;
 mod scrape;
 mod ways;
@@ -49,6 +50,7 @@ const GROUPS: &[(&str, Group)] = &[
     ("maps", maps::rows),
     ("node", node::rows),
     ("scrape", scrape::rows),
+    ("resets", resets::rows),
 ];
 
 /// Runs the groups whose name contains `name`.
