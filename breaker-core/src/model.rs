@@ -313,8 +313,10 @@ pub enum DnsRcode {
 pub enum EstablishedPolicy {
     /// They continue until they end.
     Keep,
-    /// They are reset at both ends, with their next packet. UDP has no reset: UDP flows are decided anew.
+    /// They are reset at both ends. UDP has no reset: UDP flows are decided anew.
     Reset,
+    /// They continue for [`Service::drain`]; those that have not ended by then are reset.
+    Drain,
 }
 
 /// What a new connection gets while the breaker is open and no backup is usable.
@@ -469,6 +471,8 @@ pub struct Service {
     pub override_reason: String,
     /// What happens to established flows to the primary when the breaker opens.
     pub on_open: EstablishedPolicy,
+    /// How long established flows may go on under the policy `Drain`.
+    pub drain: Duration,
     /// Established connections that are reset in a second, after the first two hundred, when the breaker opens.
     pub resets_per_second: u32,
     /// What happens to established flows to a backup when the breaker closes.
@@ -525,6 +529,7 @@ impl Service {
             override_: Override::Auto,
             override_reason: String::new(),
             on_open: EstablishedPolicy::Keep,
+            drain: Duration::ZERO,
             resets_per_second: 0,
             on_close: EstablishedPolicy::Keep,
             on_backup_down: EstablishedPolicy::Keep,

@@ -101,6 +101,8 @@ pub struct Decision {
     pub override_: (Override, u64),
     /// Whether flows on a backup may still be alive.
     pub draining: bool,
+    /// Whether the time is over that the policy `Drain` gives to established flows; `true` where no policy is `Drain`.
+    pub drained: bool,
 }
 
 /// The desired content of the maps for one service. If two plans are equal, nothing needs to be written.
@@ -272,11 +274,16 @@ fn flags(service: &Service, decision: &Decision, backup_usable: bool) -> u8 {
     if !settled || decision.draining {
         flags |= switch_flags::TRACK;
     }
+    let resets = |policy: EstablishedPolicy| match policy {
+        EstablishedPolicy::Keep => false,
+        EstablishedPolicy::Reset => true,
+        EstablishedPolicy::Drain => decision.drained,
+    };
     // Without a usable backup, a reset would break connections that have nowhere else to go.
-    if decision.state == BreakerState::Open && service.on_open == EstablishedPolicy::Reset && backup_usable {
+    if decision.state == BreakerState::Open && resets(service.on_open) && backup_usable {
         flags |= switch_flags::RESET_PRIMARY;
     }
-    if decision.state == BreakerState::Closed && service.on_close == EstablishedPolicy::Reset {
+    if decision.state == BreakerState::Closed && resets(service.on_close) {
         flags |= switch_flags::RESET_BACKUP;
     }
     flags

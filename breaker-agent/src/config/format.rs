@@ -70,6 +70,7 @@ pub(super) struct Service {
     #[serde(rename = "override")]
     pub override_: Option<Spanned<String>>,
     pub on_open: Option<Spanned<String>>,
+    pub drain_seconds: Option<Spanned<u64>>,
     pub resets_per_second: Option<Spanned<u64>>,
     pub on_close: Option<Spanned<String>>,
     pub on_backup_down: Option<Spanned<String>>,

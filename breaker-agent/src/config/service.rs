@@ -11,7 +11,7 @@ use breaker_core::model::{
     Backend, EstablishedPolicy, FastPath, Frontend, KeepClient, Mode, OnAgentLoss, Override, Protocol, Service,
     ServiceName, Tier, WhenAllUnhealthy,
 };
-use serde_saphyr::Spanned;
+use serde_saphyr::{Location, Spanned};
 
 use super::{
     breaker::{self, breaker},
@@ -100,7 +100,8 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
     }
     let field = |name: &str| format!("{path}.{name}");
     let limits = limits(problems, &field("limits"), raw.limits, !backups.is_empty());
-    let established = [("Keep", EstablishedPolicy::Keep), ("Reset", EstablishedPolicy::Reset)];
+    let established =
+        [("Keep", EstablishedPolicy::Keep), ("Reset", EstablishedPolicy::Reset), ("Drain", EstablishedPolicy::Drain)];
     let unhealthy = [("PassThrough", WhenAllUnhealthy::PassThrough), ("Reject", WhenAllUnhealthy::Reject)];
     let loss = [("PassThrough", OnAgentLoss::PassThrough), ("Hold", OnAgentLoss::Hold)];
     let fast_paths = [("Off", FastPath::Off), ("PeerRedirect", FastPath::PeerRedirect)];
@@ -113,6 +114,10 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         families_have_backups(problems, &field("backups"), &frontends, &backups, raw.backups.referenced);
     }
     let on_open = problems.word(raw.on_open.as_ref(), &field("onOpen"), &established, EstablishedPolicy::Reset);
+    let on_close = problems.word(raw.on_close.as_ref(), &field("onClose"), &established, EstablishedPolicy::Keep);
+    let on_backup_down = problems.word(raw.on_backup_down.as_ref(), &field("onBackupDown"), &established, on_open);
+    let policies = [("onOpen", on_open), ("onClose", on_close), ("onBackupDown", on_backup_down)];
+    let drain = drain(problems, &field("drainSeconds"), raw.drain_seconds.as_ref(), &policies, raw.name.referenced);
     Service {
         name: ServiceName::new(&raw.name.value),
         frontends,
@@ -126,9 +131,10 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         override_: problems.word(raw.override_.as_ref(), &field("override"), &overrides, Override::Auto),
         override_reason: String::new(),
         on_open,
+        drain,
         resets_per_second: problems.u32(raw.resets_per_second.as_ref(), &field("resetsPerSecond"), 1000, 1..=100_000),
-        on_close: problems.word(raw.on_close.as_ref(), &field("onClose"), &established, EstablishedPolicy::Keep),
-        on_backup_down: problems.word(raw.on_backup_down.as_ref(), &field("onBackupDown"), &established, on_open),
+        on_close,
+        on_backup_down,
         when_all_unhealthy: problems.word(
             raw.when_all_unhealthy.as_ref(),
             &field("whenAllUnhealthy"),
@@ -145,6 +151,28 @@ pub(super) fn service(problems: &mut Problems<'_>, path: &str, raw: format::Serv
         keep_client,
         limits,
     }
+}
+
+/// How long established connections may go on under the policy `Drain`: needed with it, and useless without it.
+fn drain(
+    problems: &mut Problems<'_>,
+    field: &str,
+    seconds: Option<&Spanned<u64>>,
+    policies: &[(&str, EstablishedPolicy)],
+    service: Location,
+) -> Duration {
+    const A_DAY: u64 = 86_400;
+    match (policies.iter().find(|(_, policy)| *policy == EstablishedPolicy::Drain), seconds) {
+        (Some((policy, _)), None) => {
+            problems.add(service, field, format!("is missing, and {policy} is Drain; allowed: 1 to {A_DAY}"));
+        }
+        (None, Some(seconds)) => {
+            let problem = "has no effect: neither onOpen, onClose nor onBackupDown is Drain; allowed: leave it out";
+            problems.add(seconds.referenced, field, problem.into());
+        }
+        _ => {}
+    }
+    Duration::from_secs(problems.number(seconds, field, 1, 1..=A_DAY))
 }
 
 /// Each IP family with a frontend needs a backup of that family: an address is not translated to the other family.

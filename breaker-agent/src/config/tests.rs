@@ -73,8 +73,28 @@ fn bad_input_is_refused_with_file_line_field_value_and_what_is_allowed() {
         ),
         (
             "    primary:\n",
-            "    onOpen: Drain\n    primary:\n",
-            "lab.yaml:5: services[0].onOpen: \"Drain\" is not allowed; allowed: Keep, Reset",
+            "    onOpen: Close\n    primary:\n",
+            "lab.yaml:5: services[0].onOpen: \"Close\" is not allowed; allowed: Keep, Reset, Drain",
+        ),
+        (
+            "    primary:\n",
+            "    onClose: Drain\n    primary:\n",
+            "services[0].drainSeconds: is missing, and onClose is Drain; allowed: 1 to 86400",
+        ),
+        (
+            "    primary:\n",
+            "    onOpen: Drain\n    drainSeconds: 86401\n    primary:\n",
+            "lab.yaml:6: services[0].drainSeconds: 86401 is not allowed; allowed: 1 to 86400",
+        ),
+        (
+            "    primary:\n",
+            "    drainSeconds: 10\n    primary:\n",
+            "lab.yaml:5: services[0].drainSeconds: has no effect: neither onOpen, onClose nor onBackupDown is Drain",
+        ),
+        (
+            "    primary:\n",
+            "    resetsPerSecond: 0\n    primary:\n",
+            "lab.yaml:5: services[0].resetsPerSecond: 0 is not allowed; allowed: 1 to 100000",
         ),
         (
             "    primary:\n",
@@ -380,6 +400,13 @@ mod documented {
             let (outer, inner) = path.split_once('.').unwrap_or(("", path));
             if outer.is_empty() { format!("{inner}: {value}") } else { format!("{outer}: {{{inner}: {value}}}") }
         };
+        // These need each other.
+        if value == "Drain" {
+            return format!("{GOOD}    {}: Drain\n    drainSeconds: 10\n", field.name);
+        }
+        if field.name == "drainSeconds" {
+            return format!("{GOOD}    onClose: Drain\n    drainSeconds: {value}\n");
+        }
         match field.section {
             "agent" => format!("agent: {{{}}}\n{GOOD}", leaf(field.name.trim_start_matches("agent."))),
             "check" if field.name.starts_with("httpGet.") => {

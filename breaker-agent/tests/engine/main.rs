@@ -256,6 +256,73 @@ fn flows_are_looked_for_until_the_last_one_has_ended() {
     assert_eq!(applied(&e).flags, 0, "closed and idle: the prefilter passes every packet again");
 }
 
+/// `Drain`: the primary's connections go on for a time, which a trial in between does not begin anew.
+#[test]
+fn a_drain_ends_with_resets() {
+    use breaker_common::switch_flags::RESET_PRIMARY;
+    let extra = "onOpen: Drain, drainSeconds: 10, breaker: {halfOpenConnections: 1},";
+    let mut e = engine(extra, FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 1000, 0, CheckCode::L7Sts);
+    assert_eq!((state(&e).0, applied(&e).flags & RESET_PRIMARY), (Open, 0));
+    assert!(e.engine.resetting().is_empty());
+    probe(&mut e, 5000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, HalfOpen);
+    probe(&mut e, 6000, 0, CheckCode::L7Sts);
+    assert_eq!((state(&e).0, applied(&e).flags & RESET_PRIMARY), (Open, 0));
+    assert!(e.next_deadline(at(10_900)) <= at(11_000).mono);
+    e.tick(at(10_999));
+    assert_eq!(applied(&e).flags & RESET_PRIMARY, 0);
+    e.tick(at(11_000));
+    assert_eq!(applied(&e).flags & RESET_PRIMARY, RESET_PRIMARY);
+    let resetting = e.engine.resetting();
+    assert_eq!(resetting.len(), 1);
+    assert_eq!(resetting[0].frontends, ["10.43.0.1:80".parse().unwrap()]);
+    assert_eq!(resetting[0].since_unix_ns, at(11_000).unix_ns);
+    probe(&mut e, 12_000, 0, CheckCode::L7Ok);
+    assert!(e.engine.resetting().is_empty(), "only an open breaker resets");
+}
+
+/// `Drain` for the backup's connections: when the breaker closes, and when one of its pods is Down.
+#[test]
+fn a_drain_of_the_backup_ends_with_resets() {
+    use breaker_common::switch_flags::RESET_BACKUP;
+    let mut e = engine("onClose: Drain, onBackupDown: Keep, drainSeconds: 10,", FakeDatapath::default());
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 1000, 0, CheckCode::L7Sts);
+    e.datapath_mut().alive.insert(ServiceName::new("dummy"), 1);
+    probe(&mut e, 2000, 0, CheckCode::L7Ok);
+    assert_eq!((state(&e).0, applied(&e).flags & RESET_BACKUP), (Closed, 0));
+    e.tick(at(11_999));
+    assert_eq!(applied(&e).flags & RESET_BACKUP, 0);
+    e.tick(at(12_000));
+    assert_eq!(applied(&e).flags & RESET_BACKUP, RESET_BACKUP);
+
+    let two = services("onOpen: Keep, onBackupDown: Drain, drainSeconds: 10,");
+    let mut two = two[0].clone();
+    let mut second = two.backups[0].backends[0].clone();
+    second.address = "10.42.0.4:80".parse().unwrap();
+    two.backups[0].backends.push(second);
+    let mut e = Harness::new(FakeDatapath::default(), at(0));
+    e.configure(at(0), vec![two]);
+    probe(&mut e, 10, 1, CheckCode::L7Ok);
+    probe(&mut e, 1000, 0, CheckCode::L7Sts);
+    let down = Target { service: ServiceName::new("dummy"), tier: 1, backend: "10.42.0.3:80".parse().unwrap() };
+    let other = Target { backend: "10.42.0.4:80".parse().unwrap(), ..down.clone() };
+    for (ms, target, health) in [(1500, other, Health::Up), (2000, down, Health::Down)] {
+        let code = if health == Health::Up { CheckCode::L7Ok } else { CheckCode::L7Sts };
+        let result = ProbeResult { code, detail: "scripted".into(), duration: Duration::from_millis(1) };
+        let began = e.state_epoch();
+        e.observe(at(ms), &ProbeReport { target, result, health, began });
+    }
+    assert!(applied(&e).down.is_empty());
+    e.tick(at(11_999));
+    assert!(applied(&e).down.is_empty());
+    assert!(e.next_deadline(at(11_999)) <= at(12_000).mono);
+    e.tick(at(12_000));
+    assert_eq!(applied(&e).down, ["10.42.0.3:80".parse().unwrap()].into());
+}
+
 /// A limit sent connections to the backup while the breaker is closed: their flows are tracked until they have ended.
 #[test]
 fn what_a_limit_sent_to_the_backup_is_looked_for() {

@@ -27,6 +27,7 @@ fn decision(state: BreakerState, share: u16, draining: bool) -> Decision {
         trips: 0,
         override_: (Override::Auto, 0),
         draining,
+        drained: true,
     }
 }
 

@@ -52,6 +52,8 @@ use super::{
         .message("a Service can be listed as a backup once only").field_path(".backups"),
     validation = Rule::new("!has(self.until) || self.override != 'Auto'")
         .message("until says when an override ends: it needs override ForceOpen or ForceClosed; without an override, remove until").field_path(".until"),
+    validation = Rule::new("has(self.drainSeconds) == (self.onOpen == 'Drain' || self.onClose == 'Drain' || has(self.onBackupDown) && self.onBackupDown == 'Drain')")
+        .message("drainSeconds (1 to 86400) is needed where onOpen, onClose or onBackupDown is Drain, and has no effect otherwise").field_path(".drainSeconds"),
     validation = Rule::new("self.probeFrom == 'EveryNode'")
         .message("Elected is not built yet; allowed: EveryNode").field_path(".probeFrom"),
     validation = Rule::new("!has(self.minHealthy) || has(self.check)")
@@ -83,21 +85,26 @@ pub struct CircuitBreakerSpec {
     #[serde(default)]
     pub topology: Topology,
     /// What happens to established connections to the primary when the breaker opens. Reset: both ends get a TCP
-    /// reset at once, if a backup is usable. Keep: the connections continue.
+    /// reset at once, if a backup is usable. Keep: the connections continue. Drain: they continue for drainSeconds, and those
+    /// that have not ended by then are reset.
     #[serde(default = "reset")]
     pub on_open: EstablishedPolicy,
+    /// How long established connections may go on where a policy is Drain. Needed there, and not allowed otherwise.
+    #[schemars(range(min = 1, max = 86_400))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_seconds: Option<i32>,
     /// Established connections that each node resets in a second, after the first 200 at once, when the breaker opens, so
     /// that their clients do not all reconnect in one moment.
     #[schemars(range(min = 1, max = 100_000))]
     #[serde(default = "thousand")]
     pub resets_per_second: i32,
     /// What happens to established connections to the backup when the breaker closes. Keep: the connections continue
-    /// until they end. Reset: both ends get a TCP reset at the next packet.
+    /// until they end. Reset: both ends get a TCP reset at the next packet. Drain: after drainSeconds.
     #[serde(default = "keep")]
     pub on_close: EstablishedPolicy,
     /// What happens to established connections to a pod of a backup that is Down, while the breaker is open and another
     /// pod of a backup is usable. Keep: the connections continue. Reset: both ends get a TCP reset at the next packet.
-    /// Without this field: as onOpen.
+    /// Drain: after drainSeconds. Without this field: as onOpen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_backup_down: Option<EstablishedPolicy>,
     /// What happens to new connections while the breaker is open and no backup is usable. PassThrough: they go to the
@@ -318,7 +325,7 @@ words!(
 );
 words!(
     /// What happens to established connections.
-    EstablishedPolicy { #[default] Keep, Reset }
+    EstablishedPolicy { #[default] Keep, Reset, Drain }
 );
 words!(
     /// What happens to new connections when no backup is usable.

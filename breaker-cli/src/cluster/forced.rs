@@ -67,7 +67,10 @@ pub(super) async fn reset(connection: &Connection, name: &str) -> Result<()> {
         "spec": { "override": Override::Auto, "until": null },
     });
     let breaker = patched(connection, name, &patch, false).await?;
-    let is_free = |status: &CircuitBreakerStatus| status.reason.as_deref() != Some("Operator");
+    // A breaker that the end of an override closed has the reason Operator, too.
+    let is_free = |status: &CircuitBreakerStatus| {
+        status.state != Some(ReportedState::Open) || status.reason.as_deref() != Some("Operator")
+    };
     follow(connection, name, breaker, "the checks decide again", is_free).await
 }
 

@@ -55,9 +55,10 @@ impl AppliedPlan {
         }
     }
 
-    /// Whether the plan must be made again. A ramp moves the share by time alone, without another input.
-    pub fn needs_plan(&self, share: u16) -> bool {
-        self.is_outdated() || self.applied.as_ref().is_none_or(|plan| plan.decision.share != share)
+    /// Whether the plan must be made again. `has_aged`: whether a plan is another one by now without another input, as the
+    /// share during a ramp.
+    pub fn needs_plan(&self, has_aged: impl FnOnce(&ServicePlan) -> bool) -> bool {
+        self.is_outdated() || self.applied.as_ref().is_none_or(has_aged)
     }
 
     /// Whether an input changed since the last successful write.

@@ -181,16 +181,23 @@ impl Tiers {
     /// All addresses of the backups' backends that are Down. Empty for a service without UDP frontends.
     pub fn down_for_datagrams(&self, service: &Service) -> BTreeSet<SocketAddr> {
         if service.frontends.iter().any(|frontend| frontend.protocol == Protocol::Udp) {
-            self.down_backups(service)
+            self.down_backups(service, UnixNanos::MAX)
         } else {
             BTreeSet::new()
         }
     }
 
-    /// All addresses of the backups' backends that are Down.
-    pub fn down_backups(&self, service: &Service) -> BTreeSet<SocketAddr> {
+    /// All addresses of the backups' backends that are Down, and have been since `before` at the latest.
+    pub fn down_backups(&self, service: &Service, before: UnixNanos) -> BTreeSet<SocketAddr> {
         let down = self.tiers.iter().skip(1).flatten().filter(|state| state.health == Health::Down);
-        down.flat_map(|state| service.addresses(state.backend.address)).collect()
+        let long = down.filter(|state| state.since_unix_ns.is_none_or(|since| since <= before));
+        long.flat_map(|state| service.addresses(state.backend.address)).collect()
+    }
+
+    /// Since when each of the backups' backends is Down that is.
+    pub fn down_since(&self) -> impl Iterator<Item = UnixNanos> {
+        let down = self.tiers.iter().skip(1).flatten().filter(|state| state.health == Health::Down);
+        down.filter_map(|state| state.since_unix_ns)
     }
 }
 

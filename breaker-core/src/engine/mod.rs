@@ -70,7 +70,7 @@ pub struct Resetting {
     pub name: ServiceName,
     /// The epoch that began when the breaker opened.
     pub epoch: u32,
-    /// When that was.
+    /// Since when they are reset.
     pub since_unix_ns: UnixNanos,
     /// Its TCP frontends.
     pub frontends: Vec<SocketAddr>,
@@ -301,7 +301,7 @@ impl Engine {
         let described = resetting.map(|(name, state)| Resetting {
             name: name.clone(),
             epoch: state.state_epoch,
-            since_unix_ns: state.since_unix_ns,
+            since_unix_ns: state.resets_since(),
             frontends: frontends(&state.service),
             per_second: state.service.resets_per_second,
         });
@@ -418,7 +418,7 @@ impl Engine {
     /// Writes the plan of one service to the datapath, unless the maps already match it or a retry is not due yet.
     fn apply(&mut self, now: Now, name: &ServiceName, datapath: &mut dyn Datapath) {
         let Some(state) = self.services.get_mut(name) else { return };
-        if !state.sync.needs_plan(state.share(now)) {
+        if !state.sync.needs_plan(|applied| state.has_aged(now, applied)) {
             return;
         }
         let mut plan = state.plan(now);
@@ -452,6 +452,8 @@ fn next_deadline(state: &ServiceState, now: Now) -> Option<Instant> {
     let closed = state.breaker.state() == BreakerState::Closed;
     let ramp = (closed && state.breaker.share(now.mono) < SHARE_ALL).then(|| now.mono + RAMP_STEP);
     let override_ = state.operator.until_unix_ns.map(|until| now.mono + elapsed(now.unix_ns, until));
-    let deadlines = [state.breaker.next_deadline(), state.sync.retry_at(), ramp, override_, state.tiers.grace_ends];
+    let drain = state.drain_ends(now);
+    let deadlines =
+        [state.breaker.next_deadline(), state.sync.retry_at(), ramp, override_, state.tiers.grace_ends, drain];
     deadlines.into_iter().flatten().min()
 }

@@ -1,6 +1,6 @@
 //! One protected service at run time: its breaker, its backends, its epoch, and the plan that follows from them.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use breaker_common::{BreakerState, SHARE_ALL, StateReason};
 
@@ -63,6 +63,8 @@ pub(super) struct ServiceState {
     pub local_errors: u64,
     /// When the breaker entered its state.
     pub since_unix_ns: UnixNanos,
+    /// When the breaker last opened or closed. A trial in between does not begin a drain anew.
+    drain_since_unix_ns: UnixNanos,
     pub message: String,
     /// Whether the primary has been Up since the service was first seen, as far as this agent knows.
     pub was_up: bool,
@@ -112,6 +114,7 @@ impl ServiceState {
             state_epoch: epoch,
             local_errors: 0,
             since_unix_ns,
+            drain_since_unix_ns: since_unix_ns,
             first_backend: None,
             was_up: adopted.is_some_and(|was| (was.state, was.reason) != (BreakerState::Closed, StateReason::Initial)),
             message: if adopted.is_some() { "adopted from an earlier agent".into() } else { String::new() },
@@ -199,6 +202,9 @@ impl ServiceState {
         self.new_epoch();
         self.state_epoch = self.epoch;
         self.since_unix_ns = now.unix_ns;
+        if [transition.from, transition.to].contains(&BreakerState::Closed) {
+            self.drain_since_unix_ns = now.unix_ns;
+        }
         message.clone_into(&mut self.message);
         self.tracking = Tracking::Active { since: (transition.to == BreakerState::Closed).then_some(now.mono) };
     }
@@ -270,6 +276,59 @@ impl ServiceState {
         self.breaker.state() == BreakerState::Closed && self.breaker.share(now.mono) == SHARE_ALL
     }
 
+    /// Whether the time of the policy `Drain` is over for the flows from before the breaker last opened or closed.
+    fn drained(&self, now: Now) -> bool {
+        let policies = [self.service.on_open, self.service.on_close];
+        !policies.contains(&EstablishedPolicy::Drain) || now.unix_ns >= self.drain_end()
+    }
+
+    fn drain_end(&self) -> UnixNanos {
+        self.drain_since_unix_ns.saturating_add(self.drain_ns())
+    }
+
+    fn drain_ns(&self) -> u64 {
+        u64::try_from(self.service.drain.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Since when the established flows to an open breaker's primary are reset.
+    pub fn resets_since(&self) -> UnixNanos {
+        match self.service.on_open {
+            EstablishedPolicy::Drain => self.drain_end(),
+            EstablishedPolicy::Keep | EstablishedPolicy::Reset => self.since_unix_ns,
+        }
+    }
+
+    /// The backups' backends whose established flows are reset because the backend is Down.
+    fn down_backups(&self, now: Now) -> BTreeSet<SocketAddr> {
+        match self.service.on_backup_down {
+            EstablishedPolicy::Keep => BTreeSet::new(),
+            EstablishedPolicy::Reset => self.tiers.down_backups(&self.service, now.unix_ns),
+            EstablishedPolicy::Drain => {
+                self.tiers.down_backups(&self.service, now.unix_ns.saturating_sub(self.drain_ns()))
+            }
+        }
+    }
+
+    /// When a drain ends and established flows are reset; `None` if none is under way.
+    pub fn drain_ends(&self, now: Now) -> Option<Instant> {
+        let own = (!self.drained(now)).then(|| self.drain_end());
+        let of_backups = (self.service.on_backup_down == EstablishedPolicy::Drain).then(|| {
+            let ends = self.tiers.down_since().map(|since| since.saturating_add(self.drain_ns()));
+            ends.filter(|end| *end > now.unix_ns).min()
+        });
+        let end = [own, of_backups.flatten()].into_iter().flatten().min()?;
+        Some(now.mono + elapsed(now.unix_ns, end))
+    }
+
+    /// Whether time alone has made another plan than `applied`: by a ramp, or by the end of a drain.
+    pub fn has_aged(&self, now: Now, applied: &ServicePlan) -> bool {
+        let down_ends = || {
+            let drains = self.service.on_backup_down == EstablishedPolicy::Drain;
+            drains && applied.decision.state != BreakerState::Closed && applied.down != self.down_backups(now)
+        };
+        applied.decision.share != self.share(now) || applied.decision.drained != self.drained(now) || down_ends()
+    }
+
     /// The content that the maps should have.
     pub fn plan(&self, now: Now) -> ServicePlan {
         let decision = Decision {
@@ -293,6 +352,7 @@ impl ServiceState {
                 Override::ForceOpen | Override::ForceClosed => (Override::Auto, 0),
             },
             draining: self.tracking.is_active(),
+            drained: self.drained(now),
         };
         let mut plan = match self.lifecycle {
             Lifecycle::Configured => {
@@ -300,8 +360,8 @@ impl ServiceState {
                 let backup = backup.unwrap_or_default();
                 let mut plan = ServicePlan::new(&self.service, decision, &backup);
                 // Without a usable backup, a reset would break connections that have nowhere else to go.
-                if self.service.on_backup_down == EstablishedPolicy::Reset && !backup.is_empty() {
-                    plan.reset_flows_to(self.tiers.down_backups(&self.service));
+                if !backup.is_empty() {
+                    plan.reset_flows_to(self.down_backups(now));
                 }
                 plan
             }

@@ -71,6 +71,7 @@ pub fn plan_with(
         trips: 0,
         override_: (Override::Auto, 0),
         draining,
+        drained: true,
     };
     ServicePlan::new(service, decision, backup)
 }

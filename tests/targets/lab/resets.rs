@@ -178,6 +178,25 @@ fn clients_that_wait_are_reset_when_the_breaker_opens() -> Result<()> {
     wait_forgotten(&lab)
 }
 
+/// `Drain`: old connections go on until the time is over, new ones go to the backup, and what is left then is reset.
+#[test]
+fn a_drain_ends_with_resets() -> Result<()> {
+    let lab = start_healthy_lab("    onOpen: Drain\n    drainSeconds: 3\n")?;
+    let (mut ended, mut left) = (connected(&lab, &lab.client.ns)?, connected(&lab, &lab.client.ns)?);
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    let mut new = connected(&lab, &lab.client.ns)?;
+    for stream in [&mut ended, &mut left] {
+        ask(stream)?;
+    }
+    drop(ended);
+    is_reset(&mut left)?;
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("1 of 1 established connections"), "{said}");
+    ask(&mut new)?;
+    Ok(())
+}
+
 /// A connection that was made after the breaker opened is not touched, also where the agent is restarted and looks again;
 /// and a client that is gone is told of.
 #[test]

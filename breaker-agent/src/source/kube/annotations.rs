@@ -34,6 +34,7 @@ const FIELDS: &[(&str, &str, Form)] = &[
     ("ramp-millis", "breaker.rampMillis", Form::Number),
     ("topology", "topology", Form::Text),
     ("on-open", "onOpen", Form::Text),
+    ("drain-seconds", "drainSeconds", Form::Number),
     ("resets-per-second", "resetsPerSecond", Form::Number),
     ("on-close", "onClose", Form::Text),
     ("on-backup-down", "onBackupDown", Form::Text),

@@ -56,6 +56,9 @@ impl Policies {
         if let (Some(limits), Value::Object(service)) = (&spec.limits, &mut service) {
             service.insert("limits".into(), json!(limits));
         }
+        if let (Some(seconds), Value::Object(service)) = (spec.drain_seconds, &mut service) {
+            service.insert("drainSeconds".into(), json!(seconds));
+        }
         if let (Some(policy), Value::Object(service)) = (spec.on_backup_down, &mut service) {
             service.insert("onBackupDown".into(), json!(policy));
         }

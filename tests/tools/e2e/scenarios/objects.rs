@@ -89,6 +89,9 @@ pub(super) fn refused_by_kubectl(cluster: &Cluster) -> Result<String> {
             "at least openMillis",
         ),
         (with(&|s| s["limits"] = json!({})), "spec.limits", "limits nothing"),
+        (with(&|s| s["onOpen"] = json!("Drain")), "spec.drainSeconds", "is needed where onOpen"),
+        (with(&|s| s["drainSeconds"] = json!(10)), "spec.drainSeconds", "has no effect otherwise"),
+        (with(&|s| s["resetsPerSecond"] = json!(0)), "spec.resetsPerSecond", "greater than or equal to 1"),
         (
             with(&|s| s["limits"] = json!({ "newConnectionsPerSecond": 0 })),
             "spec.limits.newConnectionsPerSecond",
