@@ -31,7 +31,7 @@ pub fn close(own: SocketAddr, peer: SocketAddr) -> Result<bool> {
     request.sockid.dst = words(peer.ip());
     request.sockid.cookie = NO_COOKIE;
     let mut socket = NetlinkSocket::new();
-    let outcome = socket.request(&Destroy(request)).map_err(std::io::Error::from);
+    let outcome = socket.request(&Destroy(request));
     match outcome.and_then(|mut reply| Ok(reply.recv_ack()?)) {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),

@@ -300,7 +300,7 @@ fn a_drain_of_the_backup_ends_with_resets() {
 
     let two = services("onOpen: Keep, onBackupDown: Drain, drainSeconds: 10,");
     let mut two = two[0].clone();
-    let mut second = two.backups[0].backends[0].clone();
+    let mut second = two.backups[0].backends[0];
     second.address = "10.42.0.4:80".parse().unwrap();
     two.backups[0].backends.push(second);
     let mut e = Harness::new(FakeDatapath::default(), at(0));
