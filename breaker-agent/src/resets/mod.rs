@@ -5,15 +5,16 @@
 //! A thread of its own looks for the connections and pokes them, at the service's pace: neither may delay the main loop.
 
 mod pace;
+mod tracked;
 
 use std::{
     collections::{BTreeMap, HashSet},
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use breaker_common::PokeOutcome;
 use breaker_core::{engine::Resetting, model::ServiceName};
 use tokio::{
@@ -23,10 +24,10 @@ use tokio::{
     time::sleep_until,
 };
 
-use self::pace::Pace;
+use self::{pace::Pace, tracked::Tracked};
 use crate::{
     clock,
-    datapath::{conntrack, poke::Poker, sock_destroy},
+    datapath::{poke::Poker, sock_destroy},
 };
 
 /// How often a client is poked, at most. A kernel answers only one unexpected segment of a connection in
@@ -35,6 +36,8 @@ const ROUNDS: usize = 3;
 /// Time between two pokes of one client, at least.
 const REPEAT: Duration = Duration::from_millis(550);
 
+/// Pokes a second for all services together: a third of a CPU. Thousands of services may open in one moment.
+const NODE_PER_SECOND: u32 = 10_000;
 /// How long after the opening a connection of the node's own processes is closed, in ns. Those that an agent finds later,
 /// for example after a restart, may be connections that were left to the primary since. (Those of pods have a pinned
 /// decision then, so a poke does them no harm.)
@@ -64,13 +67,50 @@ struct Connection {
     frontend: SocketAddr,
 }
 
+/// What all services under way share. They run in one thread, so nobody waits for a lock.
+#[derive(Clone, Debug)]
+struct Means {
+    poker: Arc<Poker>,
+    tracked: Arc<Mutex<Tracked>>,
+    /// The pace of the node, for all services together.
+    pace: Arc<Mutex<Pace>>,
+}
+
+/// A service whose connections are looked for until this is dropped, also where its task is aborted.
+struct Looking<'a> {
+    service: &'a Resetting,
+    means: &'a Means,
+}
+
+impl<'a> Looking<'a> {
+    fn begin(service: &'a Resetting, means: &'a Means) -> Self {
+        if let Ok(mut tracked) = means.tracked.lock() {
+            tracked.begin(&service.frontends);
+        }
+        Self { service, means }
+    }
+
+    fn look(&self) -> Result<HashSet<Connection>> {
+        let mut tracked = self.means.tracked.lock().map_err(|_| anyhow!("an earlier look failed"))?;
+        tracked.look(&self.service.frontends)
+    }
+}
+
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        if let Ok(mut tracked) = self.means.tracked.lock() {
+            tracked.end(&self.service.frontends);
+        }
+    }
+}
+
 /// The thread that pokes, and what it does now.
 #[derive(Debug)]
 pub struct Resets {
     handle: Handle,
     /// The thread ends when this is dropped.
     _end: oneshot::Sender<()>,
-    poker: Arc<Poker>,
+    means: Means,
     reports: mpsc::UnboundedSender<Report>,
     /// The epoch for which each service's connections are, or were, poked.
     begun: BTreeMap<ServiceName, (u32, AbortHandle)>,
@@ -89,7 +129,12 @@ impl Resets {
             .name("resets".into())
             .spawn(move || runtime.block_on(async { drop(ended.await) }))
             .context("start the thread of resets")?;
-        Ok(Self { handle, _end: end, poker: Arc::new(poker), reports, begun: BTreeMap::new() })
+        let means = Means {
+            poker: Arc::new(poker),
+            tracked: Arc::default(),
+            pace: Arc::new(Mutex::new(Pace::steady(NODE_PER_SECOND, clock::instant()))),
+        };
+        Ok(Self { handle, _end: end, means, reports, begun: BTreeMap::new() })
     }
 
     /// Begins with the services whose established connections are reset from now on, and ends with those that are not in
@@ -108,10 +153,10 @@ impl Resets {
                 continue;
             }
             let (name, epoch) = (service.name.clone(), service.epoch);
-            let (poker, reports) = (self.poker.clone(), self.reports.clone());
+            let (means, reports) = (self.means.clone(), self.reports.clone());
             let task = self.handle.spawn(async move {
                 // The receiver is gone only when the agent ends.
-                let _ = reports.send(reach_all(service, &poker).await);
+                let _ = reports.send(reach_all(service, &means).await);
             });
             self.begun.insert(name, (epoch, task.abort_handle()));
         }
@@ -119,19 +164,20 @@ impl Resets {
 }
 
 /// Pokes the clients of a service's connections until none is left, or each was poked [`ROUNDS`] times.
-async fn reach_all(service: Resetting, poker: &Poker) -> Report {
+async fn reach_all(service: Resetting, means: &Means) -> Report {
     let started = clock::instant();
     let mut report =
         Report { service: service.name.clone(), found: 0, unreached: 0, local: 0, took: Duration::ZERO, error: None };
-    if let Err(error) = rounds(&service, poker, &mut report).await {
+    if let Err(error) = rounds(&service, means, &mut report).await {
         report.error = Some(format!("{error:#}"));
     }
     report.took = clock::instant() - started;
     report
 }
 
-async fn rounds(service: &Resetting, poker: &Poker, report: &mut Report) -> Result<()> {
-    let mut left: Vec<Connection> = look(&service.frontends)?.into_iter().collect();
+async fn rounds(service: &Resetting, means: &Means, report: &mut Report) -> Result<()> {
+    let looking = Looking::begin(service, means);
+    let mut left: Vec<Connection> = looking.look()?.into_iter().collect();
     // The order of the kernel's table would make the clients of one pod come together.
     fastrand::shuffle(&mut left);
     report.found = left.len();
@@ -144,29 +190,21 @@ async fn rounds(service: &Resetting, poker: &Poker, report: &mut Report) -> Resu
         }
         let began = clock::instant();
         for connection in &left {
-            sleep_until(pace.next(clock::instant())).await;
+            let now = clock::instant();
+            let of_node = means.pace.lock().map_or(now, |mut pace| pace.next(now));
+            sleep_until(pace.next(now).max(of_node)).await;
             let Connection { client, frontend } = *connection;
-            if poker.poke(client, frontend)? == PokeOutcome::Local
+            if means.poker.poke(client, frontend)? == PokeOutcome::Local
                 && !(is_fresh && sock_destroy::close(client, frontend).unwrap_or(false))
             {
                 local.insert(*connection);
             }
         }
         sleep_until(began + REPEAT).await;
-        let there = look(&service.frontends)?;
+        let there = looking.look()?;
         left.retain(|connection| there.contains(connection) && !local.contains(connection));
         report.unreached = left.len();
     }
     report.local = local.len();
     Ok(())
-}
-
-/// The established connections to the frontends.
-fn look(frontends: &[SocketAddr]) -> Result<HashSet<Connection>> {
-    let mut found = HashSet::new();
-    for frontend in frontends {
-        let clients = conntrack::clients_of(*frontend)?;
-        found.extend(clients.into_iter().map(|client| Connection { client, frontend: *frontend }));
-    }
-    Ok(found)
 }

@@ -22,6 +22,11 @@ impl Pace {
         Self { interval: Duration::from_secs(1) / per_second.max(1), at_once: AT_ONCE, due: now }
     }
 
+    /// The same without connections at once.
+    pub(super) fn steady(per_second: u32, now: Instant) -> Self {
+        Self { at_once: 0, ..Self::new(per_second, now) }
+    }
+
     /// When the next connection is due. Time that passed unused is not made up for.
     pub(super) fn next(&mut self, now: Instant) -> Instant {
         if self.at_once > 0 {

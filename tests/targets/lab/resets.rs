@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
     time::Duration,
 };
 
@@ -13,7 +13,7 @@ use breaker_common::BreakerState;
 use breaker_tests::lab::{
     netns::NetNs,
     service::ServicePod,
-    stage::{Checks, Lab, SERVICE},
+    stage::{Checks, Lab, SERVICE, frontend},
     wait_for,
 };
 use rustix::{
@@ -153,7 +153,10 @@ fn clients_that_wait_are_reset_when_the_breaker_opens() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     let lan = lab.world.lan().clone();
     lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
-    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
+    // With many addresses, the agent reads all entries of conntrack.
+    let more = (101..=108).map(|host| SocketAddrV4::new(Ipv4Addr::new(10, 43, 0, host), lab.vip.port()));
+    let frontends: Vec<String> = [lab.vip].into_iter().chain(more).map(frontend).collect();
+    lab.agent.write_config("  uplinks: true\n", &lab.services_by(Checks::Fast, "", &frontends))?;
     lab.agent.start()?;
     wait_all_up(&lab)?;
     let mut waiting = Vec::new();
