@@ -265,11 +265,7 @@ impl Agent {
     fn report_resets(&mut self, report: &resets::Report) {
         let resets::Report { service, found, unreached, local, took, error } = report;
         let now = self.clock.now();
-        if let Some(error) = error {
-            let message = format!("established connections are reset at their clients' next segments only: {error}");
-            return self.engine.note_about(now, Level::Warn, service, EntryKind::Resets, message);
-        }
-        if *found == 0 {
+        if *found == 0 && error.is_none() {
             return;
         }
         let mut message = format!(
@@ -283,7 +279,11 @@ impl Agent {
         if *local > 0 {
             message += &format!("; {local} are of the node's own processes and could not be closed");
         }
-        self.engine.note_about(now, Level::Info, service, EntryKind::Resets, message);
+        let level = if error.is_some() { Level::Warn } else { Level::Info };
+        if let Some(error) = error {
+            message += &format!("; the others are reset at their clients' next segments only: {error}");
+        }
+        self.engine.note_about(now, level, service, EntryKind::Resets, message);
     }
 
     /// Publishes the state of this node through the Kubernetes source, if it changed, at most once every

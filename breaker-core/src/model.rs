@@ -473,7 +473,7 @@ pub struct Service {
     pub on_open: EstablishedPolicy,
     /// How long established flows may go on under the policy `Drain`.
     pub drain: Duration,
-    /// Established connections that are reset in a second, after the first two hundred, when the breaker opens.
+    /// How many clients that send nothing are reached in a second, after the first 200, when the breaker opens.
     pub resets_per_second: u32,
     /// What happens to established flows to a backup when the breaker closes.
     pub on_close: EstablishedPolicy,

@@ -10,13 +10,16 @@ use netlink_bindings::{
 };
 use netlink_socket2::NetlinkSocket;
 
-/// include/uapi/linux/sock_diag.h.
-const SOCK_DESTROY: u16 = 21;
+/// Requests (include/uapi/linux/sock_diag.h): a socket by its addresses, and its end.
+const BY_ADDRESSES: u16 = 20;
+const DESTROY: u16 = 21;
 /// The socket is identified by its addresses alone (`INET_DIAG_NOCOOKIE`, include/uapi/linux/inet_diag.h).
 const NO_COOKIE: [u8; 8] = [0xff; 8];
+/// State of a listening socket (`TCP_LISTEN`, include/net/tcp_states.h).
+const LISTEN: u8 = 10;
 
-/// Closes the TCP socket of this network namespace with these addresses. Its process sees ECONNABORTED, and the peer gets a
-/// reset. Returns whether there was one.
+/// Closes the TCP connection of this network namespace with these addresses. Its process sees ECONNABORTED, and the peer
+/// gets a reset. Returns whether there was one.
 ///
 /// # Errors
 /// The kernel refused it: it was built without `CONFIG_INET_DIAG_DESTROY`, or the agent lacks CAP_NET_ADMIN.
@@ -30,9 +33,21 @@ pub fn close(own: SocketAddr, peer: SocketAddr) -> Result<bool> {
     request.sockid.src = words(own.ip());
     request.sockid.dst = words(peer.ip());
     request.sockid.cookie = NO_COOKIE;
+    // Where there is no such connection, the kernel finds a socket that listens on the port.
     let mut socket = NetlinkSocket::new();
-    let outcome = socket.request(&Destroy(request));
-    match outcome.and_then(|mut reply| Ok(reply.recv_ack()?)) {
+    let find = Diag { kind: BY_ADDRESSES, flags: 0, request: request.clone() };
+    let found = match socket.request(&find).and_then(|mut reply| Ok(reply.recv_one()?)) {
+        Ok(found) => found,
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+        Err(error) => return Err(error).context("look for a socket (SOCK_DIAG_BY_FAMILY)"),
+    };
+    if found.state == LISTEN || found.peer_port != peer.port() {
+        return Ok(false);
+    }
+    request.sockid.cookie = found.cookie;
+    let flags = u16::try_from(libc::NLM_F_ACK).unwrap_or_default();
+    let outcome = socket.request(&Diag { kind: DESTROY, flags, request }).and_then(|mut reply| Ok(reply.recv_ack()?));
+    match outcome {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error).context("close a socket (SOCK_DESTROY)"),
@@ -51,24 +66,44 @@ fn words(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// The request, which the bindings do not have.
-struct Destroy(ReqV2);
+/// A request about one socket, which the bindings do not have.
+struct Diag {
+    kind: u16,
+    flags: u16,
+    request: ReqV2,
+}
 
-impl NetlinkRequest for Destroy {
+/// What the kernel says of a socket (`struct inet_diag_msg`, include/uapi/linux/inet_diag.h).
+#[derive(Clone, Copy, Debug, Default)]
+struct Found {
+    state: u8,
+    peer_port: u16,
+    cookie: [u8; 8],
+}
+
+impl NetlinkRequest for Diag {
     fn protocol(&self) -> Protocol {
         let protonum = u16::try_from(libc::NETLINK_SOCK_DIAG).unwrap_or_default();
-        Protocol::Raw { protonum, request_type: SOCK_DESTROY }
+        Protocol::Raw { protonum, request_type: self.kind }
     }
 
     fn flags(&self) -> u16 {
-        u16::try_from(libc::NLM_F_ACK).unwrap_or_default()
+        self.flags
     }
 
     fn payload(&self) -> &[u8] {
-        self.0.as_slice()
+        self.request.as_slice()
     }
 
-    type ReplyType<'buf> = ();
+    type ReplyType<'buf> = Found;
 
-    fn decode_reply(_: &[u8]) {}
+    fn decode_reply(message: &[u8]) -> Found {
+        let bytes = |at: usize| message.get(at..at + 2).and_then(|bytes| <[u8; 2]>::try_from(bytes).ok());
+        let cookie = message.get(44..52).and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());
+        Found {
+            state: message.get(1).copied().unwrap_or(LISTEN),
+            peer_port: bytes(6).map(u16::from_be_bytes).unwrap_or_default(),
+            cookie: cookie.unwrap_or(NO_COOKIE),
+        }
+    }
 }

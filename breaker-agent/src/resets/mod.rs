@@ -20,7 +20,7 @@ use breaker_core::{engine::Resetting, model::ServiceName};
 use tokio::{
     runtime::{Builder, Handle},
     sync::{mpsc, oneshot},
-    task::AbortHandle,
+    task::{AbortHandle, yield_now},
     time::sleep_until,
 };
 
@@ -36,13 +36,10 @@ const ROUNDS: usize = 3;
 /// Time between two pokes of one client, at least.
 const REPEAT: Duration = Duration::from_millis(550);
 
+/// Pokes without a pause, after which other services have their turn.
+const TURN: usize = 32;
 /// Pokes a second for all services together: a third of a CPU. Thousands of services may open in one moment.
 const NODE_PER_SECOND: u32 = 10_000;
-/// How long after the opening a connection of the node's own processes is closed, in ns. Those that an agent finds later,
-/// for example after a restart, may be connections that were left to the primary since. (Those of pods have a pinned
-/// decision then, so a poke does them no harm.)
-const FRESH_NS: u64 = 5_000_000_000;
-
 /// What became of the established connections of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
@@ -112,8 +109,10 @@ pub struct Resets {
     _end: oneshot::Sender<()>,
     means: Means,
     reports: mpsc::UnboundedSender<Report>,
-    /// The epoch for which each service's connections are, or were, poked.
-    begun: BTreeMap<ServiceName, (u32, AbortHandle)>,
+    /// The services whose connections are, or were, poked.
+    begun: BTreeMap<ServiceName, (Resetting, AbortHandle)>,
+    /// Whether [`Resets::follow`] was called before.
+    has_followed: bool,
 }
 
 impl Resets {
@@ -134,73 +133,77 @@ impl Resets {
             tracked: Arc::default(),
             pace: Arc::new(Mutex::new(Pace::steady(NODE_PER_SECOND, clock::instant()))),
         };
-        Ok(Self { handle, _end: end, means, reports, begun: BTreeMap::new() })
+        Ok(Self { handle, _end: end, means, reports, begun: BTreeMap::new(), has_followed: false })
     }
 
     /// Begins with the services whose established connections are reset from now on, and ends with those that are not in
-    /// `wanted` any more. A service is begun once in an epoch.
+    /// `wanted` any more. A service is begun once, and again when it opened anew or its configuration changed.
     pub fn follow(&mut self, wanted: Vec<Resetting>) {
-        let epochs: BTreeMap<&ServiceName, u32> = wanted.iter().map(|service| (&service.name, service.epoch)).collect();
-        self.begun.retain(|service, (epoch, task)| {
-            let stays = epochs.get(service) == Some(epoch);
-            if !stays {
+        let mut ended = std::mem::take(&mut self.begun);
+        // What is open already when the agent starts may have connections of the node's own processes that were left to
+        // the primary since. (Those of pods have a pinned decision then, so a poke does them no harm.)
+        let closes_sockets = std::mem::replace(&mut self.has_followed, true);
+        for service in wanted {
+            let name = service.name.clone();
+            if let Some((begun, task)) = ended.remove(&name) {
+                if begun == service {
+                    self.begun.insert(name, (begun, task));
+                    continue;
+                }
                 task.abort();
             }
-            stays
-        });
-        for service in wanted {
-            if self.begun.contains_key(&service.name) {
-                continue;
-            }
-            let (name, epoch) = (service.name.clone(), service.epoch);
-            let (means, reports) = (self.means.clone(), self.reports.clone());
+            let (means, reports, job) = (self.means.clone(), self.reports.clone(), service.clone());
             let task = self.handle.spawn(async move {
                 // The receiver is gone only when the agent ends.
-                let _ = reports.send(reach_all(service, &means).await);
+                let _ = reports.send(reach_all(job, closes_sockets, &means).await);
             });
-            self.begun.insert(name, (epoch, task.abort_handle()));
+            self.begun.insert(name, (service, task.abort_handle()));
         }
+        ended.into_values().for_each(|(_, task)| task.abort());
     }
 }
 
 /// Pokes the clients of a service's connections until none is left, or each was poked [`ROUNDS`] times.
-async fn reach_all(service: Resetting, means: &Means) -> Report {
+async fn reach_all(service: Resetting, closes_sockets: bool, means: &Means) -> Report {
     let started = clock::instant();
     let mut report =
         Report { service: service.name.clone(), found: 0, unreached: 0, local: 0, took: Duration::ZERO, error: None };
-    if let Err(error) = rounds(&service, means, &mut report).await {
+    if let Err(error) = rounds(&service, closes_sockets, means, &mut report).await {
         report.error = Some(format!("{error:#}"));
     }
     report.took = clock::instant() - started;
     report
 }
 
-async fn rounds(service: &Resetting, means: &Means, report: &mut Report) -> Result<()> {
+async fn rounds(service: &Resetting, closes_sockets: bool, means: &Means, report: &mut Report) -> Result<()> {
     let looking = Looking::begin(service, means);
     let mut left: Vec<Connection> = looking.look()?.into_iter().collect();
     // The order of the kernel's table would make the clients of one pod come together.
     fastrand::shuffle(&mut left);
     report.found = left.len();
     let mut pace = Pace::new(service.per_second, clock::instant());
-    let is_fresh = clock::unix_nanos(clock::wall()) < service.since_unix_ns.saturating_add(FRESH_NS);
     let mut local = HashSet::new();
     for _ in 0..ROUNDS {
         if left.is_empty() {
             break;
         }
-        let began = clock::instant();
-        for connection in &left {
+        for (number, connection) in left.iter().enumerate() {
             let now = clock::instant();
             let of_node = means.pace.lock().map_or(now, |mut pace| pace.next(now));
-            sleep_until(pace.next(now).max(of_node)).await;
+            let due = pace.next(now).max(of_node);
+            if due > now {
+                sleep_until(due).await;
+            } else if number % TURN == 0 {
+                yield_now().await;
+            }
             let Connection { client, frontend } = *connection;
             if means.poker.poke(client, frontend)? == PokeOutcome::Local
-                && !(is_fresh && sock_destroy::close(client, frontend).unwrap_or(false))
+                && !(closes_sockets && sock_destroy::close(client, frontend).unwrap_or(false))
             {
                 local.insert(*connection);
             }
         }
-        sleep_until(began + REPEAT).await;
+        sleep_until(clock::instant() + REPEAT).await;
         let there = looking.look()?;
         left.retain(|connection| there.contains(connection) && !local.contains(connection));
         report.unreached = left.len();

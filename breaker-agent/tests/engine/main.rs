@@ -278,9 +278,28 @@ fn a_drain_ends_with_resets() {
     let resetting = e.engine.resetting();
     assert_eq!(resetting.len(), 1);
     assert_eq!(resetting[0].frontends, ["10.43.0.1:80".parse().unwrap()]);
-    assert_eq!(resetting[0].since_unix_ns, at(11_000).unix_ns);
     probe(&mut e, 12_000, 0, CheckCode::L7Ok);
     assert!(e.engine.resetting().is_empty(), "only an open breaker resets");
+}
+
+/// Resets begin with the plan in the maps, also where a backup becomes usable later, and end with the open state, also
+/// where the next plan cannot be written.
+#[test]
+fn resets_follow_what_is_in_force() {
+    let mut e = engine("", FakeDatapath::default());
+    probe(&mut e, 10, 0, CheckCode::L4Con);
+    assert_eq!(state(&e).0, Open);
+    assert!(e.engine.resetting().is_empty(), "no backup is usable");
+    e.datapath_mut().failures = 1;
+    probe(&mut e, 20, 1, CheckCode::L7Ok);
+    assert!(e.engine.resetting().is_empty(), "the write failed");
+    e.tick(at(1000));
+    let resetting = e.engine.resetting();
+    assert_eq!((resetting.len(), resetting[0].per_second), (1, 1000));
+    e.datapath_mut().failures = 1;
+    probe(&mut e, 2000, 0, CheckCode::L7Ok);
+    assert_eq!(state(&e).0, Open, "the maps are as before");
+    assert!(e.engine.resetting().is_empty());
 }
 
 /// `Drain` for the backup's connections: when the breaker closes, and when one of its pods is Down.

@@ -93,8 +93,8 @@ pub struct CircuitBreakerSpec {
     #[schemars(range(min = 1, max = 86_400))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_seconds: Option<i32>,
-    /// Established connections that each node resets in a second, after the first 200 at once, when the breaker opens, so
-    /// that their clients do not all reconnect in one moment.
+    /// With onOpen: how many clients that send nothing each node reaches in a second, after the first 200. Clients that send
+    /// are reset with their next segment.
     #[schemars(range(min = 1, max = 100_000))]
     #[serde(default = "thousand")]
     pub resets_per_second: i32,

@@ -65,10 +65,11 @@ pub enum ClusterCommand {
     Status(StatusArgs),
     /// Show everything about one breaker, with every node's view.
     Get(GetArgs),
-    /// Force a breaker open on all nodes: new connections go to the backup until `reset`. Sets spec.override.
+    /// Force a breaker open on all nodes: new connections go to the backup until `reset`. Sets spec.override, or
+    /// annotations if a manifest may have it.
     #[command(after_help = "Example: kubectl breaker trip web --for 10m --reason \"database migration\"")]
     Trip(TripArgs),
-    /// End an override: the checks decide again. Sets spec.override to Auto.
+    /// End an override: the checks decide again. Sets spec.override to Auto, and removes the annotations of `trip`.
     Reset {
         /// The CircuitBreaker's name.
         name: String,

@@ -84,6 +84,14 @@ fn manifest_tool(breaker: &CircuitBreaker) -> Option<String> {
     if let Some(entry) = breaker.managed_fields().iter().find(applies) {
         return Some(entry.manager.clone().unwrap_or_default());
     }
+    // Helm 4 and others that apply on the server: that entry has all fields of the manifest.
+    let is_applied = |entry: &ManagedFieldsEntry| {
+        let spec = entry.fields_v1.as_ref().is_some_and(|fields| fields.0.pointer("/f:spec").is_some());
+        entry.operation.as_deref() == Some("Apply") && spec
+    };
+    if breaker.managed_fields().iter().any(is_applied) {
+        return None;
+    }
     let annotation = |name: &str| breaker.annotations().get(name);
     let applied = annotation("kubectl.kubernetes.io/last-applied-configuration");
     let applied = applied.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());

@@ -55,9 +55,10 @@ use crate::{
     datapath::{Adopted, Datapath, DatapathError, FlowTables},
     health::Health,
     model::{Frontend, Override, Protocol, Service, ServiceName},
+    plan::ServicePlan,
     pool::TierHealth,
     probe::{ProbeReport, ProbeResult, Target},
-    time::{Instant, Now, UnixNanos, elapsed},
+    time::{Instant, Now, elapsed},
 };
 
 /// How often the share is written during a ramp.
@@ -70,8 +71,6 @@ pub struct Resetting {
     pub name: ServiceName,
     /// The epoch that began when the breaker opened.
     pub epoch: u32,
-    /// Since when they are reset.
-    pub since_unix_ns: UnixNanos,
     /// Its TCP frontends.
     pub frontends: Vec<SocketAddr>,
     /// Connections that may be reset in a second.
@@ -291,8 +290,12 @@ impl Engine {
     /// The services whose established connections to the primary are reset by the plans in the datapath.
     pub fn resetting(&self) -> Vec<Resetting> {
         let configured = self.services.iter().filter(|(_, state)| state.is_configured());
+        // After a failed write, the maps may hold the plan of an earlier state.
         let resetting = configured.filter(|(_, state)| {
-            state.sync.applied().is_some_and(|plan| plan.flags & switch_flags::RESET_PRIMARY != 0)
+            let resets = |plan: &ServicePlan| plan.flags & switch_flags::RESET_PRIMARY != 0;
+            state.breaker.state() == BreakerState::Open
+                && state.sync.is_in_force()
+                && state.sync.applied().is_some_and(resets)
         });
         let frontends = |service: &Service| {
             let tcp = service.frontends.iter().filter(|frontend| frontend.protocol == Protocol::Tcp);
@@ -301,7 +304,6 @@ impl Engine {
         let described = resetting.map(|(name, state)| Resetting {
             name: name.clone(),
             epoch: state.state_epoch,
-            since_unix_ns: state.resets_since(),
             frontends: frontends(&state.service),
             per_second: state.service.resets_per_second,
         });

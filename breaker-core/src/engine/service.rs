@@ -14,7 +14,7 @@ use super::{
 use crate::{
     breaker::{Breaker, Restored, Transition},
     datapath::Adopted,
-    model::{EstablishedPolicy, Frontend, Override, Protocol, Service},
+    model::{EstablishedPolicy, Frontend, Mode, Override, Protocol, Service},
     plan::{Decision, ServicePlan},
     pool::TierHealth,
     time::{Instant, Now, UnixNanos, elapsed},
@@ -63,8 +63,8 @@ pub(super) struct ServiceState {
     pub local_errors: u64,
     /// When the breaker entered its state.
     pub since_unix_ns: UnixNanos,
-    /// When the breaker last opened or closed. A trial in between does not begin a drain anew.
-    drain_since_unix_ns: UnixNanos,
+    /// When a drain ends that began when the breaker last opened or closed. A trial in between does not begin it anew.
+    drain_end: Instant,
     pub message: String,
     /// Whether the primary has been Up since the service was first seen, as far as this agent knows.
     pub was_up: bool,
@@ -114,7 +114,7 @@ impl ServiceState {
             state_epoch: epoch,
             local_errors: 0,
             since_unix_ns,
-            drain_since_unix_ns: since_unix_ns,
+            drain_end: now.mono + service.drain.saturating_sub(elapsed(since_unix_ns, now.unix_ns)),
             first_backend: None,
             was_up: adopted.is_some_and(|was| (was.state, was.reason) != (BreakerState::Closed, StateReason::Initial)),
             message: if adopted.is_some() { "adopted from an earlier agent".into() } else { String::new() },
@@ -159,6 +159,7 @@ impl ServiceState {
         self.removed_backends.update(&backup_addresses(&self.service), &backup_addresses(&service));
         // Flows that the new configuration would not track must still be translated until they end.
         self.tracking = Tracking::Active { since: Some(now.mono) };
+        self.drain_end = (self.drain_end + service.drain).saturating_sub(self.service.drain);
         let before = std::mem::replace(&mut self.service, service);
         self.drain_frontends(before.frontends.clone());
     }
@@ -203,7 +204,7 @@ impl ServiceState {
         self.state_epoch = self.epoch;
         self.since_unix_ns = now.unix_ns;
         if [transition.from, transition.to].contains(&BreakerState::Closed) {
-            self.drain_since_unix_ns = now.unix_ns;
+            self.drain_end = now.mono + self.service.drain;
         }
         message.clone_into(&mut self.message);
         self.tracking = Tracking::Active { since: (transition.to == BreakerState::Closed).then_some(now.mono) };
@@ -279,23 +280,11 @@ impl ServiceState {
     /// Whether the time of the policy `Drain` is over for the flows from before the breaker last opened or closed.
     fn drained(&self, now: Now) -> bool {
         let policies = [self.service.on_open, self.service.on_close];
-        !policies.contains(&EstablishedPolicy::Drain) || now.unix_ns >= self.drain_end()
-    }
-
-    fn drain_end(&self) -> UnixNanos {
-        self.drain_since_unix_ns.saturating_add(self.drain_ns())
+        !policies.contains(&EstablishedPolicy::Drain) || now.mono >= self.drain_end
     }
 
     fn drain_ns(&self) -> u64 {
         u64::try_from(self.service.drain.as_nanos()).unwrap_or(u64::MAX)
-    }
-
-    /// Since when the established flows to an open breaker's primary are reset.
-    pub fn resets_since(&self) -> UnixNanos {
-        match self.service.on_open {
-            EstablishedPolicy::Drain => self.drain_end(),
-            EstablishedPolicy::Keep | EstablishedPolicy::Reset => self.since_unix_ns,
-        }
     }
 
     /// The backups' backends whose established flows are reset because the backend is Down.
@@ -311,20 +300,23 @@ impl ServiceState {
 
     /// When a drain ends and established flows are reset; `None` if none is under way.
     pub fn drain_ends(&self, now: Now) -> Option<Instant> {
-        let own = (!self.drained(now)).then(|| self.drain_end());
+        let own = (!self.drained(now)).then_some(self.drain_end);
         let of_backups = (self.service.on_backup_down == EstablishedPolicy::Drain).then(|| {
             let ends = self.tiers.down_since().map(|since| since.saturating_add(self.drain_ns()));
-            ends.filter(|end| *end > now.unix_ns).min()
+            ends.filter(|end| *end > now.unix_ns).min().map(|end| now.mono + elapsed(now.unix_ns, end))
         });
-        let end = [own, of_backups.flatten()].into_iter().flatten().min()?;
-        Some(now.mono + elapsed(now.unix_ns, end))
+        [own, of_backups.flatten()].into_iter().flatten().min()
     }
 
     /// Whether time alone has made another plan than `applied`: by a ramp, or by the end of a drain.
     pub fn has_aged(&self, now: Now, applied: &ServicePlan) -> bool {
         let down_ends = || {
-            let drains = self.service.on_backup_down == EstablishedPolicy::Drain;
-            drains && applied.decision.state != BreakerState::Closed && applied.down != self.down_backups(now)
+            let acts = self.lifecycle == Lifecycle::Configured
+                && self.service.on_backup_down == EstablishedPolicy::Drain
+                && self.service.mode == Mode::Enforce
+                && applied.decision.state != BreakerState::Closed;
+            acts && self.tiers.active_backup(&self.service).is_some_and(|(_, backends)| !backends.is_empty())
+                && applied.down != self.down_backups(now)
         };
         applied.decision.share != self.share(now) || applied.decision.drained != self.drained(now) || down_ends()
     }

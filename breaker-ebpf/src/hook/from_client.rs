@@ -277,9 +277,16 @@ fn established<A: Family, const UPLINK: bool>(
         return Ok(Verdict::Continue(Stage::Reset));
     }
     if !redirected {
-        return Ok(Verdict::Next);
+        let may_answer_poke = switch.has(switch_flags::RESET_PRIMARY) && is_bare_reset(segment);
+        return Ok(if may_answer_poke { Verdict::Continue(Stage::Reset) } else { Verdict::Next });
     }
     translate::<A, UPLINK>(packet, segment, context.service, &Peer::of(flow))
+}
+
+/// Whether the segment is a reset without ACK, as the answer to a poke is whose client has no such connection.
+#[inline(always)]
+fn is_bare_reset<A: Family>(segment: &Segment<A>) -> bool {
+    segment.flags & (flags::RST | flags::ACK) == flags::RST
 }
 
 /// Handles a segment of a connection that the programs have not seen from its SYN. Such a segment is never
@@ -290,9 +297,8 @@ fn untracked_segment<A: Family>(
     switch: &Switch<u8>,
     context: &mut PacketContext<A>,
 ) -> Result<Verdict, PassReason> {
-    // Of resets, only the answer to a poke may be dropped: it is a reset without ACK.
-    let may_answer_poke = segment.flags & (flags::RST | flags::ACK) == flags::RST;
-    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !may_answer_poke {
+    // Of resets, only the answer to a poke may be dropped.
+    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !is_bare_reset(segment) {
         return Ok(Verdict::Next);
     }
     if !agent::may_act_on_decision(switch, agent::now_ns()) {

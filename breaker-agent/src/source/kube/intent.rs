@@ -66,6 +66,8 @@ pub struct Intent {
     pub service: Key,
     /// Why the breaker is forced, in the operator's words; may be empty.
     pub override_reason: String,
+    /// A part of the request that is not carried out, in words for people.
+    pub note: Option<String>,
     /// The requested spec, or the error in the annotations.
     pub spec: Result<Arc<CircuitBreakerSpec>, String>,
 }
@@ -74,6 +76,11 @@ pub struct Intent {
 #[must_use]
 pub fn of_breaker(breaker: &CircuitBreaker, now: Timestamp) -> Intent {
     let key = Key::of(breaker);
+    // Nobody validates annotations. A wrong one must not make the breaker invalid, which would end the protection.
+    let (spec, note) = match breaker.spec_in_force(now) {
+        Ok(spec) => (spec.into_owned(), None),
+        Err(error) => (breaker.spec.clone(), Some(error)),
+    };
     Intent {
         service: Key::new(&key.namespace, &breaker.spec.service.name),
         owner: Owner { kind: OwnerKind::CircuitBreaker, key },
@@ -81,7 +88,8 @@ pub fn of_breaker(breaker: &CircuitBreaker, now: Timestamp) -> Intent {
         generation: breaker.metadata.generation.unwrap_or_default(),
         created: breaker.metadata.creation_timestamp.as_ref().map(|time| time.0),
         override_reason: override_reason(breaker.annotations()),
-        spec: breaker.spec_in_force(now).map(|spec| Arc::new(spec.into_owned())),
+        note,
+        spec: Ok(Arc::new(spec)),
     }
 }
 
@@ -97,6 +105,7 @@ pub fn of_service(service: &Service) -> Option<Intent> {
         generation: 0,
         created: service.metadata.creation_timestamp.as_ref().map(|time| time.0),
         override_reason: override_reason(service.annotations()),
+        note: None,
         spec: spec.map(Arc::new),
     })
 }

@@ -229,7 +229,7 @@ pub fn resolve(
             reachable: Ok(()),
             ports: BTreeMap::new(),
             outside: BTreeMap::new(),
-            notes: Vec::new(),
+            notes: intent.note.into_iter().collect(),
             hold: false,
             pending: false,
             no_slice_has_the_port: false,
