@@ -18,6 +18,8 @@ use crate::lab::{netns::NetNs, world::World};
 
 /// Action `TC_ACT_UNSPEC`, which is also `TCX_NEXT`: the next program on the hook runs, then the host network stack.
 pub const NEXT: u32 = u32::MAX;
+/// Action `TC_ACT_SHOT`: the packet is dropped.
+pub const DROP: u32 = 2;
 /// Action `TC_ACT_REDIRECT`: the packet goes to another interface.
 pub const REDIRECT: u32 = 7;
 /// `XDP_PASS`: the packet continues to the host network stack.

@@ -1,10 +1,13 @@
 //! Decisions: states, shares, permits, policies, the lease and dry runs.
 
 use anyhow::{Context as _, Result};
-use breaker_common::BreakerState::{Closed, HalfOpen, Open};
+use breaker_common::{
+    BreakerState::{Closed, HalfOpen, Open},
+    POKE_NUMBER,
+};
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    NEXT, REDIRECT, Segment, TestRig,
+    DROP, NEXT, REDIRECT, Segment, TestRig,
     flags::{ACK, RST},
     plan, plan_with, pod, service, vip,
 };
@@ -98,6 +101,27 @@ fn opening_resets_what_is_on_the_primary_and_nothing_else() -> Result<()> {
     assert_forwarded_as(&rig.from_pod(&data(3))?, &with_endpoints(&data(3), pod(CLIENT, 3), pod(BACKUP, 80)));
     let counters = rig.datapath.counters(&breaker_core::model::ServiceName::new("dummy"))?;
     assert_eq!(counters.resets, 1);
+    Ok(())
+}
+
+/// A client without the connection answers a poke with a reset that has the poke's number. It does not travel on; every
+/// other reset does.
+#[test]
+fn only_the_answers_to_pokes_are_dropped() -> Result<()> {
+    let reset = |port, flags, sequence| Segment { sequence, ..Segment::new(pod(CLIENT, port), vip(10), flags) };
+    let mut open = rig(Open, "")?;
+    for number in [POKE_NUMBER, POKE_NUMBER ^ 1 << 31] {
+        assert_eq!(open.from_pod(&reset(1, RST, number))?.action, DROP);
+        let with_ack = reset(1, RST | ACK, number);
+        assert_untouched(&open.from_pod(&with_ack)?, &with_ack.bytes(), "a reset with ACK");
+    }
+    let other = reset(1, RST, POKE_NUMBER + 1);
+    assert_untouched(&open.from_pod(&other)?, &other.bytes(), "another number");
+    for (state, policy) in [(Open, "onOpen: Keep,"), (Closed, "")] {
+        let mut rig = rig(state, policy)?;
+        let answer = reset(1, RST, POKE_NUMBER);
+        assert_untouched(&rig.from_pod(&answer)?, &answer.bytes(), "nothing is poked");
+    }
     Ok(())
 }
 

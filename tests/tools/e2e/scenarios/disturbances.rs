@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{QUICK, answered_by, ips, patch, vip};
 use crate::{
-    cluster::{Cluster, SYSTEM},
+    cluster::{Cluster, NAMESPACE, SYSTEM, shell},
     load::{Load, now, pod},
     wait_for,
 };
@@ -28,6 +28,42 @@ pub(super) fn primary_pods_deleted(cluster: &Cluster) -> Result<String> {
         results.failed(start, u128::MAX).len(),
         results.requests.len()
     ))
+}
+
+/// The primary does not answer, and three clients have sent a request and wait: outside, on a node, in a pod. They are told
+/// when the breaker opens (RESETS S1, S2, S6).
+pub(super) fn waiting_clients(cluster: &Cluster) -> Result<String> {
+    patch(cluster, r#"{"spec":{"override":"ForceClosed"}}"#)?;
+    let url = vip(cluster, "dummy-deployment")?;
+    let service = cluster.get(NAMESPACE, "svc/dummy-deployment", "")?;
+    let port = service["spec"]["ports"][0]["nodePort"].as_i64().context("no nodePort")?;
+    let (_, addresses) = cluster.node_addresses()?.into_iter().next().context("a node")?;
+    let outside = format!("http://{}:{port}/", addresses.first().context("the node's address")?);
+    let lan = cluster.hooks.lan.as_deref().context("no --lan")?;
+    // In this mode, a request waits for 30 s.
+    cluster.fake_error("dummy-deployment", true)?;
+    let curl = |url: &str| format!("curl -s -S -m 25 {url} 2>&1; true");
+    let said = std::thread::scope(|scope| {
+        let clients = [
+            scope.spawn(|| shell(&format!("{lan} sh -c \"{}\"", curl(&outside)))),
+            scope.spawn(|| cluster.on_node(&cluster.nodes[0], &curl(&url))),
+            scope.spawn(|| {
+                let ask = ["exec", "client", "--", "/dummy-service", "ask", "--timeout-millis", "18000", &url];
+                Ok(cluster.lab(&ask).unwrap_or_else(|error| format!("{error:#}")))
+            }),
+        ];
+        // Nothing shows that a client waits; a connection takes some milliseconds.
+        sleep(Duration::from_secs(2));
+        let opened = patch(cluster, r#"{"spec":{"override":"ForceOpen"}}"#);
+        let said = clients.map(|client| client.join().unwrap_or_else(|_| bail!("a client panicked")));
+        opened.map(|()| said)
+    })?;
+    for (who, said) in ["outside", "on a node", "in a pod"].into_iter().zip(said) {
+        let said = said?;
+        let told = ["reset by peer", "connection abort"].iter().any(|words| said.contains(words));
+        ensure!(told, "the client {who}: {said}");
+    }
+    Ok("clients outside, on a node and in a pod were told when the breaker opened".into())
 }
 
 pub(super) fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {

@@ -47,6 +47,10 @@ fn needs_helm(cluster: &Cluster) -> Option<&'static str> {
     if cluster.hooks.helm.is_empty() { Some("no --helm") } else { needs_nodes(cluster) }
 }
 
+fn needs_lan_and_nodes(cluster: &Cluster) -> Option<&'static str> {
+    needs_lan(cluster).or_else(|| needs_nodes(cluster))
+}
+
 fn needs_power(cluster: &Cluster) -> Option<&'static str> {
     match (&cluster.hooks.node, cluster.nodes.len()) {
         (None, _) => Some("no --stop-node and --start-node"),
@@ -71,6 +75,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "dashboard", skip: always, play: dashboard::dashboard },
     Scenario { name: "refused-by-kubectl", skip: always, play: objects::refused_by_kubectl },
     Scenario { name: "edit-override-delete", skip: always, play: objects::edit_override_delete },
+    Scenario { name: "waiting-clients", skip: needs_lan_and_nodes, play: disturbances::waiting_clients },
     Scenario { name: "primary-pods-deleted", skip: always, play: disturbances::primary_pods_deleted },
     Scenario { name: "primary-scaled-to-0", skip: always, play: disturbances::primary_scaled_to_0 },
     Scenario { name: "rolling-updates", skip: always, play: disturbances::rolling_updates },
