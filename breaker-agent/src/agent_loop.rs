@@ -66,7 +66,7 @@ pub struct Inputs {
     pub interfaces: mpsc::Receiver<InterfaceChange>,
     /// What the thread that attaches programs has done.
     pub attached: mpsc::UnboundedReceiver<Outcome>,
-    /// What became of established connections when breakers opened.
+    /// Outcomes for established connections when breakers opened.
     pub resets: mpsc::UnboundedReceiver<resets::Report>,
     /// Pods of this node, as each search finds them.
     pub pods: mpsc::Receiver<LocalPods>,
@@ -143,7 +143,7 @@ pub struct Agent {
     pub restored: BTreeMap<String, Restored>,
     /// Reaches clients that wait when a breaker opens. The error says why that is not possible.
     pub resets: Result<Resets, String>,
-    /// The engine's count of changes when `resets` was last told.
+    /// The engine's revision when `resets` was last told.
     pub resets_told: u64,
     /// The protection of the node's own sockets. The error says why there is none.
     pub sockets: Result<(), String>,
@@ -254,9 +254,9 @@ impl Agent {
 
     /// Has the established connections reset that the plans in the datapath reset from now on.
     fn begin_resets(&mut self) {
-        let changes = self.engine.changes();
+        let revision = self.engine.revision();
         if let Ok(resets) = &mut self.resets
-            && std::mem::replace(&mut self.resets_told, changes) != changes
+            && std::mem::replace(&mut self.resets_told, revision) != revision
         {
             resets.follow(self.engine.resetting());
         }

@@ -3,11 +3,47 @@
 
 use std::{any::Any, future::Future, panic::AssertUnwindSafe, time::Duration};
 
+use anyhow::{Context as _, Result};
 use futures_util::FutureExt as _;
-use tokio::task::JoinHandle;
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::oneshot,
+    task::JoinHandle,
+};
 
 /// Pause before a task that panicked starts again.
 const RESTART: Duration = Duration::from_secs(1);
+
+/// A thread that runs tasks of its own, so that no other task makes them late. It ends when this value is dropped.
+#[derive(Debug)]
+pub struct TaskThread {
+    handle: Handle,
+    _end: oneshot::Sender<()>,
+}
+
+impl TaskThread {
+    /// Starts a thread. `name` names it in the process list and in errors.
+    ///
+    /// # Errors
+    /// The runtime or the thread cannot be started.
+    pub fn start(name: &str) -> Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.with_context(|| format!("make a runtime for {name}"))?;
+        let handle = runtime.handle().clone();
+        let (end, ended) = oneshot::channel();
+        std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || runtime.block_on(async { drop(ended.await) }))
+            .with_context(|| format!("start the thread of {name}"))?;
+        Ok(Self { handle, _end: end })
+    }
+
+    /// The runtime, to spawn tasks on.
+    #[must_use]
+    pub const fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
 
 /// Spawns a task that starts again after a panic. It ends when an attempt returns, or when the handle is aborted.
 /// `name` names it in the log.

@@ -36,7 +36,7 @@ pub enum EventType {
     /// A service's new connections on an interface are left to kube-proxy, because no answers of its backup were seen
     /// there, or are redirected again.
     ReturnPath,
-    /// What became of the established connections to a primary when its breaker opened.
+    /// The established connections to a primary were reset when its breaker opened; how many.
     Resets,
     /// The configuration was read again.
     Config,

@@ -97,7 +97,7 @@ numbered! {
 }
 
 numbered! {
-    /// What became of a poke: the return value of the program `breaker_poke`.
+    /// The outcome of a poke: the return value of the program `breaker_poke`.
     PokeOutcome {
         /// Four segments were sent.
         Sent = 0 => "Sent",

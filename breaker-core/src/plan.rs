@@ -146,11 +146,16 @@ impl ServicePlan {
     /// Has the programs reset the established flows to these backends of the backups, which are Down. The policy for
     /// closed breakers is another one, and a dry run resets nothing.
     pub fn reset_flows_to(&mut self, down: BTreeSet<SocketAddr>) {
-        let is_dry_run = self.flags & switch_flags::DRY_RUN != 0;
-        if self.decision.state != BreakerState::Closed && !is_dry_run && !down.is_empty() {
+        if self.may_reset_down_backups() && !down.is_empty() {
             self.flags |= switch_flags::RESET_BACKUP;
             self.down = down;
         }
+    }
+
+    /// Returns `true` if [`ServicePlan::reset_flows_to`] has an effect.
+    #[must_use]
+    pub fn may_reset_down_backups(&self) -> bool {
+        self.decision.state != BreakerState::Closed && self.flags & switch_flags::DRY_RUN == 0
     }
 
     /// Returns the distinct backends in the tables.

@@ -15,21 +15,20 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use breaker_core::{
     health::{Health, RiseFall},
     model::{Check, ServiceName, TierRole},
     probe::{ProbeLoad, ProbeReport, Target},
 };
 use tokio::{
-    runtime::{Builder, Handle},
-    sync::{mpsc, oneshot},
+    sync::mpsc,
     task::JoinHandle,
     time::{Instant, sleep_until},
 };
 
 use super::{Prober, reports::Outbox};
-use crate::{clock, metrics::Instruments};
+use crate::{clock, metrics::Instruments, supervise::TaskThread};
 
 /// The identity of a probe task. Services that check the same backend in the same way share one task.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -55,26 +54,19 @@ pub struct Checkers {
 /// A thread that makes probes.
 #[derive(Debug)]
 struct Thread {
-    handle: Handle,
-    _end: oneshot::Sender<()>,
+    tasks: TaskThread,
     prober: Prober,
 }
 
 impl Thread {
     /// Starts a thread. `prober` is called in its runtime.
     fn start(prober: impl FnOnce() -> Prober) -> Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build().context("make a runtime for probes")?;
-        let handle = runtime.handle().clone();
+        let tasks = TaskThread::start("probes")?;
         let prober = {
-            let _entered = handle.enter();
+            let _entered = tasks.handle().enter();
             prober()
         };
-        let (end, ended) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("probes".into())
-            .spawn(move || runtime.block_on(async { drop(ended.await) }))
-            .context("start the thread of probes")?;
-        Ok(Self { handle, _end: end, prober })
+        Ok(Self { tasks, prober })
     }
 }
 
@@ -161,7 +153,7 @@ impl Checkers {
                     reports: self.reports.clone(),
                     instruments: self.instruments.clone(),
                 };
-                let task = thread.handle.spawn(run(probe.clone(), spread, changes_out, means));
+                let task = thread.tasks.handle().spawn(run(probe.clone(), spread, changes_out, means));
                 Checker { members: 0, changes, task }
             });
             checker.members += 1;

@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result};
 use netlink_bindings::conntrack::{IterableConntrackAttrs, Nfgenmsg, OpGetDump, Request};
 use netlink_socket2::NetlinkSocket;
 
+use super::sys;
+
 /// State of an established connection (`TCP_CONNTRACK_ESTABLISHED`, include/uapi/linux/netfilter/nf_conntrack_tcp.h).
 const ESTABLISHED: u8 = 3;
 /// The fields of the original direction that the kernel compares: address and port of the destination, and the protocol
@@ -54,8 +56,7 @@ pub fn connections_to_any(is_wanted: impl Fn(SocketAddr) -> bool) -> Result<Conn
 }
 
 fn of_family(is_ipv4: bool) -> Nfgenmsg {
-    let family = u8::try_from(if is_ipv4 { libc::AF_INET } else { libc::AF_INET6 }).unwrap_or_default();
-    Nfgenmsg { nfgen_family: family, ..Nfgenmsg::default() }
+    Nfgenmsg { nfgen_family: sys::family(is_ipv4), ..Nfgenmsg::default() }
 }
 
 fn read(request: &OpGetDump<'_>, is_wanted: impl Fn(SocketAddr) -> bool, found: &mut Connections) -> Result<()> {

@@ -13,7 +13,8 @@
 //! | [`maps`] | the maps, typed |
 //! | [`apply`] | writing a plan to the maps, in an order in which every packet sees a consistent state |
 //! | [`sweep`] | walking the flow tables: removing finished flows, counting live ones |
-//! | [`conntrack`], [`poke`], [`sock_destroy`] | the connections that the kernel tracks; making a client answer that waits; closing a process's connection |
+//! | [`conntrack`] | the connections that the kernel tracks |
+//! | [`poke`], [`sock_destroy`] | making a client answer that waits; closing a connection of a process |
 //! | [`return_paths`] | interfaces on which answers of backups are not seen |
 //! | [`flow_list`] | the flows of one service, for people |
 //! | [`interfaces`], [`neighbors`] | the node's interfaces, and the pods behind them |

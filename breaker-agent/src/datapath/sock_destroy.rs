@@ -10,6 +10,8 @@ use netlink_bindings::{
 };
 use netlink_socket2::NetlinkSocket;
 
+use super::sys;
+
 /// Requests (include/uapi/linux/sock_diag.h): a socket by its addresses, and its end.
 const BY_ADDRESSES: u16 = 20;
 const DESTROY: u16 = 21;
@@ -25,7 +27,7 @@ const LISTEN: u8 = 10;
 /// The kernel refused it: it was built without `CONFIG_INET_DIAG_DESTROY`, or the agent lacks CAP_NET_ADMIN.
 pub fn close(own: SocketAddr, peer: SocketAddr) -> Result<bool> {
     let mut request = ReqV2::new();
-    request.family = u8::try_from(if own.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }).unwrap_or_default();
+    request.family = sys::family(own.is_ipv4());
     request.protocol = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
     request.states = u32::MAX;
     request.sockid.set_sport(own.port());
@@ -73,7 +75,7 @@ struct Diag {
     request: ReqV2,
 }
 
-/// What the kernel says of a socket (`struct inet_diag_msg`, include/uapi/linux/inet_diag.h).
+/// The kernel's description of a socket (`struct inet_diag_msg`, include/uapi/linux/inet_diag.h).
 #[derive(Clone, Copy, Debug, Default)]
 struct Found {
     state: u8,

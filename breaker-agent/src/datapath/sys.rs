@@ -1,4 +1,4 @@
-//! Features of the kernel, and the mount points of its file systems.
+//! Features and numbers of the kernel, and the mount points of its file systems.
 
 use std::{
     fs,
@@ -15,6 +15,11 @@ use rustix::{
     fs::statfs,
     net::{AddressFamily, SocketType, socket},
 };
+
+/// Number of an address family in netlink messages (`AF_INET`, `AF_INET6`).
+pub(super) fn family(is_ipv4: bool) -> u8 {
+    u8::try_from(if is_ipv4 { libc::AF_INET } else { libc::AF_INET6 }).unwrap_or_default()
+}
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;

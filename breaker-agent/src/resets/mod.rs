@@ -14,12 +14,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Result, anyhow};
 use breaker_common::PokeOutcome;
 use breaker_core::{engine::Resetting, model::ServiceName};
 use tokio::{
-    runtime::{Builder, Handle},
-    sync::{mpsc, oneshot},
+    sync::mpsc,
     task::{AbortHandle, yield_now},
     time::sleep_until,
 };
@@ -28,6 +27,7 @@ use self::{pace::Pace, tracked::Tracked};
 use crate::{
     clock,
     datapath::{poke::Poker, sock_destroy},
+    supervise::TaskThread,
 };
 
 /// How often a client is poked, at most. A kernel answers only one unexpected segment of a connection in
@@ -40,7 +40,8 @@ const REPEAT: Duration = Duration::from_millis(550);
 const TURN: usize = 32;
 /// Pokes a second for all services together: a third of a CPU. Thousands of services may open in one moment.
 const NODE_PER_SECOND: u32 = 10_000;
-/// What became of the established connections of one service.
+
+/// The outcome for the established connections of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// The service.
@@ -64,7 +65,7 @@ struct Connection {
     frontend: SocketAddr,
 }
 
-/// What all services under way share. They run in one thread, so nobody waits for a lock.
+/// State that all services under way share. They run in one thread, so nobody waits for a lock.
 #[derive(Clone, Debug)]
 struct Means {
     poker: Arc<Poker>,
@@ -104,14 +105,12 @@ impl Drop for Looking<'_> {
 /// The thread that pokes, and what it does now.
 #[derive(Debug)]
 pub struct Resets {
-    handle: Handle,
-    /// The thread ends when this is dropped.
-    _end: oneshot::Sender<()>,
+    tasks: TaskThread,
     means: Means,
     reports: mpsc::UnboundedSender<Report>,
     /// The services whose connections are, or were, poked.
     begun: BTreeMap<ServiceName, (Resetting, AbortHandle)>,
-    /// Whether [`Resets::follow`] was called before.
+    /// `true` after the first call of [`Resets::follow`].
     has_followed: bool,
 }
 
@@ -121,27 +120,21 @@ impl Resets {
     /// # Errors
     /// The thread cannot be started.
     pub fn start(poker: Poker, reports: mpsc::UnboundedSender<Report>) -> Result<Self> {
-        let runtime = Builder::new_current_thread().enable_time().build().context("make a runtime for resets")?;
-        let handle = runtime.handle().clone();
-        let (end, ended) = oneshot::channel();
-        std::thread::Builder::new()
-            .name("resets".into())
-            .spawn(move || runtime.block_on(async { drop(ended.await) }))
-            .context("start the thread of resets")?;
+        let tasks = TaskThread::start("resets")?;
         let means = Means {
             poker: Arc::new(poker),
             tracked: Arc::default(),
             pace: Arc::new(Mutex::new(Pace::steady(NODE_PER_SECOND, clock::instant()))),
         };
-        Ok(Self { handle, _end: end, means, reports, begun: BTreeMap::new(), has_followed: false })
+        Ok(Self { tasks, means, reports, begun: BTreeMap::new(), has_followed: false })
     }
 
     /// Begins with the services whose established connections are reset from now on, and ends with those that are not in
     /// `wanted` any more. A service is begun once, and again when it opened anew or its configuration changed.
     pub fn follow(&mut self, wanted: Vec<Resetting>) {
         let mut ended = std::mem::take(&mut self.begun);
-        // What is open already when the agent starts may have connections of the node's own processes that were left to
-        // the primary since. (Those of pods have a pinned decision then, so a poke does them no harm.)
+        // A service that is open already when the agent starts may have connections of the node's own processes that were
+        // left to the primary since. (Those of pods have a pinned decision then, so a poke does them no harm.)
         let closes_sockets = std::mem::replace(&mut self.has_followed, true);
         for service in wanted {
             let name = service.name.clone();
@@ -153,7 +146,7 @@ impl Resets {
                 task.abort();
             }
             let (means, reports, job) = (self.means.clone(), self.reports.clone(), service.clone());
-            let task = self.handle.spawn(async move {
+            let task = self.tasks.handle().spawn(async move {
                 // The receiver is gone only when the agent ends.
                 let _ = reports.send(reach_all(job, closes_sockets, &means).await);
             });

@@ -34,7 +34,7 @@ impl Tracked {
         for address in addresses {
             *self.addresses.entry(*address).or_default() += 1;
         }
-        // What was read before does not have them.
+        // The last reading does not have them.
         self.read = None;
     }
 

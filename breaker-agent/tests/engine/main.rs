@@ -137,6 +137,11 @@ fn left_open() -> Adopted {
 /// Reports one probe of the primary (tier 0) or the backup (tier 1). Rise and fall are 1, as in the lab.
 fn probe(engine: &mut Harness, ms: u64, tier: usize, code: CheckCode) {
     let backend = if tier == 0 { "10.42.0.2:80" } else { "10.42.0.3:80" };
+    probe_of(engine, ms, tier, backend, code);
+}
+
+/// Reports one probe of a backend.
+fn probe_of(engine: &mut Harness, ms: u64, tier: usize, backend: &str, code: CheckCode) {
     let target = Target { service: ServiceName::new("dummy"), tier, backend: backend.parse().unwrap() };
     let health = if code.passes() { Health::Up } else { Health::Down };
     let result = ProbeResult { code, detail: "scripted".into(), duration: Duration::from_millis(1) };
@@ -326,14 +331,8 @@ fn a_drain_of_the_backup_ends_with_resets() {
     e.configure(at(0), vec![two]);
     probe(&mut e, 10, 1, CheckCode::L7Ok);
     probe(&mut e, 1000, 0, CheckCode::L7Sts);
-    let down = Target { service: ServiceName::new("dummy"), tier: 1, backend: "10.42.0.3:80".parse().unwrap() };
-    let other = Target { backend: "10.42.0.4:80".parse().unwrap(), ..down.clone() };
-    for (ms, target, health) in [(1500, other, Health::Up), (2000, down, Health::Down)] {
-        let code = if health == Health::Up { CheckCode::L7Ok } else { CheckCode::L7Sts };
-        let result = ProbeResult { code, detail: "scripted".into(), duration: Duration::from_millis(1) };
-        let began = e.state_epoch();
-        e.observe(at(ms), &ProbeReport { target, result, health, began });
-    }
+    probe_of(&mut e, 1500, 1, "10.42.0.4:80", CheckCode::L7Ok);
+    probe_of(&mut e, 2000, 1, "10.42.0.3:80", CheckCode::L7Sts);
     assert!(applied(&e).down.is_empty());
     e.tick(at(11_999));
     assert!(applied(&e).down.is_empty());

@@ -9,7 +9,6 @@ use breaker_api::crd::{
     UNTIL_ANNOTATION,
 };
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry;
 use kube::{
     ResourceExt as _,
     api::{Patch, PatchParams},
@@ -76,20 +75,14 @@ pub(super) async fn reset(connection: &Connection, name: &str) -> Result<()> {
 
 /// The tool that applies a manifest with `spec.override`, or that may do so; `None` if nothing shows one.
 fn manifest_tool(breaker: &CircuitBreaker) -> Option<String> {
-    let applies = |entry: &&ManagedFieldsEntry| {
-        let fields = entry.fields_v1.as_ref().map(|fields| &fields.0);
-        entry.operation.as_deref() == Some("Apply")
-            && fields.is_some_and(|fields| fields.pointer("/f:spec/f:override").is_some())
-    };
-    if let Some(entry) = breaker.managed_fields().iter().find(applies) {
-        return Some(entry.manager.clone().unwrap_or_default());
+    // Helm 4 and others that apply on the server: such an entry has all fields of the manifest.
+    let applied = breaker.managed_fields().iter().filter(|entry| entry.operation.as_deref() == Some("Apply"));
+    let specs: Vec<_> =
+        applied.filter_map(|entry| Some((&entry.manager, entry.fields_v1.as_ref()?.0.pointer("/f:spec")?))).collect();
+    if let Some((manager, _)) = specs.iter().find(|(_, spec)| spec.get("f:override").is_some()) {
+        return Some(manager.as_ref().cloned().unwrap_or_default());
     }
-    // Helm 4 and others that apply on the server: that entry has all fields of the manifest.
-    let is_applied = |entry: &ManagedFieldsEntry| {
-        let spec = entry.fields_v1.as_ref().is_some_and(|fields| fields.0.pointer("/f:spec").is_some());
-        entry.operation.as_deref() == Some("Apply") && spec
-    };
-    if breaker.managed_fields().iter().any(is_applied) {
+    if !specs.is_empty() {
         return None;
     }
     let annotation = |name: &str| breaker.annotations().get(name);
@@ -147,7 +140,7 @@ async fn follow(
     out(&format!("{namespace}/{name}: {what}: {progress}\n"))
 }
 
-/// Whether every node has the generation in force, with a status that is wanted.
+/// Returns `true` if every node has the generation in force, with a status that is wanted.
 fn is_followed(breaker: &CircuitBreaker, generation: i64, is_wanted: &impl Fn(&CircuitBreakerStatus) -> bool) -> bool {
     breaker.status.as_ref().is_some_and(|status| {
         status.observed_generation >= generation

@@ -235,7 +235,7 @@ proptest! {
             // Without an override, the breaker is never closed or half-open while the primary is Down or empty.
             let bad = matches!(b.primary(), TierHealth::Down | TierHealth::Empty);
             prop_assert!(!(bad && b.state() != Open && b.operator() == Override::Auto));
-            // What keeps it open then is named, also after an override.
+            // The failure that keeps it open then is named, also after an override.
             prop_assert!(!(bad && b.operator() == Override::Auto && !b.reason().is_failure()));
             // Without half-open connections, the breaker is never half-open.
             prop_assert!(connections > 0 || b.state() != HalfOpen);

@@ -55,8 +55,8 @@ impl AppliedPlan {
         }
     }
 
-    /// Whether the plan must be made again. `has_aged`: whether a plan is another one by now without another input, as the
-    /// share during a ramp.
+    /// Returns `true` if the plan must be made again. `has_aged` tells whether time alone has made another one, as during a
+    /// ramp.
     pub fn needs_plan(&self, has_aged: impl FnOnce(&ServicePlan) -> bool) -> bool {
         self.is_outdated() || self.applied.as_ref().is_none_or(has_aged)
     }

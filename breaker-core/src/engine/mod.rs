@@ -89,6 +89,7 @@ pub struct Engine {
     flow_tables: [FlowTables; 2],
     flow_pressure: u8,
     changes: u64,
+    revision: u64,
     transitions: Vec<(ServiceName, u32)>,
 }
 
@@ -108,6 +109,7 @@ impl Engine {
             flow_tables: [FlowTables::default(); 2],
             flow_pressure: 0,
             changes: 0,
+            revision: 0,
             transitions: Vec::new(),
         })
     }
@@ -131,6 +133,7 @@ impl Engine {
     /// epoch and flows. A service that is no longer configured is removed once its flows have ended.
     pub fn configure(&mut self, now: Now, services: Vec<Arc<Service>>, datapath: &mut dyn Datapath) {
         self.changes += 1;
+        self.revision += 1;
         let mut wanted: BTreeMap<_, _> = services.into_iter().map(|service| (service.name.clone(), service)).collect();
         for (name, state) in &mut self.services {
             match wanted.remove(name) {
@@ -310,6 +313,12 @@ impl Engine {
         described.collect()
     }
 
+    /// A counter of configurations and of attempts to write a plan: it increases whenever [`Engine::resetting`] may have
+    /// changed.
+    pub const fn revision(&self) -> u64 {
+        self.revision
+    }
+
     /// A counter that increases whenever [`Engine::summaries`] may have changed.
     pub const fn changes(&self) -> u64 {
         self.changes
@@ -432,6 +441,7 @@ impl Engine {
             return;
         }
         self.changes += 1;
+        self.revision += 1;
         match datapath.apply(&plan) {
             Ok(()) => {
                 if state.sync.succeeded(plan) {

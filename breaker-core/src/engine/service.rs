@@ -14,7 +14,7 @@ use super::{
 use crate::{
     breaker::{Breaker, Restored, Transition},
     datapath::Adopted,
-    model::{EstablishedPolicy, Frontend, Mode, Override, Protocol, Service},
+    model::{EstablishedPolicy, Frontend, Override, Protocol, Service},
     plan::{Decision, ServicePlan},
     pool::TierHealth,
     time::{Instant, Now, UnixNanos, elapsed},
@@ -311,11 +311,9 @@ impl ServiceState {
     /// Whether time alone has made another plan than `applied`: by a ramp, or by the end of a drain.
     pub fn has_aged(&self, now: Now, applied: &ServicePlan) -> bool {
         let down_ends = || {
-            let acts = self.lifecycle == Lifecycle::Configured
-                && self.service.on_backup_down == EstablishedPolicy::Drain
-                && self.service.mode == Mode::Enforce
-                && applied.decision.state != BreakerState::Closed;
-            acts && self.tiers.active_backup(&self.service).is_some_and(|(_, backends)| !backends.is_empty())
+            let drains = self.service.on_backup_down == EstablishedPolicy::Drain && applied.may_reset_down_backups();
+            drains
+                && self.tiers.active_backup(&self.service).is_some_and(|(_, backends)| !backends.is_empty())
                 && applied.down != self.down_backups(now)
         };
         applied.decision.share != self.share(now) || applied.decision.drained != self.drained(now) || down_ends()

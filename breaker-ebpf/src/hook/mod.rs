@@ -1,6 +1,6 @@
 //! The hooks. [`prefilter`], [`from_client`] and [`to_client`] serve tc, [`socket`] serves the cgroup hooks, [`xdp`]
-//! serves XDP, [`poke`] is run by the agent; the private modules contain the stages that they share. To follow a packet, read a module from top to
-//! bottom.
+//! serves XDP, [`poke`] is run by the agent; the private modules contain the stages that they share. To follow a packet,
+//! read a module from top to bottom.
 
 mod admission;
 mod context;

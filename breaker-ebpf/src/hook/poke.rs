@@ -1,7 +1,7 @@
 //! Pokes a client, so that its kernel answers: the answer is reset by [`super::from_client`] as any segment of an
 //! established connection is. This reaches clients that wait for an answer and send nothing.
 //!
-//! The agent runs this program once for each connection (BPF_PROG_RUN), on a segment from the frontend to the client: ACK
+//! The agent runs this program for each connection, up to three times (BPF_PROG_RUN), on a segment from the frontend to the client: ACK
 //! only, without data and options. A kernel answers a segment whose numbers it does not expect with an ACK (RFC 9293,
 //! section 3.10.7.4), which has the right numbers. The segment is sent four times, with each of its two numbers as given and
 //! 2^31 further: of the four, one is old in both numbers, whatever those of the connection are. Only that one is sure to

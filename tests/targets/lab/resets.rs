@@ -58,6 +58,12 @@ fn wait_forgotten(lab: &Lab) -> Result<()> {
     })
 }
 
+/// Opens the breaker as an operator does.
+fn trip(lab: &Lab) -> Result<()> {
+    lab.agent.cli(&["trip", SERVICE])?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)
+}
+
 fn is_reset(stream: &mut TcpStream) -> Result<()> {
     let end = stream.read(&mut [0; 64]);
     anyhow::ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset), "{end:?}");
@@ -75,8 +81,7 @@ fn f1_a_keepalive_probe_resets_the_primarys_end() -> Result<()> {
     wait_all_up(&lab)?;
     let mut pod = with_keepalive(&lab, &lab.client.ns)?;
     let mut outside = with_keepalive(&lab, &lan)?;
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     is_reset(&mut pod)?;
     is_reset(&mut outside)?;
     wait_closed(&lab.primary, &lab.client.address.to_string())?;
@@ -88,8 +93,7 @@ fn f1_a_keepalive_probe_resets_the_primarys_end() -> Result<()> {
 fn f1_a_keepalive_probe_resets_the_backups_end() -> Result<()> {
     for path in ["", "    fastPath: PeerRedirect\n"] {
         let lab = start_healthy_lab(&format!("    onClose: Reset\n{path}"))?;
-        lab.agent.cli(&["trip", SERVICE])?;
-        lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+        trip(&lab)?;
         let mut stream = with_keepalive(&lab, &lab.client.ns)?;
         lab.agent.cli(&["reset", SERVICE])?;
         lab.agent.wait_state(SERVICE, BreakerState::Closed, LONG)?;
@@ -107,8 +111,7 @@ fn f1_data_that_the_server_has_resets_its_end() -> Result<()> {
     let to_client = lab.client.address.to_string();
     lab.primary.pod.ns.output("iptables", &["-I", "OUTPUT", "-d", &to_client, "-j", "DROP"])?;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     is_reset(&mut stream)?;
     wait_closed(&lab.primary, &to_client)?;
     wait_forgotten(&lab)
@@ -186,8 +189,7 @@ fn clients_that_wait_are_reset_when_the_breaker_opens() -> Result<()> {
 fn a_drain_ends_with_resets() -> Result<()> {
     let lab = start_healthy_lab("    onOpen: Drain\n    drainSeconds: 3\n")?;
     let (mut ended, mut left) = (connected(&lab, &lab.client.ns)?, connected(&lab, &lab.client.ns)?);
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     let mut new = connected(&lab, &lab.client.ns)?;
     for stream in [&mut ended, &mut left] {
         ask(stream)?;
@@ -206,8 +208,7 @@ fn a_drain_ends_with_resets() -> Result<()> {
 fn only_connections_from_before_the_opening_are_reset() -> Result<()> {
     let mut lab = start_healthy_lab("")?;
     let mut before = connected(&lab, &lab.client.ns)?;
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     let mut after = connected(&lab, &lab.client.ns)?;
     is_reset(&mut before)?;
     wait_resets(&lab)?;
@@ -231,8 +232,7 @@ fn a_process_of_the_node_is_told_at_once() -> Result<()> {
     other.set_read_timeout(Some(LONG))?;
     ask(&mut other)?;
     streams.push(other);
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     for stream in &mut streams {
         let end = stream.read(&mut [0; 64]);
         ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionAborted), "{end:?}");
@@ -250,8 +250,7 @@ fn clients_that_drop_invalid_segments_are_reached() -> Result<()> {
     let invalid = ["-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP"];
     lab.client.ns.output("iptables", &invalid)?;
     let mut streams = (0..40).map(|_| connected(&lab, &lab.client.ns)).collect::<Result<Vec<_>>>()?;
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     streams.iter_mut().try_for_each(is_reset)?;
     let said = wait_resets(&lab)?;
     ensure!(said.contains("40 of 40 established connections"), "{said}");
@@ -273,8 +272,7 @@ fn a_client_that_is_gone_is_told_of() -> Result<()> {
     let vip = lab.vip.ip().to_string();
     let resets = ["-d", &vip, "-p", "tcp", "--tcp-flags", "RST", "RST"];
     node.output("iptables", &[&["-t", "mangle", "-I", "PREROUTING"], resets.as_slice()].concat())?;
-    lab.agent.cli(&["trip", SERVICE])?;
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    trip(&lab)?;
     let said = wait_resets(&lab)?;
     ensure!(said.contains("0 of 1") && said.contains("1 did not answer, or their clients are gone"), "{said}");
     let seen = node.output("iptables", &["-t", "mangle", "-nvxL", "PREROUTING"])?;

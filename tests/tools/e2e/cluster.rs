@@ -35,6 +35,15 @@ pub struct Said {
     pub text: String,
 }
 
+impl Said {
+    /// Runs a program to its end.
+    pub fn by(command: &mut Command) -> Result<Self> {
+        let output = command.output().with_context(|| format!("start {}", command.get_program().display()))?;
+        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        Ok(Self { success: output.status.success(), text: text.into_owned() })
+    }
+}
+
 pub struct Cluster {
     kubeconfig: PathBuf,
     pub hooks: Hooks,
@@ -89,9 +98,12 @@ impl Cluster {
 
     /// Runs `kubectl breaker`.
     pub fn plugin(&self, args: &[&str]) -> Result<Said> {
-        let output = self.plugin_command(args)?.output().context("start kubectl breaker")?;
-        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-        Ok(Said { success: output.status.success(), text: text.into_owned() })
+        Said::by(&mut self.plugin_command(args)?)
+    }
+
+    /// Waits until the current version of the agent runs on all nodes.
+    pub fn wait_agents(&self) -> Result<()> {
+        self.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"]).map(drop)
     }
 
     /// Runs kubectl in the lab's namespace.

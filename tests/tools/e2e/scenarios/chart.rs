@@ -26,7 +26,7 @@ pub(super) fn chart(cluster: &Cluster) -> Result<String> {
         with(&Helm { program: helm, cluster }, version.trim().starts_with("v4"))
             .with_context(|| format!("with Helm {}", version.trim()))
     });
-    let back = cluster.kubectl(&["apply", "-k", "k8s/base"]).and_then(|_| ready(cluster));
+    let back = cluster.kubectl(&["apply", "-k", "k8s/base"]).and_then(|_| cluster.wait_agents());
     outcome.and(back)?;
     cluster.wait_programmed("dummy")?;
     Ok(format!("{} versions: taken over, changed, rolled back, uninstalled, installed", cluster.hooks.helm.len()))
@@ -41,9 +41,7 @@ impl Helm<'_> {
     fn say(&self, args: &[&str]) -> Result<Said> {
         let mut command = Command::new(self.program);
         command.env("KUBECONFIG", self.cluster.kubeconfig()).args(args).stdin(Stdio::null());
-        let output = command.output().with_context(|| format!("start {}", self.program.display()))?;
-        let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-        Ok(Said { success: output.status.success(), text: text.into_owned() })
+        Said::by(&mut command)
     }
 
     fn run(&self, args: &[&str]) -> Result<String> {
@@ -56,7 +54,7 @@ impl Helm<'_> {
     fn upgrade(&self, args: &[&str]) -> Result<()> {
         let all = [&["upgrade", "--install", RELEASE, CHART, "-n", SYSTEM, "--wait", "--timeout=90s"], args].concat();
         self.run(&all)?;
-        ready(self.cluster)
+        self.cluster.wait_agents()
     }
 }
 
@@ -71,7 +69,7 @@ fn with(helm: &Helm<'_>, is_4: bool) -> Result<()> {
 
     // From k8s/base to the chart. The agents are the same before and after: their pods have the same template.
     cluster.kubectl(&["apply", "-k", "k8s/base"])?;
-    ready(cluster)?;
+    cluster.wait_agents()?;
     let forced: &[&str] = if is_4 { &["--take-ownership", "--force-conflicts"] } else { &["--take-ownership"] };
     helm.upgrade(forced)?;
     cluster.wait_programmed("dummy")?;
@@ -116,9 +114,4 @@ fn gone(helm: &Helm<'_>) -> Result<()> {
     let ours: Vec<&str> = left.lines().filter(|name| name.contains("breaker") && !name.contains("e2e")).collect();
     ensure!(ours.is_empty(), "left in the cluster: {ours:?}");
     Ok(())
-}
-
-/// Waits for all agents.
-fn ready(cluster: &Cluster) -> Result<()> {
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"]).map(drop)
 }

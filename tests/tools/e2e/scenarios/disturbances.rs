@@ -159,7 +159,7 @@ pub(super) fn agent_killed_and_rolled(cluster: &Cluster) -> Result<String> {
         "--grace-period=0",
         "--force",
     ])?;
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"])?;
+    cluster.wait_agents()?;
     let before = cluster.get(SYSTEM, "ds/breaker-agent", "")?["spec"]["updateStrategy"].to_string();
     let strategies = [before.as_str(), r#"{"rollingUpdate":{"maxSurge":1,"maxUnavailable":0}}"#];
     for strategy in strategies {

@@ -27,7 +27,7 @@ pub fn install(cluster: &Cluster, dist: &Path) -> Result<()> {
     }
     cluster.feed(&["apply", "--dry-run=server", "-f", "-"], &cleanup_job(&cluster.nodes[0])?)?;
     cluster.kubectl(&["apply", "-k", "k8s/base"])?;
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "status", "ds/breaker-agent", "--timeout=60s"])?;
+    cluster.wait_agents()?;
     let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
     cluster.feed(&["apply", "-f", "-"], &namespace.to_string())?;
     for (name, host) in [("client", false), ("host", true)] {
