@@ -12,7 +12,7 @@ use breaker_core::{
         journal::{EntryKind, Level, LogLine},
         snapshot::ServiceSnapshot,
     },
-    model::Service,
+    model::{Service, TierRole},
     probe::Target,
     time::Now,
 };
@@ -212,7 +212,7 @@ impl Agent {
                     self.report_restored(back);
                     self.set_local_pods();
                 }
-                Some(report) = inputs.resets.recv() => self.report_resets(&report),
+                Some(report) = inputs.resets.recv() => self.note_established(&report),
                 Some(pods) = inputs.pods.recv() => {
                     self.interfaces.add_pods(pods);
                     self.set_local_pods();
@@ -231,7 +231,7 @@ impl Agent {
             for (service, epoch) in self.engine.take_transitions() {
                 self.checkers.begin_epoch(&service, epoch);
             }
-            self.begin_resets();
+            self.follow_departures();
             self.engine.take_log().iter().for_each(log);
             let latest = self.engine.last_event();
             self.latest_event.send_if_modified(|id| std::mem::replace(id, latest) != latest);
@@ -252,38 +252,48 @@ impl Agent {
         }
     }
 
-    /// Has the established connections reset that the plans in the datapath reset from now on.
-    fn begin_resets(&mut self) {
+    /// Has the established connections looked after of the tiers that services have left.
+    fn follow_departures(&mut self) {
         let revision = self.engine.revision();
         if let Ok(resets) = &mut self.resets
             && std::mem::replace(&mut self.resets_told, revision) != revision
         {
-            resets.follow(self.engine.resetting());
+            resets.follow(self.engine.departures());
         }
     }
 
-    fn report_resets(&mut self, report: &resets::Report) {
-        let resets::Report { service, found, unreached, local, took, error } = report;
-        let now = self.clock.now();
-        if *found == 0 && error.is_none() {
+    fn note_established(&mut self, report: &resets::Report) {
+        let resets::Report { service, counts, ended } = report;
+        if counts.found > 0 {
+            self.engine.note_established(service, *counts);
+        }
+        let Some(resets::Ended { took, local, error }) = ended else { return };
+        if counts.found == 0 && error.is_none() {
             return;
         }
+        let tier = match counts.tier {
+            TierRole::Primary => "primary",
+            TierRole::Backup => "backup",
+        };
+        let seconds = took.as_secs_f64();
         let mut message = format!(
-            "{} of {found} established connections to the primary were reset in {:.1} s",
-            found - unreached - local,
-            took.as_secs_f64()
+            "{} of {} established connections to the {tier} were reset in {seconds:.1} s",
+            counts.reset, counts.found
         );
-        if *unreached > 0 {
-            message += &format!("; {unreached} did not answer, or their clients are gone");
+        if counts.gone > 0 {
+            message += &format!("; {} were gone before", counts.gone);
+        }
+        if counts.unreached > *local {
+            message += &format!("; {} could not be reached", counts.unreached - local);
         }
         if *local > 0 {
             message += &format!("; {local} are of the node's own processes and could not be closed");
         }
-        let level = if error.is_some() { Level::Warn } else { Level::Info };
         if let Some(error) = error {
             message += &format!("; the others are reset at their clients' next segments only: {error}");
         }
-        self.engine.note_about(now, level, service, EntryKind::Resets, message);
+        let level = if error.is_some() { Level::Warn } else { Level::Info };
+        self.engine.note_about(self.clock.now(), level, service, EntryKind::Resets, message);
     }
 
     /// Publishes the state of this node through the Kubernetes source, if it changed, at most once every

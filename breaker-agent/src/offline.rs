@@ -69,6 +69,7 @@ fn service(MappedService { service, counters, limits }: MappedService) -> Servic
         applied: Some(applied),
         error: None,
         failed_writes: 0,
+        established: None,
         flows: 0,
         local_errors: 0,
         counters: counters.into(),

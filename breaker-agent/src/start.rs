@@ -21,8 +21,10 @@ use crate::{
         KernelDatapath,
         attach::Attacher,
         interfaces::{self, Wanted},
-        masquerade, memory, neighbors,
-        options::{AttachMode, XdpPolicy},
+        masquerade, memory,
+        moved_flows::MovedFlows,
+        neighbors,
+        options::{AttachMode, ConnectionSource, XdpPolicy},
         pins::{PinDir, PinError},
         preflight, programs,
         sizes::Sizes,
@@ -97,6 +99,14 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         },
     };
     let adopted = pins.adopted();
+    let note_syns = match config.connections {
+        ConnectionSource::Conntrack => false,
+        ConnectionSource::Syns => true,
+        ConnectionSource::Auto => preflight::untracked_connections().is_some_and(|why| {
+            tracing::warn!("established connections are found by their SYNs, from now on: {why}");
+            true
+        }),
+    };
     let loaded = programs::load(
         &pins,
         &programs::Options {
@@ -105,6 +115,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
             log_level: options.program_log,
             sockets: config.node_sockets,
             xdp: config.xdp != XdpPolicy::Off,
+            note_syns,
         },
     )?;
     let xdp = match &loaded.xdp {
@@ -153,7 +164,12 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
         }
     };
     let (resets_in, resets_out) = mpsc::unbounded_channel();
-    let resets = loaded.poker.and_then(|poker| Resets::start(poker, resets_in).map_err(|error| format!("{error:#}")));
+    let resets = loaded.poker.and_then(|poker| {
+        let flows = MovedFlows::open(&pins);
+        flows
+            .and_then(|flows| Resets::start(poker, flows, loaded.syns, resets_in))
+            .map_err(|error| format!("{error:#}"))
+    });
     if let Err(why) = &resets {
         tracing::warn!("established connections are reset at their clients' next segments only: {why}");
     }

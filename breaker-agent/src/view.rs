@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use breaker_api::{
     crd::{self, AttachMode},
+    established::EstablishedCounts,
     events::{EventLine, EventType, NO_SERVICE},
     flows::{FlowPath, FlowPhase, FlowView, Protocol},
     limits::{ActiveLimit, LimitsStatus, RefusedClient, TierLimitsStatus},
@@ -14,6 +15,7 @@ use breaker_common::{EventKind, LimitAction, LimitKind, ServiceLimits};
 use breaker_core::{
     datapath::{self, FlowSnapshot, LimitReport},
     engine::{
+        established,
         journal::{Entry, EntryKind},
         limit_watch,
         snapshot::{BackendSnapshot, DecisionSnapshot, LimitsSnapshot, ServiceSnapshot, TierSnapshot},
@@ -48,9 +50,25 @@ pub fn service(snapshot: ServiceSnapshot) -> ServiceStatus {
         error: snapshot.error,
         failed_writes: snapshot.failed_writes,
         flows: snapshot.flows,
+        established: snapshot.established.map(established),
         local_errors: snapshot.local_errors,
         counters: snapshot.counters.into(),
         limits: snapshot.limits.map(limits_status),
+    }
+}
+
+/// The connections that were established when a service left a tier.
+#[must_use]
+pub fn established(counts: established::EstablishedCounts) -> EstablishedCounts {
+    let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+    EstablishedCounts {
+        tier: Some(role(counts.tier)),
+        found: number(counts.found),
+        reset: number(counts.reset),
+        gone: number(counts.gone),
+        unreached: number(counts.unreached),
+        left: number(counts.left),
+        resetting: counts.is_resetting,
     }
 }
 

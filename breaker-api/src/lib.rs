@@ -7,6 +7,7 @@
 //! | [`limits`] | the part of a status that is about limits |
 //! | [`events`] | `GET /v1/events` |
 //! | [`flows`] | `GET /v1/services/NAME/flows` |
+//! | [`established`] | the connections that were established when a service left a tier |
 //! | [`commands`] | bodies of requests, and the body of an error |
 //! | [`preflight`] | the findings of `breaker preflight` |
 //! | [`tier`] | the two roles of a tier |
@@ -22,6 +23,7 @@ pub use breaker_common::{BreakerState, FlowKind, PassReason, StateReason};
 
 pub mod commands;
 pub mod crd;
+pub mod established;
 pub mod events;
 pub mod flows;
 pub mod limits;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     crd::{AttachMode, FastPath, Mode, Override, WhenAllUnhealthy},
+    established::EstablishedCounts,
     limits::LimitsStatus,
     tier::TierRole,
 };
@@ -194,6 +195,9 @@ pub struct ServiceStatus {
     pub failed_writes: u64,
     /// Number of live flows on backups at the last sweep.
     pub flows: usize,
+    /// The connections that were established when the service left a tier; absent if there were none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub established: Option<EstablishedCounts>,
     /// Probes without a result, because of an error of this node, since the agent first saw the service.
     #[serde(default)]
     pub local_errors: u64,

@@ -88,7 +88,8 @@ async fn run_on_node(command: Command, context: &Context<'_>) -> Result<()> {
         }
         Command::Flows { name, limit, output } => {
             let flows = context.client()?.flows(&name, limit).await?;
-            print_as(output, &flows, || Ok(show::flows(&visible(&flows)?, paint)))
+            let established = context.client()?.get(&name).await.ok().and_then(|service| service.established);
+            print_as(output, &flows, || Ok(show::flows(&visible(&flows)?, established.as_ref(), paint)))
         }
         // `run` handles this command.
         Command::Cluster(_) => Ok(()),

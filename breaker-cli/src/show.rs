@@ -5,6 +5,7 @@ use std::{fmt::Write as _, time::Duration};
 use breaker_api::{
     BreakerState, PassReason, StateReason,
     crd::{AttachMode, FastPath, LimitScope, Mode, Override},
+    established::EstablishedCounts,
     events::{EventLine, EventType},
     flows::FlowView,
     limits::{LimitsStatus, TierLimitsStatus},
@@ -262,6 +263,9 @@ fn detail(service: &ServiceStatus, paint: Paint) -> String {
     if !service.message.is_empty() {
         let _ = writeln!(text, "  why: {}", service.message);
     }
+    if let Some(counts) = &service.established {
+        let _ = writeln!(text, "  {}", counts.words());
+    }
     if let Some(until) = service.override_until {
         let _ = writeln!(text, "  forced until {until:.0}");
     }
@@ -337,10 +341,13 @@ pub(crate) fn event(event: &EventLine, paint: Paint) -> String {
     format!("{}  {}  {kind}  {}\n", paint.with(DIM, &time), event.service, event.message)
 }
 
-/// A table of flows.
-pub(crate) fn flows(flows: &[FlowView], paint: Paint) -> String {
+/// A table of flows. `established`: the connections of the tier that the service left, of which those to the primary are in
+/// no flow table.
+pub(crate) fn flows(flows: &[FlowView], established: Option<&EstablishedCounts>, paint: Paint) -> String {
+    let others = established.map(|counts| format!("{}\n", counts.words())).unwrap_or_default();
     if flows.is_empty() {
-        return "no flows: breaker decided none of the service's connections (while closed, they pass)\n".into();
+        return "no flows: breaker decided none of the service's connections (while closed, they pass)\n".to_owned()
+            + &others;
     }
     let mut table = Table::new(&["CLIENT", "FRONTEND", "BACKEND", "KIND", "WAY", "PHASE", "EPOCH", "AGE"]);
     for flow in flows {
@@ -355,7 +362,7 @@ pub(crate) fn flows(flows: &[FlowView], paint: Paint) -> String {
             plain(format!("{} s", flow.age_seconds)),
         ]);
     }
-    table.print(paint)
+    table.print(paint) + &others
 }
 
 /// A table of the findings of `preflight`.

@@ -94,6 +94,13 @@ pub const LIMITED_CLIENTS: u32 = 4096;
 /// Default maximum number of entries of `DOWN_BACKENDS`: pairs of a service and a backend.
 pub const DEFAULT_DOWN_BACKENDS: u32 = 16_384;
 
+/// Default maximum number of entries of `POKED`: connections whose clients are poked at the same time. Of more, the agent
+/// does not learn which clients are gone.
+pub const DEFAULT_POKED: u32 = 8192;
+
+/// Default maximum number of entries of `SYNS`: connections to primaries.
+pub const DEFAULT_SYNS: u32 = 65_536;
+
 /// Default maximum number of entries of `RETURN_PATHS`: pairs of an interface and a service.
 pub const DEFAULT_RETURN_PATHS: u32 = 16_384;
 

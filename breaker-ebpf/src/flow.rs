@@ -16,12 +16,12 @@
 //! the other one. Promotion writes the new entries before it removes the old ones, so a packet in between finds one
 //! of them.
 
-use aya_ebpf::bindings::BPF_ANY;
+use aya_ebpf::{bindings::BPF_ANY, btf_maps::PerCpuArray, macros::btf_map};
 use breaker_common::{Flow, FlowKey, FlowKind, PROTO_TCP, PassReason, Reverse, ReverseKey, egress, flow_path, seen};
 
 use crate::{
     agent, count,
-    family::Family,
+    family::{Family, V6},
     parse::{Ports, Segment, flags},
     return_path, select,
 };
@@ -84,6 +84,29 @@ pub fn key<A: Family>(segment: &Segment<A>) -> FlowKey<A> {
     const { assert!(size_of::<KeyWords<A>>() == size_of::<FlowKey<A>>()) };
     // SAFETY: same size and alignment, fields in the same order; any bytes are a valid value.
     unsafe { (&raw const words).cast::<FlowKey<A>>().read() }
+}
+
+/// Room for a key, which would take 40 bytes of a stack frame.
+#[btf_map]
+static MAPPED_KEY: PerCpuArray<FlowKey<V6>, 1> = PerCpuArray::new();
+
+/// The same key with IPv4 addresses in their IPv4-mapped IPv6 form. It is valid until the next call on this CPU.
+#[inline(always)]
+pub fn mapped_key<A: Family>(key: &FlowKey<A>) -> Option<&'static FlowKey<V6>> {
+    let mapped = MAPPED_KEY.get_ptr_mut(0)?;
+    let value = FlowKey {
+        client: key.client.mapped(),
+        vip: key.vip.mapped(),
+        client_port: key.client_port,
+        vip_port: key.vip_port,
+        proto: key.proto,
+        pad: [0; 3],
+    };
+    // SAFETY: the kernel returned a pointer to this CPU's value; see `count::service` on preemption.
+    unsafe {
+        mapped.write(value);
+        Some(&*mapped)
+    }
 }
 
 /// The flow key of the client that a segment from a frontend goes to.

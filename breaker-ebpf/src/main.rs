@@ -53,6 +53,7 @@ mod reset;
 mod return_path;
 mod select;
 mod service;
+mod syns;
 mod tables;
 mod verdict;
 mod wire;

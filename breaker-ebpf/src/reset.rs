@@ -119,10 +119,10 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
     write(packet, segment, &forward_to).ok_or(PassReason::RewriteFailed)
 }
 
-/// Whether a reset without ACK answers a poke: whether its number is the one that the poke acknowledged. The client has no
-/// such connection, and nobody on the way knows one, so the reset must not travel on: behind NAT, it would be sent back.
+/// Whether a reset without ACK has the number that a poke acknowledges. The client has no such connection, and nobody on
+/// the way knows one, so the reset must not travel on: behind NAT, it would be sent back.
 #[inline(always)]
-pub fn answers_poke<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> bool {
+pub fn has_poke_number<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> bool {
     let number = packet.read::<[u8; 4]>(segment.l4() + 4).map(u32::from_be_bytes);
     number.is_some_and(|number| number & (u32::MAX >> 1) == POKE_NUMBER)
 }

@@ -1,5 +1,5 @@
-//! How many probes this process can make at the same time. Each takes a descriptor. Some descriptors are kept for the
-//! control socket, the API server and the maps.
+//! How many probes this process can make at the same time. Each takes a descriptor. Some descriptors are left to the rest
+//! of the agent: the control socket, the API server and the maps.
 
 use std::{
     sync::{
@@ -17,6 +17,8 @@ use crate::clock;
 
 /// Descriptors that probes leave to the rest of the agent; half of the limit where that is less.
 const RESERVED: u64 = 512;
+/// Descriptors that they leave free at least, beside those that are open already: for the control socket and the like.
+const SPARE: u64 = 48;
 /// The limit of descriptors that the agent asks for, if it is allowed to.
 const WANTED: u64 = 65_536;
 /// Probes at the same time, however high the limit is: each takes memory.
@@ -42,9 +44,8 @@ struct Counts {
 impl Capacity {
     /// Raises the limit of descriptors (`RLIMIT_NOFILE`) as far as the system allows, and derives the capacity from it.
     pub fn of_process() -> Self {
-        let limit = raise_limit();
-        let most = limit.saturating_sub(RESERVED.min(limit / 2)).clamp(1, MOST);
-        Self::new(usize::try_from(most).unwrap_or(1))
+        let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+        Self::new(most_probes(raise_limit(), u64::try_from(open).unwrap_or(u64::MAX)))
     }
 
     fn new(most: usize) -> Self {
@@ -94,6 +95,12 @@ impl Capacity {
     }
 }
 
+/// How many probes a process can make at the same time, with a limit of descriptors of which some are `open`.
+fn most_probes(limit: u64, open: u64) -> usize {
+    let reserved = RESERVED.min(limit / 2).max(open.saturating_add(SPARE));
+    usize::try_from(limit.saturating_sub(reserved).clamp(1, MOST)).unwrap_or(1)
+}
+
 /// Raises the limit of descriptors, and returns it.
 fn raise_limit() -> u64 {
     let now = getrlimit(Resource::Nofile);
@@ -112,6 +119,14 @@ fn raise_limit() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// HARDENING L2: the maps alone take more than half of a low limit.
+    #[test]
+    fn probes_leave_descriptors_to_the_rest() {
+        let most = [(160, 90), (160, 130), (160, 200), (1024, 90), (1024, 700), (65_536, 90), (1 << 20, 90)]
+            .map(|(limit, open)| most_probes(limit, open));
+        assert_eq!(most, [22, 1, 1, 512, 276, 16_384, 16_384]);
+    }
 
     #[tokio::test]
     async fn probes_beyond_the_capacity_wait_and_are_counted() {

@@ -10,7 +10,7 @@ use serde_saphyr::Spanned;
 
 use super::{AgentConfig, FrontendRules, NodePortAddresses, format, problems::Problems};
 use crate::{
-    datapath::options::{AttachMode, AttachOrder, XdpPolicy},
+    datapath::options::{AttachMode, AttachOrder, ConnectionSource, XdpPolicy},
     metrics::{Level, Settings},
 };
 
@@ -42,6 +42,11 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
     let xdp = [("Auto", XdpPolicy::Auto), ("Native", XdpPolicy::Native), ("Off", XdpPolicy::Off)];
     let orders = [("First", AttachOrder::First), ("Last", AttachOrder::Last)];
     let attach = [("Auto", AttachMode::Auto), ("Tcx", AttachMode::Tcx), ("Clsact", AttachMode::Clsact)];
+    let sources = [
+        ("Auto", ConnectionSource::Auto),
+        ("Conntrack", ConnectionSource::Conntrack),
+        ("Syns", ConnectionSource::Syns),
+    ];
     let external_ips = [("Deny", false), ("Allow", true)];
     AgentConfig {
         pin_path: path(problems, raw.pin_path, "agent.pinPath", DEFAULT_PIN_PATH),
@@ -55,6 +60,7 @@ pub(super) fn agent(problems: &mut Problems<'_>, raw: format::Agent) -> AgentCon
         interfaces: globs,
         attach: problems.word(raw.attach.as_ref(), "agent.attach", &attach, AttachMode::Auto),
         xdp: problems.word(raw.xdp.as_ref(), "agent.xdp", &xdp, XdpPolicy::Off),
+        connections: problems.word(raw.connections.as_ref(), "agent.connections", &sources, ConnectionSource::Auto),
         attach_order: problems.word(raw.attach_order.as_ref(), "agent.attachOrder", &orders, AttachOrder::First),
         lease: Duration::from_secs(problems.number(raw.lease_seconds.as_ref(), "agent.leaseSeconds", 60, 0..=86_400)),
         max_services: raw.max_services.map(|n| problems.u32(Some(&n), "agent.maxServices", 1, 16..=MOST_SERVICES)),

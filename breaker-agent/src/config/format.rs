@@ -38,6 +38,7 @@ pub(super) struct Agent {
     pub attach: Option<Spanned<String>>,
     pub attach_order: Option<Spanned<String>>,
     pub xdp: Option<Spanned<String>>,
+    pub connections: Option<Spanned<String>>,
     pub lease_seconds: Option<Spanned<u64>>,
     pub max_services: Option<Spanned<u64>>,
     pub max_flows: Option<Spanned<u64>>,

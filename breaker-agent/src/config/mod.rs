@@ -25,7 +25,7 @@ use globset::Glob;
 use ipnet::IpNet;
 
 use crate::{
-    datapath::options::{AttachMode, AttachOrder, XdpPolicy},
+    datapath::options::{AttachMode, AttachOrder, ConnectionSource, XdpPolicy},
     metrics,
 };
 
@@ -66,6 +66,8 @@ pub struct AgentConfig {
     pub attach_order: AttachOrder,
     /// Whether uplinks get the XDP program.
     pub xdp: XdpPolicy,
+    /// How established connections to a primary are found.
+    pub connections: ConnectionSource,
     /// How long the programs act on the last decision without a heartbeat of the agent; zero = for ever.
     pub lease: Duration,
     /// Number of services that the maps have room for; `None` = according to the node's memory.

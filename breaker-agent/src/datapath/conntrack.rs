@@ -7,34 +7,64 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use netlink_bindings::conntrack::{IterableConntrackAttrs, Nfgenmsg, OpGetDump, Request};
+use netlink_bindings::{
+    conntrack::{IterableConntrackAttrs, Nfgenmsg, OpGetDo, OpGetDump, Request},
+    traits::{NetlinkRequest, Protocol},
+};
 use netlink_socket2::NetlinkSocket;
 
 use super::sys;
 
-/// State of an established connection (`TCP_CONNTRACK_ESTABLISHED`, include/uapi/linux/netfilter/nf_conntrack_tcp.h).
-const ESTABLISHED: u8 = 3;
+/// States of a connection that at least one side may still send data on (`TCP_CONNTRACK_ESTABLISHED`, `_FIN_WAIT` and
+/// `_CLOSE_WAIT`, include/uapi/linux/netfilter/nf_conntrack_tcp.h). A client that has closed its own direction waits for
+/// the rest of an answer.
+const OPEN: [u8; 3] = [3, 4, 5];
 /// The fields of the original direction that the kernel compares: address and port of the destination, and the protocol
 /// (`CTA_FILTER_FLAG`, net/netfilter/nf_internals.h).
 const DESTINATION: u32 = 1 << 1 | 1 << 3 | 1 << 5;
 
+const TCP: u8 = breaker_common::PROTO_TCP;
+/// Request to delete an entry: `IPCTNL_MSG_CT_DELETE` of `NFNL_SUBSYS_CTNETLINK`
+/// (include/uapi/linux/netfilter/nfnetlink_conntrack.h).
+const DELETE: u16 = 1 << 8 | 2;
+
+/// `IPS_DST_NAT` (include/uapi/linux/netfilter/nf_conntrack_common.h).
+const DESTINATION_TRANSLATED: u32 = 1 << 5;
+
 /// Clients by the address that they connected to.
 pub type Connections = HashMap<SocketAddr, HashSet<SocketAddr>>;
 
-/// The established TCP connections to one address. The kernel selects the entries; with 100,000 others, a call takes
+/// Whether the kernel tracks a connection that it translates, as every connection to a Service that kube-proxy serves.
+///
+/// # Errors
+/// The kernel has no conntrack, or the agent lacks CAP_NET_ADMIN.
+pub fn translates() -> Result<bool> {
+    for is_ipv4 in [true, false] {
+        let request = Request::new().op_get_dump(&of_family(is_ipv4));
+        let mut socket = NetlinkSocket::new();
+        let mut replies = socket.request(&request).context("ask for tracked connections (conntrack)")?;
+        while let Some((_, entry)) = replies.recv().transpose().context("read tracked connections (conntrack)")? {
+            if entry.get_status().is_ok_and(|status| status & DESTINATION_TRANSLATED != 0) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// The TCP connections to one address that have not ended. The kernel selects the entries; with 100,000 others, a call takes
 /// about 30 ms of CPU time, so it must not run in the main loop.
 ///
 /// # Errors
 /// The kernel refused the request: it has no conntrack, or the agent lacks CAP_NET_ADMIN.
 pub fn connections_to(address: SocketAddr) -> Result<Connections> {
-    let tcp = u8::try_from(libc::IPPROTO_TCP).unwrap_or_default();
     let mut request = Request::new().op_get_dump(&of_family(address.is_ipv4()));
     let tuple = request.encode().nested_tuple_orig().nested_tuple_ip();
     let tuple = match address.ip() {
         IpAddr::V4(ip) => tuple.push_ip_v4_dst(ip),
         IpAddr::V6(ip) => tuple.push_ip_v6_dst(ip),
     };
-    let tuple = tuple.end_nested().nested_tuple_proto().push_proto_num(tcp).push_proto_dst_port(address.port());
+    let tuple = tuple.end_nested().nested_tuple_proto().push_proto_num(TCP).push_proto_dst_port(address.port());
     let filter = tuple.end_nested().end_nested().nested_filter().push_orig_flags(DESTINATION).push_reply_flags(0);
     filter.end_nested();
     let mut found = Connections::new();
@@ -42,7 +72,7 @@ pub fn connections_to(address: SocketAddr) -> Result<Connections> {
     Ok(found)
 }
 
-/// The established TCP connections to any of many addresses. The kernel returns all entries of both IP families; that is
+/// The TCP connections to any of many addresses that have not ended. The kernel returns all entries of both IP families; that is
 /// cheaper than asking for more than some seven addresses.
 ///
 /// # Errors
@@ -55,6 +85,54 @@ pub fn connections_to_any(is_wanted: impl Fn(SocketAddr) -> bool) -> Result<Conn
     Ok(found)
 }
 
+/// Deletes the entry of a TCP connection whose client no longer has it. Nothing else would for five days
+/// (`nf_conntrack_tcp_timeout_established`). Returns whether there was one.
+///
+/// # Errors
+/// The kernel refused the request.
+pub fn forget(client: SocketAddr, address: SocketAddr) -> Result<bool> {
+    let mut payload = Vec::new();
+    let attributes = OpGetDo::encode_request(&mut payload, &of_family(address.is_ipv4()));
+    let tuple = attributes.nested_tuple_orig().nested_tuple_ip();
+    let tuple = match (client.ip(), address.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => tuple.push_ip_v4_src(from).push_ip_v4_dst(to),
+        (IpAddr::V6(from), IpAddr::V6(to)) => tuple.push_ip_v6_src(from).push_ip_v6_dst(to),
+        _ => anyhow::bail!("{client} and {address} are of different IP families"),
+    };
+    let ports = tuple.end_nested().nested_tuple_proto().push_proto_num(TCP);
+    ports.push_proto_src_port(client.port()).push_proto_dst_port(address.port()).end_nested().end_nested();
+    let mut socket = NetlinkSocket::new();
+    match socket.request(&Deletion { payload }).and_then(|mut reply| Ok(reply.recv_ack()?)) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error).context("delete a tracked connection (conntrack)"),
+    }
+}
+
+/// A request to delete an entry, which the bindings do not have.
+struct Deletion {
+    payload: Vec<u8>,
+}
+
+impl NetlinkRequest for Deletion {
+    fn protocol(&self) -> Protocol {
+        let protonum = u16::try_from(libc::NETLINK_NETFILTER).unwrap_or_default();
+        Protocol::Raw { protonum, request_type: DELETE }
+    }
+
+    fn flags(&self) -> u16 {
+        u16::try_from(libc::NLM_F_ACK).unwrap_or_default()
+    }
+
+    fn payload(&self) -> &[u8] {
+        &self.payload
+    }
+
+    type ReplyType<'buf> = ();
+
+    fn decode_reply(_: &[u8]) {}
+}
+
 fn of_family(is_ipv4: bool) -> Nfgenmsg {
     Nfgenmsg { nfgen_family: sys::family(is_ipv4), ..Nfgenmsg::default() }
 }
@@ -63,7 +141,7 @@ fn read(request: &OpGetDump<'_>, is_wanted: impl Fn(SocketAddr) -> bool, found: 
     let mut socket = NetlinkSocket::new();
     let mut replies = socket.request(request).context("ask for tracked connections (conntrack)")?;
     while let Some((_, entry)) = replies.recv().transpose().context("read tracked connections (conntrack)")? {
-        if let Some((client, to)) = established(&entry)
+        if let Some((client, to)) = open_connection(&entry)
             && is_wanted(to)
         {
             found.entry(to).or_default().insert(client);
@@ -72,9 +150,9 @@ fn read(request: &OpGetDump<'_>, is_wanted: impl Fn(SocketAddr) -> bool, found: 
     Ok(())
 }
 
-/// Client and original destination of an entry, if it is an established TCP connection in the default zone.
-fn established(entry: &IterableConntrackAttrs<'_>) -> Option<(SocketAddr, SocketAddr)> {
-    if entry.get_protoinfo().ok()?.get_protoinfo_tcp().ok()?.get_tcp_state().ok()? != ESTABLISHED {
+/// Client and original destination of an entry, if it is a TCP connection in the default zone that has not ended.
+fn open_connection(entry: &IterableConntrackAttrs<'_>) -> Option<(SocketAddr, SocketAddr)> {
+    if !OPEN.contains(&entry.get_protoinfo().ok()?.get_protoinfo_tcp().ok()?.get_tcp_state().ok()?) {
         return None;
     }
     if entry.get_zone().is_ok_and(|zone| zone != 0) {

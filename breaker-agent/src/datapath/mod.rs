@@ -13,7 +13,8 @@
 //! | [`maps`] | the maps, typed |
 //! | [`apply`] | writing a plan to the maps, in an order in which every packet sees a consistent state |
 //! | [`sweep`] | walking the flow tables: removing finished flows, counting live ones |
-//! | [`conntrack`] | the connections that the kernel tracks |
+//! | [`conntrack`], [`syns`] | the connections to primaries: as the kernel tracks them, or as the programs noted them |
+//! | [`moved_flows`] | the connections that were redirected to a backup |
 //! | [`poke`], [`sock_destroy`] | making a client answer that waits; closing a connection of a process |
 //! | [`return_paths`] | interfaces on which answers of backups are not seen |
 //! | [`flow_list`] | the flows of one service, for people |
@@ -31,6 +32,7 @@ pub mod interfaces;
 pub mod maps;
 pub mod masquerade;
 pub mod memory;
+pub mod moved_flows;
 pub mod neighbors;
 pub mod offline;
 pub mod options;
@@ -42,6 +44,7 @@ pub mod return_paths;
 pub mod sizes;
 pub mod sock_destroy;
 pub mod sweep;
+pub mod syns;
 pub mod sys;
 mod tail_calls;
 

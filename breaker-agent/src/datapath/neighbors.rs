@@ -7,18 +7,19 @@
 //! all others do.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    collections::{BTreeMap, HashMap, HashSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use futures_util::TryStreamExt as _;
 use rtnetlink::{
-    Handle, new_connection,
+    Handle, RouteMessageBuilder, new_connection,
     packet_route::{
         AddressFamily,
-        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+        route::{RouteAddress, RouteAttribute},
     },
 };
 use tokio::sync::{mpsc, watch};
@@ -68,6 +69,38 @@ async fn dump(handle: &Handle, family: AddressFamily) -> Result<Vec<NeighbourMes
     let mut request = handle.neighbours().get();
     request.message_mut().header.family = family;
     request.execute().try_collect().await.with_context(|| format!("list the neighbors ({family:?})"))
+}
+
+/// Has the kernel find out the link-layer addresses of these hosts, or of the routers to them. Returns before it has.
+///
+/// # Errors
+/// The netlink socket cannot be opened. A host without a route is left out.
+pub async fn resolve(hosts: &HashSet<IpAddr>) -> Result<()> {
+    let (connection, handle, _) = new_connection().context("open a netlink socket")?;
+    let connection = tokio::spawn(connection);
+    for host in hosts {
+        let to = match host {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(*ip, 32).build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(*ip, 128).build(),
+        };
+        let Ok(Some(route)) = handle.route().get(to).execute().try_next().await else { continue };
+        let (mut interface, mut next) = (None, *host);
+        for attribute in route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => interface = Some(index),
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => next = ip.into(),
+                RouteAttribute::Gateway(RouteAddress::Inet6(ip)) => next = ip.into(),
+                _ => {}
+            }
+        }
+        if let Some(interface) = interface {
+            let request = handle.neighbours().add(interface, next).state(NeighbourState::None);
+            // An entry that exists is used all the same.
+            let _ = request.flags(NeighbourFlags::Use).execute().await;
+        }
+    }
+    connection.abort();
+    Ok(())
 }
 
 /// Joins the neighbor tables and the forwarding tables. An address is behind the interface of its neighbor entry or, if

@@ -77,9 +77,12 @@ pub fn read(root: &Path) -> Result<Option<PinnedState>> {
 
 /// Opens the maps of a pin directory, without programs.
 fn open_pinned(root: &Path) -> Result<Maps> {
-    Maps::open(|name| {
-        let data = MapData::from_pin(pins::map_path(root, name));
-        let data = data.with_context(|| format!("open the pinned map {name}"))?;
-        Map::from_map_data(data).with_context(|| format!("the pinned map {name}"))
-    })
+    Maps::open(|name| pinned_map(root, name))
+}
+
+/// Opens one map of a pin directory.
+pub(super) fn pinned_map(root: &Path, name: &str) -> Result<Map> {
+    let data = MapData::from_pin(pins::map_path(root, name));
+    let data = data.with_context(|| format!("open the pinned map {name}"))?;
+    Map::from_map_data(data).with_context(|| format!("the pinned map {name}"))
 }

@@ -20,6 +20,17 @@ pub enum AttachOrder {
     Last,
 }
 
+/// How established connections to a primary are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionSource {
+    /// In conntrack, unless it does not have them.
+    Auto,
+    /// In conntrack.
+    Conntrack,
+    /// The programs note the SYN of each.
+    Syns,
+}
+
 /// Whether uplinks get the XDP program. The kernel's generic mode is never used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum XdpPolicy {

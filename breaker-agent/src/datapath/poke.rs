@@ -1,25 +1,31 @@
 //! Pokes clients with the program `breaker_poke`, so that the kernel of a client that waits sends something.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
+    maps::{HashMap, MapData},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
-use breaker_common::{POKE_NUMBER, PokeOutcome};
+use breaker_common::{FlowKey, POKE_NUMBER, PROTO_TCP, PokeOutcome, V6};
 use etherparse::PacketBuilder;
 
-use super::pins::PinDir;
+use super::{maps::typed, pins::PinDir};
 
 const PROGRAM: &str = "breaker_poke";
+/// The map of the connections that are poked now.
+const POKED: &str = "POKED";
+/// Does not replace an entry (`BPF_NOEXIST`, bpf(2)): what a client has answered stays known.
+const NO_EXIST: u64 = 1;
 /// Time to live of a poke, as that of a segment from a host.
 const TTL: u8 = 64;
 
-/// The loaded program.
+/// The loaded program, and the connections that are poked now.
 #[derive(Debug)]
 pub struct Poker {
     program: SchedClassifier,
+    poked: HashMap<MapData, FlowKey<V6>, u8>,
 }
 
 impl Poker {
@@ -38,19 +44,46 @@ impl Poker {
         program.pin(&path)?;
         let own = SchedClassifier::from_pin(&path);
         std::fs::remove_file(&path)?;
-        Ok(Self { program: own? })
+        let poked = programs.take_map(POKED).with_context(|| format!("the BPF object has no map {POKED}"))?;
+        Ok(Self { program: own?, poked: typed(poked, POKED)? })
     }
 
     /// Pokes one client, from `frontend`.
     ///
     /// # Errors
     /// The two addresses are of different IP families, or the kernel could not run the program.
-    pub fn poke(&self, client: SocketAddr, frontend: SocketAddr) -> Result<PokeOutcome> {
+    pub fn poke(&mut self, client: SocketAddr, frontend: SocketAddr) -> Result<PokeOutcome> {
+        // The map may be full. Then it stays unknown whether the client is gone.
+        let _ = self.poked.insert(key(client, frontend), 0, NO_EXIST);
         let frame = frame(client, frontend, fastrand::u32(..), POKE_NUMBER)?;
         let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
         let ran = self.program.test_run(options).context("run the program that pokes clients")?;
         let number = u8::try_from(ran.return_value).unwrap_or(u8::MAX);
         PokeOutcome::try_from(number).map_err(|_| anyhow::anyhow!("the program returned {}", ran.return_value))
+    }
+
+    /// Ends the pokes of a client. Returns whether it refused one: it has no such connection.
+    pub fn end(&mut self, client: SocketAddr, frontend: SocketAddr) -> bool {
+        let key = key(client, frontend);
+        let refused = self.poked.get(&key, 0).is_ok_and(|refused| refused != 0);
+        let _ = self.poked.remove(&key);
+        refused
+    }
+}
+
+/// The key of a connection in `POKED` and `SYNS`.
+pub(super) fn key(client: SocketAddr, frontend: SocketAddr) -> FlowKey<V6> {
+    let mapped = |address: SocketAddr| match address.ip() {
+        IpAddr::V4(ip) => V6::new(ip.to_ipv6_mapped().octets()),
+        IpAddr::V6(ip) => V6::new(ip.octets()),
+    };
+    FlowKey {
+        client: mapped(client),
+        vip: mapped(frontend),
+        client_port: client.port().to_be_bytes(),
+        vip_port: frontend.port().to_be_bytes(),
+        proto: PROTO_TCP,
+        pad: [0; 3],
     }
 }
 

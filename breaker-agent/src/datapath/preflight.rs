@@ -11,6 +11,7 @@ use breaker_api::preflight::{Finding, Verdict};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::{
+    conntrack,
     interfaces::{self, Side, Wanted},
     sys::{has_helper, has_tcx, is_on_bpffs},
 };
@@ -34,6 +35,7 @@ pub fn check_all(pin_path: &Path) -> Vec<Finding> {
         bridge(),
         socket_lb(),
         datapath(),
+        connections(),
         coverage(),
     ]
 }
@@ -210,6 +212,33 @@ fn datapath() -> Finding {
     match other_datapath() {
         None => good("other datapath", "none: answers to pods pass the host side of their interfaces"),
         Some(found) => finding("other datapath", Verdict::Worse, found, "see Limits in docs/KUBERNETES.md"),
+    }
+}
+
+/// Returns a message if the kernel does not track the connections to Services, so that it cannot be asked for established
+/// ones.
+#[must_use]
+pub fn untracked_connections() -> Option<String> {
+    match conntrack::translates() {
+        Err(error) => Some(format!("the kernel does not tell which connections it tracks: {error:#}")),
+        // A node that has just started tracks none yet.
+        Ok(false) => socket_load_balancer().or_else(other_datapath).map(|found| {
+            format!("the kernel tracks no connection to a Service, and another datapath is here: {found}")
+        }),
+        Ok(true) => None,
+    }
+}
+
+fn connections() -> Finding {
+    const NAME: &str = "established connections";
+    match untracked_connections() {
+        None => good(NAME, "found in conntrack when a breaker opens"),
+        Some(why) => finding(
+            NAME,
+            Verdict::Worse,
+            format!("found by their SYNs when a breaker opens, from the agent's start on: {why}"),
+            "see agent.connections in docs/CONFIGURATION.md",
+        ),
     }
 }
 

@@ -16,10 +16,14 @@ use super::{
     memory::possible_cpus,
     pins::PinDir,
     poke::Poker,
-    sizes::Sizes,
+    sizes::{Sizes, with_reserve},
+    syns::Syns,
     sys,
     tail_calls::{FULL_PATH_PROGRAMS, TailCalls},
 };
+
+/// Connections in `SYNS`, at most: each takes some 120 bytes.
+const MOST_SYNS: u32 = 131_072;
 
 /// The BPF object that `build.rs` built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("BREAKER_OBJECT"));
@@ -33,6 +37,8 @@ pub struct Loaded {
     pub tail_calls: TailCalls,
     /// The program that pokes clients, or why it could not be loaded.
     pub poker: Result<Poker, String>,
+    /// The connections to primaries that the programs note; `None` if they note none.
+    pub syns: Option<Syns>,
     /// The maps of the programs.
     pub maps: Maps,
     /// Whether the programs for the node's own sockets are attached, or why not.
@@ -56,6 +62,8 @@ pub struct Options {
     pub sockets: bool,
     /// Whether to load the XDP program.
     pub xdp: bool,
+    /// Whether the programs note connections to primaries by their SYNs.
+    pub note_syns: bool,
 }
 
 /// Loads the programs with the maps of a pin directory, and attaches those for the node's own sockets.
@@ -70,12 +78,14 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     let has_xfrm = u8::from(
         sys::has_helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_skb_get_xfrm_state).unwrap_or(false),
     );
+    let note_syns = u8::from(options.note_syns);
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(VerifierLogLevel::default())
         .override_global("AYA_LOG_LEVEL", &level, true)
         .override_global("MASQUERADE_MARK", masquerade_mark, true)
         .override_global("HAS_XFRM", &has_xfrm, true)
+        .override_global("NOTE_SYNS", &note_syns, true)
         .override_global("NODE_NETNS", &cookie, true);
     // A map that is pinned already keeps its size.
     let size_of = |name: &str, wanted: u32| MapInfo::from_pin(pins.map(name)).map_or(wanted, |info| info.max_entries());
@@ -95,6 +105,8 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
             loader.map_max_entries(name, entries);
         }
     }
+    // An LRU map takes its memory at once, so it is small where nothing is noted.
+    loader.map_max_entries("SYNS", if options.note_syns { with_reserve(sizes.flows.min(MOST_SYNS), cpus) } else { 1 });
     let mut programs = loader.load(OBJECT).context("load the maps into the kernel")?;
     for name in POD_PROGRAMS.into_iter().chain(UPLINK_PROGRAMS).chain(FULL_PATH_PROGRAMS.map(|(_, name)| name)) {
         let program: &mut SchedClassifier = programs
@@ -107,6 +119,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     // The programs for sockets and XDP are optional: everything else works without them.
     let sockets = netns.and_then(|_| cgroup::load(&mut programs));
     let poker = Poker::load(&mut programs, pins).map_err(|error| format!("{error:#}"));
+    let syns = if options.note_syns { Some(Syns::take_from(&mut programs)?) } else { None };
     let xdp = if options.xdp { xdp::load(&mut programs) } else { Ok(()) }.map_err(|error| format!("{error:#}"));
     let logger = match log_level {
         Some(_) => Some(EbpfLogger::init(&mut programs).context("open the programs' log")?),
@@ -119,5 +132,5 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     if sockets.is_err() {
         cgroup::detach(pins)?;
     }
-    Ok(Loaded { programs, tail_calls, poker, maps, sockets, xdp, logger })
+    Ok(Loaded { programs, tail_calls, poker, syns, maps, sockets, xdp, logger })
 }

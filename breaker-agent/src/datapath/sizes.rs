@@ -106,7 +106,7 @@ pub(super) fn flows_of(services: u32) -> u32 {
 /// Size of an LRU map that is to hold `wanted` entries. Each CPU takes free entries in batches of 128, and evicts when it
 /// does not find so many, even if other CPUs have free ones left (kernel, kernel/bpf/bpf_lru_list.c,
 /// `LOCAL_FREE_TARGET`).
-fn with_reserve(wanted: u32, cpus: u32) -> u32 {
+pub(super) fn with_reserve(wanted: u32, cpus: u32) -> u32 {
     wanted.saturating_add(cpus.saturating_add(1).saturating_mul(128))
 }
 

@@ -1,7 +1,14 @@
-//! Closes connections of the node's own processes (SOCK_DESTROY, as `ss --kill` does). A poke does not reach them: they are
-//! behind no interface.
+//! Closes connections of processes (SOCK_DESTROY, as `ss --kill` does). A poke does not reach those of the node's own
+//! processes, which are behind no interface, and some clients do not answer one.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::HashSet,
+    fs::File,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::Path,
+    thread,
+};
 
 use anyhow::{Context as _, Result};
 use netlink_bindings::{
@@ -9,6 +16,7 @@ use netlink_bindings::{
     traits::{NetlinkRequest, Protocol},
 };
 use netlink_socket2::NetlinkSocket;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::sys;
 
@@ -54,6 +62,40 @@ pub fn close(own: SocketAddr, peer: SocketAddr) -> Result<bool> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error).context("close a socket (SOCK_DESTROY)"),
     }
+}
+
+/// Closes connections of processes in other network namespaces of this machine, which are found by their processes in
+/// /proc. Returns those that were closed: none, without CAP_SYS_ADMIN, or where /proc shows the agent's own processes only.
+///
+/// Takes a few system calls for each namespace, and a thread of its own.
+#[must_use]
+pub fn close_in_pods(connections: &[(SocketAddr, SocketAddr)]) -> Vec<(SocketAddr, SocketAddr)> {
+    thread::scope(|scope| {
+        // A thread that entered a namespace stays there until it ends.
+        let closing = scope.spawn(|| {
+            let mut closed = Vec::new();
+            for namespace in network_namespaces() {
+                if move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
+                    return closed;
+                }
+                // Nobody can bind an address of another host.
+                let is_here = |client: SocketAddr| UdpSocket::bind((client.ip(), 0)).is_ok();
+                let here = connections.iter().filter(|(client, _)| is_here(*client));
+                closed.extend(here.filter(|(client, peer)| close(*client, *peer).unwrap_or(false)).copied());
+            }
+            closed
+        });
+        closing.join().unwrap_or_default()
+    })
+}
+
+/// The network namespaces of all processes that /proc shows, each once, without the own one.
+fn network_namespaces() -> Vec<File> {
+    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    let mut known: HashSet<(u64, u64)> = identity(Path::new("/proc/self/ns/net")).into_iter().collect();
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let paths = processes.map(|process| process.path().join("ns/net"));
+    paths.filter(|path| identity(path).is_some_and(|id| known.insert(id))).flat_map(File::open).collect()
 }
 
 /// An address in the field of a request: 16 bytes in wire order, of which IPv4 uses the first four.

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 const AT_ONCE: u32 = 200;
 
 /// Says when the next connection is due: a token bucket that holds [`AT_ONCE`] tokens at the beginning and is not filled
-/// up again.
+/// up again. Each connection is late by a random part of an interval, so that clients do not come in step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     interval: Duration,
@@ -37,7 +37,7 @@ impl Pace {
         // A timer is late by up to a millisecond: only what is longer ago was not used.
         let earliest = now.checked_sub(Duration::from_millis(20)).unwrap_or(now);
         self.due = self.due.max(earliest) + self.interval;
-        self.due
+        self.due + self.interval.mul_f64(fastrand::f64())
     }
 }
 
@@ -61,7 +61,8 @@ mod tests {
                 let allowed = f64::from(AT_ONCE) + (now - start).as_secs_f64() * f64::from(per_second) + 1.0;
                 prop_assert!(f64::from(n) <= allowed, "{n} after {:?}", now - start);
             }
-            let planned = f64::from(count - AT_ONCE) / f64::from(per_second);
+            // The last one is late by up to an interval.
+            let planned = f64::from(count - AT_ONCE + 1) / f64::from(per_second);
             prop_assert!((now - start).as_secs_f64() <= planned * 1.1 + 0.01, "{:?} of {planned} s", now - start);
         }
     }

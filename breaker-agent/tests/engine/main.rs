@@ -13,11 +13,13 @@ use breaker_core::{
     datapath::Adopted,
     engine::{
         CommandError, Engine,
+        departure::Departed,
+        established::EstablishedCounts,
         journal::{Entry, EntryKind},
         snapshot::{ServiceSnapshot, Summary},
     },
     health::Health,
-    model::{Backend, Frontend, Override, Protocol, Service, ServiceName},
+    model::{Backend, Frontend, Override, Protocol, Service, ServiceName, TierRole},
     plan::ServicePlan,
     probe::{CheckCode, ProbeReport, ProbeResult, Target},
     time::{Instant, Now},
@@ -270,7 +272,8 @@ fn a_drain_ends_with_resets() {
     probe(&mut e, 10, 1, CheckCode::L7Ok);
     probe(&mut e, 1000, 0, CheckCode::L7Sts);
     assert_eq!((state(&e).0, applied(&e).flags & RESET_PRIMARY), (Open, 0));
-    assert!(e.engine.resetting().is_empty());
+    let kept = e.engine.departures();
+    assert_eq!((&kept[0].from, kept[0].resets_per_second), (&Departed::Primary, None));
     probe(&mut e, 5000, 0, CheckCode::L7Ok);
     assert_eq!(state(&e).0, HalfOpen);
     probe(&mut e, 6000, 0, CheckCode::L7Sts);
@@ -280,11 +283,11 @@ fn a_drain_ends_with_resets() {
     assert_eq!(applied(&e).flags & RESET_PRIMARY, 0);
     e.tick(at(11_000));
     assert_eq!(applied(&e).flags & RESET_PRIMARY, RESET_PRIMARY);
-    let resetting = e.engine.resetting();
-    assert_eq!(resetting.len(), 1);
-    assert_eq!(resetting[0].frontends, ["10.43.0.1:80".parse().unwrap()]);
+    let departures = e.engine.departures();
+    assert_eq!((departures.len(), departures[0].resets_per_second), (1, Some(1000)));
+    assert_eq!(departures[0].frontends, ["10.43.0.1:80".parse().unwrap()]);
     probe(&mut e, 12_000, 0, CheckCode::L7Ok);
-    assert!(e.engine.resetting().is_empty(), "only an open breaker resets");
+    assert!(e.engine.departures().is_empty(), "only an open breaker resets");
 }
 
 /// Resets begin with the plan in the maps, also where a backup becomes usable later, and end with the open state, also
@@ -294,17 +297,25 @@ fn resets_follow_what_is_in_force() {
     let mut e = engine("", FakeDatapath::default());
     probe(&mut e, 10, 0, CheckCode::L4Con);
     assert_eq!(state(&e).0, Open);
-    assert!(e.engine.resetting().is_empty(), "no backup is usable");
+    assert!(e.engine.departures().is_empty(), "no backup is usable");
     e.datapath_mut().failures = 1;
     probe(&mut e, 20, 1, CheckCode::L7Ok);
-    assert!(e.engine.resetting().is_empty(), "the write failed");
+    assert!(e.engine.departures().is_empty(), "the write failed");
     e.tick(at(1000));
-    let resetting = e.engine.resetting();
-    assert_eq!((resetting.len(), resetting[0].per_second), (1, 1000));
+    let departures = e.engine.departures();
+    assert_eq!((departures.len(), departures[0].resets_per_second), (1, Some(1000)));
+    let counts =
+        |tier| EstablishedCounts { tier, found: 3, reset: 2, gone: 1, unreached: 0, left: 0, is_resetting: false };
+    e.engine.note_established(&ServiceName::new("dummy"), counts(TierRole::Backup));
+    assert_eq!(e.engine.summaries()[0].established, None, "the backup was not left");
+    e.engine.note_established(&ServiceName::new("dummy"), counts(TierRole::Primary));
+    assert_eq!(e.engine.summaries()[0].established, Some(counts(TierRole::Primary)));
     e.datapath_mut().failures = 1;
     probe(&mut e, 2000, 0, CheckCode::L7Ok);
     assert_eq!(state(&e).0, Open, "the maps are as before");
-    assert!(e.engine.resetting().is_empty());
+    assert!(e.engine.departures().is_empty());
+    e.tick(at(4000));
+    assert_eq!(e.engine.summaries()[0].established, None, "closed again");
 }
 
 /// `Drain` for the backup's connections: when the breaker closes, and when one of its pods is Down.
@@ -319,8 +330,11 @@ fn a_drain_of_the_backup_ends_with_resets() {
     assert_eq!((state(&e).0, applied(&e).flags & RESET_BACKUP), (Closed, 0));
     e.tick(at(11_999));
     assert_eq!(applied(&e).flags & RESET_BACKUP, 0);
+    assert!(e.engine.departures().is_empty());
     e.tick(at(12_000));
     assert_eq!(applied(&e).flags & RESET_BACKUP, RESET_BACKUP);
+    let closed = e.engine.departures();
+    assert_eq!((&closed[0].from, closed[0].epoch), (&Departed::Backup, applied(&e).decision.epoch));
 
     let two = services("onOpen: Keep, onBackupDown: Drain, drainSeconds: 10,");
     let mut two = two[0].clone();
@@ -338,7 +352,11 @@ fn a_drain_of_the_backup_ends_with_resets() {
     assert!(applied(&e).down.is_empty());
     assert!(e.next_deadline(at(11_999)) <= at(12_000).mono);
     e.tick(at(12_000));
-    assert_eq!(applied(&e).down, ["10.42.0.3:80".parse().unwrap()].into());
+    let down: BTreeSet<SocketAddr> = ["10.42.0.3:80".parse().unwrap()].into();
+    assert_eq!(applied(&e).down, down);
+    let departures: Vec<_> =
+        e.engine.departures().into_iter().map(|left| (left.from, left.resets_per_second)).collect();
+    assert_eq!(departures, [(Departed::Primary, None), (Departed::DownBackends(down), Some(1000))]);
 }
 
 /// A limit sent connections to the backup while the breaker is closed: their flows are tracked until they have ended.

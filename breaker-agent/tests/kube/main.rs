@@ -109,6 +109,7 @@ fn node_state(update: &Arc<Update>, state: BreakerState) -> NodeState {
     let summary = |name: &ServiceName| Summary {
         limits_shared_by: 0,
         limited: None,
+        established: None,
         name: name.clone(),
         applied: Some(AppliedSummary {
             state,

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ReportedState, date_time};
+use crate::established::EstablishedCounts;
 
 /// A report that is older than this has no agent behind it, also if its Node is Ready. Agents write every five minutes
 /// without a change.
@@ -153,6 +154,9 @@ pub struct ReportedService {
     /// The limit that is being exceeded, updated at most once a minute. Absent if none is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limited: Option<ReportedLimit>,
+    /// The connections that were established when the service left a tier. Absent if there were none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub established: Option<EstablishedCounts>,
     /// The primary.
     pub primary: ReportedTier,
     /// The backups, in order of preference.

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::date_time;
+use crate::established::EstablishedCounts;
 
 /// The state of the CircuitBreaker on the nodes. Only the elected agent writes it, from the nodes' reports, and only
 /// when it changes, never after a mere probe.
@@ -49,6 +50,10 @@ pub struct CircuitBreakerStatus {
     /// like 1200/min primary newConnectionsPerSecond. Absent while no limit is exceeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limited: Option<String>,
+    /// The connections that were established when the service left a tier, on all nodes together. Absent if there were
+    /// none. `status.nodes` has those of each node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub established: Option<EstablishedCounts>,
     /// Number of nodes by state.
     #[serde(default)]
     pub counts: NodeCounts,
@@ -177,6 +182,9 @@ pub struct NodeStatus {
     /// Error of the last write to the kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// The connections that were established when the service left a tier.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub established: Option<EstablishedCounts>,
 }
 
 /// State of a protected port on one node.

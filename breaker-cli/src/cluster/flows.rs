@@ -50,7 +50,7 @@ pub(super) async fn run(connection: &Connection, args: &FlowsArgs) -> Result<()>
     print_as(args.output, &found, || {
         let mut text = String::new();
         for node in visible(&found)? {
-            text.push_str(&format!("{}:\n{}", node.node, show::flows(&node.flows, paint)));
+            text.push_str(&format!("{}:\n{}", node.node, show::flows(&node.flows, None, paint)));
         }
         Ok(text)
     })?;

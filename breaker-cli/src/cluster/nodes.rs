@@ -101,7 +101,7 @@ pub(super) fn problems_of_nodes(overview: &Overview, paint: Paint) -> String {
     text
 }
 
-/// One line for each condition that shows a problem, and one for an override.
+/// One line for each condition that shows a problem, one for established connections, and one for an override.
 pub(super) fn problems(breaker: &BreakerView, paint: Paint) -> String {
     let mut text = String::new();
     let name = format!("{}/{}", breaker.namespace, breaker.name);
@@ -111,6 +111,9 @@ pub(super) fn problems(breaker: &BreakerView, paint: Paint) -> String {
         let (type_, status) = (&condition.type_, &condition.status);
         let line = format!("{name}: {type_}={status} ({}): {}", condition.reason, condition.message);
         let _ = writeln!(text, "{}", paint.with(if severity == Severity::Warning { YELLOW } else { RED }, &line));
+    }
+    if let Some(counts) = breaker.status.as_ref().and_then(|status| status.established.as_ref()) {
+        let _ = writeln!(text, "{name}: {}", counts.words());
     }
     if breaker.spec.r#override != Override::Auto {
         let until = match breaker.spec.until {

@@ -22,6 +22,8 @@
 mod applied_plan;
 mod backends;
 mod commands;
+pub mod departure;
+pub mod established;
 mod flood;
 pub mod journal;
 pub mod limit_watch;
@@ -35,13 +37,12 @@ mod tracking;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
-    net::SocketAddr,
     ops::Bound,
     sync::Arc,
     time::Duration,
 };
 
-use breaker_common::{BreakerState, EventKind, SHARE_ALL, switch_flags};
+use breaker_common::{BreakerState, EventKind, SHARE_ALL};
 
 pub use backends::LocalErrors;
 pub use commands::CommandError;
@@ -54,8 +55,7 @@ use crate::{
     breaker::{Breaker, Transition},
     datapath::{Adopted, Datapath, DatapathError, FlowTables},
     health::Health,
-    model::{Frontend, Override, Protocol, Service, ServiceName},
-    plan::ServicePlan,
+    model::{Frontend, Override, Service, ServiceName},
     pool::TierHealth,
     probe::{ProbeReport, ProbeResult, Target},
     time::{Instant, Now, elapsed},
@@ -63,19 +63,6 @@ use crate::{
 
 /// How often the share is written during a ramp.
 const RAMP_STEP: Duration = Duration::from_millis(100);
-
-/// A service whose established connections to the primary are reset, as it is in force.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Resetting {
-    /// Its name.
-    pub name: ServiceName,
-    /// The epoch that began when the breaker opened.
-    pub epoch: u32,
-    /// Its TCP frontends.
-    pub frontends: Vec<SocketAddr>,
-    /// Connections that may be reset in a second.
-    pub per_second: u32,
-}
 
 /// All protected services of a node.
 #[derive(Debug)]
@@ -290,30 +277,7 @@ impl Engine {
         services.map(|state| state.service.name.to_string()).collect()
     }
 
-    /// The services whose established connections to the primary are reset by the plans in the datapath.
-    pub fn resetting(&self) -> Vec<Resetting> {
-        let configured = self.services.iter().filter(|(_, state)| state.is_configured());
-        // After a failed write, the maps may hold the plan of an earlier state.
-        let resetting = configured.filter(|(_, state)| {
-            let resets = |plan: &ServicePlan| plan.flags & switch_flags::RESET_PRIMARY != 0;
-            state.breaker.state() == BreakerState::Open
-                && state.sync.is_in_force()
-                && state.sync.applied().is_some_and(resets)
-        });
-        let frontends = |service: &Service| {
-            let tcp = service.frontends.iter().filter(|frontend| frontend.protocol == Protocol::Tcp);
-            tcp.map(|frontend| frontend.address).collect()
-        };
-        let described = resetting.map(|(name, state)| Resetting {
-            name: name.clone(),
-            epoch: state.state_epoch,
-            frontends: frontends(&state.service),
-            per_second: state.service.resets_per_second,
-        });
-        described.collect()
-    }
-
-    /// A counter of configurations and of attempts to write a plan: it increases whenever [`Engine::resetting`] may have
+    /// A counter of configurations and of attempts to write a plan: it increases whenever [`Engine::departures`] may have
     /// changed.
     pub const fn revision(&self) -> u64 {
         self.revision

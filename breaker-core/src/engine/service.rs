@@ -7,6 +7,7 @@ use breaker_common::{BreakerState, SHARE_ALL, StateReason};
 use super::{
     applied_plan::AppliedPlan,
     backends::{Tiers, backup_addresses},
+    established::EstablishedCounts,
     limit_watch::LimitWatch,
     tally::Tally,
     tracking::{DrainingFrontends, RemovedBackends, Tracking},
@@ -79,6 +80,8 @@ pub(super) struct ServiceState {
     pub removed_backends: RemovedBackends,
     pub sync: AppliedPlan,
     pub limit_watch: LimitWatch,
+    /// The connections of the tier that was left last, in this state of the breaker.
+    pub established: Option<EstablishedCounts>,
     pub tally: Tally,
 }
 
@@ -126,6 +129,7 @@ impl ServiceState {
             removed_backends: RemovedBackends::new(adopted.is_some()),
             sync: AppliedPlan::new(),
             limit_watch: LimitWatch::default(),
+            established: None,
             tally: Tally::default(),
             service,
         }
@@ -203,6 +207,7 @@ impl ServiceState {
         self.new_epoch();
         self.state_epoch = self.epoch;
         self.since_unix_ns = now.unix_ns;
+        self.established = None;
         if [transition.from, transition.to].contains(&BreakerState::Closed) {
             self.drain_end = now.mono + self.service.drain;
         }

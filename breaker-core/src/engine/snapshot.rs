@@ -6,6 +6,7 @@ use breaker_common::{BreakerState, ServiceCounters, StateReason};
 
 use super::{
     backends::{BackendState, LocalErrors},
+    established::EstablishedCounts,
     limit_watch::ActiveLimit,
     service::{Lifecycle, ServiceState},
 };
@@ -65,6 +66,8 @@ pub struct ServiceSnapshot {
     pub failed_writes: u64,
     /// Live flows on a backup at the last sweep.
     pub flows: usize,
+    /// The connections of the tier that was left last; `None` if none was found.
+    pub established: Option<EstablishedCounts>,
     /// Probes without a result since the agent first saw the service.
     pub local_errors: u64,
     /// Counters since the service was added to the maps.
@@ -153,6 +156,8 @@ pub struct Summary {
     pub limits_shared_by: u32,
     /// The limit that refuses connections now.
     pub limited: Option<ActiveLimit>,
+    /// The connections of the tier that was left last; `None` if none was found.
+    pub established: Option<EstablishedCounts>,
 }
 
 /// The decision in the maps, in short.
@@ -207,6 +212,7 @@ impl ServiceState {
             error: self.sync.error().map(str::to_owned),
             failed_writes: self.sync.failed_writes,
             flows: self.flows,
+            established: self.established,
             local_errors: self.local_errors,
             counters: datapath.counters(&service.name).unwrap_or_default(),
             limits: service.limits.map(|configured| LimitsSnapshot {
@@ -265,6 +271,7 @@ impl ServiceState {
             tiers: tiers.collect(),
             limits_shared_by: self.service.limits.map_or(0, |limits| limits.shared_by()),
             limited: self.limit_watch.active().cloned(),
+            established: self.established,
         }
     }
 

@@ -21,7 +21,7 @@ use crate::{
         settings::{self, BACKUP, PRIMARY},
     },
     parse::{Segment, flags},
-    return_path, select, service,
+    return_path, select, service, syns,
     verdict::{self, Stage, Verdict},
 };
 
@@ -104,6 +104,9 @@ pub fn admit_to_idle_service<A: Family>(
     }
     if segment.is_tcp() && service::record_epoch(context.service, switch.epoch) {
         event::send(EventKind::StateAdopted, context.service, switch, &flow::key(segment), None);
+    }
+    if segment.is_tcp() {
+        syns::note(&flow::key(segment));
     }
     context.slot = SLOT_PASSTHROUGH;
     Verdict::Continue(Stage::Admit)

@@ -39,7 +39,7 @@ use crate::{
     nat::Side,
     packet::Packet,
     parse::{self, Direction, Kind, Segment, flags},
-    select, service,
+    reset, select, service, syns,
     verdict::{self, Stage, Verdict},
 };
 
@@ -236,7 +236,7 @@ fn to_frontend<A: Family, const UPLINK: bool>(
         Some(flow) if is_current(flow, segment, &switch) => {
             established::<A, UPLINK>(packet, segment, &switch, context, flow)
         }
-        None if segment.is_tcp() => untracked_segment(segment, &switch, context),
+        None if segment.is_tcp() => untracked_segment(packet, segment, &switch, context),
         _ => Ok(Verdict::Continue(Stage::Decide)),
     }
 }
@@ -249,6 +249,7 @@ fn closed<A: Family>(segment: &Segment<A>, service: u32, switch: &Switch<u8>) ->
         if service::record_epoch(service, switch.epoch) {
             event::send(EventKind::StateAdopted, service, switch, &flow::key(segment), None);
         }
+        syns::note(&flow::key(segment));
         count::service(service, |c| &mut c.new_primary);
     }
     Ok(Verdict::Next)
@@ -264,6 +265,9 @@ fn established<A: Family, const UPLINK: bool>(
     context: &mut PacketContext<A>,
     flow: &mut Flow<A>,
 ) -> Result<Verdict, PassReason> {
+    if switch.has(switch_flags::RESET_PRIMARY | switch_flags::RESET_BACKUP) && answers_poke(packet, segment) {
+        return Ok(Verdict::Continue(Stage::Reset));
+    }
     flow::touch(flow, segment);
     let redirected = flow.kind as u8 == FlowKind::Redirected as u8;
     let resets = if redirected {
@@ -277,28 +281,29 @@ fn established<A: Family, const UPLINK: bool>(
         return Ok(Verdict::Continue(Stage::Reset));
     }
     if !redirected {
-        let may_answer_poke = switch.has(switch_flags::RESET_PRIMARY) && is_bare_reset(segment);
-        return Ok(if may_answer_poke { Verdict::Continue(Stage::Reset) } else { Verdict::Next });
+        return Ok(Verdict::Next);
     }
     translate::<A, UPLINK>(packet, segment, context.service, &Peer::of(flow))
 }
 
-/// Whether the segment is a reset without ACK, as the answer to a poke is whose client has no such connection.
+/// Whether the segment is the answer to a poke of a client that has no such connection: a reset without ACK that has the
+/// poke's number.
 #[inline(always)]
-fn is_bare_reset<A: Family>(segment: &Segment<A>) -> bool {
-    segment.flags & (flags::RST | flags::ACK) == flags::RST
+fn answers_poke<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> bool {
+    segment.flags & (flags::RST | flags::ACK) == flags::RST && reset::has_poke_number(packet, segment)
 }
 
 /// Handles a segment of a connection that the programs have not seen from its SYN. Such a segment is never
 /// rewritten, only passed or, by policy, reset.
 #[inline(always)]
 fn untracked_segment<A: Family>(
+    packet: &Packet<'_>,
     segment: &Segment<A>,
     switch: &Switch<u8>,
     context: &mut PacketContext<A>,
 ) -> Result<Verdict, PassReason> {
     // Of resets, only the answer to a poke may be dropped.
-    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !is_bare_reset(segment) {
+    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !answers_poke(packet, segment) {
         return Ok(Verdict::Next);
     }
     if !agent::may_act_on_decision(switch, agent::now_ns()) {

@@ -16,7 +16,7 @@ use crate::{
     packet::Packet,
     parse::{self, Segment},
     pin::{self, ReplyPath},
-    return_path, select, service,
+    return_path, select, service, syns,
     verdict::{self, Stage, Verdict},
 };
 
@@ -218,6 +218,9 @@ pub(super) fn translate<A: Family, const UPLINK: bool>(
 #[inline(always)]
 fn fail_open<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reason: PassReason) -> Result<Verdict, PassReason> {
     count::service(flow.service, |c| &mut c.failed_open);
+    if key.proto == PROTO_TCP {
+        syns::note(key);
+    }
     let _ = pin::pin_passed(key, flow);
     Err(reason)
 }
@@ -231,6 +234,9 @@ fn fail_open<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reason: PassReason
 /// soon as this has changed.
 #[inline(always)]
 fn pass_and_pin<A: Family>(switch: &Switch<u8>, key: &FlowKey<A>, flow: &mut Flow<A>) -> Result<Verdict, PassReason> {
+    if key.proto == PROTO_TCP {
+        syns::note(key);
+    }
     let tries = switch.state == BreakerState::HalfOpen as u8;
     if switch.state != BreakerState::Closed as u8 && (key.proto == PROTO_TCP || tries) {
         pin::pin_passed(key, flow)?;

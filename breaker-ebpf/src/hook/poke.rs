@@ -6,20 +6,29 @@
 //! section 3.10.7.4), which has the right numbers. The segment is sent four times, with each of its two numbers as given and
 //! 2^31 further: of the four, one is old in both numbers, whatever those of the connection are. Only that one is sure to
 //! pass a connection tracking on its way, which may drop what is too new (`nf_conntrack_tcp_be_liberal` is 0).
+//!
+//! A client that has no such connection answers with a reset, which is not sent on ([`note_refusal`]).
 
 use aya_ebpf::{
-    bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS},
+    bindings::{BPF_F_NO_PREALLOC, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS},
+    btf_maps::HashMap,
+    macros::btf_map,
     programs::TcContext,
 };
-use breaker_common::{PokeOutcome, csum};
+use breaker_common::{DEFAULT_POKED, FlowKey, PokeOutcome, csum};
 
 use crate::{
     family::{Family, V4, V6},
-    fib,
+    fib, flow,
     nat::TCP_CHECK,
     packet::{Frame as _, Packet},
-    parse::UNTAGGED_L3_OFFSET,
+    parse::{Segment, UNTAGGED_L3_OFFSET},
 };
+
+/// The connections whose clients are poked now, with IPv4 addresses in their IPv4-mapped IPv6 form. The agent adds and
+/// removes them. The value is 1 if the client has refused a poke.
+#[btf_map]
+static POKED: HashMap<FlowKey<V6>, u8, { DEFAULT_POKED as usize }, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 /// Offsets of the sequence number and the acknowledgment number in a TCP header.
 const SEQUENCE: usize = 4;
@@ -59,6 +68,17 @@ fn send_four<A: Family>(packet: &Packet<'_>) -> Option<PokeOutcome> {
         add_half(packet, l4, number)?;
     }
     Some(PokeOutcome::Sent)
+}
+
+/// Notes that a client refuses a poke: it has no such connection. (Or it has, and a router on the way that translates
+/// addresses does not know all four segments. Then another of them has reached the client.)
+#[inline(always)]
+pub(super) fn note_refusal<A: Family>(segment: &Segment<A>) {
+    let Some(key) = flow::mapped_key(&flow::key(segment)) else { return };
+    if let Some(refused) = POKED.get_ptr_mut(key) {
+        // SAFETY: the kernel returned a pointer to a value of this map. Every writer stores the same byte.
+        unsafe { *refused = 1 };
+    }
 }
 
 /// Adds 2^31 to a number of the TCP header.

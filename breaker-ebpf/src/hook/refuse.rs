@@ -3,31 +3,28 @@
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use breaker_common::{EventKind, Switch};
 
-use super::{context::PacketContext, forward::forward_to_backend};
+use super::{context::PacketContext, forward::forward_to_backend, poke};
 use crate::{
     count, event,
     family::Family,
     flow,
     packet::Packet,
     parse::Segment,
-    reset,
+    reset, syns,
     verdict::{self, Verdict},
 };
 
-/// Resets the segment's connection at both ends. If the segment is a reset itself, it is dropped if it answers a poke
-/// ([`super::poke`]), and passes otherwise.
+/// Resets the segment's connection at both ends. A reset is the answer to a poke ([`super::poke`]), and is dropped.
 #[inline(never)]
 pub(super) fn reset_both<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, context: &PacketContext<A>) -> i32 {
     if segment.is_rst() {
-        return if reset::answers_poke(packet, segment) {
-            TC_ACT_SHOT
-        } else {
-            verdict::into_action(Ok(Verdict::Next))
-        };
+        poke::note_refusal(segment);
+        return TC_ACT_SHOT;
     }
     count::service(context.service, |c| &mut c.resets);
-    let switch = Switch::from_word(context.switch);
-    event::send(EventKind::FlowReset, context.service, &switch, &flow::key(segment), None);
+    let (switch, key) = (Switch::from_word(context.switch), flow::key(segment));
+    syns::forget(&key);
+    event::send(EventKind::FlowReset, context.service, &switch, &key, None);
     verdict::into_action(
         reset::both_ends(packet, segment, &context.peer).map(|()| forward_to_backend(packet, context.peer.egress)),
     )

@@ -86,6 +86,7 @@ fn loaded(pins: &PinDir, sizes: &Sizes) -> Result<(KernelDatapath, aya::Ebpf)> {
         log_level: None,
         sockets: false,
         xdp: true,
+        note_syns: false,
     };
     let mut loaded = programs::load(pins, &options)?;
     loaded.tail_calls.install_tail_calls(&loaded.programs)?;

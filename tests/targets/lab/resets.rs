@@ -274,16 +274,205 @@ fn a_client_that_is_gone_is_told_of() -> Result<()> {
     node.output("iptables", &[&["-t", "mangle", "-I", "PREROUTING"], resets.as_slice()].concat())?;
     trip(&lab)?;
     let said = wait_resets(&lab)?;
-    ensure!(said.contains("0 of 1") && said.contains("1 did not answer, or their clients are gone"), "{said}");
+    ensure!(said.contains("0 of 1") && said.contains("1 were gone before"), "{said}");
+    wait_forgotten(&lab)?;
     let seen = node.output("iptables", &["-t", "mangle", "-nvxL", "PREROUTING"])?;
     let counted = seen.lines().nth(2).and_then(|line| line.split_whitespace().next()).unwrap_or_default().to_owned();
     ensure!(counted == "0", "resets went on: {seen}");
     Ok(())
 }
 
-/// Waits until the agent says what became of the established connections.
+/// Clients of the backup that wait are reset, too: when the breaker closes, and when their pod of the backup is Down.
+#[test]
+fn clients_of_the_backup_that_wait_are_reset() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    let lan = lab.world.lan().clone();
+    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
+    let second = ServicePod::start(lab.world.node_mut(0), "second")?;
+    let more = format!(
+        "      - backends: [{}]\n        check: {{httpGet: {{path: /ready}}}}\n    onClose: Reset\n",
+        frontend(second.address())
+    );
+    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, &more))?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    for (fault, reports) in [("closed", 1), ("down", 2)] {
+        trip(&lab)?;
+        let mut streams = Vec::new();
+        for ns in [&lab.client.ns, &lan] {
+            streams.push(connected(&lab, ns)?);
+        }
+        ensure!(streams.iter_mut().all(|stream| ask(stream).is_ok_and(|pod| pod == lab.backup.address().to_string())));
+        match fault {
+            "closed" => lab.agent.cli(&["reset", SERVICE]).map(|_| ())?,
+            _ => lab.backup.signal(Signal::STOP)?,
+        }
+        streams.iter_mut().try_for_each(is_reset)?;
+        wait_for("a report for each fault", LONG, || all_resets(&lab).len() == reports)?;
+        let said = wait_resets(&lab)?;
+        ensure!(said.contains("2 of 2 established connections to the backup were reset"), "{fault}: {said}");
+    }
+    lab.backup.signal(Signal::CONT)?;
+    wait_closed(&lab.backup, &lab.client.address.to_string())
+}
+
+/// The client does not answer pokes: its end is closed in its pod, which tells the primary.
+#[test]
+fn a_client_that_does_not_answer_is_closed_in_its_pod() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let mut stream = connected(&lab, &lab.client.ns)?;
+    // A namespace is found by its processes.
+    let mut process = lab.client.ns.command("sleep").arg("60").spawn()?;
+    let vip = lab.vip.ip().to_string();
+    let pokes = ["-p", "tcp", "-s", &vip, "--tcp-flags", "ALL", "ACK", "-m", "length", "--length", "40"];
+    lab.client.ns.output("iptables", &[&["-I", "INPUT"], &pokes[..], &["-j", "DROP"]].concat())?;
+    trip(&lab)?;
+    let end = stream.read(&mut [0; 64]);
+    process.kill()?;
+    process.wait()?;
+    ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionAborted), "{end:?}");
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("1 of 1 established connections"), "{said}");
+    wait_closed(&lab.primary, &lab.client.address.to_string())?;
+    wait_forgotten(&lab)
+}
+
+/// A client has closed its own direction and waits for the answer of a primary that hangs.
+#[test]
+fn a_client_that_has_sent_its_end_is_reset() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    // Conntrack takes a FIN that is sent twice for those of both sides, and calls the connection TIME_WAIT.
+    lab.client.ns.sysctl(&["net.ipv4.tcp_early_retrans=0"])?;
+    let mut stream = connected(&lab, &lab.client.ns)?;
+    lab.primary.signal(Signal::STOP)?;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    is_reset(&mut stream)?;
+    lab.primary.signal(Signal::CONT)?;
+    wait_forgotten(&lab)
+}
+
+/// The node has forgotten the client's link-layer address: the agent has the kernel find it out.
+#[test]
+fn a_client_without_a_neighbor_entry_is_reset() -> Result<()> {
+    let lab = start_healthy_lab("")?;
+    let mut stream = connected(&lab, &lab.client.ns)?;
+    lab.world.node(0).ns().ip(&["neigh", "flush", "dev", "cni0"])?;
+    trip(&lab)?;
+    is_reset(&mut stream)?;
+    wait_forgotten(&lab)
+}
+
+/// Clients behind a router that masquerades them and drops what it calls INVALID.
+#[test]
+fn clients_behind_a_router_that_masquerades_are_reset() -> Result<()> {
+    let mut lab = Lab::new(Checks::Fast)?;
+    let lan = lab.world.lan().clone();
+    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
+    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
+    lab.agent.start()?;
+    wait_all_up(&lab)?;
+    let home = NetNs::create(&format!("{}-home", lab.world.id()))?;
+    lan.ip(&["link", "add", "home", "type", "veth", "peer", "name", "eth0", "netns", home.name()])?;
+    lan.ip(&["addr", "add", "192.168.7.1/24", "dev", "home"])?;
+    lan.ip(&["link", "set", "home", "up"])?;
+    home.ip(&["addr", "add", "192.168.7.2/24", "dev", "eth0"])?;
+    home.ip(&["link", "set", "eth0", "up"])?;
+    home.ip(&["route", "add", "default", "via", "192.168.7.1"])?;
+    lan.sysctl(&["net.ipv4.ip_forward=1"])?;
+    lan.iptables_restore(
+        "*nat\n-A POSTROUTING -s 192.168.7.0/24 -j MASQUERADE\nCOMMIT\n*filter\n-A FORWARD -m conntrack --ctstate \
+         INVALID -j DROP\n-A INPUT -m conntrack --ctstate INVALID -j DROP\nCOMMIT\n",
+    )?;
+    let mut streams = (0..30).map(|_| connected(&lab, &home)).collect::<Result<Vec<_>>>()?;
+    lab.primary.signal(Signal::STOP)?;
+    for stream in &mut streams {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+    }
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    streams.iter_mut().try_for_each(is_reset)?;
+    let said = wait_resets(&lab)?;
+    ensure!(said.contains("30 of 30 established connections"), "{said}");
+    lab.primary.signal(Signal::CONT)?;
+    wait_forgotten(&lab)
+}
+
+/// Where the kernel does not track connections to Services, the programs have noted their SYNs. Those that have ended are
+/// noted, too, and are told from the others by the answers.
+#[test]
+fn connections_are_found_by_their_syns() -> Result<()> {
+    for limits in ["", "    limits: {concurrentConnections: 1000}\n"] {
+        let mut lab = Lab::new(Checks::Fast)?;
+        lab.agent.write_config("  connections: Syns\n", &lab.services(Checks::Fast, limits))?;
+        lab.agent.start()?;
+        wait_all_up(&lab)?;
+        let mut streams = (0..5).map(|_| connected(&lab, &lab.client.ns)).collect::<Result<Vec<_>>>()?;
+        // Without a time to linger, no TIME_WAIT is left that would answer.
+        for stream in streams.drain(2..) {
+            rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
+        }
+        trip(&lab)?;
+        streams.iter_mut().try_for_each(is_reset)?;
+        let said = wait_resets(&lab)?;
+        ensure!(said.contains("2 of 5 established connections") && said.contains("3 were gone before"), "{said}");
+        wait_closed(&lab.primary, &lab.client.address.to_string())?;
+        // Nothing of these is noted any more.
+        let mut again = connected(&lab, &lab.client.ns)?;
+        lab.agent.cli(&["reset", SERVICE])?;
+        lab.agent.wait_state(SERVICE, BreakerState::Closed, LONG)?;
+        trip(&lab)?;
+        ask(&mut again)?;
+        std::thread::sleep(Duration::from_millis(300));
+        ensure!(all_resets(&lab).len() == 1, "{:?}", all_resets(&lab));
+    }
+    Ok(())
+}
+
+/// The agent is killed while it resets. The next one goes on with those that are left.
+#[test]
+fn a_killed_agent_goes_on_with_the_rest() -> Result<()> {
+    // After the first 200, one a second.
+    let mut lab = start_healthy_lab("    resetsPerSecond: 1\n")?;
+    let mut streams = (0..230).map(|_| connected(&lab, &lab.client.ns)).collect::<Result<Vec<_>>>()?;
+    trip(&lab)?;
+    let left = |lab: &Lab| lab.agent.service(SERVICE).ok()?.established.map(|counts| counts.left);
+    wait_for("the count of the connections", LONG, || left(&lab) == Some(230))?;
+    let sockets = |lab: &Lab| lab.client.ns.output("ss", &["-Htn", "state", "established"]).unwrap_or_default();
+    wait_for("the first resets", LONG, || (1..=30).contains(&sockets(&lab).lines().count()))?;
+    lab.agent.kill()?;
+    ensure!(sockets(&lab).lines().count() > 0, "all were reset before the agent was killed");
+    lab.agent.start()?;
+    streams.iter_mut().try_for_each(is_reset)?;
+    wait_forgotten(&lab)
+}
+
+/// `Keep`: the status says how many connections are still on the primary.
+#[test]
+fn connections_that_go_on_are_counted() -> Result<()> {
+    let lab = start_healthy_lab("    onOpen: Keep\n")?;
+    let mut streams = (0..3).map(|_| connected(&lab, &lab.client.ns)).collect::<Result<Vec<_>>>()?;
+    trip(&lab)?;
+    let words = |lab: &Lab| lab.agent.service(SERVICE).ok()?.established.map(|counts| counts.words());
+    let said = |text: &str| wait_for(text, LONG, || words(&lab).as_deref() == Some(text));
+    said("3 of 3 established connections to the primary go on")?;
+    ask(&mut streams[0])?;
+    streams.truncate(1);
+    said("1 of 3 established connections to the primary go on")?;
+    let flows = String::from_utf8(lab.agent.cli(&["flows", SERVICE])?.stdout)?;
+    ensure!(flows.contains("1 of 3 established connections to the primary go on"), "{flows}");
+    lab.agent.cli(&["reset", SERVICE])?;
+    wait_for("no number while closed", LONG, || words(&lab).is_none())
+}
+
+/// What the agent said became of established connections, so far.
+fn all_resets(lab: &Lab) -> Vec<String> {
+    let events = lab.agent.events().unwrap_or_default().into_iter();
+    events.filter(|event| event.kind == EventType::Resets).map(|event| event.message).collect()
+}
+
+/// Waits until the agent says what became of the established connections. Returns what it said last.
 fn wait_resets(lab: &Lab) -> Result<String> {
-    let said = || lab.agent.events().unwrap_or_default().into_iter().find(|event| event.kind == EventType::Resets);
-    wait_for("the report of resets", LONG, || said().is_some())?;
-    Ok(said().map(|event| event.message).unwrap_or_default())
+    wait_for("the report of resets", LONG, || !all_resets(lab).is_empty())?;
+    Ok(all_resets(lab).pop().unwrap_or_default())
 }

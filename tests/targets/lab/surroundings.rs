@@ -297,7 +297,7 @@ fn l2_more_probes_than_the_node_can_make() -> Result<()> {
         "--inh-caps",
         "-sys_resource",
         "prlimit",
-        "--nofile=160:160",
+        "--nofile=192:192",
     ]);
     lab.agent.start()?;
     let load = lab.load(Plan::usual(lab.vip))?;

@@ -1,8 +1,12 @@
 //! Merges the nodes' reports into the status of a CircuitBreaker, and derives its Events. All functions are pure.
 
-use breaker_api::crd::{
-    CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, OwnerKind, PortStatus, ReportedAgent, ReportedService,
-    ReportedState,
+use breaker_api::{
+    crd::{
+        CircuitBreakerStatus, NodeCounts, NodeReport, NodeStatus, OwnerKind, PortStatus, ReportedAgent,
+        ReportedService, ReportedState,
+    },
+    established::EstablishedCounts,
+    tier::TierRole,
 };
 use breaker_common::StateReason;
 use std::collections::BTreeMap;
@@ -93,7 +97,16 @@ fn node_status(reports: &NodeReportView, ports: &[&ReportedService]) -> NodeStat
             })
             .collect(),
         error: ports.iter().find_map(|s| s.error.as_deref()).map(short),
+        established: established(ports.iter().copied()),
     }
+}
+
+/// The sum of the established connections of a tier that was left: of the primary, if any service has left it.
+fn established<'a>(services: impl Iterator<Item = &'a ReportedService>) -> Option<EstablishedCounts> {
+    let all: Vec<&EstablishedCounts> = services.filter_map(|service| service.established.as_ref()).collect();
+    let primary = all.iter().any(|counts| counts.tier == Some(TierRole::Primary));
+    let of_tier = all.into_iter().filter(|counts| !primary || counts.tier == Some(TierRole::Primary));
+    of_tier.cloned().reduce(|sum, counts| sum.plus(&counts))
 }
 
 /// The status of one owner. `old` is the status that was published last: a condition whose status did not change
@@ -154,6 +167,7 @@ pub fn status(
         share,
         open: worst.map(|_| format!("{}/{}", counts.open, counts.nodes)),
         limits_shared_by: live().flat_map(|(_, ports)| *ports).map(|s| s.limits_shared_by).max().filter(|by| *by > 0),
+        established: established(live().flat_map(|(_, ports)| ports.iter().copied())),
         limited: limited_text(live().flat_map(|(_, ports)| ports.iter().copied())),
         counts,
         conditions: Vec::new(),
@@ -449,6 +463,7 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
         let text = "new connections over the limit are refused, dropped or sent to the backup (limits.onLimit)";
         found.push(warning("Limited", format!("a limit is reached: {limited}; {text}")));
     }
+    found.extend(reset_event(old, new));
     let find = |status: Option<&CircuitBreakerStatus>, type_: &str| -> Option<(String, String, String)> {
         let condition = status?.conditions.iter().find(|c| c.type_ == type_)?;
         Some((condition.status.clone(), condition.reason.clone(), condition.message.clone()))
@@ -484,6 +499,18 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
         }
     }
     found
+}
+
+/// The Event about established connections that were reset, once no node resets any more. How many are left changes
+/// later, too, which is no Event.
+fn reset_event(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus) -> Option<EventRecord> {
+    let numbers = |counts: &EstablishedCounts| (counts.tier, counts.reset, counts.gone, counts.unreached);
+    let counts = new.established.as_ref().filter(|counts| !counts.resetting)?;
+    let before = old.and_then(|old| old.established.as_ref()).filter(|before| !before.resetting);
+    let has_reset = counts.reset + counts.gone + counts.unreached > 0;
+    // The numbers would be lost if the Event were counted up: it keeps its first note.
+    (has_reset && before.map(numbers) != Some(numbers(counts)))
+        .then(|| EventRecord { counted: false, ..normal("ConnectionsReset", counts.words()) })
 }
 
 #[cfg(test)]

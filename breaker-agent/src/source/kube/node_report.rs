@@ -25,7 +25,7 @@ use super::{
     text::short,
     watch::{Backoff, error_text},
 };
-use crate::{clock, metrics::instruments::KubeObject};
+use crate::{clock, metrics::instruments::KubeObject, view};
 use breaker_core::engine::snapshot::{Summary, TierSummary};
 
 /// Shortest time between two writes.
@@ -84,6 +84,7 @@ pub fn make(state: &NodeState, applied: &mut HashMap<String, i64>) -> NodeReport
                     limit: active.limit.to_string(),
                     per_minute: i64::try_from(active.per_minute).unwrap_or(i64::MAX),
                 }),
+                established: summary.established.map(view::established),
                 primary: summary.tiers.first().map(tier).unwrap_or_default(),
                 backups: summary.tiers.iter().skip(1).map(tier).collect(),
             });

@@ -1,0 +1,22 @@
+//! What is known of the established connections of a tier that a service has left.
+
+use crate::model::TierRole;
+
+/// The connections that were established when a service left a tier, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EstablishedCounts {
+    /// The tier.
+    pub tier: TierRole,
+    /// Connections that were found.
+    pub found: usize,
+    /// Those of them that were reset.
+    pub reset: usize,
+    /// Those of them whose clients no longer have them.
+    pub gone: usize,
+    /// Those of them that could not be reset.
+    pub unreached: usize,
+    /// Connections that are established now.
+    pub left: usize,
+    /// Whether connections are being reset.
+    pub is_resetting: bool,
+}
