@@ -57,8 +57,11 @@ const LAB: &[Requirement] = &[
 ];
 
 /// What the benchmarks need in addition.
-const BENCH: &[Requirement] =
-    &[requirement("go", "golang-go", "compiles a prober as kubelet's, a peer in the benchmark of probes")];
+const BENCH: &[Requirement] = &[
+    requirement("go", "golang-go", "compiles a prober as kubelet's, a peer in the benchmark of probes"),
+    requirement("ab", "apache2-utils", "the clients in the benchmark of resets"),
+    requirement("conntrack", "conntrack", "fills the connection tracking in the benchmark of resets"),
+];
 
 /// What the tier vm needs in addition.
 const VM: &[Requirement] = &[

@@ -6,38 +6,48 @@ use tokio::time::Instant;
 
 /// Number of connections that are reset without a pause.
 const AT_ONCE: u32 = 200;
+/// Mean length of a step. All connections that are due within one come at its end: a wake-up for each would cost as much as
+/// the reset.
+const STEP: Duration = Duration::from_millis(5);
 
 /// Says when the next connection is due: a token bucket that holds [`AT_ONCE`] tokens at the beginning and is not filled
-/// up again. Each connection is late by a random part of an interval, so that clients do not come in step.
+/// up again. Steps are of random length, so that clients do not come in a rhythm.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     interval: Duration,
     at_once: u32,
     due: Instant,
+    /// Mean length of a step, and the end of the one under way.
+    step: Duration,
+    step_end: Instant,
 }
 
 impl Pace {
     /// `per_second`: connections a second after the first [`AT_ONCE`]; at least 1.
     pub(super) fn new(per_second: u32, now: Instant) -> Self {
-        Self { interval: Duration::from_secs(1) / per_second.max(1), at_once: AT_ONCE, due: now }
+        let interval = Duration::from_secs(1) / per_second.max(1);
+        Self { interval, at_once: AT_ONCE, due: now, step: STEP, step_end: now }
     }
 
-    /// The same without connections at once.
+    /// The same without connections at once, and without steps.
     pub(super) fn steady(per_second: u32, now: Instant) -> Self {
-        Self { at_once: 0, ..Self::new(per_second, now) }
+        Self { at_once: 0, step: Duration::ZERO, ..Self::new(per_second, now) }
     }
 
     /// When the next connection is due. Time that passed unused is not made up for.
     pub(super) fn next(&mut self, now: Instant) -> Instant {
         if self.at_once > 0 {
             self.at_once -= 1;
-            self.due = now;
+            (self.due, self.step_end) = (now, now);
             return now;
         }
         // A timer is late by up to a millisecond: only what is longer ago was not used.
         let earliest = now.checked_sub(Duration::from_millis(20)).unwrap_or(now);
         self.due = self.due.max(earliest) + self.interval;
-        self.due + self.interval.mul_f64(fastrand::f64())
+        if self.due > self.step_end {
+            self.step_end = self.due + self.step.mul_f64(0.5 + fastrand::f64());
+        }
+        self.step_end
     }
 }
 
@@ -61,9 +71,9 @@ mod tests {
                 let allowed = f64::from(AT_ONCE) + (now - start).as_secs_f64() * f64::from(per_second) + 1.0;
                 prop_assert!(f64::from(n) <= allowed, "{n} after {:?}", now - start);
             }
-            // The last one is late by up to an interval.
-            let planned = f64::from(count - AT_ONCE + 1) / f64::from(per_second);
-            prop_assert!((now - start).as_secs_f64() <= planned * 1.1 + 0.01, "{:?} of {planned} s", now - start);
+            // The last one comes at the end of a step.
+            let planned = f64::from(count - AT_ONCE) / f64::from(per_second);
+            prop_assert!((now - start).as_secs_f64() <= planned * 1.1 + 0.02, "{:?} of {planned} s", now - start);
         }
     }
 }

@@ -285,12 +285,16 @@ fn a_client_that_is_gone_is_told_of() -> Result<()> {
 /// Clients of the backup that wait are reset, too: when the breaker closes, and when their pod of the backup is Down.
 #[test]
 fn clients_of_the_backup_that_wait_are_reset() -> Result<()> {
+    ["", "    fastPath: PeerRedirect\n"].into_iter().try_for_each(clients_of_the_backup)
+}
+
+fn clients_of_the_backup(path: &str) -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
     let lan = lab.world.lan().clone();
     lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
     let second = ServicePod::start(lab.world.node_mut(0), "second")?;
     let more = format!(
-        "      - backends: [{}]\n        check: {{httpGet: {{path: /ready}}}}\n    onClose: Reset\n",
+        "      - backends: [{}]\n        check: {{httpGet: {{path: /ready}}}}\n    onClose: Reset\n{path}",
         frontend(second.address())
     );
     lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, &more))?;

@@ -147,6 +147,35 @@ fn what_did_not_change_keeps_its_time_and_is_no_event() {
     assert_eq!(told.iter().map(|h| (h.reason.as_str(), h.warning)).collect::<Vec<_>>(), [("Closed", false)]);
 }
 
+/// RESETS: the nodes' numbers are added up, and told when the last node has ended.
+#[test]
+fn resets_are_an_event_when_no_node_resets_any_more() {
+    let counts = |reset: i64, left: i64, resetting: bool| EstablishedCounts {
+        tier: Some(TierRole::Primary),
+        found: 5,
+        reset,
+        left,
+        resetting,
+        ..EstablishedCounts::default()
+    };
+    let open = |counts| ReportedService { established: Some(counts), ..port(Open, 5) };
+    let of = |a, b, old: Option<&CircuitBreakerStatus>| {
+        let reports = [node("a", true, vec![open(a)]), node("b", true, vec![open(b)])];
+        status(&result(), &NodeReports::new(&reports), old, at(9))
+    };
+    let during = of(counts(5, 0, false), counts(2, 3, true), None);
+    let ended = of(counts(5, 0, false), counts(5, 0, false), Some(&during));
+    let counted_again = of(counts(5, 0, false), counts(5, 1, false), Some(&ended));
+    assert_eq!(ended.established, Some(EstablishedCounts { found: 10, ..counts(10, 0, false) }));
+    assert_eq!(ended.nodes[1].established, Some(counts(5, 0, false)));
+    let notes = |old: &CircuitBreakerStatus, new: &CircuitBreakerStatus| -> Vec<String> {
+        event_records(Some(old), new).into_iter().map(|event| event.note).collect()
+    };
+    assert_eq!(notes(&during, &during), [""; 0]);
+    assert_eq!(notes(&during, &ended), ["10 of 10 established connections to the primary were reset"]);
+    assert_eq!(notes(&ended, &counted_again), [""; 0]);
+}
+
 /// TRIALS A2: a pod that is known to be Down still gets connections while the breaker is closed.
 #[test]
 fn a_primary_that_is_partly_down_is_told() {

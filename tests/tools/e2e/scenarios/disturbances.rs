@@ -63,7 +63,16 @@ pub(super) fn waiting_clients(cluster: &Cluster) -> Result<String> {
         let told = ["reset by peer", "connection abort"].iter().any(|words| said.contains(words));
         ensure!(told, "the client {who}: {said}");
     }
-    Ok("clients outside, on a node and in a pod were told when the breaker opened".into())
+    let counts = wait_for("the number of resets in the status", Duration::from_secs(20), || {
+        let counts = cluster.breaker("dummy")?["status"]["established"].clone();
+        let number = |name: &str| counts[name].as_i64();
+        ensure!(counts["resetting"] == false && number("reset") >= Some(3) && number("left") == Some(0), "{counts}");
+        Ok(Some(counts))
+    })?;
+    cluster.wait_event("CircuitBreaker", "dummy", "ConnectionsReset")?;
+    let shown = cluster.plugin(&["status", "-n", NAMESPACE])?;
+    ensure!(shown.text.contains("established connections to the primary were reset"), "{}", shown.text);
+    Ok(format!("clients outside, on a node and in a pod were told when the breaker opened: {counts}"))
 }
 
 pub(super) fn primary_scaled_to_0(cluster: &Cluster) -> Result<String> {
