@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use breaker_common::POKE_NUMBER_BITS;
 use breaker_core::{engine::Engine, model::Service};
 use tokio::sync::{mpsc, watch};
 
@@ -116,6 +117,7 @@ pub async fn run(options: Options, mut signals: Signals) -> Result<()> {
             sockets: config.node_sockets,
             xdp: config.xdp != XdpPolicy::Off,
             note_syns,
+            poke_number: fastrand::u32(..) & POKE_NUMBER_BITS,
         },
     )?;
     let xdp = match &loaded.xdp {

@@ -50,11 +50,11 @@ pub use telemetry::*;
 /// never adopts maps with a different layout.
 pub const ABI_VERSION: u32 = 10;
 
-/// Acknowledgment number of the segments that poke a client (see `breaker_poke`), or this number plus 2^31. A client
-/// without such a connection answers with a RST that has this sequence number (RFC 9293, section 3.5.2, rule 1), and the
-/// programs drop it: nobody else knows the connection. Any other RST with this number would be lost as well, which is one
-/// in two thousand million.
-pub const POKE_NUMBER: u32 = 0x6272_6b72;
+/// The acknowledgment numbers of the segments that poke a client (see `breaker_poke`) have these bits at random, the same
+/// for all segments of an agent; the top bit is 0 or 1. A client without such a connection answers with a RST that has this
+/// sequence number (RFC 9293, section 3.5.2, rule 1), and the programs drop it: nobody else knows the connection. Any other
+/// RST with this number would be lost as well, which is one in two thousand million.
+pub const POKE_NUMBER_BITS: u32 = u32::MAX >> 1;
 
 /// Default maximum number of services on one node. The agent may choose another size when it creates the maps; the
 /// same holds for every other constant whose name starts with `DEFAULT_`.

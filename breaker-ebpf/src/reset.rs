@@ -22,7 +22,7 @@
 //! The packet is truncated behind its UDP header and quoted in an ICMP "port unreachable" from the address that it
 //! was sent to.
 
-use breaker_common::{POKE_NUMBER, PROTO_TCP, PassReason, csum};
+use breaker_common::{POKE_NUMBER_BITS, PROTO_TCP, PassReason, csum};
 use network_types::{eth::EthHdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
@@ -33,6 +33,10 @@ use crate::{
     parse::{Segment, UNTAGGED_L3_OFFSET, flags},
     wire::Wire as _,
 };
+
+/// The acknowledgment number of the agent's pokes without its top bit. The loader sets it.
+#[unsafe(no_mangle)]
+static POKE_NUMBER: aya_ebpf::Global<u32> = aya_ebpf::Global::new(0);
 
 /// Fields of a segment that its answer depends on. Numbers are in host byte order.
 #[derive(Clone, Copy)]
@@ -124,7 +128,7 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
 #[inline(always)]
 pub fn has_poke_number<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> bool {
     let number = packet.read::<[u8; 4]>(segment.l4() + 4).map(u32::from_be_bytes);
-    number.is_some_and(|number| number & (u32::MAX >> 1) == POKE_NUMBER)
+    number.is_some_and(|number| number & POKE_NUMBER_BITS == POKE_NUMBER.load())
 }
 
 /// The reset that goes back to the sender of a segment.

@@ -8,7 +8,7 @@ use aya::{
     maps::{HashMap, MapData},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
-use breaker_common::{FlowKey, POKE_NUMBER, PROTO_TCP, PokeOutcome, V6};
+use breaker_common::{FlowKey, PROTO_TCP, PokeOutcome, V6};
 use etherparse::PacketBuilder;
 
 use super::{maps::typed, pins::PinDir};
@@ -26,15 +26,17 @@ const TTL: u8 = 64;
 pub struct Poker {
     program: SchedClassifier,
     poked: HashMap<MapData, FlowKey<V6>, u8>,
+    /// The acknowledgment number of all pokes.
+    number: u32,
 }
 
 impl Poker {
-    /// Loads the program into the kernel.
+    /// Loads the program into the kernel. `number`: the acknowledgment number of the pokes, which all programs know.
     ///
     /// # Errors
     /// The kernel refused the program, or it cannot be pinned for a moment, which is how a program gets an owner of its
     /// own.
-    pub(super) fn load(programs: &mut Ebpf, pins: &PinDir) -> Result<Self> {
+    pub(super) fn load(programs: &mut Ebpf, pins: &PinDir, number: u32) -> Result<Self> {
         let program: &mut SchedClassifier =
             programs.program_mut(PROGRAM).context("the BPF object has no such program")?.try_into()?;
         program.load()?;
@@ -45,7 +47,7 @@ impl Poker {
         let own = SchedClassifier::from_pin(&path);
         std::fs::remove_file(&path)?;
         let poked = programs.take_map(POKED).with_context(|| format!("the BPF object has no map {POKED}"))?;
-        Ok(Self { program: own?, poked: typed(poked, POKED)? })
+        Ok(Self { program: own?, poked: typed(poked, POKED)?, number })
     }
 
     /// Pokes one client, from `frontend`.
@@ -55,7 +57,7 @@ impl Poker {
     pub fn poke(&mut self, client: SocketAddr, frontend: SocketAddr) -> Result<PokeOutcome> {
         // The map may be full. Then it stays unknown whether the client is gone.
         let _ = self.poked.insert(key(client, frontend), 0, NO_EXIST);
-        let frame = frame(client, frontend, fastrand::u32(..), POKE_NUMBER)?;
+        let frame = frame(client, frontend, fastrand::u32(..), self.number)?;
         let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
         let ran = self.program.test_run(options).context("run the program that pokes clients")?;
         let number = u8::try_from(ran.return_value).unwrap_or(u8::MAX);

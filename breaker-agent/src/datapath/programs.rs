@@ -64,6 +64,8 @@ pub struct Options {
     pub xdp: bool,
     /// Whether the programs note connections to primaries by their SYNs.
     pub note_syns: bool,
+    /// The acknowledgment number of pokes, within [`breaker_common::POKE_NUMBER_BITS`].
+    pub poke_number: u32,
 }
 
 /// Loads the programs with the maps of a pin directory, and attaches those for the node's own sockets.
@@ -86,6 +88,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
         .override_global("MASQUERADE_MARK", masquerade_mark, true)
         .override_global("HAS_XFRM", &has_xfrm, true)
         .override_global("NOTE_SYNS", &note_syns, true)
+        .override_global("POKE_NUMBER", &options.poke_number, true)
         .override_global("NODE_NETNS", &cookie, true);
     // A map that is pinned already keeps its size.
     let size_of = |name: &str, wanted: u32| MapInfo::from_pin(pins.map(name)).map_or(wanted, |info| info.max_entries());
@@ -118,7 +121,7 @@ pub fn load(pins: &PinDir, options: &Options) -> Result<Loaded> {
     }
     // The programs for sockets and XDP are optional: everything else works without them.
     let sockets = netns.and_then(|_| cgroup::load(&mut programs));
-    let poker = Poker::load(&mut programs, pins).map_err(|error| format!("{error:#}"));
+    let poker = Poker::load(&mut programs, pins, options.poke_number).map_err(|error| format!("{error:#}"));
     let syns = if options.note_syns { Some(Syns::take_from(&mut programs)?) } else { None };
     let xdp = if options.xdp { xdp::load(&mut programs) } else { Ok(()) }.map_err(|error| format!("{error:#}"));
     let logger = match log_level {

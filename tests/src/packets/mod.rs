@@ -6,4 +6,4 @@ mod rig;
 
 pub use frame::{Datagram, Ip, MACS, Segment, flags, icmp_is_valid};
 pub use plans::{plan, plan_with, pod, pod6, service, service_with, vip, vip6};
-pub use rig::{DROP, NEXT, REDIRECT, RunResult, TestRig, XDP_PASS, XDP_TX};
+pub use rig::{DROP, NEXT, POKE_NUMBER, REDIRECT, RunResult, TestRig, XDP_PASS, XDP_TX};

@@ -27,6 +27,9 @@ pub const XDP_PASS: u32 = 2;
 /// `XDP_TX`: the packet is sent back out of the interface that it arrived on.
 pub const XDP_TX: u32 = 3;
 
+/// The acknowledgment number of pokes in tests.
+pub const POKE_NUMBER: u32 = 0x6272_6b72;
+
 /// Creates a network namespace that forwards packets and has default routes over one interface, and moves the calling
 /// thread into it. Returns the namespace and the interface's index. BPF_PROG_TEST_RUN runs a program in its caller's
 /// namespace, and the programs look up that namespace's routes.
@@ -87,6 +90,7 @@ fn loaded(pins: &PinDir, sizes: &Sizes) -> Result<(KernelDatapath, aya::Ebpf)> {
         sockets: false,
         xdp: true,
         note_syns: false,
+        poke_number: POKE_NUMBER,
     };
     let mut loaded = programs::load(pins, &options)?;
     loaded.tail_calls.install_tail_calls(&loaded.programs)?;

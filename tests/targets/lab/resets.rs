@@ -433,6 +433,23 @@ fn connections_are_found_by_their_syns() -> Result<()> {
     Ok(())
 }
 
+/// Clients that were reset connect anew at once. The backup gets no more of them than its limit allows.
+#[test]
+fn clients_that_come_again_meet_the_limits_of_the_backup() -> Result<()> {
+    let lab = start_healthy_lab("    limits: {backup: {concurrentConnections: 10}}\n")?;
+    let mut streams = (0..40).map(|_| connected(&lab, &lab.client.ns)).collect::<Result<Vec<_>>>()?;
+    trip(&lab)?;
+    let target = SocketAddr::V4(lab.vip);
+    let again = streams.iter_mut().map(|stream| {
+        is_reset(stream)?;
+        Ok(lab.client.ns.enter(move || TcpStream::connect_timeout(&target, LONG))?.ok())
+    });
+    let again = again.collect::<Result<Vec<_>>>()?;
+    let taken = again.iter().flatten().count();
+    ensure!(taken == 10, "the backup took {taken} connections");
+    Ok(())
+}
+
 /// The agent is killed while it resets. The next one goes on with those that are left.
 #[test]
 fn a_killed_agent_goes_on_with_the_rest() -> Result<()> {

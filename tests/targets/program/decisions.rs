@@ -1,13 +1,10 @@
 //! Decisions: states, shares, permits, policies, the lease and dry runs.
 
 use anyhow::{Context as _, Result};
-use breaker_common::{
-    BreakerState::{Closed, HalfOpen, Open},
-    POKE_NUMBER,
-};
+use breaker_common::BreakerState::{Closed, HalfOpen, Open};
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    DROP, NEXT, REDIRECT, Segment, TestRig,
+    DROP, NEXT, POKE_NUMBER, REDIRECT, Segment, TestRig,
     flags::{ACK, RST},
     plan, plan_with, pod, service, vip,
 };
