@@ -12,7 +12,7 @@ use breaker_core::{
         journal::{EntryKind, Level, LogLine},
         snapshot::ServiceSnapshot,
     },
-    model::{Service, TierRole},
+    model::Service,
     probe::Target,
     time::Now,
 };
@@ -252,7 +252,7 @@ impl Agent {
         }
     }
 
-    /// Has the established connections looked after of the tiers that services have left.
+    /// Has the established connections counted and reset of the tiers that services have left.
     fn follow_departures(&mut self) {
         let revision = self.engine.revision();
         if let Ok(resets) = &mut self.resets
@@ -264,30 +264,17 @@ impl Agent {
 
     fn note_established(&mut self, report: &resets::Report) {
         let resets::Report { service, counts, ended } = report;
-        if counts.found > 0 {
-            self.engine.note_established(service, *counts);
-        }
-        let Some(resets::Ended { took, local, error }) = ended else { return };
-        if counts.found == 0 && error.is_none() {
+        self.engine.note_established(service, *counts);
+        let Some(resets::Ended { took, local, broken_off, error }) = ended else { return };
+        if counts.found == 0 {
             return;
         }
-        let tier = match counts.tier {
-            TierRole::Primary => "primary",
-            TierRole::Backup => "backup",
-        };
-        let seconds = took.as_secs_f64();
-        let mut message = format!(
-            "{} of {} established connections to the {tier} were reset in {seconds:.1} s",
-            counts.reset, counts.found
-        );
-        if counts.gone > 0 {
-            message += &format!("; {} were gone before", counts.gone);
-        }
-        if counts.unreached > *local {
-            message += &format!("; {} could not be reached", counts.unreached - local);
-        }
+        let mut message = format!("{}; it took {:.1} s", view::established(*counts).words(), took.as_secs_f64());
         if *local > 0 {
-            message += &format!("; {local} are of the node's own processes and could not be closed");
+            message += &format!("; of the node's own processes, and not closed: {local}");
+        }
+        if *broken_off {
+            message += "; the service returned to them, or was configured anew, before the others were reset";
         }
         if let Some(error) = error {
             message += &format!("; the others are reset at their clients' next segments only: {error}");

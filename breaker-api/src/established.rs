@@ -24,7 +24,7 @@ pub struct EstablishedCounts {
     pub gone: i64,
     /// Those of them that could not be reset.
     pub unreached: i64,
-    /// Connections that are established now. It is counted every 10 seconds.
+    /// Those of them that are established now. For the primary, this is counted every 10 seconds.
     pub left: i64,
     /// Whether connections are being reset.
     pub resetting: bool,
@@ -55,13 +55,10 @@ impl EstablishedCounts {
         }
         let progress = if *resetting { "are reset so far" } else { "were reset" };
         let mut words = format!("{reset} of {found} established connections to the {tier} {progress}");
-        for (count, text) in [(gone, "were gone before"), (unreached, "could not be reached")] {
+        for (what, count) in [("gone before", gone), ("not reached", unreached), ("left", left)] {
             if *count > 0 {
-                let _ = write!(words, "; {count} {text}");
+                let _ = write!(words, "; {what}: {count}");
             }
-        }
-        if *left > 0 {
-            let _ = write!(words, "; {left} are left");
         }
         words
     }
@@ -79,8 +76,7 @@ mod tests {
         let reset = EstablishedCounts { reset: 2, gone: 1, unreached: 1, left: 1, ..kept };
         assert_eq!(
             reset.words(),
-            "2 of 4 established connections to the primary were reset; 1 were gone before; 1 could not be reached; 1 are \
-             left"
+            "2 of 4 established connections to the primary were reset; gone before: 1; not reached: 1; left: 1"
         );
         let both = reset.clone().plus(&EstablishedCounts { resetting: true, ..reset });
         assert!(both.words().starts_with("4 of 8 established connections to the primary are reset so far"));

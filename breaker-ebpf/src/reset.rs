@@ -126,9 +126,8 @@ pub fn both_ends<A: Family>(packet: &Packet<'_>, segment: &Segment<A>, peer: &Pe
 /// Whether a reset without ACK has the number that a poke acknowledges. The client has no such connection, and nobody on
 /// the way knows one, so the reset must not travel on: behind NAT, it would be sent back.
 #[inline(always)]
-pub fn has_poke_number<A: Family>(packet: &impl Frame, segment: &Segment<A>) -> bool {
-    let number = packet.read::<[u8; 4]>(segment.l4() + 4).map(u32::from_be_bytes);
-    number.is_some_and(|number| number & POKE_NUMBER_BITS == POKE_NUMBER.load())
+pub fn has_poke_number<A>(segment: &Segment<A>) -> bool {
+    u32::from_be_bytes(segment.sequence) & POKE_NUMBER_BITS == POKE_NUMBER.load()
 }
 
 /// The reset that goes back to the sender of a segment.

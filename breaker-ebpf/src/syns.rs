@@ -13,15 +13,21 @@ use crate::{
 #[unsafe(no_mangle)]
 static NOTE_SYNS: aya_ebpf::Global<u8> = aya_ebpf::Global::new(0);
 
-/// The connections, with IPv4 addresses in their IPv4-mapped IPv6 form (LRU). Those that have ended stay until they are
-/// evicted. The value has no meaning.
+/// The connections, with IPv4 addresses in their IPv4-mapped IPv6 form (LRU). The value has no meaning. One is removed with
+/// the first FIN or RST of its client; one that its client does not end stays until it is evicted.
 #[btf_map]
 static SYNS: LruHashMap<FlowKey<V6>, u8, { DEFAULT_SYNS as usize }> = LruHashMap::new();
+
+/// Whether connections are noted.
+#[inline(always)]
+pub fn are_noted() -> bool {
+    NOTE_SYNS.load() != 0
+}
 
 /// Notes a new connection that goes to the primary.
 #[inline(always)]
 pub fn note<A: Family>(key: &FlowKey<A>) {
-    if NOTE_SYNS.load() == 0 {
+    if !are_noted() {
         return;
     }
     if let Some(key) = flow::mapped_key(key) {
@@ -30,10 +36,10 @@ pub fn note<A: Family>(key: &FlowKey<A>) {
     }
 }
 
-/// Forgets a connection that was reset.
+/// Forgets a connection that was reset, or that its client ends.
 #[inline(always)]
 pub fn forget<A: Family>(key: &FlowKey<A>) {
-    if NOTE_SYNS.load() == 0 {
+    if !are_noted() {
         return;
     }
     if let Some(key) = flow::mapped_key(key) {

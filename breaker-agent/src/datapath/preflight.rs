@@ -232,7 +232,7 @@ pub fn untracked_connections() -> Option<String> {
 fn connections() -> Finding {
     const NAME: &str = "established connections";
     match untracked_connections() {
-        None => good(NAME, "found in conntrack when a breaker opens"),
+        None => good(NAME, "found in conntrack when a breaker opens (agent.connections: Auto)"),
         Some(why) => finding(
             NAME,
             Verdict::Worse,

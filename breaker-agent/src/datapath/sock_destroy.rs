@@ -2,11 +2,12 @@
 //! processes, which are behind no interface, and some clients do not answer one.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::File,
     net::{IpAddr, SocketAddr, UdpSocket},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
@@ -67,21 +68,31 @@ pub fn close(own: SocketAddr, peer: SocketAddr) -> Result<bool> {
 /// Closes connections of processes in other network namespaces of this machine, which are found by their processes in
 /// /proc. Returns those that were closed: none, without CAP_SYS_ADMIN, or where /proc shows the agent's own processes only.
 ///
-/// Takes a few system calls for each namespace, and a thread of its own.
+/// Takes some system calls for each namespace and client, and a thread of its own. Stops when `is_over` is set.
 #[must_use]
-pub fn close_in_pods(connections: &[(SocketAddr, SocketAddr)]) -> Vec<(SocketAddr, SocketAddr)> {
+pub fn close_in_pods(
+    connections: &[(SocketAddr, SocketAddr)],
+    is_over: &AtomicBool,
+) -> HashSet<(SocketAddr, SocketAddr)> {
+    let mut by_client: HashMap<IpAddr, Vec<(SocketAddr, SocketAddr)>> = HashMap::new();
+    for (client, peer) in connections {
+        by_client.entry(client.ip()).or_default().push((*client, *peer));
+    }
     thread::scope(|scope| {
         // A thread that entered a namespace stays there until it ends.
         let closing = scope.spawn(|| {
-            let mut closed = Vec::new();
+            let mut closed = HashSet::new();
             for namespace in network_namespaces() {
-                if move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
-                    return closed;
+                if is_over.load(Ordering::Relaxed) {
+                    break;
                 }
-                // Nobody can bind an address of another host.
-                let is_here = |client: SocketAddr| UdpSocket::bind((client.ip(), 0)).is_ok();
-                let here = connections.iter().filter(|(client, _)| is_here(*client));
-                closed.extend(here.filter(|(client, peer)| close(*client, *peer).unwrap_or(false)).copied());
+                if move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
+                    continue;
+                }
+                // An address that cannot be bound is not of this namespace.
+                let here = by_client.iter().filter(|(ip, _)| UdpSocket::bind((**ip, 0)).is_ok());
+                let ends = here.flat_map(|(_, ends)| ends);
+                closed.extend(ends.filter(|(client, peer)| close(*client, *peer).unwrap_or(false)));
             }
             closed
         });
@@ -90,12 +101,12 @@ pub fn close_in_pods(connections: &[(SocketAddr, SocketAddr)]) -> Vec<(SocketAdd
 }
 
 /// The network namespaces of all processes that /proc shows, each once, without the own one.
-fn network_namespaces() -> Vec<File> {
+fn network_namespaces() -> impl Iterator<Item = File> {
     let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
     let mut known: HashSet<(u64, u64)> = identity(Path::new("/proc/self/ns/net")).into_iter().collect();
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let paths = processes.map(|process| process.path().join("ns/net"));
-    paths.filter(|path| identity(path).is_some_and(|id| known.insert(id))).flat_map(File::open).collect()
+    paths.filter(move |path| identity(path).is_some_and(|id| known.insert(id))).flat_map(File::open)
 }
 
 /// An address in the field of a request: 16 bytes in wire order, of which IPv4 uses the first four.

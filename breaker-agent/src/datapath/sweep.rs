@@ -191,7 +191,7 @@ fn walk<'a, K: aya::Pod, V: aya::Pod>(
 
 /// Returns `None` for an entry that was removed during the walk, or a walk that the kernel restarted: neither is an
 /// error.
-fn entry_of<K, V>(entry: Result<(K, V), MapError>) -> Result<Option<(K, V)>, MapError> {
+pub(super) fn entry_of<K, V>(entry: Result<(K, V), MapError>) -> Result<Option<(K, V)>, MapError> {
     match entry {
         Ok(entry) => Ok(Some(entry)),
         Err(MapError::KeyNotFound) => Ok(None),

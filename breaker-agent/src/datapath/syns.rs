@@ -13,11 +13,12 @@ use super::{
     conntrack::Connections,
     maps::{family::IpFamily as _, typed},
     poke::key,
+    sweep::entry_of,
 };
 
 const MAP: &str = "SYNS";
 
-/// The map of the connections. It holds connections that have ended, too: the answer to a poke tells them from the others.
+/// The map of the connections. It holds some that have ended, too: the answer to a poke tells them from the others.
 #[derive(Debug)]
 pub struct Syns {
     map: maps::HashMap<MapData, FlowKey<V6>, u8>,
@@ -30,20 +31,23 @@ impl Syns {
     }
 
     /// The connections to the addresses that `is_wanted` selects.
-    pub fn connections_to_any(&self, is_wanted: impl Fn(SocketAddr) -> bool) -> Connections {
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn connections_to_any(&self, is_wanted: impl Fn(SocketAddr) -> bool) -> Result<Connections> {
         let socket = |ip: V6, port: [u8; 2]| {
             let mapped = ip.socket(port);
             SocketAddr::new(mapped.ip().to_canonical(), mapped.port())
         };
         let mut found: Connections = HashMap::new();
-        // A key that is evicted during the walk is an error of that key alone.
-        for key in self.map.keys().flatten() {
+        for entry in self.map.iter() {
+            let Some((key, _)) = entry_of(entry).context("read the connections")? else { continue };
             let to = socket(key.vip, key.vip_port);
             if is_wanted(to) {
                 found.entry(to).or_default().insert(socket(key.client, key.client_port));
             }
         }
-        found
+        Ok(found)
     }
 
     /// Forgets a connection that its client no longer has.

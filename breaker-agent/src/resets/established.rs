@@ -26,6 +26,21 @@ const MANY: usize = 7;
 /// How long a whole table, once read, serves for other services: thousands may open in one moment.
 const FRESH: Duration = Duration::from_millis(200);
 
+/// What a whole table held for the addresses of all services under way.
+#[derive(Debug)]
+struct Reading<T> {
+    /// When it began.
+    at: Instant,
+    found: T,
+}
+
+impl<T> Reading<T> {
+    /// Whether it serves for a service that began at `since`: it has the service's addresses, and is fresh.
+    fn serves(&self, since: Instant) -> bool {
+        self.at >= since && clock::instant() <= self.at + FRESH
+    }
+}
+
 /// The addresses of all services under way, and the last readings of whole tables.
 #[derive(Debug)]
 pub(super) struct Established {
@@ -34,8 +49,8 @@ pub(super) struct Established {
     flows: MovedFlows,
     /// The connections to primaries that the programs noted; `None` where conntrack has them.
     syns: Option<Syns>,
-    tracked: Option<(Instant, Connections)>,
-    moved: Option<(Instant, HashMap<SocketAddr, Vec<MovedFlow>>)>,
+    tracked: Option<Reading<Connections>>,
+    moved: Option<Reading<HashMap<SocketAddr, Vec<MovedFlow>>>>,
 }
 
 impl Established {
@@ -47,7 +62,7 @@ impl Established {
     ///
     /// # Errors
     /// The kernel refused it.
-    pub(super) fn forget(&mut self, Connection { client, frontend }: Connection) -> Result<()> {
+    pub(super) fn forget(&mut self, client: SocketAddr, frontend: SocketAddr) -> Result<()> {
         match &mut self.syns {
             Some(syns) => syns.forget(client, frontend),
             None => _ = conntrack::forget(client, frontend)?,
@@ -55,20 +70,24 @@ impl Established {
         Ok(())
     }
 
-    /// Begins to look for connections to these addresses.
-    pub(super) fn begin(&mut self, addresses: &[SocketAddr]) {
+    /// Whether a connection is redirected to a backup.
+    pub(super) fn is_moved(&self, client: SocketAddr, frontend: SocketAddr) -> bool {
+        self.flows.has(client, frontend)
+    }
+
+    /// Adds the addresses of a service that begins. Returns when.
+    pub(super) fn begin(&mut self, addresses: &[SocketAddr]) -> Instant {
         for address in addresses {
             *self.addresses.entry(*address).or_default() += 1;
         }
-        // The last readings do not have them.
-        (self.tracked, self.moved) = (None, None);
+        clock::instant()
     }
 
-    /// Ceases to look for connections to these addresses.
+    /// Removes the addresses of a service that ends. It may not have begun.
     pub(super) fn end(&mut self, addresses: &[SocketAddr]) {
         for address in addresses {
             if let Some(count) = self.addresses.get_mut(address) {
-                *count -= 1;
+                *count = count.saturating_sub(1);
             }
         }
         self.addresses.retain(|_, count| *count > 0);
@@ -77,20 +96,21 @@ impl Established {
         }
     }
 
-    /// The connections of a tier that a service has left. It was begun with the service's addresses.
+    /// The connections of a tier that a service has left. It was begun with the service's addresses at `since`.
     ///
     /// # Errors
     /// The kernel refused to tell.
-    pub(super) fn look(&mut self, departure: &Departure) -> Result<HashSet<Connection>> {
+    pub(super) fn list(&mut self, departure: &Departure, since: Instant) -> Result<HashSet<Connection>> {
+        let addresses = &departure.frontends;
         match &departure.from {
-            Departed::Primary => self.tracked(&departure.frontends),
+            Departed::Primary => self.tracked(addresses, since),
             // The programs reset the same ones (breaker-ebpf, `service::resets_on_backup`).
-            Departed::Backup => Ok(self.moved(&departure.frontends, |flow| flow.epoch != departure.epoch)),
-            Departed::DownBackends(down) => Ok(self.moved(&departure.frontends, |flow| down.contains(&flow.backend))),
+            Departed::Backup => self.moved(addresses, since, |flow| flow.epoch != departure.epoch),
+            Departed::DownBackends(down) => self.moved(addresses, since, |flow| down.contains(&flow.backend)),
         }
     }
 
-    fn tracked(&mut self, addresses: &[SocketAddr]) -> Result<HashSet<Connection>> {
+    fn tracked(&mut self, addresses: &[SocketAddr], since: Instant) -> Result<HashSet<Connection>> {
         let mut found = HashSet::new();
         if self.syns.is_none() && self.addresses.len() < MANY {
             for address in addresses {
@@ -98,36 +118,40 @@ impl Established {
             }
             return Ok(found);
         }
-        if !is_fresh(self.tracked.as_ref()) {
+        if !self.tracked.as_ref().is_some_and(|reading| reading.serves(since)) {
+            let at = clock::instant();
             let is_wanted = |address| self.addresses.contains_key(&address);
             let all = match &self.syns {
-                Some(syns) => syns.connections_to_any(is_wanted),
+                Some(syns) => syns.connections_to_any(is_wanted)?,
                 None => conntrack::connections_to_any(is_wanted)?,
             };
-            self.tracked = Some((clock::instant(), all));
+            self.tracked = Some(Reading { at, found: all });
         }
-        if let Some((_, all)) = &self.tracked {
-            addresses.iter().for_each(|address| add(&mut found, *address, all));
+        if let Some(reading) = &self.tracked {
+            addresses.iter().for_each(|address| add(&mut found, *address, &reading.found));
         }
         Ok(found)
     }
 
-    fn moved(&mut self, addresses: &[SocketAddr], is_left: impl Fn(&MovedFlow) -> bool) -> HashSet<Connection> {
-        if !is_fresh(self.moved.as_ref()) {
+    fn moved(
+        &mut self,
+        addresses: &[SocketAddr],
+        since: Instant,
+        is_left: impl Fn(&MovedFlow) -> bool,
+    ) -> Result<HashSet<Connection>> {
+        if !self.moved.as_ref().is_some_and(|reading| reading.serves(since)) {
+            let at = clock::instant();
             let mut by_frontend: HashMap<SocketAddr, Vec<MovedFlow>> = HashMap::new();
-            for flow in self.flows.find(|flow| self.addresses.contains_key(&flow.frontend)) {
+            for flow in self.flows.find(|flow| self.addresses.contains_key(&flow.frontend))? {
                 by_frontend.entry(flow.frontend).or_default().push(flow);
             }
-            self.moved = Some((clock::instant(), by_frontend));
+            self.moved = Some(Reading { at, found: by_frontend });
         }
-        let flows = self.moved.iter().flat_map(|(_, all)| addresses.iter().filter_map(|address| all.get(address)));
+        let of = |address| self.moved.as_ref().and_then(|reading| reading.found.get(address));
+        let flows = addresses.iter().filter_map(of);
         let left = flows.flatten().filter(|flow| is_left(flow));
-        left.map(|flow| Connection { client: flow.client, frontend: flow.frontend }).collect()
+        Ok(left.map(|flow| Connection { client: flow.client, frontend: flow.frontend }).collect())
     }
-}
-
-fn is_fresh<T>(read: Option<&(Instant, T)>) -> bool {
-    read.is_some_and(|(at, _)| clock::instant() <= *at + FRESH)
 }
 
 fn add(found: &mut HashSet<Connection>, frontend: SocketAddr, all: &Connections) {

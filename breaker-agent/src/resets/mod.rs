@@ -1,11 +1,10 @@
-//! Looks after the established connections of a tier that a service has left: of the primary when the breaker opened, of
-//! the backup when it closed, and of a backup's backend that is Down. Counts them, and reaches them where they are to be
-//! reset.
+//! The established connections of a tier that a service has left: of the primary when the breaker opened, of the backup when
+//! it closed, and of a backup's backend that is Down. They are counted and, where the policy says so, reset.
 //!
 //! The programs reset a connection at its client's next segment, and a client that waits for an answer sends none. So the
 //! agent pokes each client, whose kernel then answers, and the answer is reset.
 //!
-//! A thread of its own looks for the connections and pokes them, at the service's pace: neither may delay the main loop.
+//! A thread of its own finds the connections and pokes their clients, at the service's pace: neither may delay the main loop.
 
 mod established;
 mod pace;
@@ -13,11 +12,14 @@ mod pace;
 use std::{
     collections::{BTreeMap, HashSet},
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use breaker_common::PokeOutcome;
 use breaker_core::{
     engine::{
@@ -59,7 +61,7 @@ pub struct Report {
     pub service: ServiceName,
     /// The numbers.
     pub counts: EstablishedCounts,
-    /// Set in the report after the resets.
+    /// Set in the report at the end of the resets.
     pub ended: Option<Ended>,
 }
 
@@ -70,7 +72,9 @@ pub struct Ended {
     pub took: Duration,
     /// Those of the unreached connections that belong to the node's own processes.
     pub local: usize,
-    /// Why they ended early.
+    /// Whether they were broken off, because the service returned or its configuration changed.
+    pub broken_off: bool,
+    /// The first error.
     pub error: Option<String>,
 }
 
@@ -83,7 +87,7 @@ struct Connection {
 
 /// State that all services under way share. They run in one thread, so nobody waits for a lock.
 #[derive(Clone, Debug)]
-struct Means {
+struct Shared {
     poker: Arc<Mutex<Poker>>,
     established: Arc<Mutex<Established>>,
     /// The pace of the node, for all services together.
@@ -91,7 +95,12 @@ struct Means {
     began: Instant,
 }
 
-impl Means {
+/// Locks a mutex. After a panic of another job, what it protects is still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
     /// The next moment of counting.
     fn next_count(&self) -> Instant {
         let now = clock::instant();
@@ -100,61 +109,13 @@ impl Means {
     }
 }
 
-/// Connections that are looked for and poked until this is dropped, also where the task is aborted.
-struct Reaching<'a> {
-    departure: &'a Departure,
-    means: &'a Means,
-    poked: HashSet<Connection>,
-}
-
-impl<'a> Reaching<'a> {
-    fn begin(departure: &'a Departure, means: &'a Means) -> Self {
-        if let Ok(mut established) = means.established.lock() {
-            established.begin(&departure.frontends);
-        }
-        Self { departure, means, poked: HashSet::new() }
-    }
-
-    fn look(&self) -> Result<HashSet<Connection>> {
-        let mut established = self.means.established.lock().map_err(|_| anyhow!("an earlier look failed"))?;
-        established.look(self.departure)
-    }
-
-    /// Forgets a connection to a primary that its client does not have.
-    fn forget(&self, connection: Connection) -> Result<()> {
-        let mut established = self.means.established.lock().map_err(|_| anyhow!("an earlier look failed"))?;
-        established.forget(connection)
-    }
-
-    fn poke(&mut self, connection: Connection) -> Result<PokeOutcome> {
-        self.poked.insert(connection);
-        let mut poker = self.means.poker.lock().map_err(|_| anyhow!("an earlier poke failed"))?;
-        poker.poke(connection.client, connection.frontend)
-    }
-
-    /// Ends all pokes, and returns the connections that their clients do not have.
-    fn end_pokes(&mut self) -> HashSet<Connection> {
-        let Ok(mut poker) = self.means.poker.lock() else { return HashSet::new() };
-        self.poked.drain().filter(|connection| poker.end(connection.client, connection.frontend)).collect()
-    }
-}
-
-impl Drop for Reaching<'_> {
-    fn drop(&mut self) {
-        self.end_pokes();
-        if let Ok(mut established) = self.means.established.lock() {
-            established.end(&self.departure.frontends);
-        }
-    }
-}
-
 /// The thread, and what it does now.
 #[derive(Debug)]
 pub struct Resets {
     tasks: TaskThread,
-    means: Means,
+    shared: Shared,
     reports: mpsc::UnboundedSender<Report>,
-    /// The departures that are, or were, looked after, by service and by whether it is the primary that was left.
+    /// The departures that have, or had, a job, by service and by whether it is the primary that was left.
     begun: BTreeMap<(ServiceName, bool), (Departure, AbortHandle)>,
     /// `true` after the first call of [`Resets::follow`].
     has_followed: bool,
@@ -174,21 +135,21 @@ impl Resets {
     ) -> Result<Self> {
         let tasks = TaskThread::start("resets")?;
         let now = clock::instant();
-        let means = Means {
+        let shared = Shared {
             poker: Arc::new(Mutex::new(poker)),
             established: Arc::new(Mutex::new(Established::new(flows, syns))),
             pace: Arc::new(Mutex::new(Pace::steady(NODE_PER_SECOND, now))),
             began: now,
         };
-        Ok(Self { tasks, means, reports, begun: BTreeMap::new(), has_followed: false })
+        Ok(Self { tasks, shared, reports, begun: BTreeMap::new(), has_followed: false })
     }
 
     /// Begins with the tiers that were left, and ends with those that are not in `departures` any more. One is begun once,
     /// and again when the tier was left anew or the configuration changed.
     pub fn follow(&mut self, departures: Vec<Departure>) {
         let mut ended = std::mem::take(&mut self.begun);
-        // A service that is open already when the agent starts may have connections of the node's own processes that were
-        // left to the primary since. (Those of pods have a pinned decision then, so a poke does them no harm.)
+        // Of a service that is open already when the agent starts, connections of the node's own processes may be from after
+        // the opening: they were left to the primary. (Those of pods have a pinned decision then, so a poke does them no harm.)
         let closes_sockets = std::mem::replace(&mut self.has_followed, true);
         for departure in departures {
             let key = (departure.service.clone(), departure.from == Departed::Primary);
@@ -199,12 +160,7 @@ impl Resets {
                 }
                 task.abort();
             }
-            let job = Job {
-                departure: departure.clone(),
-                closes_sockets,
-                means: self.means.clone(),
-                reports: self.reports.clone(),
-            };
+            let mut job = Job::new(departure.clone(), closes_sockets, self.shared.clone(), self.reports.clone());
             let task = self.tasks.handle().spawn(async move { job.run().await });
             self.begun.insert(key, (departure, task.abort_handle()));
         }
@@ -212,21 +168,34 @@ impl Resets {
     }
 }
 
-/// Looks after one departure.
+/// The established connections of one departure. When it is dropped, which is also where its task is aborted, it ends its
+/// pokes and reports what it has reached.
 struct Job {
     departure: Departure,
     /// Whether connections of the node's own processes are closed.
     closes_sockets: bool,
-    means: Means,
+    shared: Shared,
     reports: mpsc::UnboundedSender<Report>,
+    /// When the shared state knew the service's addresses.
+    since: Instant,
+    /// Tells a thread that closes sockets to stop.
+    is_over: Arc<AtomicBool>,
+    poked: HashSet<Connection>,
+    counts: EstablishedCounts,
+    resets: Option<Resetting>,
+}
+
+/// Resets under way.
+struct Resetting {
+    began: Instant,
+    local: usize,
+    error: Option<String>,
 }
 
 impl Job {
-    /// Resets the connections if they are to be reset, and counts those to a primary until none is left.
-    async fn run(self) {
-        let mut reaching = Reaching::begin(&self.departure, &self.means);
-        let mut counts = EstablishedCounts {
-            tier: self.departure.from.tier(),
+    fn new(departure: Departure, closes_sockets: bool, shared: Shared, reports: mpsc::UnboundedSender<Report>) -> Self {
+        let counts = EstablishedCounts {
+            tier: departure.from.tier(),
             found: 0,
             reset: 0,
             gone: 0,
@@ -234,83 +203,122 @@ impl Job {
             left: 0,
             is_resetting: false,
         };
+        let (since, is_over) = (clock::instant(), Arc::default());
+        Self { departure, closes_sockets, shared, reports, since, is_over, poked: HashSet::new(), counts, resets: None }
+    }
+
+    /// Resets the connections if they are to be reset, and counts those to a primary until none is left.
+    async fn run(&mut self) {
+        self.since = lock(&self.shared.established).begin(&self.departure.frontends);
+        // Other services that were left in the same moment begin, too, and share the first reading.
+        yield_now().await;
+        let mut found = self.list().await;
+        self.counts.found = found.len();
+        self.counts.left = found.len();
         if let Some(per_second) = self.departure.resets_per_second {
-            let started = clock::instant();
-            let outcome = self.reset_all(&mut reaching, per_second, &mut counts).await;
-            counts.is_resetting = false;
-            let (local, error) = match outcome {
-                Ok(local) => (local, None),
-                Err(error) => (0, Some(format!("{error:#}"))),
-            };
-            self.report(counts, Some(Ended { took: clock::instant() - started, local, error }));
-        } else if let Ok(found) = reaching.look() {
-            (counts.found, counts.left) = (found.len(), found.len());
-            self.report(counts, None);
+            self.resets = Some(Resetting { began: clock::instant(), local: 0, error: None });
+            self.counts.is_resetting = self.counts.found > 0;
+            self.report(None);
+            found = self.reset_all(found, per_second).await;
+            self.end_resets(false);
+        } else {
+            self.report(None);
         }
-        while self.departure.from == Departed::Primary && counts.left > 0 {
-            sleep_until(self.means.next_count()).await;
-            let Ok(left) = reaching.look() else { continue };
-            if std::mem::replace(&mut counts.left, left.len()) != left.len() {
-                self.report(counts, None);
+        while self.departure.from == Departed::Primary && self.counts.left > 0 {
+            sleep_until(self.shared.next_count()).await;
+            let there = self.list().await;
+            found.retain(|connection| there.contains(connection));
+            if std::mem::replace(&mut self.counts.left, found.len()) != found.len() {
+                self.report(None);
             }
         }
     }
 
-    /// The receiver is gone only when the agent ends.
-    fn report(&self, counts: EstablishedCounts, ended: Option<Ended>) {
-        let _ = self.reports.send(Report { service: self.departure.service.clone(), counts, ended });
+    /// The connections that are established now. Where the kernel does not tell, it is asked again until it does.
+    async fn list(&self) -> HashSet<Connection> {
+        loop {
+            match lock(&self.shared.established).list(&self.departure, self.since) {
+                Ok(found) => return found,
+                Err(error) => tracing::warn!("cannot find the connections of {}: {error:#}", self.departure.service),
+            }
+            sleep_until(self.shared.next_count()).await;
+        }
     }
 
-    /// Pokes the clients of the connections until none is left, or each was poked [`ROUNDS`] times. Returns how many
-    /// connections of the node's own processes could not be closed.
-    async fn reset_all(
-        &self,
-        reaching: &mut Reaching<'_>,
-        per_second: u32,
-        counts: &mut EstablishedCounts,
-    ) -> Result<usize> {
-        let mut left: Vec<Connection> = reaching.look()?.into_iter().collect();
+    /// The receiver is gone only when the agent ends.
+    fn report(&self, ended: Option<Ended>) {
+        let _ = self.reports.send(Report { service: self.departure.service.clone(), counts: self.counts, ended });
+    }
+
+    fn end_resets(&mut self, broken_off: bool) {
+        let Some(Resetting { began, local, error }) = self.resets.take() else { return };
+        self.counts.is_resetting = false;
+        self.report(Some(Ended { took: clock::instant() - began, local, broken_off, error }));
+    }
+
+    /// Pokes the clients of the connections until none is left, or each was poked [`ROUNDS`] times. Returns the connections
+    /// that are left.
+    async fn reset_all(&mut self, found: HashSet<Connection>, per_second: u32) -> HashSet<Connection> {
+        let mut left: Vec<Connection> = found.into_iter().collect();
         // The order of the kernel's table would make the clients of one pod come together.
         fastrand::shuffle(&mut left);
-        (counts.found, counts.left, counts.is_resetting) = (left.len(), left.len(), !left.is_empty());
-        self.report(*counts, None);
         let mut pace = Pace::new(per_second, clock::instant());
+        // Connections of the node's own processes that could not be closed.
         let mut local = HashSet::new();
         for _ in 0..ROUNDS {
             if left.is_empty() {
                 break;
             }
             let mut unresolved: HashSet<IpAddr> = HashSet::new();
+            let mut ended = HashSet::new();
             for (number, connection) in left.iter().enumerate() {
                 self.wait_for_turn(&mut pace, number).await;
-                let Connection { client, frontend } = *connection;
-                match reaching.poke(*connection)? {
-                    PokeOutcome::Local if !self.close_local(client, frontend) => _ = local.insert(*connection),
-                    PokeOutcome::NoNeighbor => _ = unresolved.insert(client.ip()),
-                    _ => {}
+                match self.poke(*connection) {
+                    Ok(PokeOutcome::Local) => match self.close_local(connection) {
+                        Some(true) => {}
+                        Some(false) => _ = local.insert(*connection),
+                        None => _ = ended.insert(*connection),
+                    },
+                    Ok(PokeOutcome::NoNeighbor) => _ = unresolved.insert(connection.client.ip()),
+                    Ok(_) => {}
+                    Err(error) => self.note_error(&error),
                 }
             }
             if !unresolved.is_empty()
                 && let Err(error) = neighbors::resolve(&unresolved).await
             {
-                tracing::warn!("clients without a neighbor entry are not reached: {error:#}");
+                self.note_error(&error);
             }
             sleep_until(clock::instant() + REPEAT).await;
-            let there = reaching.look()?;
-            left.retain(|connection| there.contains(connection) && !local.contains(connection));
-            (counts.left, counts.reset) = (left.len() + local.len(), counts.found - left.len() - local.len());
-            self.report(*counts, None);
+            let there = self.list().await;
+            // What may be from after the opening is none of the connections to reset.
+            self.counts.found -= ended.len();
+            left.retain(|connection| there.contains(connection) && !ended.contains(connection));
+            let keep: HashSet<Connection> = left.iter().copied().collect();
+            self.end_pokes(|connection| !keep.contains(connection));
+            self.counts.left = left.len();
+            self.counts.reset = self.counts.found - left.len();
+            left.retain(|connection| !local.contains(connection));
+            self.report(None);
         }
-        self.end_rest(left, reaching, counts).await;
-        counts.unreached += local.len();
-        counts.left = counts.unreached;
-        counts.reset = counts.found - counts.unreached - counts.gone;
-        Ok(local.len())
+        let refused = self.end_pokes(|_| true);
+        let (gone, silent): (Vec<_>, Vec<_>) = left.into_iter().partition(|connection| refused.contains(connection));
+        self.forget(&gone);
+        self.counts.gone = gone.len();
+        let mut left = self.close_in_pods(silent.into_iter().collect()).await;
+        if let Some(resets) = &mut self.resets {
+            resets.local = local.len();
+        }
+        left.extend(local);
+        self.counts.unreached = left.len();
+        self.counts.left = left.len();
+        self.counts.reset = self.counts.found - left.len() - gone.len();
+        left
     }
 
     async fn wait_for_turn(&self, pace: &mut Pace, number: usize) {
         let now = clock::instant();
-        let of_node = self.means.pace.lock().map_or(now, |mut pace| pace.next(now));
+        let of_node = lock(&self.shared.pace).next(now);
         let due = pace.next(now).max(of_node);
         if due > now {
             sleep_until(due).await;
@@ -319,28 +327,78 @@ impl Job {
         }
     }
 
-    fn close_local(&self, client: SocketAddr, frontend: SocketAddr) -> bool {
-        self.closes_sockets && sock_destroy::close(client, frontend).unwrap_or(false)
+    fn poke(&mut self, connection: Connection) -> Result<PokeOutcome> {
+        self.poked.insert(connection);
+        lock(&self.shared.poker).poke(connection.client, connection.frontend)
     }
 
-    /// Ends what the pokes did not: entries of clients that no longer have the connection, and sockets in pods.
-    async fn end_rest(&self, left: Vec<Connection>, reaching: &mut Reaching<'_>, counts: &mut EstablishedCounts) {
-        let refused = reaching.end_pokes();
-        let (gone, silent): (Vec<_>, Vec<_>) = left.into_iter().partition(|connection| refused.contains(connection));
-        counts.gone = gone.len();
-        if self.departure.from == Departed::Primary {
-            for connection in gone {
-                if let Err(error) = reaching.forget(connection) {
-                    tracing::debug!("the entry of {} stays: {error:#}", connection.client);
-                }
+    /// Ends the pokes of some connections, and returns those of them that their clients do not have.
+    fn end_pokes(&mut self, which: impl Fn(&Connection) -> bool) -> HashSet<Connection> {
+        let mut poker = lock(&self.shared.poker);
+        let ended = self.poked.extract_if(which);
+        ended.filter(|connection| poker.end(connection.client, connection.frontend)).collect()
+    }
+
+    /// Closes a connection of one of the node's own processes. Returns whether it is closed; `None` if it is left alone,
+    /// because it may be from after the opening.
+    fn close_local(&mut self, Connection { client, frontend }: &Connection) -> Option<bool> {
+        if !self.closes_sockets {
+            return None;
+        }
+        match sock_destroy::close(*client, *frontend) {
+            Ok(_) => Some(true),
+            Err(error) => {
+                self.note_error(&error);
+                Some(false)
             }
         }
-        counts.unreached = silent.len();
-        if silent.is_empty() {
+    }
+
+    fn note_error(&mut self, error: &anyhow::Error) {
+        if let Some(resets) = &mut self.resets {
+            resets.error.get_or_insert_with(|| format!("{error:#}"));
+        }
+    }
+
+    /// Deletes the entries of connections to a primary that their clients no longer have.
+    fn forget(&self, gone: &[Connection]) {
+        if self.departure.from != Departed::Primary {
             return;
         }
-        let ends: Vec<_> = silent.iter().map(|connection| (connection.client, connection.frontend)).collect();
-        let closed = spawn_blocking(move || sock_destroy::close_in_pods(&ends)).await.unwrap_or_default();
-        counts.unreached -= closed.len();
+        for Connection { client, frontend } in gone {
+            if let Err(error) = lock(&self.shared.established).forget(*client, *frontend) {
+                tracing::debug!("the entry of {client} stays: {error:#}");
+            }
+        }
+    }
+
+    /// Closes connections whose clients do not answer in the clients' pods, and returns the others.
+    async fn close_in_pods(&self, mut silent: HashSet<Connection>) -> HashSet<Connection> {
+        // A client may have used its port again for a connection that is redirected. The kernel's entry is still the old
+        // connection's.
+        let is_new = |connection: &Connection| {
+            self.departure.from == Departed::Primary
+                && lock(&self.shared.established).is_moved(connection.client, connection.frontend)
+        };
+        let ends: Vec<_> =
+            silent.iter().filter(|connection| !is_new(connection)).map(|end| (end.client, end.frontend)).collect();
+        if ends.is_empty() {
+            return silent;
+        }
+        let is_over = self.is_over.clone();
+        let closing = spawn_blocking(move || sock_destroy::close_in_pods(&ends, &is_over));
+        for (client, frontend) in closing.await.unwrap_or_default() {
+            silent.remove(&Connection { client, frontend });
+        }
+        silent
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.end_pokes(|_| true);
+        lock(&self.shared.established).end(&self.departure.frontends);
+        self.end_resets(true);
     }
 }

@@ -315,6 +315,7 @@ fn resets_follow_what_is_in_force() {
     assert_eq!(state(&e).0, Open, "the maps are as before");
     assert!(e.engine.departures().is_empty());
     e.tick(at(4000));
+    assert!(e.engine.departures().is_empty());
     assert_eq!(e.engine.summaries()[0].established, None, "closed again");
 }
 

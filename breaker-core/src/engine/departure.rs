@@ -49,19 +49,28 @@ impl Departed {
 
 impl Engine {
     /// The tiers that configured services have left by the plans in the datapath, and that may still have established
-    /// connections.
-    pub fn departures(&self) -> Vec<Departure> {
-        let configured = self.services.values().filter(|state| state.is_configured());
-        configured.flat_map(ServiceState::departures).collect()
+    /// connections. What is known of those of the other tiers is forgotten.
+    pub fn departures(&mut self) -> Vec<Departure> {
+        let mut all = Vec::new();
+        for state in self.services.values_mut() {
+            let departures = if state.is_configured() { state.departures() } else { Vec::new() };
+            for (index, counts) in state.established.iter_mut().enumerate() {
+                let has_left = departures.iter().any(|left| left.from.tier() == TierRole::of(index));
+                self.changes += u64::from(!has_left && counts.take().is_some());
+            }
+            all.extend(departures);
+        }
+        all
     }
 
-    /// Takes over what is known of the established connections of a service that left a tier. Ignored if it has returned
-    /// meanwhile.
+    /// Takes over what is known of the established connections of a tier that a service has left. Ignored if the service has
+    /// returned meanwhile.
     pub fn note_established(&mut self, name: &ServiceName, counts: EstablishedCounts) {
-        let has_left = |state: &ServiceState| state.departures().iter().any(|left| left.from.tier() == counts.tier);
-        if let Some(state) = self.services.get_mut(name).filter(|state| has_left(state)) {
+        let Some(state) = self.services.get_mut(name) else { return };
+        if state.departures().iter().any(|left| left.from.tier() == counts.tier) {
             self.changes += 1;
-            state.established = Some(counts);
+            state.established[usize::from(counts.tier == TierRole::Backup)] =
+                Some(counts).filter(|counts| counts.found > 0);
         }
     }
 }

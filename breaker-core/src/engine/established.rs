@@ -15,7 +15,7 @@ pub struct EstablishedCounts {
     pub gone: usize,
     /// Those of them that could not be reset.
     pub unreached: usize,
-    /// Connections that are established now.
+    /// Those of them that are established now.
     pub left: usize,
     /// Whether connections are being reset.
     pub is_resetting: bool,

@@ -80,8 +80,8 @@ pub(super) struct ServiceState {
     pub removed_backends: RemovedBackends,
     pub sync: AppliedPlan,
     pub limit_watch: LimitWatch,
-    /// The connections of the tier that was left last, in this state of the breaker.
-    pub established: Option<EstablishedCounts>,
+    /// The established connections of the tiers that the service has left: of the primary, and of the backup.
+    pub established: [Option<EstablishedCounts>; 2],
     pub tally: Tally,
 }
 
@@ -129,7 +129,7 @@ impl ServiceState {
             removed_backends: RemovedBackends::new(adopted.is_some()),
             sync: AppliedPlan::new(),
             limit_watch: LimitWatch::default(),
-            established: None,
+            established: [None; 2],
             tally: Tally::default(),
             service,
         }
@@ -207,7 +207,6 @@ impl ServiceState {
         self.new_epoch();
         self.state_epoch = self.epoch;
         self.since_unix_ns = now.unix_ns;
-        self.established = None;
         if [transition.from, transition.to].contains(&BreakerState::Closed) {
             self.drain_end = now.mono + self.service.drain;
         }

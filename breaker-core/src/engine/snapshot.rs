@@ -66,7 +66,7 @@ pub struct ServiceSnapshot {
     pub failed_writes: u64,
     /// Live flows on a backup at the last sweep.
     pub flows: usize,
-    /// The connections of the tier that was left last; `None` if none was found.
+    /// The established connections of a tier that the service has left, first of all the primary; `None` if there are none.
     pub established: Option<EstablishedCounts>,
     /// Probes without a result since the agent first saw the service.
     pub local_errors: u64,
@@ -156,7 +156,7 @@ pub struct Summary {
     pub limits_shared_by: u32,
     /// The limit that refuses connections now.
     pub limited: Option<ActiveLimit>,
-    /// The connections of the tier that was left last; `None` if none was found.
+    /// The established connections of a tier that the service has left, first of all the primary; `None` if there are none.
     pub established: Option<EstablishedCounts>,
 }
 
@@ -212,7 +212,7 @@ impl ServiceState {
             error: self.sync.error().map(str::to_owned),
             failed_writes: self.sync.failed_writes,
             flows: self.flows,
-            established: self.established,
+            established: self.established(),
             local_errors: self.local_errors,
             counters: datapath.counters(&service.name).unwrap_or_default(),
             limits: service.limits.map(|configured| LimitsSnapshot {
@@ -271,8 +271,12 @@ impl ServiceState {
             tiers: tiers.collect(),
             limits_shared_by: self.service.limits.map_or(0, |limits| limits.shared_by()),
             limited: self.limit_watch.active().cloned(),
-            established: self.established,
+            established: self.established(),
         }
+    }
+
+    fn established(&self) -> Option<EstablishedCounts> {
+        self.established.into_iter().flatten().next()
     }
 
     /// Whether the service is configured. Only configured services are shown.

@@ -60,6 +60,9 @@ fn try_admit<A: Family>(
             if segment.is_tcp() || answer != limit::REPEATED {
                 count::service(service, |c| &mut c.new_primary);
             }
+            if segment.is_tcp() {
+                syns::note(&key);
+            }
             return Ok(Verdict::Next);
         }
         return Ok(Verdict::Continue(Stage::Apply));
@@ -104,9 +107,6 @@ pub fn admit_to_idle_service<A: Family>(
     }
     if segment.is_tcp() && service::record_epoch(context.service, switch.epoch) {
         event::send(EventKind::StateAdopted, context.service, switch, &flow::key(segment), None);
-    }
-    if segment.is_tcp() {
-        syns::note(&flow::key(segment));
     }
     context.slot = SLOT_PASSTHROUGH;
     Verdict::Continue(Stage::Admit)

@@ -39,7 +39,7 @@ use crate::{
     nat::Side,
     packet::Packet,
     parse::{self, Direction, Kind, Segment, flags},
-    reset, select, service, syns,
+    reset, return_path, select, service, syns,
     verdict::{self, Stage, Verdict},
 };
 
@@ -212,6 +212,10 @@ fn to_frontend<A: Family, const UPLINK: bool>(
 ) -> Result<Verdict, PassReason> {
     let switch = service::switch(context.service).ok_or(PassReason::UnknownService)?;
     context.switch = switch.to_word();
+    // The answer to a poke is for the agent to find.
+    if segment.is_tcp() && segment.is_fin_or_rst() && !answers_poke(segment) {
+        syns::forget(&flow::key(segment));
+    }
     let tracks = service::tracks(context.service, &switch);
     let limited = switch.has(switch_flags::LIMITED);
     if limited && segment.is_tcp() && !segment.is_syn() {
@@ -236,7 +240,7 @@ fn to_frontend<A: Family, const UPLINK: bool>(
         Some(flow) if is_current(flow, segment, &switch) => {
             established::<A, UPLINK>(packet, segment, &switch, context, flow)
         }
-        None if segment.is_tcp() => untracked_segment(packet, segment, &switch, context),
+        None if segment.is_tcp() => untracked_segment(segment, &switch, context),
         _ => Ok(Verdict::Continue(Stage::Decide)),
     }
 }
@@ -265,7 +269,7 @@ fn established<A: Family, const UPLINK: bool>(
     context: &mut PacketContext<A>,
     flow: &mut Flow<A>,
 ) -> Result<Verdict, PassReason> {
-    if switch.has(switch_flags::RESET_PRIMARY | switch_flags::RESET_BACKUP) && answers_poke(packet, segment) {
+    if switch.has(switch_flags::RESET_PRIMARY | switch_flags::RESET_BACKUP) && answers_poke(segment) {
         return Ok(Verdict::Continue(Stage::Reset));
     }
     flow::touch(flow, segment);
@@ -289,25 +293,28 @@ fn established<A: Family, const UPLINK: bool>(
 /// Whether the segment is the answer to a poke of a client that has no such connection: a reset without ACK that has the
 /// poke's number.
 #[inline(always)]
-fn answers_poke<A: Family>(packet: &Packet<'_>, segment: &Segment<A>) -> bool {
-    segment.flags & (flags::RST | flags::ACK) == flags::RST && reset::has_poke_number(packet, segment)
+fn answers_poke<A: Family>(segment: &Segment<A>) -> bool {
+    segment.flags & (flags::RST | flags::ACK) == flags::RST && reset::has_poke_number(segment)
 }
 
 /// Handles a segment of a connection that the programs have not seen from its SYN. Such a segment is never
-/// rewritten, only passed or, by policy, reset.
+/// rewritten, only passed or, by policy, reset. On an interface that was given up for the service, new connections go to
+/// the primary: there a reset would lead nowhere else, and many connections may be from after the opening.
 #[inline(always)]
 fn untracked_segment<A: Family>(
-    packet: &Packet<'_>,
     segment: &Segment<A>,
     switch: &Switch<u8>,
     context: &mut PacketContext<A>,
 ) -> Result<Verdict, PassReason> {
     // Of resets, only the answer to a poke may be dropped.
-    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !answers_poke(packet, segment) {
+    if !switch.has(switch_flags::RESET_PRIMARY) || segment.is_rst() && !answers_poke(segment) {
         return Ok(Verdict::Next);
     }
     if !agent::may_act_on_decision(switch, agent::now_ns()) {
         return Err(PassReason::AgentLost);
+    }
+    if !segment.is_rst() && return_path::is_suspended(context.ingress, context.service) {
+        return Ok(Verdict::Next);
     }
     context.peer = Peer::addressed_by(segment);
     Ok(Verdict::Continue(Stage::Reset))

@@ -221,7 +221,9 @@ fn fail_open<A: Family>(key: &FlowKey<A>, flow: &mut Flow<A>, reason: PassReason
     if key.proto == PROTO_TCP {
         syns::note(key);
     }
-    let _ = pin::pin_passed(key, flow);
+    if let Err(full) = pin::pin_passed(key, flow) {
+        count::reason(full);
+    }
     Err(reason)
 }
 

@@ -14,7 +14,7 @@ use crate::{
     agent, endpoint,
     family::{Family, V4, V6},
     packet::Packet,
-    parse,
+    parse, syns,
     verdict::{self, Verdict},
 };
 
@@ -47,8 +47,11 @@ pub fn egress<const UPLINK: bool>(ctx: &TcContext, hook: TcHook) -> i32 {
 fn from_client_needs_full_path<A: Family, const UPLINK: bool>(packet: &Packet<'_>, l3: usize) -> bool {
     let Some(tuple) = parse::peek::<A>(packet, l3) else { return true };
     let to = endpoint::filter_match(tuple.destination, tuple.ports.destination, tuple.proto);
-    let closes =
-        || tuple.is_fin_or_rst() && endpoint::may_count_connections(tuple.destination, tuple.ports.destination);
+    let closes = || {
+        tuple.is_fin_or_rst()
+            && (endpoint::may_count_connections(tuple.destination, tuple.ports.destination)
+                || syns::are_noted() && to.frontend)
+    };
     if UPLINK {
         // On an uplink, packets to a backend's own address are left alone: they are the traffic of other nodes.
         return to.frontend && (to.matches(tuple.may_start_flow) || closes());

@@ -501,16 +501,16 @@ pub fn event_records(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerSta
     found
 }
 
-/// The Event about established connections that were reset, once no node resets any more. How many are left changes
-/// later, too, which is no Event.
+/// The Event about established connections that were reset, once no node resets any more. The sum falls again as the nodes
+/// return to the tier one after another, which is no Event.
 fn reset_event(old: Option<&CircuitBreakerStatus>, new: &CircuitBreakerStatus) -> Option<EventRecord> {
-    let numbers = |counts: &EstablishedCounts| (counts.tier, counts.reset, counts.gone, counts.unreached);
-    let counts = new.established.as_ref().filter(|counts| !counts.resetting)?;
-    let before = old.and_then(|old| old.established.as_ref()).filter(|before| !before.resetting);
-    let has_reset = counts.reset + counts.gone + counts.unreached > 0;
+    let done = |counts: &EstablishedCounts| counts.reset + counts.gone + counts.unreached;
+    let counts = new.established.as_ref().filter(|counts| !counts.resetting && done(counts) > 0)?;
+    let before = old.and_then(|old| old.established.as_ref());
+    let has_grown =
+        before.is_none_or(|before| before.resetting || before.tier != counts.tier || done(before) < done(counts));
     // The numbers would be lost if the Event were counted up: it keeps its first note.
-    (has_reset && before.map(numbers) != Some(numbers(counts)))
-        .then(|| EventRecord { counted: false, ..normal("ConnectionsReset", counts.words()) })
+    has_grown.then(|| EventRecord { counted: false, ..normal("ConnectionsReset", counts.words()) })
 }
 
 #[cfg(test)]

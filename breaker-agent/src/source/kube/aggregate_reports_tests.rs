@@ -174,6 +174,9 @@ fn resets_are_an_event_when_no_node_resets_any_more() {
     assert_eq!(notes(&during, &during), [""; 0]);
     assert_eq!(notes(&during, &ended), ["10 of 10 established connections to the primary were reset"]);
     assert_eq!(notes(&ended, &counted_again), [""; 0]);
+    let reports = [node("a", true, vec![open(counts(5, 0, false))]), node("b", true, vec![port(Closed, 8)])];
+    let returning = status(&result(), &NodeReports::new(&reports), Some(&ended), at(10));
+    assert!(!notes(&ended, &returning).iter().any(|note| note.contains("established")), "a node has returned");
 }
 
 /// TRIALS A2: a pod that is known to be Down still gets connections while the breaker is closed.
