@@ -266,7 +266,7 @@ impl Agent {
         let resets::Report { service, counts, ended } = report;
         self.engine.note_established(service, *counts);
         let Some(resets::Ended { took, local, broken_off, error }) = ended else { return };
-        if counts.found == 0 {
+        if counts.found == 0 && error.is_none() {
             return;
         }
         let mut message = format!("{}; it took {:.1} s", view::established(*counts).words(), took.as_secs_f64());

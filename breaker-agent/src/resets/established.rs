@@ -83,11 +83,11 @@ impl Established {
         clock::instant()
     }
 
-    /// Removes the addresses of a service that ends. It may not have begun.
+    /// Removes the addresses of a service that ends.
     pub(super) fn end(&mut self, addresses: &[SocketAddr]) {
         for address in addresses {
             if let Some(count) = self.addresses.get_mut(address) {
-                *count = count.saturating_sub(1);
+                *count -= 1;
             }
         }
         self.addresses.retain(|_, count| *count > 0);

@@ -176,8 +176,8 @@ struct Job {
     closes_sockets: bool,
     shared: Shared,
     reports: mpsc::UnboundedSender<Report>,
-    /// When the shared state knew the service's addresses.
-    since: Instant,
+    /// When the shared state knew the service's addresses; `None` before.
+    since: Option<Instant>,
     /// Tells a thread that closes sockets to stop.
     is_over: Arc<AtomicBool>,
     poked: HashSet<Connection>,
@@ -203,20 +203,25 @@ impl Job {
             left: 0,
             is_resetting: false,
         };
-        let (since, is_over) = (clock::instant(), Arc::default());
-        Self { departure, closes_sockets, shared, reports, since, is_over, poked: HashSet::new(), counts, resets: None }
+        let (poked, is_over) = (HashSet::new(), Arc::default());
+        Self { departure, closes_sockets, shared, reports, since: None, is_over, poked, counts, resets: None }
     }
 
     /// Resets the connections if they are to be reset, and counts those to a primary until none is left.
     async fn run(&mut self) {
-        self.since = lock(&self.shared.established).begin(&self.departure.frontends);
+        let since = lock(&self.shared.established).begin(&self.departure.frontends);
+        self.since = Some(since);
         // Other services that were left in the same moment begin, too, and share the first reading.
         yield_now().await;
+        self.resets = self.departure.resets_per_second.map(|_| Resetting {
+            began: clock::instant(),
+            local: 0,
+            error: None,
+        });
         let mut found = self.list().await;
         self.counts.found = found.len();
         self.counts.left = found.len();
         if let Some(per_second) = self.departure.resets_per_second {
-            self.resets = Some(Resetting { began: clock::instant(), local: 0, error: None });
             self.counts.is_resetting = self.counts.found > 0;
             self.report(None);
             found = self.reset_all(found, per_second).await;
@@ -235,11 +240,19 @@ impl Job {
     }
 
     /// The connections that are established now. Where the kernel does not tell, it is asked again until it does.
-    async fn list(&self) -> HashSet<Connection> {
+    async fn list(&mut self) -> HashSet<Connection> {
+        let mut has_warned = false;
+        let since = self.since.unwrap_or_else(clock::instant);
         loop {
-            match lock(&self.shared.established).list(&self.departure, self.since) {
+            let listed = lock(&self.shared.established).list(&self.departure, since);
+            match listed {
                 Ok(found) => return found,
-                Err(error) => tracing::warn!("cannot find the connections of {}: {error:#}", self.departure.service),
+                Err(error) => {
+                    if !std::mem::replace(&mut has_warned, true) {
+                        tracing::warn!("cannot find the connections of {}: {error:#}", self.departure.service);
+                    }
+                    self.note_error(&error);
+                }
             }
             sleep_until(self.shared.next_count()).await;
         }
@@ -398,7 +411,9 @@ impl Drop for Job {
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::Relaxed);
         self.end_pokes(|_| true);
-        lock(&self.shared.established).end(&self.departure.frontends);
+        if self.since.is_some() {
+            lock(&self.shared.established).end(&self.departure.frontends);
+        }
         self.end_resets(true);
     }
 }
