@@ -213,11 +213,8 @@ impl Job {
         self.since = Some(since);
         // Other services that were left in the same moment begin, too, and share the first reading.
         yield_now().await;
-        self.resets = self.departure.resets_per_second.map(|_| Resetting {
-            began: clock::instant(),
-            local: 0,
-            error: None,
-        });
+        self.resets =
+            self.departure.resets_per_second.map(|_| Resetting { began: clock::instant(), local: 0, error: None });
         let mut found = self.list().await;
         self.counts.found = found.len();
         self.counts.left = found.len();
