@@ -8,7 +8,7 @@ use breaker_common::{
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
     Segment, TestRig,
-    flags::{ACK, FIN, SYN},
+    flags::{ACK, FIN, RST, SYN},
     plan, pod, service, vip,
 };
 
@@ -115,8 +115,11 @@ fn where_answers_are_never_seen_nothing_is_redirected() -> Result<()> {
     assert_eq!(rig.datapath.suspended_paths().len(), 1);
     assert_untouched(&rig.from_pod(&syn(9))?, &syn(9).bytes(), "suspended");
     assert_eq!(reason(&rig, PassReason::NoAnswerSeen), 1);
+    // A client that is reset would come back to the primary, too.
+    assert_untouched(&rig.from_pod(&data(8))?, &data(8).bytes(), "a connection from before the opening");
     let changes = rig.datapath.watch_return_paths(now + Duration::from_secs(60), |_| true)?;
     assert_eq!(changes[0].suspended_for, None, "a trial");
+    assert_eq!(Segment::read(&rig.from_pod(&data(8))?.bytes)?.flags & RST, RST);
     assert_forwarded_as(&rig.from_pod(&syn(9))?, &to_backup(9));
     assert!(rig.datapath.watch_return_paths(now, |_| false)?.is_empty(), "the interface is gone");
     assert!(rig.datapath.suspended_paths().is_empty());
