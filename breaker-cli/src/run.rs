@@ -88,7 +88,11 @@ async fn run_on_node(command: Command, context: &Context<'_>) -> Result<()> {
         }
         Command::Flows { name, limit, output } => {
             let flows = context.client()?.flows(&name, limit).await?;
-            let established = context.client()?.get(&name).await.ok().and_then(|service| service.established);
+            // The formats for programs list the flows alone.
+            let established = match output {
+                TableOutput::Table => context.client()?.get(&name).await.ok().and_then(|service| service.established),
+                TableOutput::Json | TableOutput::Yaml => None,
+            };
             print_as(output, &flows, || Ok(show::flows(&visible(&flows)?, established.as_ref(), paint)))
         }
         // `run` handles this command.

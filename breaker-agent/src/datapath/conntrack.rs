@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use breaker_common::PROTO_TCP;
 use netlink_bindings::{
     conntrack::{IterableConntrackAttrs, Nfgenmsg, OpGetDo, OpGetDump, Request},
     traits::{NetlinkRequest, Protocol},
@@ -23,7 +24,6 @@ const OPEN: [u8; 3] = [3, 4, 5];
 /// (`CTA_FILTER_FLAG`, net/netfilter/nf_internals.h).
 const DESTINATION: u32 = 1 << 1 | 1 << 3 | 1 << 5;
 
-const TCP: u8 = breaker_common::PROTO_TCP;
 /// Request to delete an entry: `IPCTNL_MSG_CT_DELETE` of `NFNL_SUBSYS_CTNETLINK`
 /// (include/uapi/linux/netfilter/nfnetlink_conntrack.h).
 const DELETE: u16 = 1 << 8 | 2;
@@ -39,17 +39,10 @@ pub type Connections = HashMap<SocketAddr, HashSet<SocketAddr>>;
 /// # Errors
 /// The kernel has no conntrack, or the agent lacks CAP_NET_ADMIN.
 pub fn translates() -> Result<bool> {
-    for is_ipv4 in [true, false] {
-        let request = Request::new().op_get_dump(&of_family(is_ipv4));
-        let mut socket = NetlinkSocket::new();
-        let mut replies = socket.request(&request).context("ask for tracked connections (conntrack)")?;
-        while let Some((_, entry)) = replies.recv().transpose().context("read tracked connections (conntrack)")? {
-            if entry.get_status().is_ok_and(|status| status & DESTINATION_TRANSLATED != 0) {
-                return Ok(true);
-            }
-        }
-    }
-    Ok(false)
+    let is_translated = |entry: &IterableConntrackAttrs<'_>| {
+        entry.get_status().is_ok_and(|status| status & DESTINATION_TRANSLATED != 0)
+    };
+    Ok(any(&all_of_family(true), is_translated)? || any(&all_of_family(false), is_translated)?)
 }
 
 /// The TCP connections to one address that have not ended. The kernel selects the entries; with 100,000 others, a call takes
@@ -64,7 +57,7 @@ pub fn connections_to(address: SocketAddr) -> Result<Connections> {
         IpAddr::V4(ip) => tuple.push_ip_v4_dst(ip),
         IpAddr::V6(ip) => tuple.push_ip_v6_dst(ip),
     };
-    let tuple = tuple.end_nested().nested_tuple_proto().push_proto_num(TCP).push_proto_dst_port(address.port());
+    let tuple = tuple.end_nested().nested_tuple_proto().push_proto_num(PROTO_TCP).push_proto_dst_port(address.port());
     let filter = tuple.end_nested().end_nested().nested_filter().push_orig_flags(DESTINATION).push_reply_flags(0);
     filter.end_nested();
     let mut found = Connections::new();
@@ -80,7 +73,7 @@ pub fn connections_to(address: SocketAddr) -> Result<Connections> {
 pub fn connections_to_any(is_wanted: impl Fn(SocketAddr) -> bool) -> Result<Connections> {
     let mut found = Connections::new();
     for is_ipv4 in [true, false] {
-        read(&Request::new().op_get_dump(&of_family(is_ipv4)), &is_wanted, &mut found)?;
+        read(&all_of_family(is_ipv4), &is_wanted, &mut found)?;
     }
     Ok(found)
 }
@@ -99,7 +92,7 @@ pub fn forget(client: SocketAddr, address: SocketAddr) -> Result<bool> {
         (IpAddr::V6(from), IpAddr::V6(to)) => tuple.push_ip_v6_src(from).push_ip_v6_dst(to),
         _ => anyhow::bail!("{client} and {address} are of different IP families"),
     };
-    let ports = tuple.end_nested().nested_tuple_proto().push_proto_num(TCP);
+    let ports = tuple.end_nested().nested_tuple_proto().push_proto_num(PROTO_TCP);
     ports.push_proto_src_port(client.port()).push_proto_dst_port(address.port()).end_nested().end_nested();
     let mut socket = NetlinkSocket::new();
     match socket.request(&Deletion { payload }).and_then(|mut reply| Ok(reply.recv_ack()?)) {
@@ -137,17 +130,31 @@ fn of_family(is_ipv4: bool) -> Nfgenmsg {
     Nfgenmsg { nfgen_family: sys::family(is_ipv4), ..Nfgenmsg::default() }
 }
 
+/// A request for all entries of an IP family.
+fn all_of_family(is_ipv4: bool) -> OpGetDump<'static> {
+    Request::new().op_get_dump(&of_family(is_ipv4))
+}
+
 fn read(request: &OpGetDump<'_>, is_wanted: impl Fn(SocketAddr) -> bool, found: &mut Connections) -> Result<()> {
+    any(request, |entry| {
+        if let Some((client, to)) = open_connection(entry).filter(|(_, to)| is_wanted(*to)) {
+            found.entry(to).or_default().insert(client);
+        }
+        false
+    })?;
+    Ok(())
+}
+
+/// Reads the entries that the kernel selects, up to the first for which `is_it` is true. Returns whether there is one.
+fn any(request: &OpGetDump<'_>, mut is_it: impl FnMut(&IterableConntrackAttrs<'_>) -> bool) -> Result<bool> {
     let mut socket = NetlinkSocket::new();
     let mut replies = socket.request(request).context("ask for tracked connections (conntrack)")?;
     while let Some((_, entry)) = replies.recv().transpose().context("read tracked connections (conntrack)")? {
-        if let Some((client, to)) = open_connection(&entry)
-            && is_wanted(to)
-        {
-            found.entry(to).or_default().insert(client);
+        if is_it(&entry) {
+            return Ok(true);
         }
     }
-    Ok(())
+    Ok(false)
 }
 
 /// Client and original destination of an entry, if it is a TCP connection in the default zone that has not ended.

@@ -26,7 +26,7 @@ const MANY: usize = 7;
 /// How long a whole table, once read, serves for other services: thousands may open in one moment.
 const FRESH: Duration = Duration::from_millis(200);
 
-/// What a whole table held for the addresses of all services under way.
+/// The content of a whole table for the addresses of all services under way.
 #[derive(Debug)]
 struct Reading<T> {
     /// When it began.

@@ -54,7 +54,7 @@ const TURN: usize = 32;
 /// Pokes a second for all services together: a third of a CPU. Thousands of services may open in one moment.
 const NODE_PER_SECOND: u32 = 10_000;
 
-/// What is known of the established connections of a tier that a service has left.
+/// The agent's knowledge of the established connections of a tier that a service has left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// The service.
@@ -194,15 +194,7 @@ struct Resetting {
 
 impl Job {
     fn new(departure: Departure, closes_sockets: bool, shared: Shared, reports: mpsc::UnboundedSender<Report>) -> Self {
-        let counts = EstablishedCounts {
-            tier: departure.from.tier(),
-            found: 0,
-            reset: 0,
-            gone: 0,
-            unreached: 0,
-            left: 0,
-            is_resetting: false,
-        };
+        let counts = EstablishedCounts::none_of(departure.from.tier());
         let (poked, is_over) = (HashSet::new(), Arc::default());
         Self { departure, closes_sockets, shared, reports, since: None, is_over, poked, counts, resets: None }
     }
@@ -280,14 +272,14 @@ impl Job {
                 break;
             }
             let mut unresolved: HashSet<IpAddr> = HashSet::new();
-            let mut ended = HashSet::new();
+            let mut spared = HashSet::new();
             for (number, connection) in left.iter().enumerate() {
                 self.wait_for_turn(&mut pace, number).await;
                 match self.poke(*connection) {
                     Ok(PokeOutcome::Local) => match self.close_local(connection) {
                         Some(true) => {}
                         Some(false) => _ = local.insert(*connection),
-                        None => _ = ended.insert(*connection),
+                        None => _ = spared.insert(*connection),
                     },
                     Ok(PokeOutcome::NoNeighbor) => _ = unresolved.insert(connection.client.ip()),
                     Ok(_) => {}
@@ -301,14 +293,14 @@ impl Job {
             }
             sleep_until(clock::instant() + REPEAT).await;
             let there = self.list().await;
-            // What may be from after the opening is none of the connections to reset.
-            self.counts.found -= ended.len();
-            left.retain(|connection| there.contains(connection) && !ended.contains(connection));
-            let keep: HashSet<Connection> = left.iter().copied().collect();
-            self.end_pokes(|connection| !keep.contains(connection));
-            self.counts.left = left.len();
-            self.counts.reset = self.counts.found - left.len();
-            left.retain(|connection| !local.contains(connection));
+            self.end_pokes(|connection| !there.contains(connection));
+            // Connections that may be from after the opening are not counted.
+            self.counts.found -= spared.len();
+            left.retain(|connection| {
+                there.contains(connection) && !spared.contains(connection) && !local.contains(connection)
+            });
+            self.counts.left = left.len() + local.len();
+            self.counts.reset = self.counts.found - self.counts.left;
             self.report(None);
         }
         let refused = self.end_pokes(|_| true);

@@ -304,8 +304,7 @@ fn resets_follow_what_is_in_force() {
     e.tick(at(1000));
     let departures = e.engine.departures();
     assert_eq!((departures.len(), departures[0].resets_per_second), (1, Some(1000)));
-    let counts =
-        |tier| EstablishedCounts { tier, found: 3, reset: 2, gone: 1, unreached: 0, left: 0, is_resetting: false };
+    let counts = |tier| EstablishedCounts { found: 3, reset: 2, gone: 1, ..EstablishedCounts::none_of(tier) };
     e.engine.note_established(&ServiceName::new("dummy"), counts(TierRole::Backup));
     assert_eq!(e.engine.summaries()[0].established, None, "the backup was not left");
     e.engine.note_established(&ServiceName::new("dummy"), counts(TierRole::Primary));

@@ -15,7 +15,7 @@ use crate::{
 pub struct Departure {
     /// The service.
     pub service: ServiceName,
-    /// What it has left.
+    /// The tier, or the backends, that it has left.
     pub from: Departed,
     /// The epoch since when new connections go elsewhere.
     pub epoch: u32,
@@ -25,7 +25,7 @@ pub struct Departure {
     pub resets_per_second: Option<u32>,
 }
 
-/// What a service has left.
+/// A tier, or backends of one, that a service has left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Departed {
     /// The primary: the breaker is open.

@@ -1,4 +1,4 @@
-//! What is known of the established connections of a tier that a service has left.
+//! The numbers of established connections of a tier that a service has left.
 
 use crate::model::TierRole;
 
@@ -19,4 +19,12 @@ pub struct EstablishedCounts {
     pub left: usize,
     /// Whether connections are being reset.
     pub is_resetting: bool,
+}
+
+impl EstablishedCounts {
+    /// No connections of a tier.
+    #[must_use]
+    pub const fn none_of(tier: TierRole) -> Self {
+        Self { tier, found: 0, reset: 0, gone: 0, unreached: 0, left: 0, is_resetting: false }
+    }
 }

@@ -2,7 +2,7 @@
 //! clients that send nothing (RESETS.md, S1 to S5).
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
     time::Duration,
 };
@@ -64,9 +64,33 @@ fn trip(lab: &Lab) -> Result<()> {
     lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)
 }
 
+/// Starts the agent also for clients outside. Returns the namespace of such clients.
+fn start_for_outside(lab: &mut Lab, services: &str) -> Result<NetNs> {
+    let lan = lab.world.lan().clone();
+    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
+    lab.agent.write_config("  uplinks: true\n", services)?;
+    lab.agent.start()?;
+    wait_all_up(lab)?;
+    Ok(lan)
+}
+
+/// Stops the primary, sends a request on each connection, and waits until the checks have opened the breaker.
+fn hang_until_open(lab: &Lab, streams: &mut [TcpStream]) -> Result<()> {
+    lab.primary.signal(Signal::STOP)?;
+    for stream in streams {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
+    }
+    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)
+}
+
 fn is_reset(stream: &mut TcpStream) -> Result<()> {
+    ends_by(stream, ErrorKind::ConnectionReset)
+}
+
+/// Reads until the connection ends, by this error.
+fn ends_by(stream: &mut TcpStream, kind: ErrorKind) -> Result<()> {
     let end = stream.read(&mut [0; 64]);
-    anyhow::ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset), "{end:?}");
+    ensure!(end.as_ref().is_err_and(|error| error.kind() == kind), "{end:?}");
     Ok(())
 }
 
@@ -74,11 +98,8 @@ fn is_reset(stream: &mut TcpStream) -> Result<()> {
 #[test]
 fn f1_a_keepalive_probe_resets_the_primarys_end() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
-    let lan = lab.world.lan().clone();
-    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
-    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
-    lab.agent.start()?;
-    wait_all_up(&lab)?;
+    let services = lab.services(Checks::Fast, "");
+    let lan = start_for_outside(&mut lab, &services)?;
     let mut pod = with_keepalive(&lab, &lab.client.ns)?;
     let mut outside = with_keepalive(&lab, &lan)?;
     trip(&lab)?;
@@ -132,7 +153,7 @@ fn f1_a_window_probe_resets_both_ends() -> Result<()> {
         // As many bytes as the buffers hold. `write_all` ends with an error when they are full.
         let full = loop {
             if let Err(error) = stream.write_all(&[b'x'; 65_536]) {
-                break error.kind() == std::io::ErrorKind::WouldBlock;
+                break error.kind() == ErrorKind::WouldBlock;
             }
         };
         let probes = lab.client.ns.output("ss", &["-Htno", "state", "established"]).unwrap_or_default();
@@ -143,7 +164,7 @@ fn f1_a_window_probe_resets_both_ends() -> Result<()> {
     wait_for(
         "the client's end to close",
         LONG,
-        || matches!(stream.write(b"x"), Err(error) if error.kind() != std::io::ErrorKind::WouldBlock),
+        || matches!(stream.write(b"x"), Err(error) if error.kind() != ErrorKind::WouldBlock),
     )?;
     wait_closed(&lab.primary, &lab.client.address.to_string())?;
     wait_forgotten(&lab)
@@ -154,14 +175,11 @@ fn f1_a_window_probe_resets_both_ends() -> Result<()> {
 #[test]
 fn clients_that_wait_are_reset_when_the_breaker_opens() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
-    let lan = lab.world.lan().clone();
-    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
     // With many addresses, the agent reads all entries of conntrack.
     let more = (101..=108).map(|host| SocketAddrV4::new(Ipv4Addr::new(10, 43, 0, host), lab.vip.port()));
     let frontends: Vec<String> = [lab.vip].into_iter().chain(more).map(frontend).collect();
-    lab.agent.write_config("  uplinks: true\n", &lab.services_by(Checks::Fast, "", &frontends))?;
-    lab.agent.start()?;
-    wait_all_up(&lab)?;
+    let services = lab.services_by(Checks::Fast, "", &frontends);
+    let lan = start_for_outside(&mut lab, &services)?;
     let mut waiting = Vec::new();
     for (ns, count) in [(&lab.client.ns, 20), (&lan, 10)] {
         for _ in 0..count {
@@ -169,11 +187,7 @@ fn clients_that_wait_are_reset_when_the_breaker_opens() -> Result<()> {
         }
     }
     let mut idle = connected(&lab, &lab.client.ns)?;
-    lab.primary.signal(Signal::STOP)?;
-    for stream in &mut waiting {
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
-    }
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    hang_until_open(&lab, &mut waiting)?;
     for stream in waiting.iter_mut().chain([&mut idle]) {
         is_reset(stream)?;
     }
@@ -234,8 +248,7 @@ fn a_process_of_the_node_is_told_at_once() -> Result<()> {
     streams.push(other);
     trip(&lab)?;
     for stream in &mut streams {
-        let end = stream.read(&mut [0; 64]);
-        ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionAborted), "{end:?}");
+        ends_by(stream, ErrorKind::ConnectionAborted)?;
     }
     let said = wait_resets(&lab)?;
     ensure!(said.contains("2 of 2 established connections"), "{said}");
@@ -284,16 +297,13 @@ fn clients_of_the_backup_that_wait_are_reset() -> Result<()> {
 
 fn clients_of_the_backup(path: &str) -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
-    let lan = lab.world.lan().clone();
-    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
     let second = ServicePod::start(lab.world.node_mut(0), "second")?;
     let more = format!(
         "      - backends: [{}]\n        check: {{httpGet: {{path: /ready}}}}\n    onClose: Reset\n{path}",
         frontend(second.address())
     );
-    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, &more))?;
-    lab.agent.start()?;
-    wait_all_up(&lab)?;
+    let services = lab.services(Checks::Fast, &more);
+    let lan = start_for_outside(&mut lab, &services)?;
     for (fault, reports) in [("closed", 1), ("down", 2)] {
         trip(&lab)?;
         let mut streams = Vec::new();
@@ -325,10 +335,10 @@ fn a_client_that_does_not_answer_is_closed_in_its_pod() -> Result<()> {
     let pokes = ["-p", "tcp", "-s", &vip, "--tcp-flags", "ALL", "ACK", "-m", "length", "--length", "40"];
     lab.client.ns.output("iptables", &[&["-I", "INPUT"], &pokes[..], &["-j", "DROP"]].concat())?;
     trip(&lab)?;
-    let end = stream.read(&mut [0; 64]);
+    let end = ends_by(&mut stream, ErrorKind::ConnectionAborted);
     process.kill()?;
     process.wait()?;
-    ensure!(end.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionAborted), "{end:?}");
+    end?;
     let said = wait_resets(&lab)?;
     ensure!(said.contains("1 of 1 established connections"), "{said}");
     wait_closed(&lab.primary, &lab.client.address.to_string())?;
@@ -366,11 +376,8 @@ fn a_client_without_a_neighbor_entry_is_reset() -> Result<()> {
 #[test]
 fn clients_behind_a_router_that_masquerades_are_reset() -> Result<()> {
     let mut lab = Lab::new(Checks::Fast)?;
-    let lan = lab.world.lan().clone();
-    lan.ip(&["route", "add", "10.43.0.0/24", "via", "172.31.0.11"])?;
-    lab.agent.write_config("  uplinks: true\n", &lab.services(Checks::Fast, ""))?;
-    lab.agent.start()?;
-    wait_all_up(&lab)?;
+    let services = lab.services(Checks::Fast, "");
+    let lan = start_for_outside(&mut lab, &services)?;
     let home = NetNs::create(&format!("{}-home", lab.world.id()))?;
     lan.ip(&["link", "add", "home", "type", "veth", "peer", "name", "eth0", "netns", home.name()])?;
     lan.ip(&["addr", "add", "192.168.7.1/24", "dev", "home"])?;
@@ -384,11 +391,7 @@ fn clients_behind_a_router_that_masquerades_are_reset() -> Result<()> {
          INVALID -j DROP\n-A INPUT -m conntrack --ctstate INVALID -j DROP\nCOMMIT\n",
     )?;
     let mut streams = (0..30).map(|_| connected(&lab, &home)).collect::<Result<Vec<_>>>()?;
-    lab.primary.signal(Signal::STOP)?;
-    for stream in &mut streams {
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")?;
-    }
-    lab.agent.wait_state(SERVICE, BreakerState::Open, LONG)?;
+    hang_until_open(&lab, &mut streams)?;
     streams.iter_mut().try_for_each(is_reset)?;
     let said = wait_resets(&lab)?;
     ensure!(said.contains("30 of 30 established connections"), "{said}");

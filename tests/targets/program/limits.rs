@@ -13,15 +13,13 @@ use breaker_core::{
     model::{Service, ServiceName},
 };
 use breaker_tests::packets::{
-    Datagram, Ip, NEXT, REDIRECT, RunResult, Segment, TestRig,
+    DROP, Datagram, Ip, NEXT, REDIRECT, RunResult, Segment, TestRig,
     flags::{ACK, FIN, PSH, RST, SYN},
     plan, plan_with, pod, pod6, service, service_with, vip, vip6,
 };
 
 use super::{BACKUP, CLIENT, assert_untouched};
 
-/// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
-const DROP: u32 = 2;
 /// How many nodes share a limit of 1 per second: on this node a token comes back after an hour, longer than any test
 /// runs.
 const NODES: u32 = 3600;

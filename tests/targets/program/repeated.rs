@@ -7,15 +7,12 @@ use breaker_common::{
 };
 use breaker_core::datapath::Datapath as _;
 use breaker_tests::packets::{
-    Segment, TestRig,
+    DROP, Segment, TestRig,
     flags::{ACK, FIN, RST, SYN},
     plan, pod, service, vip,
 };
 
 use super::{BACKUP, CLIENT, assert_forwarded_as, assert_untouched, data, reason, rig, syn, with_endpoints};
-
-/// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
-const DROP: u32 = 2;
 
 fn to_backup(port: u16) -> Segment {
     with_endpoints(&syn(port), pod(CLIENT, port), pod(BACKUP, 80))

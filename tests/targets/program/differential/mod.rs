@@ -30,7 +30,7 @@ use breaker_tests::{
         limit::{self, Kind, Over},
         service,
     },
-    packets::{NEXT, REDIRECT, RunResult, TestRig, plan_with, service_with},
+    packets::{DROP, NEXT, REDIRECT, RunResult, TestRig, plan_with, service_with},
     tables::Tables,
 };
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
@@ -364,8 +364,6 @@ const fn program(hook: Hook) -> &'static str {
 }
 
 fn agree(ran: &RunResult, expected: &Outcome) -> Result<()> {
-    /// TC_ACT_SHOT (include/uapi/linux/pkt_cls.h).
-    const DROP: u32 = 2;
     let action = match (expected.dropped, expected.sent_away) {
         (true, _) => DROP,
         (false, true) => REDIRECT,
